@@ -1,0 +1,182 @@
+"""From a command line to a typed config: dataclass defaults, then the YAML of `config=`, then `a.b=c` arguments.
+
+    config = load_config(["config=configs/showo_demo.yaml", "mode=t2i", "training.seed=7"], InferenceConfig)
+
+Nothing is passed over in silence: unknown keys, wrong types, unset environment variables and senseless values are all
+listed in one `UserError`. `${a.b}` and `${oc.env:NAME}` work everywhere.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.errors import UserError
+from common.schema import InferenceConfig, ShowoScriptConfig, TrainingConfig, mask_schedule_of
+
+__all__ = [
+    "InferenceConfig",
+    "ShowoScriptConfig",
+    "TrainingConfig",
+    "load_config",
+    "mask_schedule_of",
+    "resolve_path",
+]
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def resolve_path(path: str | Path) -> Path:
+    """A relative path is looked up in the current folder, then in the repository; where neither has it, it stays."""
+    path = Path(path).expanduser()
+    return REPOSITORY / path if not path.exists() and (REPOSITORY / path).exists() else path
+
+
+def load_config(argv: list[str], schema: type) -> DictConfig:
+    """Merge defaults, file and command line into one config, complete and resolved.
+
+    Args:
+        argv: `key=value` arguments; exactly the key `config` names the YAML file.
+        schema: a dataclass of dataclasses. Two optional attributes: `ALIASES` (short name → dotted key it sets) and
+            `problems(config) -> list[str]`.
+
+    Raises:
+        UserError: no `config=`, a missing or broken file, unknown keys (with the nearest known one), wrong types,
+            unset environment variables, values that `schema.problems` objects to.
+    """
+    known = dict(_leaves(schema))
+    path, arguments = _read_arguments(argv, known)
+    problems: list[str] = []
+    given = {}
+    for source in (dict(_flatten(_read_yaml(path), known, problems)), dict(_flatten(arguments, known, problems))):
+        for short, key in getattr(schema, "ALIASES", {}).items():
+            if (value := source.pop(short, None)) is not None:
+                source[key] = value
+        given |= source
+    config = OmegaConf.structured(schema)
+    for key, value in given.items():
+        try:
+            OmegaConf.update(config, key, _integral(value, known.get(key)))
+        except OmegaConfBaseException:
+            problems.append(f"{key} is {value!r}; it must be {_describe(known[key])}")
+    _raise(problems, path)
+    _resolve(config, path)
+    _raise(schema.problems(config) if hasattr(schema, "problems") else [], path)
+    return config
+
+
+def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a schema, with its annotation."""
+    hints = get_type_hints(schema)
+    for item in fields(schema):
+        hint = hints[item.name]
+        if is_dataclass(hint):
+            yield from _leaves(hint, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, hint
+
+
+def _read_arguments(argv: list[str], known: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Split the command line into the file of `config=` and {dotted key: value}."""
+    path, values = None, {}
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise UserError(f"argument {argument!r} is not of the form key=value, as in config=configs/showo_demo.yaml")
+        if key == "config":
+            path = text
+        else:
+            values[key] = _parse(key, text, known.get(key))
+    if path is None:
+        raise UserError("no config given; add config=FILE.yaml, for example config=configs/showo_demo.yaml")
+    return resolve_path(path), values
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    """Read one command-line value. Text stays as it is: a prompt may hold '=', quotes, ': ' and '#'."""
+    if hint is str or set(get_args(hint)) == {str, type(None)}:
+        return None if text == "null" else text
+    if hint is Any and not text.startswith("["):
+        return None if text == "null" else text
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+    except (yaml.YAMLError, OmegaConfBaseException):
+        raise UserError(f"{key} is {text!r}, which cannot be read as YAML; quote special characters") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"config={path} does not exist (or is no file); relative paths start at the current folder")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config={path} cannot be read as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config={path} must hold keys and values, not {type(tree).__name__}")
+    return tree
+
+
+def _flatten(tree: dict, known: dict[str, Any], problems: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk a tree down to the schema's keys; note what is not in the schema."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        is_section = any(other.startswith(f"{key}.") for other in known)
+        if key in known or get_origin(known.get(key.rpartition(".")[0])) is dict:
+            yield key, value
+        elif is_section and isinstance(value, dict):
+            yield from _flatten(value, known, problems, f"{key}.")
+        elif is_section and value is not None:  # an empty section gives nothing
+            problems.append(f"{key} is {value!r}; it must be a group of keys")
+        elif not is_section:
+            problems.append(f"unknown key {key}; the nearest known key is {_nearest(key, known)}")
+
+
+def _nearest(key: str, known: dict[str, Any]) -> str:
+    """The known key or section most like `key`, as a whole and in its last word."""
+    names = {name.rsplit(".", depth)[0] for name in known for depth in range(name.count(".") + 1)}
+
+    def likeness(name: str) -> float:
+        last = SequenceMatcher(None, key.rpartition(".")[2], name.rpartition(".")[2]).ratio()
+        return last + SequenceMatcher(None, key, name).ratio()
+
+    return max(sorted(names), key=likeness)
+
+
+def _integral(value: Any, hint: Any) -> Any:
+    """`4e7` is read as a float; where a whole number is wanted, it is one."""
+    wants_int = hint is int or int in get_args(hint)
+    return int(value) if wants_int and isinstance(value, float) and value.is_integer() else value
+
+
+def _describe(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return " or ".join(
+        words.get(option, "a group of keys" if get_origin(option) is dict else "a list") for option in options
+    )
+
+
+def _resolve(config: DictConfig, path: Path) -> None:
+    """Replace every `${…}` by its value."""
+    wanted = set(re.findall(r"\$\{oc\.env:\s*(\w+)\s*\}", OmegaConf.to_yaml(config, resolve=False)))
+    if unset := sorted(wanted - set(os.environ)):
+        raise UserError(f"config={path} needs environment variables that are not set: {', '.join(unset)}")
+    if blank := OmegaConf.missing_keys(config):
+        raise UserError(f"{', '.join(sorted(blank))} is '???', which stands for a value yet to be given; give one")
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config={path} holds a reference that leads nowhere: {error}") from None
+
+
+def _raise(problems: list[str], path: Path) -> None:
+    if problems:
+        raise UserError(f"config={path} with the command line: " + "; ".join(problems))

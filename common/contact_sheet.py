@@ -1,0 +1,104 @@
+"""Pictures with captions on one sheet, for people to look at."""
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 8  # pixels around pictures and text
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+MAX_LINES = 8  # of a caption
+
+
+def contact_sheet(
+    images: Sequence[Image.Image],
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
+    cell: int | None = None,
+    title: str | None = None,
+) -> Image.Image:
+    """Lay pictures of any sizes out in a grid, captions wrapped below each.
+
+    Args:
+        images: at least one, any mode.
+        captions: one per picture (line breaks are kept), or None.
+        columns: by default as many as make the grid about square, four at least where there are four pictures.
+        cell: side of the square a picture is fitted into; by default the largest side, within 128 … 384. Smaller
+            pictures are enlarged by whole factors without smoothing, so single pixels stay visible.
+        title: one line above all.
+
+    Returns:
+        An RGB picture.
+    """
+    assert images, "a contact sheet needs at least one picture"
+    assert captions is None or len(captions) == len(images), f"{len(images)} images, {len(captions)} captions"
+    cell = cell or min(max(128, *(max(image.size) for image in images)), 384)
+    columns = columns or min(len(images), max(4, math.ceil(math.sqrt(len(images)))))
+    font, heading = (
+        _font(size, [title or "", *(captions or [])]) for size in (max(12, cell // 14), max(14, cell // 10))
+    )
+    line_height = sum(font.getmetrics())
+    texts = [_wrap(caption, font, cell) for caption in captions or [""] * len(images)]
+    pictures = [_fit(image, cell) for image in images]
+    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    tallest = [max(pictures[index].height for index in row) for row in rows]
+    heights = [
+        tall + MARGIN + line_height * max(len(texts[index]) for index in row) + MARGIN
+        for row, tall in zip(rows, tallest, strict=True)
+    ]
+    top = MARGIN + (sum(heading.getmetrics()) + MARGIN if title else 0)
+    sheet = Image.new("RGB", (MARGIN + columns * (cell + MARGIN), top + sum(heights)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((MARGIN, MARGIN), title, INK, heading)
+    for row, tall, height in zip(rows, tallest, heights, strict=True):
+        for column, index in enumerate(row):
+            left, picture = MARGIN + column * (cell + MARGIN), pictures[index]
+            sheet.paste(picture, (left + (cell - picture.width) // 2, top + (tall - picture.height) // 2))
+            for number, line in enumerate(texts[index]):
+                draw.text((left, top + tall + MARGIN // 2 + number * line_height), line, INK, font)
+        top += height
+    return sheet
+
+
+def _font(size: int, texts: Sequence[str]) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, which knows ASCII only; for other letters one of the system's, if it has any."""
+    for name in () if all(text.isascii() for text in texts) else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size=size)
+
+
+def _fit(image: Image.Image, cell: int) -> Image.Image:
+    """Enlarge by a whole factor, or shrink smoothly, into a square of side `cell`; transparency becomes paper."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        paper = Image.new("RGBA", image.size, PAPER)
+        image = Image.alpha_composite(paper, image.convert("RGBA"))
+    image = image.convert("RGB")
+    factor = cell // max(image.size)
+    if factor >= 1:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    scale = cell / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break a caption into lines no wider than `width` pixels; words that are wider are cut."""
+    lines = []
+    for paragraph in text.splitlines():
+        line = ""
+        for word in paragraph.split():
+            if line and font.getlength(f"{line} {word}") > width:
+                lines.append(line)
+                line = ""
+            line = f"{line} {word}".strip()
+            while font.getlength(line) > width:
+                keep = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+                lines.append(line[:keep])
+                line = line[keep:]
+        lines.append(line)
+    lines = [line for line in lines if line]
+    return lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1].rstrip(" .") + " …"]

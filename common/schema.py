@@ -1,0 +1,318 @@
+"""Every setting of Show-o, its type and its default: the published keys (SPEC §14), the command line's (§13) and ours.
+
+The defaults are what the published training files have in common. A script that needs more keys subclasses a section
+and puts it into its own top-level class.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from omegaconf import II, DictConfig, OmegaConf
+
+
+@dataclass
+class WandbSection:
+    entity: str | None = None
+    resume: bool | str | None = "auto"
+    run_id: str | None = None
+    mode: str | None = None  # online, offline, disabled; null: online if logged in, else offline
+
+
+@dataclass
+class ExperimentSection:
+    project: str = "training"
+    name: str = "show-o"
+    output_dir: str = "outputs/show-o"
+    max_train_examples_t2i: int | None = None
+    max_train_examples_mmu: int | None = None
+    save_every: int = 10000
+    eval_every: int = 2500
+    generate_every: int = 1000
+    log_every: int = 50
+    log_grad_norm_every: int = 500
+    resume_from_checkpoint: bool | str | None = "latest"
+    checkpoints_total_limit: int | None = None
+
+
+@dataclass
+class VqModelSection:
+    type: str = "magvitv2"
+    vq_model_name: str = "showlab/magvitv2"  # hub name or folder
+    pretrained_model_path: str | None = None  # a file holding a dict with the key `model`
+
+
+@dataclass
+class ShowoSection:
+    load_from_showo: bool = True  # False: start from the weights of `llm_model_path`
+    pretrained_model_path: str | None = "showlab/show-o"  # hub name or folder
+    w_clip_vit: bool = False
+    vocab_size: int = 58498
+    llm_vocab_size: int = 50295
+    llm_model_path: str = "microsoft/phi-1_5"  # hub name or folder
+    codebook_size: int = 8192
+    num_vq_tokens: int = 256
+    num_new_special_tokens: int = 10
+
+
+@dataclass
+class ModelSection:
+    vq_model: VqModelSection = field(default_factory=VqModelSection)
+    showo: ShowoSection = field(default_factory=ShowoSection)
+    clip_vit_name: str = "openai/clip-vit-large-patch14-336"  # hub name or folder, read with `w_clip_vit`
+    gradient_checkpointing: bool = True
+
+
+@dataclass
+class DataParams:
+    train_t2i_shards_path_or_url: Any = None  # one path or brace list, or several
+    train_mmu_shards_path_or_url: Any = None
+    train_lm_shards_path_or_url: Any = None
+    add_caption_prompt: bool = True
+    external_caption_path: str | None = None
+    external_journeydb_caption_path: str | None = None
+    external_laion12m_caption_path: str | None = None
+    external_cc12m_caption_path: str | None = None
+    validation_prompts_file: str = "validation_prompts/text2image_prompts.txt"
+    shuffle_buffer_size: int = 1000
+    num_workers: int = 32
+    resolution: int = II("dataset.preprocessing.resolution")
+    pin_memory: bool = True
+    persistent_workers: bool = True
+    batch_size: int | None = II("training.batch_size")
+
+
+@dataclass
+class PreprocessingSection:
+    max_seq_length: int = 128
+    resolution: int = 256
+    center_crop: bool = False  # pictures are always centre-cropped, as published
+    random_flip: bool = False
+
+
+@dataclass
+class DatasetSection:
+    gen_type: str = "t2i"
+    und_type: str = "captioning"
+    combined_loader_mode: str = "max_size_cycle"
+    add_system_prompt: bool = False
+    params: DataParams = field(default_factory=DataParams)
+    preprocessing: PreprocessingSection = field(default_factory=PreprocessingSection)
+
+
+@dataclass
+class OptimizerParams:
+    learning_rate: float = 1e-4
+    scale_lr: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    epsilon: float = 1e-8
+
+
+@dataclass
+class OptimizerSection:
+    name: str = "adamw"
+    params: OptimizerParams = field(default_factory=OptimizerParams)
+
+
+@dataclass
+class SchedulerParams:
+    learning_rate: float = II("optimizer.params.learning_rate")
+    warmup_steps: int = 5000
+
+
+@dataclass
+class SchedulerSection:
+    scheduler: str = "cosine"
+    params: SchedulerParams = field(default_factory=SchedulerParams)
+
+
+@dataclass
+class TrainingSection:
+    gradient_accumulation_steps: int = 1
+    noise_type: str = "mask"
+    predict_all_tokens: bool = False
+    eval_mask_ratios: list[float] | None = None
+    mask_contiguous_region_prob: float | None = None
+    pre_encode: bool = False
+    batch_size_t2i: int = 10
+    batch_size_lm: int = 4
+    batch_size_mmu: int = 10
+    batch_size: int = 1  # pictures drawn at once by the inference scripts
+    mixed_precision: str = "bf16"
+    enable_tf32: bool = True
+    seed: int | None = 10086
+    max_train_steps: int = 500000
+    overfit_one_batch: bool = False
+    cond_dropout_prob: float = 0.1
+    min_masking_rate: float = 0.0
+    label_smoothing: float = 0.0
+    max_grad_norm: float | None = None
+    guidance_scale: float = 1.5
+    generation_timesteps: int = 12
+    generation_temperature: float = 1.0
+    t2i_coeff: float = 1.0
+    lm_coeff: float = 0.1
+    mmu_coeff: float = 1.0
+    mask_schedule: str = "cosine"  # the section of the same name wins
+
+
+@dataclass
+class MaskScheduleSection:
+    schedule: str | None = None
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainingConfig:
+    """What `training/*.py` reads: the published sections, and where and how to run."""
+
+    wandb: WandbSection = field(default_factory=WandbSection)
+    experiment: ExperimentSection = field(default_factory=ExperimentSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    dataset: DatasetSection = field(default_factory=DatasetSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    lr_scheduler: SchedulerSection = field(default_factory=SchedulerSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    mask_schedule: MaskScheduleSection = field(default_factory=MaskScheduleSection)
+
+    # Short names: giving the one on the left sets the key on the right; reading either gives the same value.
+    ALIASES: ClassVar[dict[str, str]] = {
+        "seed": "training.seed",
+        "output_dir": "experiment.output_dir",
+        "validation_prompts_file": "dataset.params.validation_prompts_file",
+    }
+    seed: int | None = II("training.seed")
+    output_dir: str = II("experiment.output_dir")
+    validation_prompts_file: str = II("dataset.params.validation_prompts_file")
+    device: str | None = None  # null: cuda if there is one
+    dtype: str | None = None  # null: bf16 on a GPU, fp32 on a CPU
+    attn_implementation: str = "sdpa"
+    compile: bool = False
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        """What is wrong with the values of a merged and resolved config, one sentence each."""
+        return find_problems(config)
+
+
+@dataclass
+class InferenceConfig(TrainingConfig):
+    """What `inference_t2i.py` and `inference_mmu.py` read: all the rest, and the command line's own keys (SPEC §13)."""
+
+    ALIASES: ClassVar[dict[str, str]] = TrainingConfig.ALIASES | {
+        "batch_size": "training.batch_size",
+        "guidance_scale": "training.guidance_scale",
+        "generation_timesteps": "training.generation_timesteps",
+        "generation_temperature": "training.generation_temperature",
+    }
+    batch_size: int = II("training.batch_size")
+    guidance_scale: float = II("training.guidance_scale")
+    generation_timesteps: int = II("training.generation_timesteps")
+    generation_temperature: float = II("training.generation_temperature")
+
+    mode: str | None = None  # t2i, inpainting, extrapolation
+    prompt: str | None = None  # several, and several directions or questions, are split at " *** "
+    image_path: str | None = None
+    inpainting_mask_path: str | None = None
+    extra_direction: str | None = None
+    offset: int = 0
+    num_images_per_prompt: int = 1
+
+    question: str | None = None
+    mmu_image_root: str | None = None
+    max_new_tokens: int = 100
+    temperature: float = 1.0  # of the answers; pictures have generation_temperature
+    top_k: int | None = 1
+    top_p: float | None = None
+
+
+ShowoScriptConfig = InferenceConfig
+
+CHOICES = {
+    "mode": ("t2i", "inpainting", "extrapolation"),
+    "dtype": ("fp32", "bf16", "fp16"),
+    "attn_implementation": ("sdpa", "eager", "flex_attention"),
+    "wandb.mode": ("online", "offline", "disabled"),
+    "model.vq_model.type": ("magvitv2",),
+    "dataset.gen_type": ("imagenet1k", "t2i", "t2i_parquet"),
+    "dataset.und_type": ("captioning", "captioning_parquet", "llava_pretrain", "llava_tuning"),
+    "dataset.combined_loader_mode": ("max_size_cycle", "min_size"),
+    "optimizer.name": ("adamw",),
+    "optimizer.params.scale_lr": (False,),  # read by nobody, like pre_encode
+    "lr_scheduler.scheduler": (
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+    ),
+    "training.pre_encode": (False,),
+    "training.noise_type": ("mask", "random_replace"),
+    "training.mixed_precision": ("no", "bf16", "fp16"),
+}
+
+RANGES = {  # both ends allowed, infinity never
+    **{f"experiment.{what}_every": (1, math.inf) for what in ("save", "eval", "generate", "log", "log_grad_norm")},
+    "dataset.preprocessing.max_seq_length": (1, math.inf),
+    "dataset.preprocessing.resolution": (8, math.inf),
+    "dataset.params.shuffle_buffer_size": (0, math.inf),
+    "dataset.params.num_workers": (0, math.inf),
+    "optimizer.params.learning_rate": (0, math.inf),
+    "lr_scheduler.params.warmup_steps": (0, math.inf),
+    "training.gradient_accumulation_steps": (1, math.inf),
+    "training.batch_size_t2i": (0, math.inf),
+    "training.batch_size_lm": (0, math.inf),
+    "training.batch_size_mmu": (0, math.inf),
+    "training.batch_size": (1, math.inf),
+    "training.max_train_steps": (0, math.inf),
+    "training.cond_dropout_prob": (0, 1),
+    "training.min_masking_rate": (0, 1),
+    "training.mask_contiguous_region_prob": (0, 1),
+    "training.label_smoothing": (0, 1),
+    "training.guidance_scale": (0, math.inf),
+    "training.generation_timesteps": (1, math.inf),
+    "training.generation_temperature": (0, math.inf),
+    "num_images_per_prompt": (1, math.inf),
+    "max_new_tokens": (1, math.inf),
+    "temperature": (0, math.inf),
+    "top_k": (1, math.inf),
+    "top_p": (0, 1),
+    "seed": (0, 2**63 - 1),
+}
+
+SHARDS = [f"dataset.params.train_{flow}_shards_path_or_url" for flow in ("t2i", "mmu", "lm")]
+
+
+def find_problems(config: DictConfig) -> list[str]:
+    """Values of the right type that make no sense, or that would be passed over in silence."""
+    found = []
+    for key, allowed in CHOICES.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and value not in allowed:
+            found.append(f"{key} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+    for key, (low, high) in RANGES.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            found.append(f"{key} is {value}; it must be " + (f"{low} or more" if high > 1 else f"from {low} to {high}"))
+    for key in SHARDS:
+        value = OmegaConf.select(config, key)
+        paths = value if OmegaConf.is_list(value) else [value]
+        if value is not None and not all(isinstance(path, str) for path in paths):
+            found.append(f"{key} is {value!r}; it must be one path or a list of paths")
+    for key, same in (
+        ("dataset.params.resolution", "dataset.preprocessing.resolution"),
+        ("lr_scheduler.params.learning_rate", "optimizer.params.learning_rate"),
+    ):
+        value, expected = OmegaConf.select(config, key), OmegaConf.select(config, same)
+        if value != expected:
+            found.append(f"{key} is {value} and {same} is {expected}; they must agree (leave the first one out)")
+    return found
+
+
+def mask_schedule_of(config: DictConfig) -> tuple[str, dict[str, Any]]:
+    """Name and parameters of the masking schedule: the section `mask_schedule`, else `training.mask_schedule`."""
+    section = config.mask_schedule
+    return section.schedule or config.training.mask_schedule, OmegaConf.to_container(section.params)

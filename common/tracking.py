@@ -1,0 +1,138 @@
+"""Metrics and pictures of a run: in wandb (online, offline or not at all) and always on disk as well."""
+
+import json
+import netrc
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from common.contact_sheet import contact_sheet
+
+INIT_TIMEOUT = 20  # seconds until an online run that does not start becomes an offline one
+
+
+class Tracker:
+    """What the main process of a run reports.
+
+    Args:
+        project, name: of the wandb run.
+        output_dir: gets `metrics.jsonl` (one line per `log`, appended), `images/` and wandb's own `wandb/`.
+        config: the run's settings, shown in wandb.
+        wandb_config: the section `wandb` of a config: `entity`, `resume`, `run_id`, `mode`.
+        enabled: False on all processes but the main one; then every method does nothing.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        name: str,
+        output_dir: str | Path,
+        *,
+        config: DictConfig | dict | None = None,
+        wandb_config: DictConfig | dict | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.enabled = enabled
+        self.output_dir = Path(output_dir)
+        self.run = None
+        if enabled:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.run = _start_run(project, name, self.output_dir, _plain(config), _plain(wandb_config))
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Report numbers (or strings) of one step; tensors of one element are taken as numbers."""
+        if not self.enabled:
+            return
+        values = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
+        with (self.output_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.run is not None:
+            self.run.log(values, step=step)
+
+    def log_images(
+        self, panel: str, images: list[Image.Image], captions: list[str], step: int, *, save: bool = True
+    ) -> None:
+        """Show captioned pictures under a panel name; `save` also writes them as one sheet.
+
+        The sheet is `images/{panel in lower case, words joined by -}-{step, 8 digits}.png`.
+        """
+        if not self.enabled or not images:
+            return
+        assert len(images) == len(captions), f"{len(images)} images, {len(captions)} captions"
+        if save:
+            slug = re.sub(r"[^a-z0-9]+", "-", panel.lower()).strip("-")
+            path = self.output_dir / "images" / f"{slug}-{step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            contact_sheet(images, captions, title=f"{panel}, step {step}").save(path)
+        if self.run is not None:
+            import wandb
+
+            pictures = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
+            self.run.log({panel: pictures}, step=step)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Send what is left. Nothing can be logged to wandb afterwards."""
+        if self.run is not None:
+            self.run.finish()
+            self.run = None
+
+
+def _plain(config: DictConfig | dict | None) -> dict[str, Any]:
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config or {})
+
+
+def _start_run(project: str, name: str, folder: Path, config: dict, options: dict) -> Any:
+    """A wandb run, or None where wandb is turned off or absent. Never asks and never stops the program."""
+    mode = options.get("mode") or os.environ.get("WANDB_MODE")
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError:
+        print(f"wandb is not installed: metrics and pictures go to {folder} only")
+        return None
+    if mode is None and not _logged_in():
+        print("wandb: no login found, so this run is recorded offline (upload it later with `wandb sync`)")
+        mode = "offline"
+    run_id = options.get("run_id")
+    arguments: dict[str, Any] = {
+        "project": project,
+        "name": name,
+        "entity": options.get("entity"),
+        "id": run_id,
+        "dir": str(folder),
+        "config": config,
+    }
+    settings = wandb.Settings(init_timeout=INIT_TIMEOUT, silent=True)
+    if mode != "offline":
+        try:
+            resume = options.get("resume") if run_id else None  # as published: only a named run is resumed
+            return wandb.init(**arguments, mode=mode or "online", resume=resume, settings=settings)
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split())[:200]
+            print(f"wandb: cannot go online ({reason}); this run is recorded offline")
+    return wandb.init(**arguments, mode="offline", settings=settings)
+
+
+def _logged_in() -> bool:
+    """Whether wandb would find a key without asking."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

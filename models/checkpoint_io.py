@@ -1,0 +1,210 @@
+"""Checkpoints (SPEC §12): hub name or folder, published and own file names, checked key by key, never executing code."""
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from common.errors import UserError
+
+INDEX_NAMES = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+WEIGHT_NAMES = (
+    "model.safetensors",
+    "pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.txt"]
+
+
+def resolve_folder(name_or_path: str | Path) -> Path:
+    """A local folder as it is, a hub name as its downloaded snapshot.
+
+    Raises:
+        UserError: no such folder, and not a hub name or the hub cannot be reached.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the checkpoint's folder (the one that holds config.json)")
+    name = str(name_or_path)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.parent.is_dir():
+        raise UserError(f"checkpoint folder {name!r} does not exist; give an existing folder or a hub name like showlab/show-o")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+    except Exception as error:  # the hub's client raises a dozen unrelated classes for "no network"
+        raise UserError(
+            f"{name!r} is no local folder and could not be fetched from the hub ({type(error).__name__}); "
+            "download the repository elsewhere and give the path of its folder instead"
+        ) from error
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object from a file; `UserError` when it is missing or damaged."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing; a checkpoint folder holds config.json and the weights")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is no valid JSON ({error}); copy the file again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def load_weights_file(file: str | Path) -> dict[str, torch.Tensor]:
+    """Tensors of one weight file, `.safetensors` or pickled with `weights_only=True`; unwraps the key ``model``.
+
+    Raises:
+        UserError: the file is missing, truncated, or holds anything but tensors (a malicious pickle is never run).
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(f"weight file {file} is missing; copy it again or point to another checkpoint")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file} is damaged, or holds more than tensors and was not executed; get a clean copy") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"{file} cannot be read, it may be truncated ({reason}); copy it again") from error
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{file} does not hold a plain dictionary of tensors; expected a state dict")
+    return content
+
+
+def load_state_dict_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """The whole state dict of a checkpoint folder, sharded or not, under any of the published names."""
+    for name in INDEX_NAMES:
+        if (folder / name).is_file():
+            return _load_shards(folder, folder / name)
+    for name in WEIGHT_NAMES:
+        if (folder / name).is_file():
+            return load_weights_file(folder / name)
+    raise UserError(f"{folder} holds no weights; expected one of {', '.join(WEIGHT_NAMES)} or a sharded checkpoint's index")
+
+
+def _load_shards(folder: Path, index: Path) -> dict[str, torch.Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map; copy the index file again")
+    state_dict = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise UserError(f"{index} points outside its folder ({name!r}); refused")
+        state_dict.update(load_weights_file(folder / name))
+    lost = sorted(set(weight_map) - set(state_dict))
+    if lost:
+        raise UserError(f"{index} promises {_some(lost)}, absent from the shards; copy the checkpoint again")
+    return state_dict
+
+
+def check_state_dict(name: str, expected: dict, given: dict, allow_missing: tuple[str, ...] = ()) -> None:
+    """Refuses a state dict that does not fit, naming the missing, unexpected and mis-shaped keys.
+
+    Args:
+        name: what to call the checkpoint in the message.
+        expected, given: name → tensor (or anything with `.shape`).
+        allow_missing: prefixes of keys that may be absent.
+    """
+    missing = sorted(k for k in expected if k not in given and not k.startswith(allow_missing or ("\0",)))
+    unexpected = sorted(k for k in given if k not in expected)
+    misshaped = [
+        f"{k} {list(given[k].shape)} instead of {list(expected[k].shape)}"
+        for k in sorted(expected)
+        if k in given and given[k].shape != expected[k].shape
+    ]
+    problems = [
+        f"{kind} {_some(keys)}"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+        if keys
+    ]
+    if problems:
+        raise UserError(f"{name} does not fit this model: {'; '.join(problems)}")
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} ({', '.join(names[:limit])}{more})"
+
+
+def resize_rows(tensor: torch.Tensor, rows: int, std: float) -> torch.Tensor:
+    """First `rows` rows of an embedding, head or head bias; new rows are normal with `std` (0 for a bias)."""
+    if len(tensor) >= rows:
+        return tensor[:rows].clone()
+    new = torch.randn(rows - len(tensor), *tensor.shape[1:], dtype=torch.float32) * std
+    return torch.cat([tensor, new.to(tensor.dtype)])
+
+
+class CheckpointMixin:
+    """`from_pretrained` for published and own folders, on top of transformers' loading.
+
+    The host class sets `config_class` and `published_class_name`; it may override `_adapt_state_dict`.
+    """
+
+    published_class_name: str
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *, config=None, allow_missing: tuple[str, ...] = (), dtype=torch.float32, **kwargs):
+        """Loads a hub name or a folder.
+
+        Args:
+            config: replaces the folder's own; with another `vocab_size` the vocabulary is resized.
+            allow_missing: prefixes of parameters that may be absent and then keep their initialisation.
+            dtype: float32 by default, as the published code loads; ``"auto"`` keeps the stored one.
+            kwargs: configuration keys to override, or options of `transformers` (`attn_implementation`, `device_map`,
+                `quantization_config`, …).
+
+        Raises:
+            UserError: folder, weights or architecture are not what is expected.
+        """
+        if name_or_path is None:  # transformers' own spelling: a config and a state dict
+            return super().from_pretrained(None, config=config, dtype=dtype, **kwargs)
+        folder = resolve_folder(name_or_path)
+        if config is None:
+            config = cls._read_config(folder, kwargs)
+        state_dict = {k: v for k, v in load_state_dict_folder(folder).items() if not k.endswith("rotary_emb.inv_freq")}
+        state_dict = cls._adapt_state_dict(state_dict, config)
+        with torch.device("meta"):
+            skeleton = cls(config)
+        expected = skeleton.state_dict()
+        tied = {k for k in skeleton.all_tied_weights_keys if k not in state_dict}
+        check_state_dict(str(name_or_path), {k: v for k, v in expected.items() if k not in tied}, state_dict, allow_missing)
+        model = super().from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype, **kwargs)
+        model.config.name_or_path = str(name_or_path)
+        return model
+
+    @classmethod
+    def _read_config(cls, folder: Path, kwargs: dict):
+        """The folder's configuration with the overrides found (and removed) in `kwargs`."""
+        content = read_json(folder / "config.json")
+        kind = content.get("_class_name") or content.get("model_type")
+        if kind not in (cls.published_class_name, cls.config_class.model_type):
+            raise UserError(f"{folder} holds a {kind!r} checkpoint, expected {cls.published_class_name!r}")
+        content = {k: v for k, v in content.items() if not k.startswith("_") and k != "model_type"}
+        defaults = cls.config_class().to_dict()
+        content |= {key: kwargs.pop(key) for key in list(kwargs) if key in defaults}
+        try:
+            return cls.config_class(**content)
+        except ValueError as error:
+            raise UserError(f"{folder / 'config.json'}: {error}") from error
+
+    @classmethod
+    def _adapt_state_dict(cls, state_dict: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
+        return state_dict

@@ -1,0 +1,44 @@
+"""The frozen CLIP vision tower of the `w_clip_vit` branch (SPEC §4)."""
+
+import torch
+from torch import nn
+from transformers import CLIPImageProcessor, CLIPVisionModel
+
+CLIP_VIT_L_336 = "openai/clip-vit-large-patch14-336"
+
+
+class CLIPVisionTower(nn.Module):
+    """CLIP patch features for `mm_projector`.
+
+    Args:
+        name_or_path: hub name or folder of a CLIP (vision) model with its image processor.
+        layer: hidden state to take; −2 as published. The CLS position is dropped.
+    """
+
+    def __init__(self, name_or_path: str = CLIP_VIT_L_336, layer: int = -2):
+        super().__init__()
+        self.layer = layer
+        self.image_processor = CLIPImageProcessor.from_pretrained(name_or_path)
+        self.vision_tower = CLIPVisionModel.from_pretrained(name_or_path, dtype=torch.float32)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "CLIPVisionTower":
+        """Stays in evaluation mode: the tower is frozen."""
+        return super().train(False)
+
+    @property
+    def num_features(self) -> int:
+        """Features per image, 576 for ViT-L/14 at 336²."""
+        config = self.vision_tower.config
+        return (config.image_size // config.patch_size) ** 2
+
+    def preprocess(self, images: list) -> torch.Tensor:
+        """PIL images → (B, 3, S, S) float32, CLIP's own resize, crop and normalisation."""
+        return self.image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) → (B, num_features, hidden), float32 (B, 576, 1024) for the published tower."""
+        parameter = next(self.vision_tower.parameters())
+        states = self.vision_tower(pixel_values.to(parameter), output_hidden_states=True).hidden_states
+        return states[self.layer][:, 1:]

@@ -1,0 +1,189 @@
+"""The two generation loops with their caches: `t2i_generate` draws (SPEC §7), `mmu_generate` answers (SPEC §8).
+
+Both equal the published loops token for token while computing each thing once: the text never sees the image, so its
+keys and values are cached; common left padding is dropped; the head runs on the positions and rows that are needed.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+from models.omni_attention import OmniMask
+from models.sampling import Schedule, get_mask_schedule, maskgit_step, sample_next
+
+# B images or prompts, N image positions, C codes, P prefix length, L row length
+
+
+class ShowoGeneration:
+    """Generation methods of `Showo`; expects `hidden_states`, `vocabulary`, `showo.lm_head` of the host class."""
+
+    @torch.no_grad()
+    def t2i_generate(
+        self,
+        input_ids: torch.Tensor,
+        uncond_input_ids: torch.Tensor | None = None,
+        *,
+        guidance_scale: float = 0.0,
+        timesteps: int = 18,
+        temperature: float = 1.0,
+        noise_schedule: str | Schedule = "cosine",
+        generator: torch.Generator | None = None,
+        callback: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """Image codes by masked-token diffusion. The same CPU seed gives the published tokens.
+
+        Args:
+            input_ids: (B, L) int64 `t2i_gen` rows; image part all mask token, or partly known for inpainting.
+            uncond_input_ids: (B, L) rows without text for guidance; their image part is ignored.
+            guidance_scale: w in ``(1 + w) cond - w uncond``; 0 turns guidance off.
+            timesteps: number of steps.
+            temperature: start of the Gumbel temperature.
+            noise_schedule: name or function of a scalar tensor, see `get_mask_schedule`.
+            callback: called as ``callback(step, codes)`` after each step, codes (B, N) as drawn.
+
+        Returns:
+            (B, N) int64 codes in [0, codebook_size).
+
+        Raises:
+            ValueError: rows without an image block, guidance without unconditional rows, or no steps.
+        """
+        if timesteps < 1:
+            raise ValueError(f"timesteps is {timesteps}, expected at least 1")
+        guided = guidance_scale > 0
+        if guided and (uncond_input_ids is None or uncond_input_ids.shape != input_ids.shape):
+            raise ValueError("guidance_scale > 0 needs uncond_input_ids of the shape of input_ids")
+        schedule = get_mask_schedule(noise_schedule) if isinstance(noise_schedule, str) else noise_schedule
+        vocabulary, mask_id = self.vocabulary, self.vocabulary.mask_token_id
+        rows = torch.cat([input_ids, uncond_input_ids]) if guided else input_ids
+        block = _ImageBlock(self, rows)
+
+        image_ids = input_ids[:, block.start + 1 : -1]  # (B, N)
+        codes = torch.where(image_ids == mask_id, mask_id, image_ids - vocabulary.image_offset)
+        for step in range(timesteps):
+            logits = block.code_logits(codes)  # (B or 2B, N, C)
+            if guided:
+                cond, uncond = logits.chunk(2)
+                logits = (1 + guidance_scale) * cond - guidance_scale * uncond
+            ratio = (step + 1) / timesteps
+            temperature = temperature * (1.0 - ratio)  # Faithful: compounds, before use (pinned by tests/parity)
+            sampled, remaining = maskgit_step(
+                logits,
+                codes,
+                mask_id,
+                mask_ratio=schedule(torch.tensor(ratio, device=logits.device)),
+                temperature=temperature,
+                generator=generator,
+            )
+            codes = torch.where(remaining, mask_id, sampled)
+            if callback is not None:
+                callback(step, sampled)
+        return sampled.clamp(0, vocabulary.codebook_size - 1)
+
+    @torch.no_grad()
+    def mmu_generate(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        image_features: torch.Tensor | None = None,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eot_token: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        attention_mask: OmniMask | None = None,
+        callback: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """Text after a prompt, one token at a time over a key/value cache.
+
+        Args:
+            input_ids: (B, L) int64 prompts of any kind; shorter ones padded on either side with the pad id.
+            image_features: raw CLIP features for the −200 positions, in row order.
+            top_k, top_p, temperature: see `sample_next`; ``top_k=1`` is greedy.
+            eot_token: id or ids that end a row; each row stops by itself and is filled with the pad id.
+            attention_mask: mask of the prompts; default: read off the ids.
+            callback: called with the (B,) new ids after each token.
+
+        Returns:
+            (B, T) int64 new ids, T <= max_new_tokens, the end token included.
+        """
+        pad_id = self.vocabulary.pad_id
+        if attention_mask is None:
+            input_ids = _align_right(input_ids, pad_id)
+            attention_mask = OmniMask.from_ids(input_ids, self.vocabulary)
+        length = input_ids.shape[1]
+        mask = attention_mask.extend(max_new_tokens)
+        stops = [eot_token] if isinstance(eot_token, int) else list(eot_token or [])
+        stops = torch.tensor(stops, dtype=torch.long, device=input_ids.device)
+        cache = DynamicCache(config=self.showo.config)
+        hidden = self.hidden_states(
+            input_ids, mask.rows(0, length), image_features=image_features, past_key_values=cache
+        )
+        finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        new_ids = []
+        for position in range(length, length + max_new_tokens):
+            logits = self.showo.lm_head(hidden[:, -1]).float()  # (B, V)
+            token = sample_next(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            token = token.masked_fill(finished, pad_id)
+            new_ids.append(token)
+            if callback is not None:
+                callback(token)
+            finished = finished | torch.isin(token, stops)
+            if finished.all() or len(new_ids) == max_new_tokens:
+                break
+            hidden = self.hidden_states(token[:, None], mask.rows(position, position + 1), past_key_values=cache)
+        return torch.stack(new_ids, dim=1) if new_ids else input_ids[:, :0]
+
+
+class _ImageBlock:
+    """The rows of `t2i_generate` with their text computed once; each step runs ``<soi>`` + N + ``<eoi>`` only."""
+
+    def __init__(self, model: ShowoGeneration, rows: torch.Tensor):
+        vocabulary = model.vocabulary
+        self.start = _common_soi(rows, vocabulary.soi_id)
+        self.model, self.vocabulary = model, vocabulary
+        num_pads = (rows == vocabulary.pad_id).sum(1)
+        first = int(num_pads.min())  # common left padding changes nothing: rotary positions are relative
+        length = rows.shape[1] - first
+        prefix_length = self.start - first
+        mask = OmniMask.from_ids(rows[:, first:], vocabulary)
+        self.cache = DynamicCache(config=model.showo.config)
+        model.hidden_states(
+            rows[:, first : self.start], mask.rows(0, prefix_length), past_key_values=self.cache
+        )
+        self.mask = mask.rows(prefix_length, length)
+        if model.showo.config._attn_implementation != "flex_attention":
+            self.mask = self.mask.dense()  # the same at every step
+        self.block_ids = rows[:, self.start :].clone()  # (R, N+2)
+        head, offset = model.showo.lm_head, vocabulary.image_offset
+        codes = slice(offset, offset + vocabulary.codebook_size)
+        self.head_weight, self.head_bias = head.weight[codes], head.bias[codes]
+
+    def code_logits(self, codes: torch.Tensor) -> torch.Tensor:
+        """Logits (R, N, C) in fp32 of the codes (B, N) or mask tokens; R is B, or 2B with guidance."""
+        image_ids = torch.where(
+            codes == self.vocabulary.mask_token_id, codes, codes + self.vocabulary.image_offset
+        )
+        self.block_ids[:, 1:-1] = image_ids.repeat(len(self.block_ids) // len(codes), 1)
+        hidden = self.model.hidden_states(self.block_ids, self.mask, past_key_values=self.cache)
+        self.cache.crop(-self.block_ids.shape[1])  # transformers takes the number of positions to drop as negative
+        return F.linear(hidden[:, 1:-1], self.head_weight, self.head_bias).float()
+
+
+def _common_soi(rows: torch.Tensor, soi_id: int) -> int:
+    """Index of ``<soi>``, the same in all rows of a t2i batch."""
+    is_soi = rows == soi_id
+    index = is_soi.int().argmax(1)
+    if not is_soi.any(1).all() or (index != index[0]).any():
+        raise ValueError("t2i rows must hold <soi> at one common position; build them with UniversalPrompting 't2i_gen'")
+    return int(index[0])
+
+
+def _align_right(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """Moves padding to the left and drops what all rows share, so that every prompt ends at the last position."""
+    is_text = input_ids != pad_id
+    order = is_text.int().sort(dim=1, stable=True).indices  # pads first, text in its order
+    longest = int(is_text.sum(1).max())
+    return input_ids.gather(1, order)[:, input_ids.shape[1] - longest :]

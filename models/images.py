@@ -1,0 +1,79 @@
+"""Pictures on disk ↔ PIL ↔ tensors (SPEC §11)."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.contact_sheet import contact_sheet
+from common.errors import UserError
+
+__all__ = ["contact_sheet", "load_image", "preprocess", "to_pil"]
+
+MAX_PIXELS = 178_956_970  # beyond it PIL speaks of decompression bombs
+
+
+def load_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """Read a picture completely and convert it.
+
+    Args:
+        path: any format PIL reads; of an animation the first frame is taken.
+        mode: `RGB` for pictures, `L` for inpainting masks.
+
+    Raises:
+        UserError: the file is missing, no picture, truncated, or has more than 178,956,970 pixels.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"picture {path} does not exist (or is no file); relative paths start at the current folder")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit, which we allow
+            with Image.open(path) as image:
+                _check_size(image.size, path)
+                return image.convert(mode)  # Faithful: EXIF rotation is not applied
+    except Image.DecompressionBombError:
+        raise UserError(f"picture {path} has more than {MAX_PIXELS:,} pixels; scale it down first") from None
+    except UserError:
+        raise
+    except Exception as error:  # decoders of broken files raise almost anything
+        raise UserError(f"picture {path} cannot be read, it is broken or no picture: {error}") from None
+
+
+def preprocess(image: Image.Image, resolution: int, *, normalize: bool = True) -> torch.Tensor:
+    """Resize the shorter side (bicubic), crop the centre, scale.
+
+    Args:
+        image: any mode; read as RGB, only masks (mode `L` with `normalize=False`) keep their one channel.
+        resolution: side of the result in pixels.
+        normalize: to [-1, 1] instead of [0, 1].
+
+    Returns:
+        (3, resolution, resolution) or (1, resolution, resolution), float32.
+    """
+    if normalize or image.mode != "L":
+        image = image.convert("RGB")
+    short, long = min(image.size), max(image.size)
+    new_long = int(resolution * long / short)
+    size = (resolution, new_long) if image.width == short else (new_long, resolution)
+    _check_size(size, f"of {image.width} x {image.height} pixels")
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (int(round((side - resolution) / 2)) for side in size)  # half to even, as published
+    image = image.crop((left, top, left + resolution, top + resolution))
+    values = np.asarray(image, dtype=np.uint8).reshape(resolution, resolution, -1)
+    pixels = torch.from_numpy(values.copy()).permute(2, 0, 1).contiguous().float() / 255  # (C, res, res)
+    return (pixels - 0.5) / 0.5 if normalize else pixels
+
+
+def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
+    """Turn (B, 3, H, W) in [-1, 1], any float dtype and device, into pictures; values outside are clamped."""
+    values = torch.clamp((pixels.detach().float() + 1) / 2, 0, 1) * 255
+    values = values.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)  # Faithful: truncated, not rounded
+    return [Image.fromarray(value) for value in values]
+
+
+def _check_size(size: tuple[int, int], what: str | Path) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise UserError(f"picture {what} would take {size[0]} x {size[1]} pixels; at most {MAX_PIXELS:,} are read")

@@ -1,0 +1,387 @@
+"""MAGVIT-v2 image tokenizer: pixels <-> integer codes, and the losses of its lookup-free quantiser (SPEC §10).
+
+Sizes come from `MAGVITv2Config`; its defaults are the published tokenizer (16x down, 13 bits, 95.4 M parameters),
+and a small tokenizer is the same class with other numbers. Parameter names are the published ones.
+
+Shape suffixes: B batch, H/W pixels, h/w = H/factor, W/factor tokens, C channels, K code bits, N = h*w.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+
+class MAGVITv2Config(PretrainedConfig):
+    """Sizes of a tokenizer.
+
+    Args:
+        ch: channel unit; every width is `ch` times a multiplier.
+        encoder_ch_mult, decoder_ch_mult: one multiplier per resolution, finest first; equally many on both sides.
+        encoder_num_res_blocks, decoder_num_res_blocks: residual blocks per resolution, finest first.
+        code_bits: bits per code; the codebook has `2 ** code_bits` entries.
+        num_groups: groups of every GroupNorm; must divide every width.
+        stem_patch_size: k > 1 folds k x k pixels into channels before the first convolution and unfolds them after
+            the last, so that a small tokenizer does no work at full resolution.
+        encoder_mid, decoder_mid: whether the block-attention-block at the coarsest resolution is there (published:
+            both). Small tokenizers may spend these parameters elsewhere.
+
+    Raises:
+        ValueError: the sizes contradict each other.
+    """
+
+    model_type = "magvitv2"
+
+    def __init__(
+        self,
+        ch: int = 128,
+        encoder_ch_mult: tuple[int, ...] = (1, 2, 2, 4, 4),
+        decoder_ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
+        encoder_num_res_blocks: tuple[int, ...] = (4, 3, 4, 3, 4),
+        decoder_num_res_blocks: tuple[int, ...] = (4, 4, 3, 4, 3),
+        code_bits: int = 13,
+        num_groups: int = 32,
+        stem_patch_size: int = 1,
+        encoder_mid: bool = True,
+        decoder_mid: bool = True,
+        **kwargs,
+    ):
+        self.ch = ch
+        self.encoder_ch_mult = list(encoder_ch_mult)
+        self.decoder_ch_mult = list(decoder_ch_mult)
+        self.encoder_num_res_blocks = list(encoder_num_res_blocks)
+        self.decoder_num_res_blocks = list(decoder_num_res_blocks)
+        self.code_bits = code_bits
+        self.num_groups = num_groups
+        self.stem_patch_size = stem_patch_size
+        self.encoder_mid = encoder_mid
+        self.decoder_mid = decoder_mid
+        self._check_sizes()
+        super().__init__(**kwargs)
+
+    def _check_sizes(self):
+        per_level = (
+            self.encoder_ch_mult,
+            self.decoder_ch_mult,
+            self.encoder_num_res_blocks,
+            self.decoder_num_res_blocks,
+        )
+        if len({len(values) for values in per_level}) != 1:
+            raise ValueError(
+                "encoder_ch_mult, decoder_ch_mult, encoder_num_res_blocks and decoder_num_res_blocks must be equally "
+                f"long, got lengths {[len(values) for values in per_level]}"
+            )
+        if min(self.encoder_num_res_blocks + self.decoder_num_res_blocks) < 1:
+            raise ValueError("every resolution needs at least one residual block")
+        widths = {self.ch * mult for mult in self.encoder_ch_mult + self.decoder_ch_mult}
+        if bad := sorted(width for width in widths if width % self.num_groups):
+            raise ValueError(f"num_groups={self.num_groups} must divide every width, but does not divide {bad}")
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Pixels per token along one side (16 as published)."""
+        return self.stem_patch_size * 2 ** (len(self.encoder_ch_mult) - 1)
+
+    @property
+    def codebook_size(self) -> int:
+        return 2**self.code_bits
+
+
+@dataclass
+class MAGVITv2Output(ModelOutput):
+    """What `MAGVITv2.forward` returns.
+
+    Attributes:
+        reconstruction: (B, 3, H, W) pixels, not clamped.
+        latents: (B, K, h, w) before quantisation.
+        codes: (B, N) int64.
+        loss_commit, loss_entropy: scalars, the published quantiser losses with their published weights.
+    """
+
+    reconstruction: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    loss_commit: torch.Tensor | None = None
+    loss_entropy: torch.Tensor | None = None
+
+
+def bit_entropy(probability: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of two-way categoricals, given P(bit = 1) of any shape; 0 at 0 and 1."""
+    return torch.special.entr(probability) + torch.special.entr(1 - probability)
+
+
+class LookupFreeQuantizer(nn.Module):
+    """One bit per channel: its sign. The codebook is every corner of the cube, so nothing is looked up or learnt.
+
+    `embedding` and `power_vals` follow from `code_bits`; they are buffers because published checkpoints hold them.
+    """
+
+    def __init__(self, code_bits: int):
+        super().__init__()
+        self.code_bits = code_bits
+        self.register_buffer("embedding", torch.empty(2**code_bits, code_bits))  # (2^K, K) rows of +-1
+        self.register_buffer("power_vals", torch.empty(code_bits, dtype=torch.int64))  # (K,) 2^(K-1) ... 1
+        self.reset_buffers()
+
+    def reset_buffers(self):
+        shifts = torch.arange(self.code_bits - 1, -1, -1, device=self.power_vals.device)
+        all_codes = torch.arange(2**self.code_bits, device=self.power_vals.device)
+        init.copy_(self.power_vals, 2**shifts)
+        init.copy_(self.embedding, (((all_codes[:, None] >> shifts) & 1) * 2 - 1).to(self.embedding.dtype))
+
+    def codes_of(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, K, h, w) -> (B, N) int64: code = sum over channels c of 2^(K-1-c) * [latent_c > 0]."""
+        return ((latents > 0).flatten(2) * self.power_vals[:, None]).sum(1)  # (B, N)
+
+    def latents_of(self, codes: torch.Tensor) -> torch.Tensor:
+        """Any integer shape (...) -> (..., K) of +-1 in the dtype of the model."""
+        bits = (codes[..., None] & self.power_vals) != 0
+        return bits.to(self.embedding.dtype) * 2 - 1
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, K, h, w) -> the same shape, +-1, with the gradient of the identity (straight-through)."""
+        return latents + (torch.where(latents > 0, 1.0, -1.0).to(latents.dtype) - latents).detach()
+
+    def losses(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Published commitment and entropy loss of (B, K, h, w) latents, computed in float32.
+
+        The commitment gradient reaches the latents twice, as published: once directly (weight 1) and once through
+        the straight-through output (weight 0.25), which is the identity and so adds nothing to the gradient.
+        """
+        latents = latents.float()
+        quantized = self(latents)
+        to_quantized = F.mse_loss(latents, quantized.detach())
+        to_latents = F.mse_loss(quantized, latents.detach())
+        commit = 0.1 * (to_quantized + 0.25 * to_latents)
+
+        probability = torch.sigmoid(4 * latents)  # logits -(z-1)^2 and -(z+1)^2 differ by 4z
+        per_token = bit_entropy(probability).mean()
+        of_the_mean = bit_entropy(probability.mean((0, 2, 3))).mean()
+        return commit, 0.1 * (per_token - of_the_mean)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(num_groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all h*w positions."""
+
+    def __init__(self, channels: int, num_groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(x)
+        q, k, v = (layer(normed).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, N, C)
+        attended = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, N, C)
+        return x + self.proj_out(attended.mT.unflatten(2, x.shape[2:]))
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, num_groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, num_groups)
+        self.attn_1 = AttnBlock(channels, num_groups)
+        self.block_2 = ResnetBlock(channels, channels, num_groups)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # Faithful: padding right and below only; pinned by the goldens
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, then the step to the next one, if any."""
+
+    def __init__(self, in_channels, out_channels, num_blocks, num_groups, *, downsample=False, upsample=False):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b, num_groups) for a, b in pairwise(widths))
+        self.downsample = Downsample(widths[-1]) if downsample else nn.Identity()
+        self.upsample = Upsample(widths[-1]) if upsample else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.upsample(self.downsample(x))
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) pixels -> (B, K, h, w) latents."""
+
+    def __init__(self, config: MAGVITv2Config):
+        super().__init__()
+        widths = [config.ch * mult for mult in config.encoder_ch_mult]
+        self.patch_size = config.stem_patch_size
+        self.conv_in = nn.Conv2d(3 * self.patch_size**2, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], width, num_blocks, config.num_groups, downsample=i < len(widths) - 1)
+            for i, (width, num_blocks) in enumerate(zip(widths, config.encoder_num_res_blocks, strict=True))
+        )
+        self.mid = Middle(widths[-1], config.num_groups) if config.encoder_mid else nn.Identity()
+        self.norm_out = nn.GroupNorm(config.num_groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.code_bits, 3, padding=1)
+        self.quant_conv = nn.Conv2d(config.code_bits, config.code_bits, 1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(F.pixel_unshuffle(pixels, self.patch_size))
+        for level in self.down:
+            x = level(x)
+        x = F.silu(self.norm_out(self.mid(x)))
+        return self.quant_conv(self.conv_out(x))
+
+
+class Decoder(nn.Module):
+    """(B, K, h, w) of +-1 -> (B, 3, H, W) pixels. `up[0]` is the finest resolution, as published."""
+
+    def __init__(self, config: MAGVITv2Config):
+        super().__init__()
+        widths = [config.ch * mult for mult in config.decoder_ch_mult]
+        self.patch_size = config.stem_patch_size
+        self.post_quant_conv = nn.Conv2d(config.code_bits, config.code_bits, 1)
+        self.conv_in = nn.Conv2d(config.code_bits, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], config.num_groups) if config.decoder_mid else nn.Identity()
+        self.up = nn.ModuleList(
+            Level(widths[min(i + 1, len(widths) - 1)], width, num_blocks, config.num_groups, upsample=i > 0)
+            for i, (width, num_blocks) in enumerate(zip(widths, config.decoder_num_res_blocks, strict=True))
+        )
+        self.norm_out = nn.GroupNorm(config.num_groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3 * self.patch_size**2, 3, padding=1)
+
+    def forward(self, quantized: torch.Tensor) -> torch.Tensor:
+        x = self.mid(self.conv_in(self.post_quant_conv(quantized)))
+        for level in reversed(self.up):
+            x = level(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.patch_size)
+
+
+class MAGVITv2(PreTrainedModel):
+    """The tokenizer. Pixels are float (B, 3, H, W) in [-1, 1]; H and W any multiples of `downsampling_factor`."""
+
+    config_class = MAGVITv2Config
+    main_input_name = "pixels"
+
+    def __init__(self, config: MAGVITv2Config):
+        super().__init__(config)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = LookupFreeQuantizer(config.code_bits)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        # PyTorch's own start for convolutions: the library's normal(0, 0.02) ignores the fan-in of a convolution.
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, LookupFreeQuantizer):
+            module.reset_buffers()
+
+    @property
+    def downsampling_factor(self) -> int:
+        return self.config.downsampling_factor
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> latents (B, K, h, w), not quantised.
+
+        Raises:
+            ValueError: not three channels, or H or W is no multiple of `downsampling_factor`.
+        """
+        factor = self.downsampling_factor
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] % factor or pixels.shape[3] % factor:
+            raise ValueError(
+                f"pixels must be (batch, 3, height, width) with height and width multiples of {factor}, "
+                f"got {tuple(pixels.shape)}"
+            )
+        return self.encoder(pixels)
+
+    def decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        """(B, K, h, w) of +-1 -> pixels (B, 3, H, W), about [-1, 1] and not clamped."""
+        return self.decoder(quantized)
+
+    @torch.no_grad()
+    def get_code(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> codes (B, N) int64 in [0, 2^K), row by row from the top left."""
+        return self.quantize.codes_of(self.encode(pixels))
+
+    @torch.no_grad()
+    def decode_code(self, codes: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
+        """Codes (B, N) -> pixels (B, 3, H, W).
+
+        Args:
+            codes: integers in [0, 2^K).
+            shape: (h, w) in tokens with h * w = N; None means a square.
+
+        Raises:
+            ValueError: N does not fit `shape`, is no square without one, or a code is out of range.
+        """
+        side = math.isqrt(codes.shape[1])
+        height, width = shape or (side, side)
+        if height * width != codes.shape[1]:
+            raise ValueError(
+                f"{codes.shape[1]} codes do not fill a grid of {height} x {width} tokens; pass shape=(h, w)"
+            )
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook_size:
+            raise ValueError(
+                f"codes must lie in [0, {self.config.codebook_size}), got {int(codes.min())} to {int(codes.max())}"
+            )
+        quantized = self.quantize.latents_of(codes).mT  # (B, K, N)
+        return self.decode(quantized.unflatten(2, (height, width)))
+
+    def forward(self, pixels: torch.Tensor) -> MAGVITv2Output:
+        """Training step: (B, 3, H, W) -> reconstruction, latents, codes and the two published quantiser losses."""
+        latents = self.encode(pixels)
+        commit, entropy = self.quantize.losses(latents)
+        return MAGVITv2Output(
+            reconstruction=self.decode(self.quantize(latents)),
+            latents=latents,
+            codes=self.quantize.codes_of(latents),
+            loss_commit=commit,
+            loss_entropy=entropy,
+        )
+
+
+AutoConfig.register(MAGVITv2Config.model_type, MAGVITv2Config, exist_ok=True)
+AutoModel.register(MAGVITv2Config, MAGVITv2, exist_ok=True)

@@ -1,0 +1,297 @@
+"""Show-o: one transformer that reads and draws. Phi with QK-norm, omni-attention and three losses (SPEC §4, §5)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, PhiConfig, PhiForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from models.checkpoint_io import CheckpointMixin, resize_rows
+from models.generation import ShowoGeneration
+from models.omni_attention import OmniMask
+from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID, Vocabulary
+
+# B rows, L positions, H hidden size, V vocabulary, S supervised positions
+PHI_1_5 = "microsoft/phi-1_5"
+
+
+class ShowoConfig(PreTrainedConfig):
+    """Sizes of a Show-o; the keyword names are those of the published `config.json` (SPEC §12).
+
+    Args:
+        llm_model_path: hub name or folder of the language model whose architecture is used. Phi-1.5's is built in, so
+            the default needs no network.
+        vocab_size: text ids + new special tokens + image codes + mask token.
+        llm_vocab_size, num_new_special_tokens, codebook_size: the parts of the vocabulary (SPEC §1).
+        num_vq_tokens: N, image tokens of a picture.
+        w_clip_vit: understanding from CLIP features through `mm_projector` instead of image codes.
+        clip_feature_size: width of those features.
+        load_from_showo: published key, kept for the record; weights are chosen by the caller.
+        llm_config: the language model's own configuration; found by `llm_model_path` when absent.
+
+    Raises:
+        ValueError: the sizes do not add up, or a published key holds a value this code does not honour.
+    """
+
+    model_type = "showo"
+
+    def __init__(
+        self,
+        llm_model_path: str = PHI_1_5,
+        vocab_size: int = 58498,
+        llm_vocab_size: int = 50295,
+        num_new_special_tokens: int = 10,
+        codebook_size: int = 8192,
+        num_vq_tokens: int = 256,
+        w_clip_vit: bool = False,
+        clip_feature_size: int = 1024,
+        load_from_showo: bool = True,
+        llm_config: dict | None = None,
+        mask_token_id: int | None = None,
+        **kwargs,
+    ):
+        self.llm_model_path = llm_model_path
+        self.vocab_size = vocab_size
+        self.llm_vocab_size = llm_vocab_size
+        self.num_new_special_tokens = num_new_special_tokens
+        self.codebook_size = codebook_size
+        self.num_vq_tokens = num_vq_tokens
+        self.w_clip_vit = w_clip_vit
+        self.clip_feature_size = clip_feature_size
+        self.load_from_showo = load_from_showo
+        self.llm_config = llm_config if llm_config is not None else _llm_config(llm_model_path)
+        expected = self.vocabulary.vocab_size
+        if vocab_size != expected:
+            raise ValueError(
+                f"vocab_size is {vocab_size}, but llm_vocab_size {llm_vocab_size} + num_new_special_tokens "
+                f"{num_new_special_tokens} + codebook_size {codebook_size} + 1 mask token = {expected}"
+            )
+        if mask_token_id not in (None, vocab_size - 1):
+            raise ValueError(f"mask_token_id is {mask_token_id}; the mask token is vocab_size - 1 = {vocab_size - 1}")
+        self.mask_token_id = vocab_size - 1
+        super().__init__(**kwargs)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.llm_vocab_size, self.num_new_special_tokens, self.codebook_size)
+
+    def phi_config(self) -> PhiConfig:
+        """The language model's configuration with QK-norm and the joint vocabulary."""
+        settings = {k: v for k, v in self.llm_config.items() if k not in ("vocab_size", "qk_layernorm", "dtype")}
+        settings = {k: v for k, v in settings.items() if k not in ("torch_dtype", "model_type", "architectures")}
+        return PhiConfig(**settings, vocab_size=self.vocab_size, qk_layernorm=True)
+
+
+def _llm_config(llm_model_path: str) -> dict:
+    """The language model's settings: a folder's `config.json`, Phi-1.5's own (PhiConfig's defaults), or the hub's."""
+    file = Path(llm_model_path) / "config.json"
+    if file.is_file():
+        settings = json.loads(file.read_text())
+    elif llm_model_path == PHI_1_5:
+        return {}
+    else:
+        settings = AutoConfig.from_pretrained(llm_model_path).to_dict()
+    if settings.get("model_type") != "phi":
+        raise ValueError(f"llm_model_path {llm_model_path!r} is a {settings.get('model_type')!r} model, expected 'phi'")
+    return settings
+
+
+@dataclass
+class ShowoOutput(ModelOutput):
+    """logits (B, L, V), absent when labels were given and `return_logits` was not asked for; losses are scalars."""
+
+    loss_t2i: torch.Tensor | None = None
+    loss_lm: torch.Tensor | None = None
+    loss_mmu: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
+    """Phi-1.5 over one sequence of text and image tokens.
+
+    State-dict names are the published ones: ``showo.model.*``, ``showo.lm_head.*`` and, with `w_clip_vit`,
+    ``mm_projector.{0,2}.*``.
+    """
+
+    config_class = ShowoConfig
+    base_model_prefix = ""
+    published_class_name = "Showo"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PhiDecoderLayer"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: ShowoConfig):
+        super().__init__(config)
+        phi_config = config.phi_config()
+        phi_config._attn_implementation = self.config._attn_implementation
+        self.showo = PhiForCausalLM(phi_config)
+        if config.w_clip_vit:
+            size = phi_config.hidden_size
+            self.mm_projector = nn.Sequential(nn.Linear(config.clip_feature_size, size), nn.GELU(), nn.Linear(size, size))
+        self.post_init()
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.config.vocabulary
+
+    def get_input_embeddings(self):
+        return self.showo.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.showo.get_output_embeddings()
+
+    @classmethod
+    def _adapt_state_dict(cls, state_dict, config):
+        """Resizes the vocabulary to the configuration's: kept rows stay, new ones are initialised (SPEC §4, §12)."""
+        std = config.phi_config().initializer_range
+        for name, row_std in (("model.embed_tokens.weight", std), ("lm_head.weight", std), ("lm_head.bias", 0.0)):
+            tensor = state_dict.get(f"showo.{name}")
+            if tensor is not None and len(tensor) != config.vocab_size:
+                state_dict[f"showo.{name}"] = resize_rows(tensor, config.vocab_size, row_std)
+        return state_dict
+
+    @classmethod
+    def from_llm(cls, config: ShowoConfig, llm_model_path: str | None = None, **kwargs) -> "Showo":
+        """A new start from a language model's weights in fp32 (`load_from_showo: False`, SPEC §4).
+
+        QK norms (and `mm_projector`) keep their initialisation; spare vocabulary rows of the language model are kept.
+        """
+        path = llm_model_path or config.llm_model_path
+        llm = PhiForCausalLM.from_pretrained(path, dtype=torch.float32)
+        state_dict = {f"showo.{k}": v for k, v in llm.state_dict().items()}
+        model = cls(config, **kwargs)
+        missing, unexpected = model.load_state_dict(cls._adapt_state_dict(state_dict, config), strict=False)
+        allowed = ("q_layernorm", "k_layernorm", "mm_projector")
+        lost = [k for k in missing if not any(part in k for part in allowed)]
+        if lost or unexpected:
+            raise ValueError(f"{path} does not fit: missing {lost[:6]}, unexpected {unexpected[:6]}")
+        return model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: OmniMask | torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        batch_size_t2i: int = 0,
+        batch_size_lm: int = 0,
+        batch_size_mmu: int = 0,
+        max_seq_length: int = 128,
+        image_features: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+        return_logits: bool | None = None,
+    ) -> ShowoOutput:
+        """Logits without labels, losses with them.
+
+        Args:
+            input_ids: (B, L) int64, rows in the order t2i, lm, mmu; −200 where an image feature goes.
+            attention_mask: `OmniMask` or bool (B, 1, L, L), True = may attend; None reads it off the ids.
+            labels: (B, L) int64, −100 where nothing is supervised.
+            batch_size_t2i, batch_size_lm, batch_size_mmu: rows of each task; they add up to B when labels are given.
+            max_seq_length: M; the t2i loss starts at position M + 1.
+            image_features: (images, features, clip_feature_size) raw CLIP features, spliced in order.
+            label_smoothing: as in `torch.nn.functional.cross_entropy`.
+            return_logits: default: only without labels, since the losses need the head at supervised positions alone.
+
+        Raises:
+            ValueError: row counts, mask or features do not fit the ids.
+        """
+        if attention_mask is None:
+            attention_mask = OmniMask.from_ids(input_ids, self.vocabulary)
+        hidden = self.hidden_states(input_ids, attention_mask, image_features=image_features)  # (B, L, H)
+        output = ShowoOutput()
+        if labels is not None:
+            counts = (batch_size_t2i, batch_size_lm, batch_size_mmu)
+            if sum(counts) != len(input_ids):
+                raise ValueError(f"batch_size_t2i, _lm, _mmu are {counts}, but there are {len(input_ids)} rows")
+            losses = self._losses(hidden, labels, counts, max_seq_length, label_smoothing)
+            output.loss_t2i, output.loss_lm, output.loss_mmu = losses
+        if return_logits or (return_logits is None and labels is None):
+            output.logits = self.showo.lm_head(hidden)
+        return output
+
+    def hidden_states(self, input_ids, attention_mask, *, image_features=None, position_ids=None, past_key_values=None):
+        """Final hidden states (B, Q, H) of the given positions; appends to `past_key_values` when passed."""
+        return self.showo.model(
+            inputs_embeds=self.embed(input_ids, image_features),
+            attention_mask=self._spell_mask(attention_mask, input_ids),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        ).last_hidden_state
+
+    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Token embeddings (B, L, H) with projected image features at the positions whose id is −200, row by row."""
+        is_feature = input_ids == IMAGE_FEATURE_ID
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_feature, 0))
+        num_positions = int(is_feature.sum())
+        num_features = 0 if image_features is None else image_features.shape[:-1].numel()
+        if num_positions != num_features:
+            raise ValueError(f"the rows have room for {num_positions} image features (id -200), got {num_features}")
+        if image_features is None:
+            return embeds
+        if not self.config.w_clip_vit:
+            raise ValueError("image_features need a model with w_clip_vit=True")
+        projected = self.mm_projector(image_features.to(self.mm_projector[0].weight.dtype)).to(embeds.dtype)
+        return embeds.masked_scatter(is_feature[..., None], projected)
+
+    def _spell_mask(self, mask: OmniMask | torch.Tensor, input_ids: torch.Tensor):
+        """The mask in the form the attention back end understands; each takes another one without complaint."""
+        if isinstance(mask, torch.Tensor) and (mask.dtype != torch.bool or mask.ndim != 4):
+            raise ValueError(
+                f"attention_mask must be an OmniMask or bool (B, 1, L, L); got {mask.dtype} {tuple(mask.shape)}"
+            )
+        batch_size, length = input_ids.shape
+        if mask.shape[0] != batch_size or mask.shape[2] != length:
+            raise ValueError(f"attention_mask of shape {tuple(mask.shape)} does not fit ids {tuple(input_ids.shape)}")
+        implementation = self.showo.config._attn_implementation
+        if implementation == "flex_attention":
+            return mask.block_mask() if isinstance(mask, OmniMask) else _block_mask_of(mask)
+        dense = mask.dense() if isinstance(mask, OmniMask) else mask
+        if implementation == "eager":  # adds the mask to the scores, so a bool one would be wrong without a word
+            dtype = self.showo.lm_head.weight.dtype
+            return torch.zeros(dense.shape, dtype=dtype, device=dense.device).masked_fill(~dense, torch.finfo(dtype).min)
+        return dense
+
+    def _losses(self, hidden, labels, counts, max_seq_length, label_smoothing):
+        """Mean cross-entropy of each task over its supervised positions and the whole vocabulary; 0 for absent tasks."""
+        hidden_t2i, hidden_lm, hidden_mmu = hidden.split(counts)
+        labels_t2i, labels_lm, labels_mmu = labels.split(counts)
+        first = max_seq_length + 1
+        return (
+            # Faithful: unshifted, so <soi> and <eoi> are predicted from themselves (pinned by tests/parity).
+            self._cross_entropy(hidden_t2i[:, first:], labels_t2i[:, first:], label_smoothing),
+            self._cross_entropy(hidden_lm[:, :-1], labels_lm[:, 1:], label_smoothing),
+            self._cross_entropy(hidden_mmu[:, :-1], labels_mmu[:, 1:], label_smoothing),
+        )
+
+    def _cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+        supervised = labels != IGNORE_ID  # (B, L)
+        if not supervised.any():
+            return hidden.sum() * 0.0  # keeps every parameter in the graph of a distributed step
+        logits = self.showo.lm_head(hidden[supervised])  # (S, V)
+        return F.cross_entropy(logits.float(), labels[supervised], label_smoothing=label_smoothing)
+
+
+def _block_mask_of(dense: torch.Tensor):
+    """A dense (B, 1, L, L) mask as `BlockMask`: FlexAttention crashes on tensors."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch_size, _, num_queries, num_keys = dense.shape
+    return create_block_mask(
+        lambda batch, head, query, key: dense[batch, 0, query, key],
+        batch_size,
+        None,
+        num_queries,
+        num_keys,
+        device=dense.device,
+    )
+
+
+AutoConfig.register(ShowoConfig.model_type, ShowoConfig)
+AutoModel.register(ShowoConfig, Showo)

@@ -1,0 +1,188 @@
+"""Omni-attention as two integer vectors (SPEC §3): causal for text, full inside images.
+
+Key j is visible to the rows i with ``visible_from[j] <= i < visible_until[j]``. Every attention rule of the paper has this
+shape, and so have a cached prefix, a decode step and several samples packed in one row. Nothing else writes a mask.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
+
+# B rows of a batch, L keys (the whole sequence), Q queries (L, or fewer after `rows`)
+
+
+@dataclass(frozen=True)
+class OmniMask:
+    """Which keys each query may attend to.
+
+    Args:
+        visible_from: (B, L) int64, first row that sees key j.
+        visible_until: (B, L) int64, one past the last row that sees key j.
+        query_start: position of the first query row.
+        num_queries: number of query rows; None means all up to L.
+    """
+
+    visible_from: torch.Tensor
+    visible_until: torch.Tensor
+    query_start: int = 0
+    num_queries: int | None = None
+
+    def __post_init__(self):
+        if self.visible_from.ndim != 2 or self.visible_from.shape != self.visible_until.shape:
+            raise ValueError(
+                f"visible_from and visible_until must both be (B, L); got {tuple(self.visible_from.shape)} "
+                f"and {tuple(self.visible_until.shape)}"
+            )
+        if self.num_queries is None:
+            object.__setattr__(self, "num_queries", self.visible_from.shape[1] - self.query_start)
+
+    # ---- constructors, one per row kind of SPEC §3 ----
+
+    @classmethod
+    def lm(cls, batch_size: int, length: int, device=None) -> "OmniMask":
+        """Causal rows."""
+        position = torch.arange(length, device=device).expand(batch_size, length)
+        return cls(position, torch.full_like(position, length))
+
+    @classmethod
+    def t2i(cls, num_pads: torch.Tensor, soi_index: int, length: int) -> "OmniMask":
+        """Causal text, a full image block from `soi_index` to the end, left padding hidden from everything after it.
+
+        Args:
+            num_pads: (B,) int64, left pads of each row.
+        """
+        mask = cls.lm(len(num_pads), length, num_pads.device)
+        position = torch.arange(length, device=num_pads.device)
+        visible_from = torch.where(position >= soi_index, soi_index, mask.visible_from)
+        return cls(visible_from, _hide_left_pads(mask.visible_until, num_pads))
+
+    @classmethod
+    def mmu(cls, batch_size: int, eoi_index: int, length: int, device=None) -> "OmniMask":
+        """Everything up to and with `<eoi>` is seen by all rows; text after it is causal."""
+        mask = cls.lm(batch_size, length, device)
+        position = torch.arange(length, device=device)
+        return cls(torch.where(position <= eoi_index, 0, mask.visible_from), mask.visible_until)
+
+    @classmethod
+    def mmu_vit(cls, batch_size: int, system_length: int, num_features: int, length: int, device=None) -> "OmniMask":
+        """Image features (they follow `<mmu>`, the system prompt and `<soi>`) are seen by all rows; the rest is causal."""
+        mask = cls.lm(batch_size, length, device)
+        position = torch.arange(length, device=device)
+        first = 1 + system_length + 1
+        is_feature = (position >= first) & (position < first + num_features)
+        return cls(torch.where(is_feature, 0, mask.visible_from), mask.visible_until)
+
+    @classmethod
+    def from_ids(cls, input_ids: torch.Tensor, vocabulary: Vocabulary) -> "OmniMask":
+        """The mask that a batch of rows of any kind asks for, read off its ids.
+
+        The first id after left padding tells the kind. Beyond the published single-image rows, a further
+        ``<soi> … <eoi>`` block of an mmu row is full inside and causal towards the rest.
+
+        Args:
+            input_ids: (B, L) int64.
+        """
+        batch_size, length = input_ids.shape
+        is_text = input_ids != vocabulary.pad_id
+        num_pads = is_text.int().cumsum(1).eq(0).sum(1)  # (B,) leading pads
+        mask = cls.lm(batch_size, length, input_ids.device)
+        first_id = input_ids.gather(1, num_pads.clamp(max=length - 1)[:, None])  # (B, 1)
+        position = mask.visible_from
+
+        block_start = _image_block_start(input_ids, vocabulary)  # (B, L), own position outside image blocks
+        before_first_eoi = (input_ids == vocabulary.eoi_id).int().cumsum(1).eq(0) | (
+            (input_ids == vocabulary.eoi_id) & (input_ids == vocabulary.eoi_id).int().cumsum(1).eq(1)
+        )
+        before_first_eoi &= (input_ids == vocabulary.eoi_id).any(1, keepdim=True)
+        has_features = (input_ids == IMAGE_FEATURE_ID).any(1, keepdim=True)
+        is_mmu = (first_id == vocabulary.mmu_id) & ~has_features
+        is_t2i = first_id == vocabulary.t2i_id
+
+        visible_from = torch.where(is_t2i | is_mmu, block_start, position)
+        visible_from = torch.where(is_mmu & before_first_eoi, 0, visible_from)
+        visible_from = torch.where(input_ids == IMAGE_FEATURE_ID, 0, visible_from)
+        visible_from = torch.where(position < num_pads[:, None], position, visible_from)
+        return cls(visible_from, _hide_left_pads(mask.visible_until, num_pads))
+
+    @classmethod
+    def cat(cls, masks: Sequence["OmniMask"]) -> "OmniMask":
+        """Joins the rows of batches of one length."""
+        return cls(torch.cat([m.visible_from for m in masks]), torch.cat([m.visible_until for m in masks]))
+
+    # ---- slices ----
+
+    def rows(self, start: int, stop: int) -> "OmniMask":
+        """Queries start…stop−1 against the keys 0…stop−1: what a cached prefix followed by these rows attends to."""
+        return OmniMask(self.visible_from[:, :stop], self.visible_until[:, :stop], start, stop - start)
+
+    def drop_keys(self, count: int) -> "OmniMask":
+        """Without the first `count` positions, keys and queries both (common left padding)."""
+        return OmniMask(self.visible_from[:, count:] - count, self.visible_until[:, count:] - count)
+
+    def extend(self, count: int) -> "OmniMask":
+        """With `count` causal positions (newly generated text) at the end.
+
+        Keys that every later row saw stay visible to the new rows; hidden padding stays hidden.
+        """
+        batch_size, length = self.visible_from.shape
+        new = torch.arange(length, length + count, device=self.device).expand(batch_size, count)
+        until = torch.where(self.visible_until >= length, length + count, self.visible_until)
+        return OmniMask(
+            torch.cat([self.visible_from, new], dim=1),
+            torch.cat([until, torch.full_like(new, length + count)], dim=1),
+        )
+
+    def select(self, index) -> "OmniMask":
+        """Some rows of the batch, by index, slice or boolean tensor."""
+        return OmniMask(self.visible_from[index], self.visible_until[index], self.query_start, self.num_queries)
+
+    def to(self, device) -> "OmniMask":
+        return OmniMask(self.visible_from.to(device), self.visible_until.to(device), self.query_start, self.num_queries)
+
+    @property
+    def device(self) -> torch.device:
+        return self.visible_from.device
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, 1, Q, L), the shape of `dense()`."""
+        return (self.visible_from.shape[0], 1, self.num_queries, self.visible_from.shape[1])
+
+    # ---- spellings ----
+
+    def dense(self) -> torch.Tensor:
+        """(B, 1, Q, L) bool, True = may attend: what sdpa takes."""
+        query = torch.arange(self.query_start, self.query_start + self.num_queries, device=self.device)[:, None]  # (Q, 1)
+        return ((self.visible_from[:, None] <= query) & (query < self.visible_until[:, None]))[:, None]
+
+    def block_mask(self):
+        """The same mask as a FlexAttention `BlockMask`."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        visible_from, visible_until, start = self.visible_from, self.visible_until, self.query_start
+
+        def mask_mod(batch, head, query, key):
+            row = query + start
+            return (visible_from[batch, key] <= row) & (row < visible_until[batch, key])
+
+        batch_size, _, num_queries, length = self.shape
+        return create_block_mask(mask_mod, batch_size, None, num_queries, length, device=self.device)
+
+
+def _hide_left_pads(visible_until: torch.Tensor, num_pads: torch.Tensor) -> torch.Tensor:
+    """Left pads are seen by pads only, so no row is fully masked and none after them sees them."""
+    position = torch.arange(visible_until.shape[1], device=visible_until.device)
+    return torch.where(position < num_pads[:, None], num_pads[:, None], visible_until)
+
+
+def _image_block_start(input_ids: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+    """(B, L): index of the `<soi>` that opens the image block a position lies in, else the position itself."""
+    position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    is_soi, is_eoi = input_ids == vocabulary.soi_id, input_ids == vocabulary.eoi_id
+    opened = is_soi.int().cumsum(1)
+    closed_before = is_eoi.int().cumsum(1) - is_eoi.int()
+    last_soi = torch.where(is_soi, position, -1).cummax(1).values
+    return torch.where(opened > closed_before, last_soi, position)

@@ -1,0 +1,201 @@
+"""How text ids, image ids and special tokens make a row, its labels and its mask together (SPEC §2)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from models.omni_attention import OmniMask
+from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID, PAD_TOKEN, SPECIAL_TOKENS, Vocabulary
+
+# M = max_text_len, N = image tokens, L = row length
+
+
+@dataclass
+class Rows:
+    """A batch of rows: ids (B, L) int64, labels (B, L) int64 (None where nothing is trained), and their mask."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor | None
+    attention_mask: OmniMask
+
+
+class UniversalPrompting:
+    """Builds the rows of every task.
+
+    Args:
+        tokenizer: the language model's tokenizer; the pad and the nine special tokens are added to it.
+        max_text_len: M, room for the text of a row.
+        ignore_id: label of unsupervised positions.
+        cond_dropout_prob: probability that a t2i training text is emptied, for classifier-free guidance.
+
+    Raises:
+        ValueError: the tokenizer has no bos or eos token, or already holds some of the special tokens elsewhere.
+    """
+
+    def __init__(self, tokenizer, max_text_len: int = 128, ignore_id: int = IGNORE_ID, cond_dropout_prob: float = 0.1):
+        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer needs a bos and an eos token, e.g. <|endoftext|> for both")
+        known = tokenizer.get_vocab()
+        llm_vocab_size = known.get(PAD_TOKEN, len(tokenizer))
+        self.vocabulary = Vocabulary(llm_vocab_size)  # sizes behind the special tokens do not matter here
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+        for token in (PAD_TOKEN, *SPECIAL_TOKENS):
+            expected = self.special_token_ids[token]
+            if tokenizer.convert_tokens_to_ids(token) != expected:
+                raise ValueError(f"{token} has id {tokenizer.convert_tokens_to_ids(token)} here, expected {expected}")
+        self.tokenizer = tokenizer
+        self.max_text_len = max_text_len
+        self.ignore_id = ignore_id
+        self.cond_dropout_prob = cond_dropout_prob
+        self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    @property
+    def special_token_ids(self) -> dict[str, int]:
+        """Token → id of the pad and the nine special tokens."""
+        names = {token: self.vocabulary.special_token_id(token) for token in SPECIAL_TOKENS}
+        return names | {PAD_TOKEN: self.vocabulary.pad_id}
+
+    def __call__(self, inputs: tuple, task: str, generator: torch.Generator | None = None) -> Rows:
+        """Rows of one task.
+
+        Args:
+            inputs: ``"t2i"``: (texts, image_ids (B, N), labels (B, N)); ``"t2i_gen"``: (texts, image_ids);
+                ``"lm"``: (texts, L); ``"mmu"``: (image_ids, texts); ``"mmu_gen"``: (image_ids, texts), open-ended
+                prompts padded on the left; ``"mmu_vit"``: (texts, num_features, system_prompt or None), features at
+                id −200, padded on the left. Image ids carry the vocabulary's offset.
+            generator: draws the text dropout of ``"t2i"``, one number per sample.
+
+        Raises:
+            ValueError: unknown task, or texts and images differ in number.
+        """
+        builders = {
+            "t2i": self._t2i,
+            "t2i_gen": self._t2i_gen,
+            "lm": self._lm,
+            "mmu": self._mmu,
+            "mmu_gen": self._mmu_gen,
+            "mmu_vit": self._mmu_vit,
+        }
+        if task not in builders:
+            raise ValueError(f"unknown task {task!r}; known: {', '.join(builders)}")
+        return builders[task](*inputs, **({"generator": generator} if task == "t2i" else {}))
+
+    # ---- text ----
+
+    def text_ids(self, text: str, truncation: bool = False) -> list[int]:
+        """Ids of a text, bos first exactly once."""
+        ids = self.tokenizer(text, truncation=truncation, add_special_tokens=False)["input_ids"]
+        return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def _pad_right(self, ids: list[int], length: int) -> list[int]:
+        return ids + [self.vocabulary.pad_id] * (length - len(ids))
+
+    def _labels(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return input_ids.masked_fill(input_ids == self.vocabulary.pad_id, self.ignore_id)
+
+    # ---- text to image ----
+
+    def _t2i_text(self, text: str, drop: bool) -> list[int]:
+        """``pad… <t2i> bos text eos``, M + 1 ids: M holds the text without the task token."""
+        text_ids = [self.bos_id] if drop else self.text_ids(text)
+        ids = [self.vocabulary.t2i_id, *text_ids, self.eos_id]
+        if len(ids) > self.max_text_len + 1:
+            ids = [*ids[: self.max_text_len], self.eos_id]
+        return [self.vocabulary.pad_id] * (self.max_text_len + 1 - len(ids)) + ids
+
+    def _t2i_rows(self, texts: list[str], image_ids: torch.Tensor, dropped: list[bool]) -> Rows:
+        _check_pairs(len(texts), image_ids)
+        device = image_ids.device
+        text = torch.tensor([self._t2i_text(t, d) for t, d in zip(texts, dropped, strict=True)], device=device)
+        input_ids = _with_image(text, image_ids, self.vocabulary)  # (B, M+1+N+2)
+        num_pads = (text == self.vocabulary.pad_id).sum(1)
+        mask = OmniMask.t2i(num_pads, self.max_text_len + 1, input_ids.shape[1])
+        return Rows(input_ids, None, mask)
+
+    def _t2i(self, texts, image_ids, labels, generator=None) -> Rows:
+        dropped = (torch.rand(len(texts), generator=generator) < self.cond_dropout_prob).tolist()
+        rows = self._t2i_rows(texts, image_ids, dropped)
+        text_length = self.max_text_len + 1
+        rows.labels = self._labels(rows.input_ids)
+        rows.labels[:, text_length + 1 : -1] = labels.to(rows.labels.device)
+        return rows
+
+    def _t2i_gen(self, texts, image_ids) -> Rows:
+        return self._t2i_rows(texts, image_ids, [False] * len(texts))
+
+    # ---- language modelling ----
+
+    def _lm(self, texts, length: int) -> Rows:
+        ids = [[*self.text_ids(text, truncation=True), self.eos_id][:length] for text in texts]
+        input_ids = torch.tensor([self._pad_right(row, length) for row in ids])
+        return Rows(input_ids, self._labels(input_ids), OmniMask.lm(len(texts), length))
+
+    # ---- understanding ----
+
+    def _image_prefix(self, image_ids: torch.Tensor) -> torch.Tensor:
+        """``<mmu> <soi>`` image ids ``<eoi>``, (B, N+3)."""
+        task = image_ids.new_full((len(image_ids), 1), self.vocabulary.mmu_id)
+        return _with_image(task, image_ids, self.vocabulary)
+
+    def _mmu(self, image_ids, texts) -> Rows:
+        _check_pairs(len(texts), image_ids)
+        prefix = self._image_prefix(image_ids)
+        text = []
+        for item in texts:
+            ids = [*self.text_ids(item), self.eos_id]
+            if len(ids) > self.max_text_len:
+                ids = [*ids[: self.max_text_len - 1], self.eos_id]
+            text.append(self._pad_right(ids, self.max_text_len))
+        return self.mmu_rows(prefix, torch.tensor(text, device=image_ids.device))
+
+    def mmu_rows(self, prefix: torch.Tensor, text_ids: torch.Tensor, text_labels: torch.Tensor | None = None) -> Rows:
+        """Rows of an image prefix that ends in `<eoi>` and right-padded text ids; only the text is supervised.
+
+        Args:
+            prefix: (B, P) int64, ``<mmu> … <soi> … <eoi>``.
+            text_ids: (B, T) int64.
+            text_labels: (B, T) int64; default: the ids, pads ignored.
+        """
+        if text_labels is None:
+            text_labels = self._labels(text_ids)
+        input_ids = torch.cat([prefix, text_ids], dim=1)
+        labels = torch.cat([torch.full_like(prefix, self.ignore_id), text_labels], dim=1)
+        return Rows(input_ids, labels, OmniMask.from_ids(input_ids, self.vocabulary))
+
+    def _mmu_gen(self, image_ids, texts) -> Rows:
+        _check_pairs(len(texts), image_ids)
+        prefix = self._image_prefix(image_ids).tolist()
+        return self._left_padded([p + self.text_ids(t) for p, t in zip(prefix, texts, strict=True)], image_ids.device)
+
+    def _mmu_vit(self, texts, num_features: int, system_prompt: str | None = None) -> Rows:
+        """``<mmu>`` system ids ``<soi>`` features ``<eoi>`` text, without bos (SPEC §2)."""
+
+        def ids_of(text):
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+        features = [IMAGE_FEATURE_ID] * num_features
+        prefix = [self.vocabulary.mmu_id, *ids_of(system_prompt), self.vocabulary.soi_id, *features]
+        rows = self._left_padded([[*prefix, self.vocabulary.eoi_id, *ids_of(text)] for text in texts])
+        after_eoi = (rows.input_ids == self.vocabulary.eoi_id).int().cumsum(1) > 0
+        is_text = after_eoi & (rows.input_ids != self.vocabulary.eoi_id)
+        rows.labels = torch.where(is_text, rows.input_ids, self.ignore_id)
+        return rows
+
+    def _left_padded(self, rows: list[list[int]], device=None) -> Rows:
+        length = max(map(len, rows))
+        pad = self.vocabulary.pad_id
+        input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
+        return Rows(input_ids, None, OmniMask.from_ids(input_ids, self.vocabulary))
+
+
+def _with_image(before: torch.Tensor, image_ids: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+    """`before` ``<soi>`` image ids ``<eoi>``."""
+    soi = image_ids.new_full((len(image_ids), 1), vocabulary.soi_id)
+    eoi = image_ids.new_full((len(image_ids), 1), vocabulary.eoi_id)
+    return torch.cat([before, soi, image_ids, eoi], dim=1)
+
+
+def _check_pairs(num_texts: int, image_ids: torch.Tensor) -> None:
+    if image_ids.ndim != 2 or len(image_ids) != num_texts:
+        raise ValueError(f"{num_texts} texts need image ids of shape ({num_texts}, N); got {tuple(image_ids.shape)}")

@@ -1,0 +1,52 @@
+"""The published system's outputs and the tiny model they came from (SPEC §17)."""
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from models import Showo, ShowoConfig, UniversalPrompting
+
+FOLDER = Path(__file__).parent / "golden"
+PHI = FOLDER / "public" / "phi"
+
+
+def _load_fill():
+    spec = importlib.util.spec_from_file_location("fill", FOLDER / "fill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.fill_
+
+
+fill_ = _load_fill()  # weights from parameter names
+
+
+@cache
+def tensors(name: str = "golden") -> dict:
+    return load_file(FOLDER / "public" / f"{name}.safetensors")
+
+
+@cache
+def facts() -> dict:
+    return json.loads((FOLDER / "public" / "golden.json").read_text())
+
+
+def prompting(cond_dropout_prob: float = 0.0) -> UniversalPrompting:
+    tokenizer = AutoTokenizer.from_pretrained(PHI, padding_side="left")
+    return UniversalPrompting(tokenizer, max_text_len=facts()["max_text_len"], cond_dropout_prob=cond_dropout_prob)
+
+
+def tiny_config(**overrides) -> ShowoConfig:
+    f = facts()
+    settings = {"vocab_size": f["vocab_size"], "llm_vocab_size": f["llm_vocab_size"]}
+    settings |= {"codebook_size": f["codebook_size"], "num_vq_tokens": f["num_vq_tokens"]}
+    return ShowoConfig(llm_model_path=str(PHI), **settings | overrides)
+
+
+def tiny_showo(**overrides) -> Showo:
+    """The golden tiny model, weights filled from names."""
+    attn = {"attn_implementation": overrides.pop("attn_implementation")} if "attn_implementation" in overrides else {}
+    return fill_(Showo._from_config(tiny_config(**overrides), **attn)).eval()

@@ -1,0 +1,170 @@
+"""Rows, masks, logits, losses, gradients, drawings and answers equal the published system's."""
+
+import pytest
+import torch
+from parity.goldens import facts, fill_, prompting, tensors, tiny_showo
+
+from models import OmniMask, Showo, ShowoConfig, get_mask_schedule
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_showo()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Rows of the three tasks of the forward golden."""
+    golden, texts = tensors(), facts()
+    build = prompting()
+    t2i_inputs = (texts["t2i_texts"], golden["prompt.t2i_image_ids"], golden["prompt.t2i_image_labels"])
+    return {
+        "t2i": build(t2i_inputs, "t2i"),
+        "t2i_gen": build((texts["t2i_texts"], torch.full((3, 16), texts["mask_token_id"])), "t2i_gen"),
+        "t2i_uncond": build(([""] * 3, torch.full((3, 16), texts["mask_token_id"])), "t2i_gen"),
+        "lm": build((texts["lm_texts"], 31), "lm"),
+        "mmu": build((golden["prompt.mmu_image_ids"], texts["mmu_texts"]), "mmu"),
+    }
+
+
+def joined(rows):
+    parts = [rows[task] for task in ("t2i", "lm", "mmu")]
+    ids = torch.cat([part.input_ids for part in parts])
+    labels = torch.cat([part.labels for part in parts])
+    return ids, labels, OmniMask.cat([part.attention_mask for part in parts])
+
+
+def test_special_token_ids():
+    build, published = prompting(), facts()["special_token_ids"]
+    ours = build.special_token_ids | {"<|sot|>": build.bos_id, "<|eot|>": build.eos_id}
+    ours["<|pad|>"] = ours.pop("[PAD]")
+    assert ours == published
+
+
+@pytest.mark.parametrize("task", ["t2i", "lm", "mmu"])
+def test_rows_and_labels(rows, task):
+    assert torch.equal(rows[task].input_ids, tensors()[f"prompt.{task}_input_ids"])
+    assert torch.equal(rows[task].labels, tensors()[f"prompt.{task}_labels"])
+
+
+@pytest.mark.parametrize("task", ["t2i_gen", "t2i_uncond"])
+def test_generation_rows(rows, task):
+    assert torch.equal(rows[task].input_ids, tensors()[f"prompt.{task}_input_ids"])
+
+
+@pytest.mark.parametrize("task", ["t2i", "lm", "mmu"])
+def test_masks(rows, task):
+    assert torch.equal(rows[task].attention_mask.dense()[:, 0], tensors()[f"mask.{task}"])
+    from_ids = OmniMask.from_ids(rows[task].input_ids, tiny_showo().vocabulary)
+    assert torch.equal(from_ids.dense(), rows[task].attention_mask.dense())
+
+
+def test_clip_mask():
+    mask = OmniMask.mmu_vit(1, 28, 576, 640)
+    assert torch.equal(mask.visible_from[0], tensors()["mask.mmu_vit_visible_from"])
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_logits(rows, attn_implementation):
+    ids, _, mask = joined(rows)
+    assert torch.equal(ids, tensors()["forward.input_ids"])
+    logits = tiny_showo(attn_implementation=attn_implementation)(ids, mask).logits
+    visible = ids != facts()["special_token_ids"]["<|pad|>"]
+    torch.testing.assert_close(logits[visible], tensors()["forward.logits"][visible], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_losses_and_gradients(rows, checkpointing):
+    model = tiny_showo()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    ids, labels, mask = joined(rows)
+    out = model(ids, mask, labels=labels, batch_size_t2i=3, batch_size_lm=2, batch_size_mmu=2, max_seq_length=12)
+    losses = torch.stack([out.loss_t2i, out.loss_lm, out.loss_mmu])
+    torch.testing.assert_close(losses, tensors()["forward.losses"], atol=1e-5, rtol=1e-5)
+    assert out.logits is None
+    (out.loss_t2i + 0.1 * out.loss_lm + out.loss_mmu).backward()
+    parameters = dict(model.named_parameters())
+    norms = torch.stack([parameters[key].grad.norm() for key in facts()["grad_norm_keys"]])
+    torch.testing.assert_close(norms, tensors()["forward.grad_norms"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_drawing(model, rows, case):
+    settings = facts()["generate"][case]
+    build = prompting()
+    mask_id = facts()["mask_token_id"]
+    image_ids = tensors()[f"generate.{case}.image_ids"] if settings["partial"] else torch.full((3, 16), mask_id)
+    ids = build((facts()["t2i_texts"], image_ids), "t2i_gen").input_ids
+    codes = model.t2i_generate(
+        ids,
+        rows["t2i_uncond"].input_ids,
+        guidance_scale=settings["guidance_scale"],
+        timesteps=settings["timesteps"],
+        temperature=settings["temperature"],
+        noise_schedule=settings["schedule"],
+        generator=torch.Generator().manual_seed(settings["seed"]),
+    )
+    assert torch.equal(codes, tensors()[f"generate.{case}.tokens"])
+
+
+@pytest.mark.parametrize("case", range(2))
+def test_answering(model, case):
+    ids = tensors()[f"mmu.{case}.input_ids"]
+    new_ids = model.mmu_generate(ids, max_new_tokens=24, top_k=1, eot_token=117)
+    assert torch.equal(new_ids[0], tensors()[f"mmu.{case}.new_ids"])
+
+
+def test_answering_batched(model):
+    """Prompts of different lengths, one batch: every row as if alone."""
+    a, b = tensors()["mmu.0.input_ids"], tensors()["mmu.1.input_ids"][:, :-2]
+    alone = model.mmu_generate(b, max_new_tokens=24, top_k=1, eot_token=117)
+    pads = torch.full((1, 2), 118)
+    for padded in (torch.cat([pads, b], 1), torch.cat([b, pads], 1)):
+        both = model.mmu_generate(torch.cat([a, padded]), max_new_tokens=24, top_k=1, eot_token=117)
+        assert torch.equal(both[0], tensors()["mmu.0.new_ids"])
+        assert torch.equal(both[1, : alone.shape[1]], alone[0])
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "sigmoid", "pow0.5", "pow2"])
+def test_schedules(name):
+    t = torch.linspace(0, 1, 11)
+    torch.testing.assert_close(get_mask_schedule(name)(t), tensors()[f"schedule.{name}"], atol=1e-6, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def clip_model():
+    llm = {"model_type": "phi", "hidden_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 32}
+    llm |= {"intermediate_size": 64}
+    sizes = {"vocab_size": 193, "llm_vocab_size": 118, "codebook_size": 64, "num_vq_tokens": 16}
+    return fill_(Showo(ShowoConfig(llm_config=llm, w_clip_vit=True, **sizes))).eval()
+
+
+@pytest.mark.parametrize("case", ["tuning", "pretrain"])
+def test_clip_branch(clip_model, case):
+    golden = tensors("clip")
+    # one generator serves both cases in order: features, system ids, text ids
+    generator = torch.Generator().manual_seed(12)
+    for name, batch, system_length in (("tuning", 2, 28), ("pretrain", 1, 0)):
+        features = torch.randn(batch, 576, 1024, generator=generator)
+        system = torch.randint(0, 117, (batch, system_length), generator=generator)
+        text = torch.randint(0, 117, (batch, 7), generator=generator)
+        if name == case:
+            break
+    if not torch.equal(features[:, :2], golden[f"{case}.features_head"]):
+        generator = torch.Generator().manual_seed(12)  # …or each case has its own
+        features = torch.randn(batch, 576, 1024, generator=generator)
+    assert torch.equal(features[:, :2], golden[f"{case}.features_head"])
+    system, text = golden[f"{case}.system_ids"], golden[f"{case}.text_ids"]
+
+    def column(token, width=1):
+        return torch.full((batch, width), token)
+
+    ids = torch.cat([column(124), system, column(119), column(-200, 576), column(120), text], dim=1)
+    logits = clip_model(ids, image_features=features).logits[:, -9:]
+    torch.testing.assert_close(logits, golden[f"{case}.logits_tail"], atol=1e-4, rtol=1e-4)
+    new_ids = clip_model.mmu_generate(
+        ids[:1], image_features=features[:1], max_new_tokens=12, top_k=1, eot_token=117
+    )
+    assert torch.equal(new_ids[0], golden[f"{case}.new_ids"])
