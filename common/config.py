@@ -169,12 +169,12 @@ def _resolve(config: DictConfig, path: Path) -> None:
     wanted = set(re.findall(r"\$\{oc\.env:\s*(\w+)\s*\}", OmegaConf.to_yaml(config, resolve=False)))
     if unset := sorted(wanted - set(os.environ)):
         raise UserError(f"config={path} needs environment variables that are not set: {', '.join(unset)}")
-    if blank := OmegaConf.missing_keys(config):
-        raise UserError(f"{', '.join(sorted(blank))} is '???', which stands for a value yet to be given; give one")
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise UserError(f"config={path} holds a reference that leads nowhere: {error}") from None
+    if blank := OmegaConf.missing_keys(config):
+        raise UserError(f"{', '.join(sorted(blank))} is '???', which stands for a value yet to be given; give one")
 
 
 def _raise(problems: list[str], path: Path) -> None:

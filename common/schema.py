@@ -88,6 +88,8 @@ class PreprocessingSection:
     resolution: int = 256
     center_crop: bool = False  # pictures are always centre-cropped, as published
     random_flip: bool = False
+    und_random_flip: bool = False  # flips the pictures of the mmu flow alone
+    und_jitter: float = 0.0  # shifts and scales them by up to this share
 
 
 @dataclass
@@ -155,6 +157,8 @@ class TrainingSection:
     t2i_coeff: float = 1.0
     lm_coeff: float = 0.1
     mmu_coeff: float = 1.0
+    und_mask_ratio: float = 0.0  # mmu pictures hide a random share of their tokens, up to this
+    ema_decay: float | None = None  # keeps a moving average of the weights; it is what is saved and sampled
     mask_schedule: str = "cosine"  # the section of the same name wins
 
 
@@ -272,6 +276,9 @@ RANGES = {  # both ends allowed, infinity never
     "training.min_masking_rate": (0, 1),
     "training.mask_contiguous_region_prob": (0, 1),
     "training.label_smoothing": (0, 1),
+    "training.und_mask_ratio": (0, 1),
+    "training.ema_decay": (0, 1),
+    "dataset.preprocessing.und_jitter": (0, 0.5),
     "training.guidance_scale": (0, math.inf),
     "training.generation_timesteps": (1, math.inf),
     "training.generation_temperature": (0, math.inf),

@@ -111,9 +111,14 @@ class MAGVITv2Output(ModelOutput):
     loss_entropy: torch.Tensor | None = None
 
 
-def bit_entropy(probability: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of two-way categoricals, given P(bit = 1) of any shape; 0 at 0 and 1."""
-    return torch.special.entr(probability) + torch.special.entr(1 - probability)
+def bit_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of bits with P(1) = sigmoid(logits), any shape. Its gradient stays finite at sure bits."""
+    return F.softplus(logits) - logits * torch.sigmoid(logits)
+
+
+def distribution_entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """-p log p, entry by entry. Its gradient is infinite at 0, so what underflowed counts as 1e-12."""
+    return torch.special.entr(probabilities.clamp_min(1e-12))
 
 
 class LookupFreeQuantizer(nn.Module):
@@ -160,9 +165,10 @@ class LookupFreeQuantizer(nn.Module):
         to_latents = F.mse_loss(quantized, latents.detach())
         commit = 0.1 * (to_quantized + 0.25 * to_latents)
 
-        probability = torch.sigmoid(4 * latents)  # logits -(z-1)^2 and -(z+1)^2 differ by 4z
-        per_token = bit_entropy(probability).mean()
-        of_the_mean = bit_entropy(probability.mean((0, 2, 3))).mean()
+        logits = 4 * latents  # the logits -(z-1)^2 and -(z+1)^2 of a bit differ by 4z
+        per_token = bit_entropy(logits).mean()
+        mean_bits = torch.stack([torch.sigmoid(logits), torch.sigmoid(-logits)]).mean((1, 3, 4))  # (2, K)
+        of_the_mean = distribution_entropy(mean_bits).sum(0).mean()
         return commit, 0.1 * (per_token - of_the_mean)
 
 

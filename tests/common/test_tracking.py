@@ -1,0 +1,108 @@
+"""What a run reports: on disk always, in wandb if it is wanted. wandb itself runs here, offline."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from common.tracking import Tracker
+
+LOGIN = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC")
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def nobody(monkeypatch, tmp_path):
+    """A machine where nobody is logged in."""
+    for name in LOGIN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / ".netrc"))
+
+
+def test_metrics_are_appended_line_by_line(tmp_path):
+    for start in (0, 2):  # the second run goes on where the first stopped
+        with Tracker("project", "name", tmp_path, wandb_config={"mode": "disabled"}) as tracker:
+            tracker.log({"loss": torch.tensor(0.5), "lr": 1e-4}, step=start)
+            tracker.log({"loss": 0.25, "note": "good"}, step=start + 1)
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+    assert lines(tmp_path)[0] == {"step": 0, "loss": 0.5, "lr": 1e-4}
+    assert lines(tmp_path)[3]["note"] == "good"
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_pictures_are_saved_as_one_sheet(tmp_path):
+    tracker = Tracker("project", "name", tmp_path)
+    panel = "Original images v.s. Reconstructed images v.s. Predicted images"
+    tracker.log_images(panel, [Image.new("RGB", (64, 64), "red")] * 2, ["one", "two"], step=12)
+    tracker.log_images("unsaved", [Image.new("RGB", (64, 64))], ["x"], step=12, save=False)
+    tracker.log_images("empty", [], [], step=12)
+    name = "original-images-v-s-reconstructed-images-v-s-predicted-images-00000012.png"
+    assert os.listdir(tmp_path / "images") == [name]
+    sheet = Image.open(tmp_path / "images" / name).convert("RGB")
+    assert sum(pixel == (255, 0, 0) for pixel in sheet.get_flattened_data()) == 2 * 128 * 128
+    with pytest.raises(AssertionError, match="2 captions"):
+        tracker.log_images("panel", [Image.new("RGB", (8, 8))], ["one", "two"], step=1)
+
+
+def test_other_processes_write_nothing(tmp_path):
+    tracker = Tracker("project", "name", tmp_path / "out", enabled=False)
+    tracker.log({"loss": 1}, 0)
+    tracker.log_images("panel", [Image.new("RGB", (8, 8))], ["x"], 0)
+    tracker.finish()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_without_login_wandb_runs_offline_and_says_so_once(tmp_path, nobody, capsys):
+    tracker = Tracker("project", "name", tmp_path, config={"seed": 3}, wandb_config={"entity": None, "resume": "auto"})
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.log_images("Generated images", [Image.new("RGB", (8, 8), "blue")], ["blue"], step=1)
+    assert tracker.run.settings.mode == "offline" and dict(tracker.run.config) == {"seed": 3}
+    tracker.finish()
+    assert capsys.readouterr().out.count("offline") == 1
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    (picture,) = run.glob("files/media/images/Generated images_1_*.png")
+    assert Image.open(picture).getpixel((0, 0)) == (0, 0, 255)
+    assert list(run.glob("run-*.wandb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_the_setting_wins_over_the_environment(tmp_path, nobody, monkeypatch, capsys, mode):
+    monkeypatch.setenv("WANDB_MODE", "disabled" if mode == "offline" else "offline")
+    with Tracker("project", "name", tmp_path, wandb_config={"mode": mode}) as tracker:
+        tracker.log({"loss": 1.0}, step=1)
+    assert bool(list(tmp_path.glob("wandb/offline-run-*"))) == (mode == "offline")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_a_key_without_a_server_falls_back_to_offline(tmp_path, nobody, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("common.tracking.INIT_TIMEOUT", 2)
+    with Tracker("project", "name", tmp_path) as tracker:
+        tracker.log({"loss": 1.0}, step=1)
+        assert tracker.run.settings.mode == "offline"
+    assert "offline" in capsys.readouterr().out
+    assert lines(tmp_path) == [{"step": 1, "loss": 1.0}]
+
+
+def test_without_wandb_installed_the_disk_is_enough(tmp_path, repository):
+    script = (
+        f"import sys; sys.path[0] = {str(repository)!r}; sys.modules['wandb'] = None\n"
+        "from common.tracking import Tracker\n"
+        f"with Tracker('p', 'n', {str(tmp_path)!r}) as tracker: tracker.log({{'loss': 1}}, 0)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in LOGIN}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "not installed" in done.stdout
+    assert lines(tmp_path) == [{"step": 0, "loss": 1}]

@@ -1,0 +1,191 @@
+"""SPEC §11 against torch's own antialiased resize and hand-made crops; and files that are no good pictures."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from models.images import contact_sheet, load_image, preprocess, to_pil
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    shape = (height, width, 3) if mode == "RGB" else (height, width)
+    return Image.fromarray(np.random.randint(0, 256, shape, dtype=np.uint8))
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    return noise(8, 8).resize((width, height), Image.Resampling.BICUBIC)
+
+
+# --- preprocess
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 37), (37, 100), (31, 33), (300, 201), (20, 90), (451, 300)])
+@pytest.mark.parametrize("resolution", [16, 48, 65])
+def test_resize_and_crop_agree_with_torch(size, resolution):
+    image = smooth(*size)
+    width, height = size
+    if width <= height:
+        new_width, new_height = resolution, int(resolution * height / width)
+    else:
+        new_width, new_height = int(resolution * width / height), resolution
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).double()[None]  # (1, 3, H, W)
+    pixels = torch.nn.functional.interpolate(pixels, (new_height, new_width), mode="bicubic", antialias=True)
+    top, left = round((new_height - resolution) / 2), round((new_width - resolution) / 2)
+    expected = pixels[0, :, top : top + resolution, left : left + resolution].clamp(0, 255)
+
+    result = preprocess(image, resolution, normalize=False)
+    assert (result.shape, result.dtype) == ((3, resolution, resolution), torch.float32)
+    assert (result * 255 - expected).abs().max() <= 1.01  # PIL rounds to whole steps after each direction
+
+
+@pytest.mark.parametrize(("extra", "offset"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (6, 3), (7, 4)])
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_crop_is_centred_and_rounds_half_to_even(extra, offset, wide):
+    image = noise(24 + extra, 24) if wide else noise(24, 24 + extra)  # the short side fits: nothing is resized
+    values = np.asarray(image)
+    expected = values[:, offset : offset + 24] if wide else values[offset : offset + 24]
+    result = preprocess(image, 24, normalize=False)
+    assert torch.equal(result, torch.from_numpy(expected.copy()).permute(2, 0, 1) / 255)
+
+
+def test_normalized_values_and_the_way_back():
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    pixels = preprocess(image, 16)
+    levels = torch.arange(256, dtype=torch.float32) / 255
+    assert torch.equal(pixels[0].flatten(), (levels - 0.5) / 0.5)
+    (back,) = to_pil(pixels[None])
+    difference = np.asarray(image).astype(int) - np.asarray(back)
+    assert set(np.unique(difference)) <= {0, 1}  # truncation may lose one step, never gain one
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", "I;16"])
+def test_any_mode_is_read_as_rgb(mode):
+    image = Image.new(mode, (20, 30))
+    assert preprocess(image, 16).shape == (3, 16, 16)
+
+
+def test_a_mask_keeps_one_channel_unless_normalized():
+    mask = Image.new("L", (40, 20), 0)
+    mask.paste(255, (20, 0, 40, 20))
+    values = preprocess(mask, 20, normalize=False)
+    assert values.shape == (1, 20, 20)
+    assert torch.equal(values[0, 0], torch.tensor([0.0] * 10 + [1.0] * 10))
+    assert preprocess(mask, 20).shape == (3, 20, 20)
+
+
+def test_a_strip_that_would_grow_beyond_all_bounds_is_refused():
+    with pytest.raises(UserError, match="at most"):
+        preprocess(Image.new("RGB", (20000, 2)), 512)
+
+
+# --- to_pil
+
+
+def test_to_pil_clamps_and_truncates():
+    values = torch.tensor([-3.0, -1.0, 0.0, 0.999, 1.0, 7.0])
+    pixels = values.view(1, 1, 1, 6).expand(2, 3, 1, 6)
+    images = to_pil(pixels.to(torch.float64).requires_grad_())
+    assert len(images) == 2 and images[0].size == (6, 1) and images[0].mode == "RGB"
+    assert [images[1].getpixel((x, 0))[0] for x in range(6)] == [0, 0, 127, 254, 255, 255]
+    assert np.asarray(to_pil(pixels.bfloat16())[0]).max() == 255
+
+
+# --- load_image
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no rows."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp"])
+def test_load_image_converts(tmp_path, suffix):
+    noise(30, 20).save(tmp_path / f"x.{suffix}")
+    assert load_image(tmp_path / f"x.{suffix}").mode == "RGB"
+    mask = load_image(str(tmp_path / f"x.{suffix}"), "L")
+    assert (mask.mode, mask.size) == ("L", (30, 20))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.95])
+def test_a_truncated_picture_is_refused(tmp_path, suffix, part):
+    buffer = io.BytesIO()
+    noise(64, 64).save(buffer, {"jpg": "jpeg"}.get(suffix, suffix))
+    path = tmp_path / f"cut.{suffix}"
+    path.write_bytes(buffer.getvalue()[: int(len(buffer.getvalue()) * part)])
+    with pytest.raises(UserError, match=f"cut.{suffix}"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"BM" + b"\xff" * 60, b"GIF89a" + b"\0" * 9])
+def test_what_is_no_picture_is_refused(tmp_path, content):
+    (tmp_path / "no.png").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_image(tmp_path / "no.png")
+
+
+def test_missing_files_and_folders_are_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "none.png"):
+        with pytest.raises(UserError, match="does not exist"):
+            load_image(path)
+
+
+@pytest.mark.parametrize("size", [(14000, 13000), (30000, 30000), (100000, 100000)])
+def test_enormous_pictures_are_refused_before_they_are_decoded(tmp_path, size):
+    (tmp_path / "bomb.png").write_bytes(png(*size))
+    with pytest.raises(UserError, match=r"178,956,970"):
+        load_image(tmp_path / "bomb.png")
+
+
+# --- contact_sheet
+
+
+def colours(sheet: Image.Image) -> dict[tuple[int, ...], int]:
+    return {colour: count for count, colour in sheet.getcolors(sheet.width * sheet.height)}
+
+
+def test_small_pictures_are_enlarged_by_whole_factors():
+    image = Image.new("RGB", (2, 1), (255, 0, 0))
+    image.putpixel((1, 0), (0, 0, 255))
+    found = colours(contact_sheet([image], cell=101))
+    assert found[(255, 0, 0)] == found[(0, 0, 255)] == 50 * 50
+
+
+def test_every_picture_is_on_the_sheet_whatever_its_size_and_mode():
+    images = [Image.new("RGB", (900, 300), (200, 0, 0)), Image.new("RGBA", (10, 40), (0, 200, 0, 255))]
+    images += [Image.new("L", (64, 64), 100), Image.new("RGBA", (8, 8), (0, 0, 0, 0))]
+    found = colours(contact_sheet(images, columns=2, cell=120))
+    assert found[(200, 0, 0)] == 120 * 40
+    assert found[(0, 200, 0)] == 30 * 120
+    assert found[(100, 100, 100)] == 64 * 64
+    assert (0, 0, 0) not in found  # the transparent one is paper
+
+
+def test_captions_take_room_below_their_row_and_long_words_are_cut():
+    images = [Image.new("RGB", (32, 32))] * 3
+    plain = contact_sheet(images, columns=2)
+    short = contact_sheet(images, ["a", "b", "c"], columns=2)
+    long = contact_sheet(images, ["a", "word " * 30, "c"], columns=2)
+    endless = contact_sheet(images, ["a", "w" * 5000, "c\nd\n"], columns=2, title="Generated images")
+    assert plain.width == short.width == long.width == endless.width
+    assert plain.height < short.height < long.height
+    right_edge = endless.crop((endless.width - 4, 0, endless.width, endless.height))
+    assert set(colours(right_edge)) == {(255, 255, 255)}  # no text runs out of its column
+
+
+def test_a_sheet_of_16_has_4_columns_and_wrong_counts_are_our_mistake():
+    sheet = contact_sheet([Image.new("RGB", (64, 64))] * 16)
+    assert abs(sheet.width - sheet.height) < 128
+    with pytest.raises(AssertionError, match="2 captions"):
+        contact_sheet([Image.new("RGB", (8, 8))], ["a", "b"])

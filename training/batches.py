@@ -1,0 +1,85 @@
+"""Three flows → one batch that the model takes as it is (SPEC §2, §5): rows in the order t2i, lm, mmu."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from models import OmniMask, UniversalPrompting
+from training.data.flows import collate_images
+from training.masking import MaskingNoise
+
+TASKS = ("t2i", "lm", "mmu")
+
+
+@dataclass
+class OmniBatch:
+    """One training batch on the device of the model.
+
+    input_ids, labels: (B, L) int64. counts: rows per task. mask_prob: (B_t2i,) float32. texts, pixels: of the t2i rows,
+    for the sample sheets.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: OmniMask
+    counts: dict[str, int]
+    mask_prob: torch.Tensor | None = None
+    image_features: torch.Tensor | None = None
+    texts: list[str] = field(default_factory=list)
+    pixels: torch.Tensor | None = None
+
+    def forward_arguments(self) -> dict:
+        """Keyword arguments of `Showo.forward`."""
+        sizes = {f"batch_size_{task}": self.counts[task] for task in TASKS}
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "labels": self.labels,
+            "image_features": self.image_features,
+            **sizes,
+        }
+
+
+class BatchBuilder:
+    """Tokenises, masks and joins the items of the three flows.
+
+    Args:
+        prompting: builds rows.
+        vq_model: pixels → codes.
+        noise: the t2i masking rule.
+        understanding: builds the mmu rows of its branch (see `training/understanding.py`).
+        row_length: L of all rows.
+    """
+
+    def __init__(self, prompting: UniversalPrompting, vq_model, noise: MaskingNoise, understanding, row_length: int, device):
+        self.prompting, self.vq_model, self.noise = prompting, vq_model, noise
+        self.understanding, self.row_length, self.device = understanding, row_length, device
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) → (B, N) image ids with the vocabulary's offset."""
+        return self.vq_model.get_code(pixels.to(self.device)) + self.noise.image_offset
+
+    def __call__(self, items: dict[str, list]) -> OmniBatch:
+        """items: flow → list of items; absent flows have no rows."""
+        rows, extra = [], {}
+        counts = {task: len(items.get(task, ())) for task in TASKS}
+        if counts["t2i"]:
+            pixels, texts = collate_images(items["t2i"])
+            masked = self.noise(self.encode(pixels))
+            rows.append(self.prompting((texts, masked.input_ids, masked.labels), "t2i"))
+            extra |= {"mask_prob": masked.mask_prob, "texts": texts, "pixels": pixels}
+        if counts["lm"]:
+            rows.append(self.prompting((items["lm"], self.row_length), "lm"))
+        if counts["mmu"]:
+            built, features = self.understanding.rows(items["mmu"], self)
+            rows.append(built)
+            extra["image_features"] = features
+        device = self.device
+        return OmniBatch(
+            torch.cat([r.input_ids.to(device) for r in rows]),
+            torch.cat([r.labels.to(device) for r in rows]),
+            OmniMask.cat([r.attention_mask.to(device) for r in rows]),
+            counts,
+            **extra,
+        )

@@ -1,0 +1,85 @@
+"""Which image tokens a training step hides, and what is learnt from them (SPEC §6)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from models.sampling import Schedule
+from models.vocabulary import IGNORE_ID
+
+# B images, N = w * w tokens each
+
+
+@dataclass
+class MaskedImages:
+    """input_ids and labels (B, N) int64; mask_prob (B,) float32, the scheduled probability of each image."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    mask_prob: torch.Tensor
+
+
+@dataclass
+class MaskingNoise:
+    """The masking rule of a run.
+
+    Args:
+        schedule: probability as a function of t in [0, 1].
+        mask_token_id, image_offset, codebook_size: from the vocabulary.
+        min_masking_rate: lower bound of the probability.
+        contiguous_region_prob: probability that a batch masks one rectangle per image instead of scattered tokens.
+        noise_type: ``mask`` hides behind the mask token, ``random_replace`` behind random codes.
+        predict_all_tokens: labels everywhere instead of at hidden positions only (always so for random_replace).
+    """
+
+    schedule: Schedule
+    mask_token_id: int
+    image_offset: int
+    codebook_size: int
+    min_masking_rate: float = 0.0
+    contiguous_region_prob: float | None = None
+    noise_type: str = "mask"
+    predict_all_tokens: bool = False
+
+    def __call__(self, image_ids: torch.Tensor, *, mask_ratio: float | None = None) -> MaskedImages:
+        """Hides part of each image.
+
+        Draws come from torch's global generator in the published order: t (B), positions (B, N).
+
+        Args:
+            image_ids: (B, N) int64 with the vocabulary's offset.
+            mask_ratio: fixes the probability (evaluation) instead of drawing it.
+        """
+        batch_size, num_tokens = image_ids.shape
+        if mask_ratio is None:
+            mask_prob = self.schedule(torch.rand(batch_size)).clamp(min=self.min_masking_rate)
+        else:
+            mask_prob = torch.full((batch_size,), float(mask_ratio))
+        num_masked = (num_tokens * mask_prob).round().clamp(min=1)  # torch rounds half to even
+        hidden = self._positions(num_masked, num_tokens).to(image_ids.device)  # (B, N)
+        noise = torch.full_like(image_ids, self.mask_token_id)
+        if self.noise_type == "random_replace":
+            noise = self.image_offset + torch.randint_like(image_ids, self.codebook_size)
+        labels_everywhere = self.predict_all_tokens or self.noise_type == "random_replace"
+        labels = image_ids if labels_everywhere else torch.where(hidden, image_ids, IGNORE_ID)
+        return MaskedImages(torch.where(hidden, noise, image_ids), labels, mask_prob)
+
+    def _positions(self, num_masked: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        contiguous = self.contiguous_region_prob is not None and torch.rand(1).item() < self.contiguous_region_prob
+        if contiguous:
+            width = math.isqrt(num_tokens)
+            return torch.stack([_rectangle(int(n), width) for n in num_masked])
+        return torch.rand(len(num_masked), num_tokens).argsort(dim=-1) < num_masked[:, None]
+
+
+def _rectangle(num_masked: int, width: int) -> torch.Tensor:
+    """(w * w,) bool: a rectangle of about `num_masked` tokens at a random place of the w × w grid."""
+    lowest, highest = math.ceil(num_masked / width), min(width, num_masked)
+    height = int(torch.randint(lowest, highest + 1, (1,)))
+    columns = min(math.ceil(num_masked / height), width)
+    top = int(torch.randint(0, width - height + 1, (1,)))
+    left = int(torch.randint(0, width - columns + 1, (1,)))
+    grid = torch.zeros(width, width, dtype=torch.bool)
+    grid[top : top + height, left : left + columns] = True
+    return grid.flatten()

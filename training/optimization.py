@@ -1,0 +1,74 @@
+"""Optimiser, schedule and moving average of a run (SPEC §14)."""
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+# Faithful: names, not kinds of parameter, decide. Phi's `*_layernorm.weight` and `embed_tokens.weight` hold none of
+# them and are decayed (pinned by tests/training/test_optimization.py).
+NO_DECAY = ("bias", "layer_norm.weight", "mlm_ln.weight", "embeddings.weight")
+
+
+def parameter_groups(named_parameters, weight_decay: float) -> list[dict]:
+    """Trainable parameters with and without weight decay."""
+    groups = {True: [], False: []}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            groups[not any(part in name for part in NO_DECAY)].append(parameter)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+
+
+def make_optimizer(model: nn.Module, config) -> torch.optim.Optimizer:
+    """AdamW as configured by `optimizer.params`."""
+    params = config.optimizer.params
+    return torch.optim.AdamW(
+        parameter_groups(model.named_parameters(), params.weight_decay),
+        lr=params.learning_rate,
+        betas=(params.beta1, params.beta2),
+        eps=params.epsilon,
+    )
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:
+    """Warm-up and decay over optimiser steps, whatever the number of processes."""
+    return get_scheduler(
+        config.lr_scheduler.scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_scheduler.params.warmup_steps,
+        num_training_steps=config.training.max_train_steps,
+    )
+
+
+class WeightAverage:
+    """Exponential moving average of a model's parameters, kept in fp32.
+
+    Args:
+        decay: weight of the past; the first steps use (1 + n) / (10 + n) while that is smaller.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self.shadow = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        names, parameters = zip(*((n, p.detach().float()) for n, p in model.named_parameters()), strict=True)
+        torch._foreach_lerp_([self.shadow[n] for n in names], list(parameters), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchanges the model's weights with the average; a second call exchanges them back."""
+        for name, parameter in model.named_parameters():
+            kept = parameter.detach().float().clone()
+            parameter.copy_(self.shadow[name])
+            self.shadow[name].copy_(kept)
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for name, tensor in state["shadow"].items():
+            self.shadow[name].copy_(tensor)

@@ -1,0 +1,48 @@
+"""Pictures of a run: drawings of the validation prompts, and what the model predicts at masked positions (SPEC §15)."""
+
+import torch
+from PIL import Image
+
+from models.images import to_pil
+from training.batches import BatchBuilder, OmniBatch
+
+GENERATED_PANEL = "Generated images"
+PREDICTED_PANEL = "Original images v.s. Reconstructed images v.s. Predicted images"
+
+
+@torch.no_grad()
+def draw(model, builder: BatchBuilder, prompts: list[str], *, guidance_scale: float, timesteps: int, temperature: float, seed: int):
+    """One picture per prompt, guided as configured, from a generator of its own so that training is not disturbed."""
+    vocabulary, num_tokens = model.vocabulary, model.config.num_vq_tokens
+    image_ids = torch.full((len(prompts), num_tokens), vocabulary.mask_token_id)
+    ids = builder.prompting((prompts, image_ids), "t2i_gen").input_ids.to(builder.device)
+    uncond = builder.prompting(([""] * len(prompts), image_ids), "t2i_gen").input_ids.to(builder.device)
+    codes = model.t2i_generate(
+        ids,
+        uncond,
+        guidance_scale=guidance_scale,
+        timesteps=timesteps,
+        temperature=temperature,
+        noise_schedule=builder.noise.schedule,
+        generator=torch.Generator(builder.device).manual_seed(seed),
+    )
+    return to_pil(builder.vq_model.decode_code(codes).float())
+
+
+@torch.no_grad()
+def predict_masked(model, builder: BatchBuilder, batch: OmniBatch, limit: int = 8) -> tuple[list[Image.Image], list[str]]:
+    """Original | reconstruction | prediction, side by side; the prediction is the argmax at masked positions only."""
+    count = min(limit, batch.counts["t2i"])
+    offset, num_codes = model.vocabulary.image_offset, model.vocabulary.codebook_size
+    ids = batch.input_ids[:count]
+    logits = model(ids, batch.attention_mask.select(slice(0, count))).logits
+    image_ids = ids[:, -model.config.num_vq_tokens - 1 : -1]
+    predicted = logits[:, -model.config.num_vq_tokens - 1 : -1, offset : offset + num_codes].argmax(-1)
+    hidden = image_ids == model.vocabulary.mask_token_id
+    original = batch.pixels[:count].to(builder.device)
+    codes = builder.vq_model.get_code(original)
+    decode = builder.vq_model.decode_code
+    panels = [original, decode(codes).float(), decode(torch.where(hidden, predicted, codes)).float()]
+    images = to_pil(torch.cat(panels, dim=-1))
+    captions = [f"mask ratio: {r:.2f}, {t}" for r, t in zip(batch.mask_prob[:count].tolist(), batch.texts, strict=False)]
+    return images, captions

@@ -1,0 +1,135 @@
+"""Settings of `training/train_magvitv2.py`: every key, its type and its default."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from common.schema import WandbSection
+
+
+@dataclass
+class Experiment:
+    project: str = "tokenizer"
+    name: str = "magvitv2"
+    output_dir: str = "outputs/magvitv2"
+    log_every: int = 50
+    eval_every: int = 500
+    save_every: int = 1000
+    checkpoints_total_limit: int | None = 2
+    resume_from_checkpoint: str | None = "latest"  # "latest", a folder, or null to begin anew
+    max_eval_examples: int | None = 1000
+    num_sheet_pictures: int = 24
+
+
+@dataclass
+class Model:
+    """Fields of `MAGVITv2Config`; `pretrained_model_path` starts from a folder instead and ignores them."""
+
+    pretrained_model_path: str | None = None
+    ch: int = 128
+    encoder_ch_mult: list[int] = field(default_factory=lambda: [1, 2, 2, 4, 4])
+    decoder_ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
+    encoder_num_res_blocks: list[int] = field(default_factory=lambda: [4, 3, 4, 3, 4])
+    decoder_num_res_blocks: list[int] = field(default_factory=lambda: [4, 4, 3, 4, 3])
+    code_bits: int = 13
+    num_groups: int = 32
+    stem_patch_size: int = 1
+    encoder_mid: bool = True
+    decoder_mid: bool = True
+
+
+@dataclass
+class DatasetParams:
+    train_shards: Any = None  # a path, a brace list or a pattern with `*`, or a list of such
+    eval_shards: Any = None
+    resolution: int = 256
+    cache_in_memory: bool = False  # decode all pictures once and keep them, as small sets should
+    shuffle_buffer_size: int = 1000
+    num_workers: int = 4
+    random_flip: bool = True
+    max_shift: int = 0  # pixels; the border is repeated
+
+
+@dataclass
+class Dataset:
+    params: DatasetParams = field(default_factory=DatasetParams)
+
+
+@dataclass
+class Losses:
+    """Weights. Entropies are in nats, summed over the bits of a code."""
+
+    l1: float = 1.0
+    mse: float = 0.0
+    edge: float = 0.5
+    perceptual: float = 0.0
+    commit: float = 0.1
+    sample_entropy: float = 0.02
+    codebook_entropy: float = 0.03
+    entropy_group_bits: int = 7
+
+
+@dataclass
+class OptimizerParams:
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+    epsilon: float = 1e-8
+
+
+@dataclass
+class Optimizer:
+    params: OptimizerParams = field(default_factory=OptimizerParams)
+
+
+@dataclass
+class SchedulerParams:
+    warmup_steps: int = 100
+
+
+@dataclass
+class Scheduler:
+    scheduler: str = "cosine"
+    params: SchedulerParams = field(default_factory=SchedulerParams)
+
+
+@dataclass
+class Training:
+    batch_size: int = 16
+    max_train_steps: int = 100_000
+    mixed_precision: str = "bf16"  # "no", "fp16" or "bf16"
+    max_grad_norm: float | None = 1.0
+    ema_decay: float = 0.999
+    enable_tf32: bool = True
+    seed: int = 10086
+
+
+@dataclass
+class TokenizerTrainingConfig:
+    wandb: WandbSection = field(default_factory=WandbSection)
+    experiment: Experiment = field(default_factory=Experiment)
+    model: Model = field(default_factory=Model)
+    dataset: Dataset = field(default_factory=Dataset)
+    losses: Losses = field(default_factory=Losses)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: Scheduler = field(default_factory=Scheduler)
+    training: Training = field(default_factory=Training)
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        """What is wrong with a complete config, one text each."""
+        positive = ("training.batch_size", "training.max_train_steps", "dataset.params.resolution")
+        found = [f"{key} must be at least 1" for key in positive if OmegaConf.select(config, key) < 1]
+        for key in ("train_shards", "eval_shards"):
+            if not config.dataset.params[key]:
+                found.append(f"dataset.params.{key} is not given; name the WebDataset shards, as in 'data/train-*.tar'")
+        if config.training.mixed_precision not in ("no", "fp16", "bf16"):
+            found.append(f"training.mixed_precision is {config.training.mixed_precision!r}; it must be no, fp16 or bf16")
+        if not 0 <= config.training.ema_decay < 1:
+            found.append(f"training.ema_decay is {config.training.ema_decay}; it must lie in [0, 1)")
+        for key in ("log_every", "eval_every", "save_every"):
+            if config.experiment[key] < 1:
+                found.append(f"experiment.{key} must be at least 1")
+        return found

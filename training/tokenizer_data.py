@@ -1,0 +1,172 @@
+"""Pictures for training an image tokenizer, out of WebDataset shards, as uint8 batches.
+
+Two readers give the same thing: `CachedPictures` decodes a small set once and keeps it in memory,
+`StreamedPictures` reads shards as it goes. Which pictures step s sees follows from the seed and s alone, so a resumed
+run sees exactly what an uninterrupted one would have seen.
+"""
+
+import io
+import random
+from collections.abc import Iterator
+from functools import lru_cache
+from glob import glob
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+import webdataset as wds
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+from webdataset.shardlists import expand_urls
+
+from common.config import resolve_path
+from common.errors import UserError
+from models.images import preprocess
+
+PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+
+
+def find_shards(pattern: str, setting: str) -> list[str]:
+    """Files of a pattern with brace lists (`{000..012}`) and `*`, in order.
+
+    Raises:
+        UserError: a file is missing, or nothing matches; `setting` is the key to name.
+    """
+    shards = []
+    for name in expand_urls(str(pattern)):
+        path = str(resolve_path(Path(name).parent) / Path(name).name)
+        found = sorted(glob(path)) if "*" in path else [path] if Path(path).is_file() else []
+        if not found:
+            raise UserError(f"{setting}: no shard at {name}; make the data first or correct the pattern")
+        shards += found
+    return shards
+
+
+def read_encoded(shards: list[str]) -> Iterator[bytes]:
+    """The encoded pictures of some shards, in order. A damaged shard gives its whole samples and a warning."""
+    for sample in wds.tarfile_to_samples(handler=wds.warn_and_continue)({"url": shard} for shard in shards):
+        encoded = next((sample[suffix] for suffix in PICTURE_SUFFIXES if suffix in sample), None)
+        if encoded is not None:
+            yield encoded
+
+
+def decode(encoded: bytes, resolution: int) -> torch.Tensor | None:
+    """Encoded picture -> (3, R, R) uint8, or None where it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            pixels = preprocess(image, resolution, normalize=False)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    return (pixels * 255).round().to(torch.uint8)
+
+
+def load_pictures(shards: list[str], resolution: int, limit: int | None = None, quiet: bool = False) -> torch.Tensor:
+    """All (or the first `limit`) readable pictures of some shards: (n, 3, R, R) uint8."""
+    pictures = (decode(encoded, resolution) for encoded in read_encoded(shards))
+    readable = islice((picture for picture in pictures if picture is not None), limit)
+    decoded = list(tqdm(readable, desc="decoding pictures", unit="", disable=quiet, leave=False))
+    if not decoded:
+        raise UserError(f"no readable picture in {shards[0]} and its {len(shards) - 1} neighbours")
+    return torch.stack(decoded)
+
+
+class CachedPictures:
+    """Endless shuffled batches from pictures in memory; every epoch has an order of its own."""
+
+    def __init__(self, pictures: torch.Tensor, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.pictures = pictures  # (n, 3, R, R) uint8
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self._order = lru_cache(maxsize=2)(self._order_of)
+
+    def _order_of(self, epoch: int) -> list[int]:
+        return torch.randperm(len(self.pictures), generator=generator_for(self.seed, epoch)).tolist()
+
+    def batches_from(self, step: int) -> Iterator[torch.Tensor]:
+        """Batches (B, 3, R, R) uint8 for `step`, `step` + 1, ..."""
+        for s in count(step):
+            start = (s * self.world_size + self.rank) * self.batch_size
+            places = (divmod(i, len(self.pictures)) for i in range(start, start + self.batch_size))
+            yield self.pictures[[self._order(epoch)[place] for epoch, place in places]]
+
+
+class StreamedPictures(IterableDataset):
+    """Endless batches read from shards by DataLoader workers, shuffled by shard and in a buffer.
+
+    Resuming reads on from the same sample: the samples before it are passed over without being decoded.
+    An unreadable picture's place is taken by another one of its batch, so that positions stay the same.
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        resolution: int,
+        batch_size: int,
+        seed: int,
+        shuffle_buffer_size: int = 1000,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if len(shards) < world_size:
+            raise UserError(f"dataset.params.train_shards: {len(shards)} shards for {world_size} processes; make more")
+        self.shards, self.resolution, self.batch_size, self.seed = shards, resolution, batch_size, seed
+        self.shuffle_buffer_size = shuffle_buffer_size
+        self.num_workers = min(num_workers, len(shards) // world_size)
+        self.rank, self.world_size = rank, world_size
+        self.first_batch = 0
+
+    def batches_from(self, step: int) -> Iterator[torch.Tensor]:
+        """Batches (B, 3, R, R) uint8 for `step`, `step` + 1, ..."""
+        self.first_batch = step
+        return iter(DataLoader(self, batch_size=None, num_workers=self.num_workers))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        # The loader takes batches from its workers in turn, always beginning with worker 0, so after a resume at batch
+        # f worker w stands in for the worker whose turn it then is, and has len(range(part, f, workers)) batches behind.
+        part = (worker + self.first_batch) % num_workers
+        behind = len(range(part, self.first_batch, num_workers)) * self.batch_size
+        samples = islice(self._encoded(part * self.world_size + self.rank, num_workers * self.world_size), behind, None)
+        while batch := list(islice(samples, self.batch_size)):
+            yield self._decode_batch(batch)
+
+    def _encoded(self, part: int, num_parts: int) -> Iterator[bytes]:
+        for epoch in count():
+            order = torch.randperm(len(self.shards), generator=generator_for(self.seed, epoch)).tolist()
+            shards = [self.shards[i] for i in order[part::num_parts]]
+            shuffle = wds.shuffle(self.shuffle_buffer_size, rng=random.Random(f"{self.seed} {epoch} {part}"))
+            found = False
+            for encoded in shuffle(read_encoded(shards)):
+                found = True
+                yield encoded
+            if not found:
+                raise UserError(f"dataset.params.train_shards: no picture in {', '.join(shards)}")
+
+    def _decode_batch(self, batch: list[bytes]) -> torch.Tensor:
+        decoded = [decode(encoded, self.resolution) for encoded in batch]
+        readable = [picture for picture in decoded if picture is not None]
+        if not readable:
+            raise UserError(f"none of {len(batch)} pictures in a row can be read; are these shards of pictures?")
+        return torch.stack([readable[i % len(readable)] if p is None else p for i, p in enumerate(decoded)])
+
+
+def generator_for(*numbers: int) -> torch.Generator:
+    """A generator of its own for each tuple of non-negative numbers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
+def augment(pictures: torch.Tensor, random_flip: bool, max_shift: int, generator: torch.Generator) -> torch.Tensor:
+    """Mirror half of (B, 3, H, W) pictures and move each by up to `max_shift` pixels, repeating the border."""
+    size, (height, width) = len(pictures), pictures.shape[2:]
+    flip = (torch.rand(size, generator=generator) < 0.5) & random_flip
+    shift = torch.randint(-max_shift, max_shift + 1, (2, size, 1), generator=generator)
+    rows = (torch.arange(height) + shift[0]).clamp(0, height - 1)  # (B, H)
+    columns = (torch.arange(width) + shift[1]).clamp(0, width - 1)  # (B, W)
+    columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    samples = torch.arange(size)[:, None, None]
+    return pictures.transpose(0, 1)[:, samples, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
