@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity.goldens import facts, fill_, prompting, tensors, tiny_showo
+from tests.parity.goldens import facts, fill_, prompting, tensors, tiny_showo
 
 from models import OmniMask, Showo, ShowoConfig, get_mask_schedule
 
