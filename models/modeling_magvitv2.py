@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from models.checkpoint_io import CheckpointMixin
+
 
 class MAGVITv2Config(PretrainedConfig):
     """Sizes of a tokenizer.
@@ -300,10 +302,11 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(x, self.patch_size)
 
 
-class MAGVITv2(PreTrainedModel):
+class MAGVITv2(CheckpointMixin, PreTrainedModel):
     """The tokenizer. Pixels are float (B, 3, H, W) in [-1, 1]; H and W any multiples of `downsampling_factor`."""
 
     config_class = MAGVITv2Config
+    published_class_name = "MAGVITv2"
     main_input_name = "pixels"
 
     def __init__(self, config: MAGVITv2Config):

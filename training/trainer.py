@@ -68,15 +68,15 @@ class Trainer:
         self.config, self.understanding = config, understanding
         training = config.training
         self.output_dir = Path(config.experiment.output_dir)
-        self.flows = build_flows(config)  # first: missing data is found before anything is loaded
         self.accelerator = Accelerator(
             gradient_accumulation_steps=training.gradient_accumulation_steps,
             mixed_precision=None if training.mixed_precision == "no" else training.mixed_precision,
             cpu=config.device == "cpu",
         )
+        self.flows = build_flows(config, process=self.accelerator.process_index)  # missing data is found first
         torch.backends.cuda.matmul.allow_tf32 = training.enable_tf32
         if training.seed is not None:
-            set_seed(training.seed)
+            set_seed(training.seed, device_specific=True)
         self.model = make_model(config)
         vq_model = make_vq_model(config).to(self.accelerator.device)
         check_sizes(config, self.model, vq_model)
