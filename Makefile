@@ -6,12 +6,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-TINY := config=configs/showo_tiny_demo.yaml
-EMOJI := data/emoji_world_all
 DEMO := outputs/demo
 INPAINTING := red apple in fluent 3d style
 EXTRAPOLATION := red apple in fluent 3d style *** red apple in fluent 3d style
 QUESTIONS := What is this? *** Which style is it drawn in?
+
+WORLD := data/emoji_world
+LLM := outputs/showo-tiny-llm
+TOKENIZER := outputs/showo-tiny-magvitv2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick test-all lint format data-emoji train-tiny train-tiny-resume bench clean
@@ -29,13 +31,14 @@ $(READY): requirements.txt requirements-dev.txt
 	@touch $(READY)
 
 demo: export WANDB_MODE := disabled
+demo: TINY := config=configs/showo_tiny_demo.yaml
 demo: $(READY) ## draw, inpaint, extrapolate and answer with the small default (checkpoints/showo-tiny)
-	$(PY) inference_t2i.py $(TINY) mode=t2i output_dir=$(DEMO)/t2i validation_prompts_file=demo/prompts.txt
-	$(PY) inference_t2i.py $(TINY) mode=inpainting output_dir=$(DEMO)/inpainting batch_size=4 \
-		prompt='$(INPAINTING)' image_path=demo/inpainting.png inpainting_mask_path=demo/inpainting_mask.png
+	$(PY) inference_t2i.py $(TINY) mode=t2i output_dir=$(DEMO)/t2i validation_prompts_file=validation_prompts/emoji_prompts.txt
+	$(PY) inference_t2i.py $(TINY) mode=inpainting output_dir=$(DEMO)/inpainting batch_size=4 prompt='$(INPAINTING)' \
+		image_path=inpainting_validation/emoji/picture.png inpainting_mask_path=inpainting_validation/emoji/mask.png
 	$(PY) inference_t2i.py $(TINY) mode=extrapolation output_dir=$(DEMO)/extrapolation batch_size=4 \
-		extra_direction='left *** right' prompt='$(EXTRAPOLATION)' image_path=demo/extrapolation.png
-	$(PY) inference_mmu.py $(TINY) output_dir=$(DEMO)/mmu mmu_image_root=demo/pictures question='$(QUESTIONS)'
+		extra_direction='left *** right' prompt='$(EXTRAPOLATION)' image_path=inpainting_validation/emoji/extend.png
+	$(PY) inference_mmu.py $(TINY) output_dir=$(DEMO)/mmu mmu_image_root=mmu_validation/emoji question='$(QUESTIONS)'
 	@echo
 	@echo "Look at the pictures:"
 	@for mode in t2i inpainting extrapolation mmu; do echo "  $(CURDIR)/$(DEMO)/$$mode/grid.png"; done
@@ -59,20 +62,27 @@ format: $(READY) ## let ruff mend and format the code
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-data-emoji: $(READY) ## download and render the pictures the small default learns from
-	$(PY) training/data/emoji_world.py output_dir=$(EMOJI) size=64 names=all
+data-emoji: $(READY) ## download and render what the small default learns from (about a minute)
+	$(PY) training/data/emoji_world.py output_dir=$(WORLD) size=64 names=200 shard_size=1000
+	$(PY) training/data/llava_shards.py json=$(WORLD)/llava_train.json image_root=$(WORLD)/images \
+		output=$(WORLD)/shards/qa repeat=name:3 shard_size=10000
+	$(PY) training/data/emoji_world.py output_dir=$(WORLD)_all size=64 names=all shard_size=10000
 
-train-tiny: data-emoji ## train tokenizer and model of the small default from nothing (hours on a CPU)
-	$(PY) training/train_magvitv2.py config=configs/showo_tiny_magvitv2.yaml experiment.resume_from_checkpoint=null
-	$(PY) training/train.py config=configs/showo_tiny.yaml experiment.resume_from_checkpoint=null
+train-tiny: data-emoji ## train the small default from nothing into outputs/ (hours on a CPU); goes on where it stopped
+	$(PY) training/data/small_llm.py corpus=$(WORLD)/text/train.txt output_dir=$(LLM) vocab_size=800
+	$(MAKE) train-tiny-resume
 
-train-tiny-resume: $(READY) ## go on with that training from its last checkpoints
-	$(PY) training/train_magvitv2.py config=configs/showo_tiny_magvitv2.yaml
-	$(PY) training/train.py config=configs/showo_tiny.yaml
+# Two processes with one thread each train faster on two cores than one process with two.
+train-tiny-resume: $(READY) ## the same without making the data again
+	$(PY) training/train_magvitv2.py config=configs/showo_tiny_magvitv2.yaml experiment.output_dir=$(TOKENIZER)
+	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(VENV)/bin/accelerate launch --config_file accelerate_configs/2_cpu_ddp.yaml \
+		training/train.py config=configs/showo_tiny_train.yaml \
+		model.showo.llm_model_path=$(LLM) model.vq_model.vq_model_name=$(TOKENIZER) \
+		training.batch_size_t2i=11 training.batch_size_lm=1 training.batch_size_mmu=4
 
 bench: $(READY) ## both generation loops against the published algorithm
 	$(PY) benchmarks/generation.py --hidden 512 --layers 8
 
-clean: ## remove results and caches; .venv, data and checkpoints stay
-	rm -rf outputs .pytest_cache .ruff_cache
+clean: ## remove the demo's results and caches; .venv, data and trainings in outputs/ stay
+	rm -rf $(DEMO) .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 MARGIN = 8  # pixels around pictures and text
 INK, PAPER = (30, 30, 30), (255, 255, 255)
-MAX_LINES = 8  # of a caption
+MAX_LINES, MAX_CHARACTERS = 8, 600  # of a caption
 
 
 def contact_sheet(
@@ -88,17 +88,22 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Break a caption into lines no wider than `width` pixels; words that are wider are cut."""
     lines = []
-    for paragraph in text.splitlines():
+    for paragraph in text[:MAX_CHARACTERS].splitlines():
         line = ""
         for word in paragraph.split():
             if line and font.getlength(f"{line} {word}") > width:
                 lines.append(line)
                 line = ""
             line = f"{line} {word}".strip()
-            while font.getlength(line) > width:
-                keep = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+            while len(line) > 1 and font.getlength(line) > width:
+                keep = next(n for n in range(1, len(line)) if font.getlength(line[: n + 1]) > width)
                 lines.append(line[:keep])
                 line = line[keep:]
         lines.append(line)
     lines = [line for line in lines if line]
-    return lines if len(lines) <= MAX_LINES else [*lines[: MAX_LINES - 1], lines[MAX_LINES - 1].rstrip(" .") + " …"]
+    if len(lines) <= MAX_LINES and len(text) <= MAX_CHARACTERS:
+        return lines
+    lines = lines[:MAX_LINES] or [""]
+    while lines[-1] and font.getlength(f"{lines[-1]} ...") > width:
+        lines[-1] = lines[-1][:-1]
+    return [*lines[:-1], f"{lines[-1]} ..."]

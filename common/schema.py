@@ -205,12 +205,15 @@ class TrainingConfig:
 class InferenceConfig(TrainingConfig):
     """What `inference_t2i.py` and `inference_mmu.py` read: all the rest, and the command line's own keys (SPEC §13)."""
 
-    ALIASES: ClassVar[dict[str, str]] = TrainingConfig.ALIASES | {
+    ALIASES: ClassVar[dict[str, str]] = {
+        "seed": "training.seed",
+        "validation_prompts_file": "dataset.params.validation_prompts_file",
         "batch_size": "training.batch_size",
         "guidance_scale": "training.guidance_scale",
         "generation_timesteps": "training.generation_timesteps",
         "generation_temperature": "training.generation_temperature",
     }
+    output_dir: str | None = None  # null: a folder of {experiment.output_dir} that is named after the mode
     batch_size: int = II("training.batch_size")
     guidance_scale: float = II("training.guidance_scale")
     generation_timesteps: int = II("training.generation_timesteps")
@@ -222,7 +225,7 @@ class InferenceConfig(TrainingConfig):
     inpainting_mask_path: str | None = None
     extra_direction: str | None = None
     offset: int = 0
-    num_images_per_prompt: int = 1
+    num_images_per_prompt: int | None = None  # null: 1; with inpainting and extrapolation batch_size, as published
 
     question: str | None = None
     mmu_image_root: str | None = None

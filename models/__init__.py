@@ -4,6 +4,7 @@ from models.clip_encoder import CLIPVisionTower
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
 from models.modeling_showo import Showo, ShowoConfig
 from models.omni_attention import OmniMask
+from models.pipeline_showo import ShowoPipeline
 from models.prompting import UniversalPrompting
 from models.sampling import get_mask_schedule
 
@@ -14,6 +15,7 @@ __all__ = [
     "OmniMask",
     "Showo",
     "ShowoConfig",
+    "ShowoPipeline",
     "UniversalPrompting",
     "get_mask_schedule",
 ]

@@ -105,8 +105,8 @@ def _load_shards(folder: Path, index: Path) -> dict[str, torch.Tensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map; copy the index file again")
     state_dict = {}
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
+    for name in sorted(set(weight_map.values()), key=str):
+        if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{index} points outside its folder ({name!r}); refused")
         state_dict.update(load_weights_file(folder / name))
     lost = sorted(set(weight_map) - set(state_dict))
@@ -199,10 +199,13 @@ class CheckpointMixin:
             raise UserError(f"{folder} holds a {kind!r} checkpoint, expected {cls.published_class_name!r}")
         content = {k: v for k, v in content.items() if not k.startswith("_") and k != "model_type"}
         defaults = cls.config_class().to_dict()
-        content |= {key: kwargs.pop(key) for key in list(kwargs) if key in defaults}
+        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in defaults}
+        if "vocab_size" in overrides:  # the mask token is its last id
+            content.pop("mask_token_id", None)
+        content |= overrides
         try:
             return cls.config_class(**content)
-        except ValueError as error:
+        except (ValueError, TypeError, OSError) as error:  # OSError: the language model it names is out of reach
             raise UserError(f"{folder / 'config.json'}: {error}") from error
 
     @classmethod

@@ -1,10 +1,18 @@
 """The frozen CLIP vision tower of the `w_clip_vit` branch (SPEC §4)."""
 
 import torch
+import transformers
 from torch import nn
-from transformers import CLIPImageProcessor, CLIPVisionModel
+from transformers.utils import is_torchvision_available
 
 CLIP_VIT_L_336 = "openai/clip-vit-large-patch14-336"
+
+
+def image_processor_class() -> type:
+    """CLIP's image processor; without torchvision the PIL one by its own name, since the other name warns then."""
+    if not is_torchvision_available() and hasattr(transformers, "CLIPImageProcessorPil"):
+        return transformers.CLIPImageProcessorPil
+    return transformers.CLIPImageProcessor
 
 
 class CLIPVisionTower(nn.Module):
@@ -18,8 +26,8 @@ class CLIPVisionTower(nn.Module):
     def __init__(self, name_or_path: str = CLIP_VIT_L_336, layer: int = -2):
         super().__init__()
         self.layer = layer
-        self.image_processor = CLIPImageProcessor.from_pretrained(name_or_path)
-        self.vision_tower = CLIPVisionModel.from_pretrained(name_or_path, dtype=torch.float32)
+        self.image_processor = image_processor_class().from_pretrained(name_or_path)
+        self.vision_tower = transformers.CLIPVisionModel.from_pretrained(name_or_path, dtype=torch.float32)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "CLIPVisionTower":

@@ -158,8 +158,9 @@ class LookupFreeQuantizer(nn.Module):
     def losses(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Published commitment and entropy loss of (B, K, h, w) latents, computed in float32.
 
-        The commitment gradient reaches the latents twice, as published: once directly (weight 1) and once through
-        the straight-through output (weight 0.25), which is the identity and so adds nothing to the gradient.
+        Faithful: through the straight-through output the second commitment term pushes latents *away* from their
+        corner and takes back a quarter of the first one's pull; pinned by
+        tests/models/test_modeling_magvitv2.py.
         """
         latents = latents.float()
         quantized = self(latents)

@@ -10,7 +10,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PhiConfig, PhiForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from models.checkpoint_io import CheckpointMixin, resize_rows
+from models.checkpoint_io import (
+    CheckpointMixin,
+    check_state_dict,
+    load_state_dict_folder,
+    resize_rows,
+    resolve_folder,
+)
 from models.generation import ShowoGeneration
 from models.omni_attention import OmniMask
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID, Vocabulary
@@ -63,7 +69,7 @@ class ShowoConfig(PreTrainedConfig):
         self.w_clip_vit = w_clip_vit
         self.clip_feature_size = clip_feature_size
         self.load_from_showo = load_from_showo
-        self.llm_config = llm_config if llm_config is not None else _llm_config(llm_model_path)
+        self.llm_config = llm_config if llm_config is not None else read_llm_config(llm_model_path)
         expected = self.vocabulary.vocab_size
         if vocab_size != expected:
             raise ValueError(
@@ -86,8 +92,12 @@ class ShowoConfig(PreTrainedConfig):
         return PhiConfig(**settings, vocab_size=self.vocab_size, qk_layernorm=True)
 
 
-def _llm_config(llm_model_path: str) -> dict:
-    """The language model's settings: a folder's `config.json`, Phi-1.5's own (PhiConfig's defaults), or the hub's."""
+def read_llm_config(llm_model_path: str) -> dict:
+    """The language model's settings: a folder's `config.json`, Phi-1.5's own (PhiConfig's defaults), or the hub's.
+
+    Raises:
+        ValueError: not a Phi. OSError: neither a folder nor to be had from the hub.
+    """
     file = Path(llm_model_path) / "config.json"
     if file.is_file():
         settings = json.loads(file.read_text())
@@ -97,7 +107,7 @@ def _llm_config(llm_model_path: str) -> dict:
         settings = AutoConfig.from_pretrained(llm_model_path).to_dict()
     if settings.get("model_type") != "phi":
         raise ValueError(f"llm_model_path {llm_model_path!r} is a {settings.get('model_type')!r} model, expected 'phi'")
-    return settings
+    return {key: value for key, value in settings.items() if not key.startswith("_")}  # no `_name_or_path`
 
 
 @dataclass
@@ -150,27 +160,31 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
     def _adapt_state_dict(cls, state_dict, config):
         """Resizes the vocabulary to the configuration's: kept rows stay, new ones are initialised (SPEC §4, §12)."""
         std = config.phi_config().initializer_range
-        for name, row_std in (("model.embed_tokens.weight", std), ("lm_head.weight", std), ("lm_head.bias", 0.0)):
-            tensor = state_dict.get(f"showo.{name}")
-            if tensor is not None and len(tensor) != config.vocab_size:
-                state_dict[f"showo.{name}"] = resize_rows(tensor, config.vocab_size, row_std)
-        return state_dict
+        new_row_std = {"model.embed_tokens.weight": std, "lm_head.weight": std, "lm_head.bias": 0.0}
+        stored = {f"showo.{name}": row_std for name, row_std in new_row_std.items() if f"showo.{name}" in state_dict}
+        if len({len(state_dict[name]) for name in stored}) > 1:
+            return state_dict  # damaged, not a vocabulary of another size: left as it is for the key check
+        resized = {name: resize_rows(state_dict[name], config.vocab_size, row_std) for name, row_std in stored.items()}
+        return state_dict | resized
 
     @classmethod
     def from_llm(cls, config: ShowoConfig, llm_model_path: str | None = None, **kwargs) -> "Showo":
         """A new start from a language model's weights in fp32 (`load_from_showo: False`, SPEC §4).
 
         QK norms (and `mm_projector`) keep their initialisation; spare vocabulary rows of the language model are kept.
+
+        Raises:
+            UserError: no such folder or hub name, damaged weights, or weights of another architecture.
         """
         path = llm_model_path or config.llm_model_path
-        llm = PhiForCausalLM.from_pretrained(path, dtype=torch.float32)
-        state_dict = {f"showo.{k}": v for k, v in llm.state_dict().items()}
-        model = cls(config, **kwargs)
-        missing, unexpected = model.load_state_dict(cls._adapt_state_dict(state_dict, config), strict=False)
-        allowed = ("q_layernorm", "k_layernorm", "mm_projector")
-        lost = [k for k in missing if not any(part in k for part in allowed)]
-        if lost or unexpected:
-            raise ValueError(f"{path} does not fit: missing {lost[:6]}, unexpected {unexpected[:6]}")
+        stored = load_state_dict_folder(resolve_folder(path))
+        state_dict = {f"showo.{k}": v.float() for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
+        state_dict = cls._adapt_state_dict(state_dict, config)
+        model = cls._from_config(config, **kwargs)
+        fresh = ("q_layernorm", "k_layernorm", "mm_projector", *(k for k in model.all_tied_weights_keys))
+        expected = {k: v for k, v in model.state_dict().items() if k in state_dict or not any(f in k for f in fresh)}
+        check_state_dict(str(path), expected, state_dict)
+        model.load_state_dict(state_dict, strict=False)
         return model
 
     def forward(
@@ -217,9 +231,11 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
 
     def hidden_states(self, input_ids, attention_mask, *, image_features=None, position_ids=None, past_key_values=None):
         """Final hidden states (B, Q, H) of the given positions; appends to `past_key_values` when passed."""
+        num_keys = input_ids.shape[1] if past_key_values is None else None  # a cache checks for itself
+        mask = self._spell_mask(attention_mask, input_ids, num_keys)
         return self.showo.model(
             inputs_embeds=self.embed(input_ids, image_features),
-            attention_mask=self._spell_mask(attention_mask, input_ids),
+            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
@@ -237,17 +253,22 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
             return embeds
         if not self.config.w_clip_vit:
             raise ValueError("image_features need a model with w_clip_vit=True")
+        torn = is_feature.sum(1) % image_features.shape[-2]  # (B,), nonzero where a row holds a part of an image
+        if torn.any():
+            raise ValueError(
+                f"row {int(torn.argmax())} does not hold whole images: each has {image_features.shape[-2]} features"
+            )
         projected = self.mm_projector(image_features.to(self.mm_projector[0].weight.dtype)).to(embeds.dtype)
         return embeds.masked_scatter(is_feature[..., None], projected)
 
-    def _spell_mask(self, mask: OmniMask | torch.Tensor, input_ids: torch.Tensor):
+    def _spell_mask(self, mask: OmniMask | torch.Tensor, input_ids: torch.Tensor, num_keys: int | None = None):
         """The mask in the form the attention back end understands; each takes another one without complaint."""
         if isinstance(mask, torch.Tensor) and (mask.dtype != torch.bool or mask.ndim != 4):
             raise ValueError(
                 f"attention_mask must be an OmniMask or bool (B, 1, L, L); got {mask.dtype} {tuple(mask.shape)}"
             )
         batch_size, length = input_ids.shape
-        if mask.shape[0] != batch_size or mask.shape[2] != length:
+        if tuple(mask.shape) != (batch_size, 1, length, num_keys or mask.shape[3]):
             raise ValueError(f"attention_mask of shape {tuple(mask.shape)} does not fit ids {tuple(input_ids.shape)}")
         implementation = self.showo.config._attn_implementation
         if implementation == "flex_attention":
@@ -273,7 +294,7 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
     def _cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
         supervised = labels != IGNORE_ID  # (B, L)
         if not supervised.any():
-            return hidden.sum() * 0.0  # keeps every parameter in the graph of a distributed step
+            return (hidden * 0.0).sum()  # keeps every parameter in the graph of a distributed step
         logits = self.showo.lm_head(hidden[supervised])  # (S, V)
         return F.cross_entropy(logits.float(), labels[supervised], label_smoothing=label_smoothing)
 

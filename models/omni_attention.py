@@ -109,8 +109,11 @@ class OmniMask:
 
     @classmethod
     def cat(cls, masks: Sequence["OmniMask"]) -> "OmniMask":
-        """Joins the rows of batches of one length."""
-        return cls(torch.cat([m.visible_from for m in masks]), torch.cat([m.visible_until for m in masks]))
+        """Joins the rows of batches of one length (and, after `rows`, of one slice)."""
+        slices = {(m.query_start, m.num_queries) for m in masks}
+        assert len(slices) == 1, f"masks of different queries cannot be joined: {slices}"
+        vectors = torch.cat([m.visible_from for m in masks]), torch.cat([m.visible_until for m in masks])
+        return cls(*vectors, *slices.pop())
 
     # ---- slices ----
 

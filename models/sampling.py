@@ -108,7 +108,16 @@ def sample_next(
 
     Returns:
         (B,) int64.
+
+    Raises:
+        ValueError: a setting out of its range.
     """
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}, expected at least 1, or None for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, expected a number in (0, 1], or None")
     if top_k == 1 or temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature

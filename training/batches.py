@@ -51,7 +51,9 @@ class BatchBuilder:
         row_length: L of all rows.
     """
 
-    def __init__(self, prompting: UniversalPrompting, vq_model, noise: MaskingNoise, understanding, row_length: int, device):
+    def __init__(
+        self, prompting: UniversalPrompting, vq_model, noise: MaskingNoise, understanding, row_length: int, device
+    ):
         self.prompting, self.vq_model, self.noise = prompting, vq_model, noise
         self.understanding, self.row_length, self.device = understanding, row_length, device
 

@@ -1,6 +1,7 @@
 """Checkpoints of a run: whole or absent, and everything that must survive a crash (SPEC §12)."""
 
 import json
+import pickle
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from common.errors import UserError
 from models.checkpoint_io import read_json
@@ -53,30 +55,40 @@ def find_resume(output_dir: str | Path, setting: str | bool | None) -> Path | No
     raise UserError(f"experiment.resume_from_checkpoint is {setting!r}: no such folder; give one, or latest, or false")
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainState, *, model, average=None, limit=None) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, state: TrainState, *, model, average=None, limit=None
+) -> Path:
     """Writes ``checkpoint-{step}`` aside, then renames it; afterwards removes the oldest beyond `limit`.
 
     It holds accelerate's full state (model, optimiser, schedule, random states), the weight average, the data position,
-    and `unwrapped_model/`, which loads on its own.
+    and `unwrapped_model/`, which loads on its own. All processes call it.
     """
     final = output_dir / f"checkpoint-{state.global_step}"
     aside = output_dir / f".incomplete-{final.name}"
-    if accelerator.is_main_process and aside.exists():
-        shutil.rmtree(aside)
+    if accelerator.is_main_process:
+        for left_over in output_dir.glob(".incomplete-checkpoint-*"):
+            shutil.rmtree(left_over)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()  # the others write their random states into it
     if accelerator.is_main_process:
         if average is not None:
             torch.save(average.state_dict(), aside / "average.pt")
         save_model(model, aside / "unwrapped_model", average)
         (aside / "metadata.json").write_text(json.dumps(state.to_json()))
-        if final.exists():
-            shutil.rmtree(final)
+        doomed = [hide(final)] if final.exists() else []
         aside.rename(final)
-        for old in checkpoints(output_dir)[: -limit if limit else None] if limit else []:
-            shutil.rmtree(old)
+        others = [folder for folder in checkpoints(output_dir) if folder != final]
+        doomed += [hide(old) for old in others[: max(0, len(others) + 1 - limit)]] if limit else []
+        for folder in doomed:
+            shutil.rmtree(folder)
     accelerator.wait_for_everyone()
     return final
+
+
+def hide(folder: Path) -> Path:
+    """Takes a checkpoint's name away, since a half-removed one must not look like a whole one."""
+    return folder.rename(folder.with_name(f".incomplete-{folder.name}-removed"))
 
 
 def save_model(model, folder: Path, average=None) -> None:
@@ -91,17 +103,27 @@ def save_model(model, folder: Path, average=None) -> None:
         average.swap(model)
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, average=None) -> TrainState:
+DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError, pickle.PickleError, SafetensorError)
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=None) -> TrainState:
     """Brings everything back that `save_checkpoint` wrote.
+
+    Args:
+        model: where the checkpoint has no weight average, it begins anew from this model, freshly loaded.
 
     Raises:
         UserError: the folder is damaged, or holds weights only.
     """
     content = read_json(folder / "metadata.json")
     try:
+        state = TrainState.from_json(content)
         accelerator.load_state(str(folder))
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{folder} cannot be continued from ({str(error).splitlines()[0][:160]}); remove or replace it") from error
-    if average is not None and (folder / "average.pt").is_file():
-        average.load_state_dict(torch.load(folder / "average.pt", weights_only=True))
-    return TrainState.from_json(content)
+        if average is not None and (folder / "average.pt").is_file():
+            average.load_state_dict(torch.load(folder / "average.pt", map_location="cpu", weights_only=True))
+        elif average is not None and model is not None:
+            average.restart(model)
+    except DAMAGED as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise UserError(f"{folder} cannot be continued from ({reason}); remove or replace it") from error
+    return state

@@ -39,6 +39,12 @@ def make_schedule(optimizer: torch.optim.Optimizer, config) -> torch.optim.lr_sc
     )
 
 
+def gradient_norms(model: nn.Module) -> dict[str, torch.Tensor]:
+    """``grad_norm/{parameter}`` = L2 norm of its gradient / its number of elements (SPEC §15), still on the device."""
+    named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+    return {f"grad_norm/{name}": gradient.detach().norm() / gradient.numel() for name, gradient in named}
+
+
 class WeightAverage:
     """Exponential moving average of a model's parameters, kept in fp32.
 
@@ -47,7 +53,12 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.updates = decay, 0
+        self.decay = decay
+        self.restart(model)
+
+    def restart(self, model: nn.Module) -> None:
+        """Forgets the past; the average is the model as it stands."""
+        self.updates = 0
         self.shadow = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from models.images import to_pil
+from models.vocabulary import IGNORE_ID
 from training.batches import BatchBuilder, OmniBatch
 
 GENERATED_PANEL = "Generated images"
@@ -11,7 +12,9 @@ PREDICTED_PANEL = "Original images v.s. Reconstructed images v.s. Predicted imag
 
 
 @torch.no_grad()
-def draw(model, builder: BatchBuilder, prompts: list[str], *, guidance_scale: float, timesteps: int, temperature: float, seed: int):
+def draw(
+    model, builder: BatchBuilder, prompts: list[str], *, guidance_scale: float, timesteps: int, temperature: float, seed
+) -> list[Image.Image]:
     """One picture per prompt, guided as configured, from a generator of its own so that training is not disturbed."""
     vocabulary, num_tokens = model.vocabulary, model.config.num_vq_tokens
     image_ids = torch.full((len(prompts), num_tokens), vocabulary.mask_token_id)
@@ -30,19 +33,21 @@ def draw(model, builder: BatchBuilder, prompts: list[str], *, guidance_scale: fl
 
 
 @torch.no_grad()
-def predict_masked(model, builder: BatchBuilder, batch: OmniBatch, limit: int = 8) -> tuple[list[Image.Image], list[str]]:
+def predict_masked(
+    model, builder: BatchBuilder, batch: OmniBatch, limit: int = 8
+) -> tuple[list[Image.Image], list[str]]:
     """Original | reconstruction | prediction, side by side; the prediction is the argmax at masked positions only."""
     count = min(limit, batch.counts["t2i"])
     offset, num_codes = model.vocabulary.image_offset, model.vocabulary.codebook_size
-    ids = batch.input_ids[:count]
+    image = slice(-model.config.num_vq_tokens - 1, -1)  # the codes, before <eoi>
+    ids, labels = batch.input_ids[:count], batch.labels[:count, image]
     logits = model(ids, batch.attention_mask.select(slice(0, count))).logits
-    image_ids = ids[:, -model.config.num_vq_tokens - 1 : -1]
-    predicted = logits[:, -model.config.num_vq_tokens - 1 : -1, offset : offset + num_codes].argmax(-1)
-    hidden = image_ids == model.vocabulary.mask_token_id
+    predicted = logits[:, image, offset : offset + num_codes].argmax(-1)
+    hidden = (labels != IGNORE_ID) & (labels != ids[:, image])  # also where random codes hide the true ones
     original = batch.pixels[:count].to(builder.device)
     codes = builder.vq_model.get_code(original)
     decode = builder.vq_model.decode_code
     panels = [original, decode(codes).float(), decode(torch.where(hidden, predicted, codes)).float()]
     images = to_pil(torch.cat(panels, dim=-1))
-    captions = [f"mask ratio: {r:.2f}, {t}" for r, t in zip(batch.mask_prob[:count].tolist(), batch.texts, strict=False)]
-    return images, captions
+    ratios = batch.mask_prob[:count].tolist()
+    return images, [f"mask ratio: {ratio:.2f}, {text}" for ratio, text in zip(ratios, batch.texts, strict=False)]

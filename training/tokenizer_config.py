@@ -126,7 +126,9 @@ class TokenizerTrainingConfig:
             if not config.dataset.params[key]:
                 found.append(f"dataset.params.{key} is not given; name the WebDataset shards, as in 'data/train-*.tar'")
         if config.training.mixed_precision not in ("no", "fp16", "bf16"):
-            found.append(f"training.mixed_precision is {config.training.mixed_precision!r}; it must be no, fp16 or bf16")
+            found.append(
+                f"training.mixed_precision is {config.training.mixed_precision!r}; it must be no, fp16 or bf16"
+            )
         if not 0 <= config.training.ema_decay < 1:
             found.append(f"training.ema_decay is {config.training.ema_decay}; it must lie in [0, 1)")
         for key in ("log_every", "eval_every", "save_every"):

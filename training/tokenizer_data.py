@@ -6,8 +6,9 @@ run sees exactly what an uninterrupted one would have seen.
 """
 
 import io
+import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from glob import glob
 from itertools import count, islice
@@ -24,17 +25,20 @@ from common.config import resolve_path
 from common.errors import UserError
 from models.images import preprocess
 
+logger = logging.getLogger(__name__)
+
 PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 
 
-def find_shards(pattern: str, setting: str) -> list[str]:
-    """Files of a pattern with brace lists (`{000..012}`) and `*`, in order.
+def find_shards(patterns: str | Sequence[str], setting: str) -> list[str]:
+    """Files of one or several patterns with brace lists (`{000..012}`) and `*`, in order.
 
     Raises:
         UserError: a file is missing, or nothing matches; `setting` is the key to name.
     """
     shards = []
-    for name in expand_urls(str(pattern)):
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for name in (name for pattern in patterns for name in expand_urls(str(pattern))):
         path = str(resolve_path(Path(name).parent) / Path(name).name)
         found = sorted(glob(path)) if "*" in path else [path] if Path(path).is_file() else []
         if not found:
@@ -56,7 +60,8 @@ def decode(encoded: bytes, resolution: int) -> torch.Tensor | None:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             pixels = preprocess(image, resolution, normalize=False)
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL: SyntaxError = broken PNG
+        logger.warning("a picture cannot be read and is passed over: %s", error)
         return None
     return (pixels * 255).round().to(torch.uint8)
 
@@ -124,8 +129,8 @@ class StreamedPictures(IterableDataset):
     def __iter__(self) -> Iterator[torch.Tensor]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        # The loader takes batches from its workers in turn, always beginning with worker 0, so after a resume at batch
-        # f worker w stands in for the worker whose turn it then is, and has len(range(part, f, workers)) batches behind.
+        # The loader takes batches from its workers in turn and begins with worker 0. After a resume at batch f it would
+        # be another worker's turn, so each worker continues that one's part, passing over the batches already taken.
         part = (worker + self.first_batch) % num_workers
         behind = len(range(part, self.first_batch, num_workers)) * self.batch_size
         samples = islice(self._encoded(part * self.world_size + self.rank, num_workers * self.world_size), behind, None)

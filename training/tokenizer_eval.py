@@ -20,7 +20,7 @@ def psnr(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
 
 def use_of(counts: torch.Tensor) -> tuple[int, float]:
     """From how often each code came: the number of codes in use, and the perplexity (that many if used evenly)."""
-    frequency = counts.double() / counts.sum()
+    frequency = counts.double() / counts.sum().clamp_min(1)
     return int((counts > 0).sum()), torch.special.entr(frequency).sum().exp().item()
 
 

@@ -57,7 +57,3 @@ def commitment_loss(latents: torch.Tensor) -> torch.Tensor:
     """Mean squared distance of (B, K, h, w) latents from the corner of the cube that they stand for."""
     latents = latents.float()
     return F.mse_loss(latents, torch.where(latents > 0, 1.0, -1.0))
-
-
-class PerceptualLoss(torch.nn.Module):
-    """Distance of two pictures in the features of a frozen EfficientNet-Lite0 (Apache-2.0, trained on ImageNet)."""

@@ -1,8 +1,5 @@
 """The loop that trains an image tokenizer: pictures, losses, moving average, checkpoints that resume exactly."""
 
-import copy
-import json
-import shutil
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -12,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from common.config import resolve_path
 from common.errors import UserError
 from common.tracking import Tracker
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config, MAGVITv2Output
+from training.checkpointing import TrainState, find_resume, load_checkpoint, save_checkpoint, save_model
+from training.optimization import WeightAverage, make_optimizer, make_schedule
+from training.perceptual import PerceptualLoss
 from training.tokenizer_data import (
     CachedPictures,
     StreamedPictures,
@@ -30,7 +28,7 @@ from training.tokenizer_data import (
     load_pictures,
 )
 from training.tokenizer_eval import evaluate, side_by_side, to_pixels, use_of
-from training.tokenizer_losses import PerceptualLoss, code_entropies, commitment_loss, edge_loss
+from training.tokenizer_losses import code_entropies, commitment_loss, edge_loss
 
 
 def build_model(config: DictConfig) -> MAGVITv2:
@@ -45,7 +43,14 @@ def build_model(config: DictConfig) -> MAGVITv2:
 
 
 class TokenizerTrainer:
-    """Everything that a run holds. `step` counts finished optimiser steps."""
+    """Everything that a run holds: model, moving average, optimiser, data and the place in it.
+
+    Args:
+        config: a `TokenizerTrainingConfig`.
+
+    Raises:
+        UserError: shards are missing or hold no pictures, or sizes do not fit each other.
+    """
 
     def __init__(self, config: DictConfig):
         self.config = config
@@ -58,35 +63,24 @@ class TokenizerTrainer:
         torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
         set_seed(config.training.seed)
         self.is_main = self.accelerator.is_main_process
-        self.step = 0
+        self.state = TrainState()
         self.stop_requested = False
         self._build_model_and_optimizer()
         self._open_data()
 
     def _build_model_and_optimizer(self):
-        config, params = self.config, self.config.optimizer.params
-        model = build_model(config.model)
-        if config.dataset.params.resolution % model.downsampling_factor:
-            raise UserError(
-                f"dataset.params.resolution={config.dataset.params.resolution} must be a multiple of the tokenizer's "
-                f"downsampling factor, {model.downsampling_factor}"
-            )
-        self.averaged = copy.deepcopy(model).to(self.accelerator.device).eval().requires_grad_(False)
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=params.learning_rate,
-            betas=(params.beta1, params.beta2),
-            weight_decay=params.weight_decay,
-            eps=params.epsilon,
+        config, device = self.config, self.accelerator.device
+        self.model = build_model(config.model).to(device)
+        factor, resolution = self.model.downsampling_factor, config.dataset.params.resolution
+        if resolution % factor:
+            raise UserError(f"dataset.params.resolution is {resolution}; this tokenizer needs a multiple of {factor}")
+        self.average = WeightAverage(self.model, config.training.ema_decay)
+        optimizer = make_optimizer(self.model, config)
+        self.wrapped, self.optimizer, self.schedule = self.accelerator.prepare(
+            self.model, optimizer, make_schedule(optimizer, config)
         )
-        scheduler = get_scheduler(
-            config.lr_scheduler.scheduler,
-            optimizer,
-            num_warmup_steps=config.lr_scheduler.params.warmup_steps,
-            num_training_steps=config.training.max_train_steps,
-        )
-        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
-        self.perceptual = PerceptualLoss().to(self.accelerator.device) if config.losses.perceptual else None
+        self.perceptual = PerceptualLoss().to(device) if config.losses.perceptual else None
+        self.code_counts = torch.zeros(self.model.config.codebook_size, dtype=torch.int64)  # since the last evaluation
 
     def _open_data(self):
         params, training = self.config.dataset.params, self.config.training
@@ -142,17 +136,16 @@ class TokenizerTrainer:
         generator = generator_for(training.seed, self.accelerator.process_index, self.step)
         pictures = augment(pictures, params.random_flip, params.max_shift, generator)
         pixels = to_pixels(pictures).to(self.accelerator.device)
-        self.model.train()
-        output = self.model(pixels)
+        output = self.wrapped(pixels)
         losses = self.losses(output, pixels)
         self.accelerator.backward(losses["loss"])
         if training.max_grad_norm:
-            losses["grad_norm"] = self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
+            losses["grad_norm"] = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), training.max_grad_norm)
         self.optimizer.step()
-        self.scheduler.step()
+        self.schedule.step()
         self.optimizer.zero_grad()
-        self.step += 1
-        self._update_average()
+        self.state.global_step += 1
+        self.average.update(self.model)
         self.code_counts += torch.bincount(output.codes.flatten().cpu(), minlength=len(self.code_counts))
         return {name: value.detach() for name, value in losses.items()}
 
@@ -175,12 +168,6 @@ class TokenizerTrainer:
         losses["loss"] = sum(signs.get(name, 1) * weights[name] * value for name, value in losses.items())
         return losses
 
-    @torch.no_grad()
-    def _update_average(self):
-        decay = min(self.config.training.ema_decay, (1 + self.step) / (10 + self.step))  # short memory at the start
-        current = self.accelerator.unwrap_model(self.model).parameters()
-        torch._foreach_lerp_(list(self.averaged.parameters()), list(current), 1 - decay)
-
     def _batches(self) -> Iterator[torch.Tensor]:
         steps_left = max(self.config.training.max_train_steps - self.step, 0)
         return islice(self.data.batches_from(self.step), steps_left)
@@ -189,7 +176,6 @@ class TokenizerTrainer:
 
     def _begin_output(self):
         config = self.config
-        self.code_counts = torch.zeros(self.averaged.config.codebook_size, dtype=torch.int64)
         self.last_log = (time.perf_counter(), self.step)
         self.tracker = Tracker(
             config.experiment.project,
@@ -207,7 +193,7 @@ class TokenizerTrainer:
         rate = (self.step - step) / (now - then)
         self.last_log = (now, self.step)
         metrics = {f"train/{name}": float(value) for name, value in losses.items()}
-        metrics |= {"lr": self.scheduler.get_last_lr()[0], "samples/sec/gpu": rate * self.config.training.batch_size}
+        metrics |= {"lr": self.schedule.get_last_lr()[0], "samples/sec/gpu": rate * self.config.training.batch_size}
         self.tracker.log(metrics, self.step)
         progress.set_postfix({name: f"{float(losses[name]):.3f}" for name in ("loss", "l1", "commit")})
 
@@ -215,7 +201,10 @@ class TokenizerTrainer:
         """Held-out PSNR and code use of the averaged weights, and of the training codes since the last time."""
         if not self.is_main:
             return
-        metrics = evaluate(self.averaged, self.eval_pictures, self.config.training.batch_size)
+        self.average.swap(self.model)
+        metrics = evaluate(self.model, self.eval_pictures, self.config.training.batch_size)
+        images, captions = side_by_side(self.model, self._sheet_pictures())
+        self.average.swap(self.model)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
         metrics["train/codes_used"], metrics["train/code_perplexity"] = use_of(self.code_counts)
         self.code_counts.zero_()
@@ -224,7 +213,6 @@ class TokenizerTrainer:
             f"step {self.step}: held-out PSNR {metrics['eval/psnr']:.2f} dB, codes used {metrics['eval/codes_used']} "
             f"(held-out), {metrics['train/codes_used']} (training) of {len(self.code_counts)}"
         )
-        images, captions = side_by_side(self.averaged, self._sheet_pictures())
         self.tracker.log_images("Original | reconstruction", images, captions, self.step)
 
     def _sheet_pictures(self) -> torch.Tensor:
@@ -235,9 +223,14 @@ class TokenizerTrainer:
         if self.step % self.config.experiment.eval_every:
             self._evaluate(progress)
         if self.is_main:
-            self.averaged.save_pretrained(self.output_dir)
+            save_model(self.model, self.output_dir, self.average)
 
     # stopping and going on
+
+    @property
+    def step(self) -> int:
+        """Finished optimiser steps."""
+        return self.state.global_step
 
     def handle_sigterm(self, *_):
         """Signal handler: finish the step, save, end."""
@@ -246,44 +239,19 @@ class TokenizerTrainer:
     def _someone_asked_to_stop(self) -> bool:
         if self.accelerator.num_processes == 1:
             return self.stop_requested
-        asked = torch.tensor([self.stop_requested], device=self.accelerator.device)
+        asked = torch.tensor([int(self.stop_requested)], device=self.accelerator.device)
         return bool(self.accelerator.gather(asked).any())
 
     def save(self):
-        """Write `checkpoint-{step}` under another name and rename it, so that a half-written one is never resumed."""
-        folder = self.output_dir / f"checkpoint-{self.step}"
-        unfinished = self.output_dir / f"unfinished-{folder.name}"
-        if folder.exists():
-            return
-        self.accelerator.save_state(unfinished)
-        if self.is_main:
-            self.averaged.save_pretrained(unfinished / "unwrapped_model")
-            (unfinished / "metadata.json").write_text(json.dumps({"global_step": self.step}))
-            unfinished.rename(folder)
-            self._drop_old_checkpoints()
-        self.accelerator.wait_for_everyone()
-
-    def _drop_old_checkpoints(self):
+        """Write `checkpoint-{step}` with everything that `resume` needs; drop the oldest beyond the limit."""
         limit = self.config.experiment.checkpoints_total_limit
-        for folder in checkpoints_of(self.output_dir)[:-limit] if limit else []:
-            shutil.rmtree(folder)
+        save_checkpoint(
+            self.accelerator, self.output_dir, self.state, model=self.model, average=self.average, limit=limit
+        )
 
     def resume(self):
         """Go on from `experiment.resume_from_checkpoint`: weights, average, optimiser, schedule, random state, data."""
-        wanted = self.config.experiment.resume_from_checkpoint
-        folders = checkpoints_of(self.output_dir) if wanted in ("latest", True) else [wanted] if wanted else []
-        if not folders:
-            return
-        folder = resolve_path(folders[-1])
-        if not (folder / "metadata.json").is_file():
-            raise UserError(f"experiment.resume_from_checkpoint: {folder} is no checkpoint of this script")
-        self.accelerator.load_state(folder)
-        self.averaged.load_state_dict(load_file(folder / "unwrapped_model" / "model.safetensors"))
-        self.step = json.loads((folder / "metadata.json").read_text())["global_step"]
-        self.accelerator.print(f"resuming from {folder} at step {self.step}")
-
-
-def checkpoints_of(output_dir: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    numbered = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("checkpoint-*")]
-    return [path for _, path in sorted((int(number), path) for number, path in numbered if number.isdigit())]
+        folder = find_resume(self.output_dir, self.config.experiment.resume_from_checkpoint)
+        if folder is not None:
+            self.state = load_checkpoint(self.accelerator, folder, self.average)
+            self.accelerator.print(f"resuming from {folder} at step {self.step}")

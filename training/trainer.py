@@ -1,56 +1,71 @@
 """The one training loop of Show-o; the understanding branch is handed in (SPEC §5, §6, §12, §15).
 
-    Trainer.train():  resume → step → every(n): log / save / draw samples → final save
-    Trainer.step():   build the batch → model → weighted loss → backward → clip → optimiser, schedule
+- `Trainer.train()`: resume → step → every(n): log / save / draw samples → final save
+- `Trainer.step()`: build the batch → model → weighted loss → backward → clip → optimiser, schedule
 """
 
 import signal
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from common.config import mask_schedule_of, resolve_path
-from common.errors import UserError
 from common.tracking import Tracker
-from models import MAGVITv2, Showo, ShowoConfig, UniversalPrompting, get_mask_schedule
-from training.batches import TASKS, BatchBuilder
+from models.modeling_showo import ShowoOutput
+from training.batches import TASKS, OmniBatch
 from training.checkpointing import TrainState, find_resume, load_checkpoint, save_checkpoint, save_model
 from training.data.flows import build_flows
-from training.masking import MaskingNoise
-from training.optimization import WeightAverage, make_optimizer, make_schedule
+from training.optimization import WeightAverage, gradient_norms, make_optimizer, make_schedule
+from training.parts import (
+    check_sizes,
+    enable_gradient_checkpointing,
+    make_accelerator,
+    make_builder,
+    make_model,
+    make_vq_model,
+    read_prompts,
+)
 from training.samples import GENERATED_PANEL, PREDICTED_PANEL, draw, predict_masked
 
 
 @dataclass
 class StepMetrics:
-    """Sums over the steps since the last log line; one host synchronisation per line, not per step."""
+    """Sums since the last log line. They stay on the device: only a log line waits for it, not every step."""
 
-    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    batches: int = 0
     steps: int = 0
     samples: int = 0
     data_time: float = 0.0
     batch_time: float = 0.0
 
-    def add(self, values: dict[str, torch.Tensor], samples: int, data_time: float, batch_time: float) -> None:
+    def add_batch(self, batch: OmniBatch, out: ShowoOutput) -> None:
+        values = {f"step_loss_{task}": getattr(out, f"loss_{task}") for task in TASKS if batch.counts[task]}
+        if batch.mask_prob is not None:
+            values["avg_masking_rate"] = batch.mask_prob.mean()
         for name, value in values.items():
-            self.losses[name] = self.losses.get(name, 0) + value.detach()
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.batches += 1
+        self.samples += sum(batch.counts.values())
+
+    def add_step(self, data_time: float, batch_time: float) -> None:
         self.steps += 1
-        self.samples += samples
         self.data_time += data_time
         self.batch_time += batch_time
 
-    def means(self) -> dict[str, float]:
-        values = {name: float(total) / self.steps for name, total in self.losses.items()}
+    def means(self, over_processes: Callable[[torch.Tensor], torch.Tensor], device) -> dict[str, float]:
+        """Means per batch over all processes, and this process's times in seconds per step."""
+        means = torch.stack([total.to(device, torch.float32) for total in self.sums.values()]) / self.batches
         timing = {"data_time": self.data_time / self.steps, "batch_time": self.batch_time / self.steps}
-        return values | timing | {"samples/sec/gpu": self.samples / self.batch_time}
+        rate = {"samples/sec/gpu": self.samples / self.batch_time}
+        return dict(zip(self.sums, over_processes(means).tolist(), strict=True)) | timing | rate
 
 
 class Trainer:
@@ -68,58 +83,62 @@ class Trainer:
         self.config, self.understanding = config, understanding
         training = config.training
         self.output_dir = Path(config.experiment.output_dir)
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-            mixed_precision=None if training.mixed_precision == "no" else training.mixed_precision,
-            cpu=config.device == "cpu",
-        )
+        self.accelerator = make_accelerator(config)
+        device = self.accelerator.device
         self.flows = build_flows(config, process=self.accelerator.process_index)  # missing data is found first
+        self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
+        vq_model = make_vq_model(config).to(device)
+        check_sizes(config, vq_model)
         torch.backends.cuda.matmul.allow_tf32 = training.enable_tf32
         if training.seed is not None:
+            # Each process draws masks of its own; their unlike initial weights are replaced by the first process's.
             set_seed(training.seed, device_specific=True)
         self.model = make_model(config)
-        vq_model = make_vq_model(config).to(self.accelerator.device)
-        check_sizes(config, self.model, vq_model)
-        self.builder = make_builder(config, self.model, vq_model, understanding, self.accelerator.device)
+        self.builder = make_builder(config, self.model, vq_model, understanding, device)
         if config.model.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
         self.optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(self.optimizer, config)
-        self.model.to(self.accelerator.device)
-        self.average = WeightAverage(self.model, training.ema_decay) if training.ema_decay else None
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        # `model` has the methods and the plain names; `wrapped` runs training steps, `forward` perhaps compiled.
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model.to(device), self.optimizer)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.state, self.metrics, self.stop_requested = TrainState(), StepMetrics(), False
-        self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
+        self.average = WeightAverage(self.model, training.ema_decay) if training.ema_decay else None
+        self.state, self.metrics, self.gradient_norms = TrainState(), StepMetrics(), {}
+        self.stop_requested = False
+        several = self.accelerator.num_processes > 1
+        self.hosts = torch.distributed.new_group(backend="gloo") if several else None
 
     def train(self) -> None:
         """Runs from where the run stands to `max_train_steps`, then saves the final model in `output_dir`."""
         self.resume()
         self.start_tracking()
-        every, total = self.config.experiment, self.config.training.max_train_steps
+        every, total, stopping = self.config.experiment, self.config.training.max_train_steps, False
         with self.finishing_on_signals(), self.progress(total) as bar:
-            while self.state.global_step < total and not self.stop_requested:
+            while self.state.global_step < total and not stopping:
                 batch = self.step()
-                step = self.state.global_step
+                step, stopping = self.state.global_step, self.someone_asked_to_stop()
                 bar.update()
                 if step % every.log_every == 0:
                     self.log(bar)
+                if step % every.log_grad_norm_every == 0:
+                    self.log_gradient_norms()
                 if step % every.generate_every == 0:
                     self.draw_samples(batch)
-                if step % every.save_every == 0 or self.stop_requested:
+                if step % every.save_every == 0 or stopping:
                     self.save()
         if self.state.global_step >= total and self.accelerator.is_main_process:
             save_model(self.model, self.output_dir, self.average)
         self.tracker.finish()
+        self.accelerator.wait_for_everyone()
 
-    def step(self):
+    def step(self) -> OmniBatch:
         """One optimiser step over `gradient_accumulation_steps` batches of every flow; returns the last batch."""
-        training = self.config.training
-        started = time.perf_counter()
+        training, started, data_time = self.config.training, time.perf_counter(), 0.0
         for _ in range(training.gradient_accumulation_steps):
+            waiting = time.perf_counter()
             items = {name: next(flow) for name, flow in self.flows.items()}
-            data_time = time.perf_counter() - started
+            data_time += time.perf_counter() - waiting
             batch = self.builder(items)
             with self.accelerator.accumulate(self.wrapped):
                 out = self.forward(
@@ -129,20 +148,27 @@ class Trainer:
                 )
                 loss = training.t2i_coeff * out.loss_t2i + training.lm_coeff * out.loss_lm
                 self.accelerator.backward(loss + training.mmu_coeff * out.loss_mmu)
-                if training.max_grad_norm and self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.wrapped.parameters(), training.max_grad_norm)
-                self.optimizer.step()
+                if self.accelerator.sync_gradients:
+                    self.finish_gradients()
+                self.optimizer.step()  # this and the next do nothing while gradients accumulate
                 self.optimizer.zero_grad(set_to_none=True)
+            self.metrics.add_batch(batch, out)
         self.schedule.step()
         if self.average is not None:
             self.average.update(self.model)
         self.state.global_step += 1
-        values = {f"step_loss_{task}": getattr(out, f"loss_{task}") for task in TASKS if batch.counts[task]}
-        if batch.mask_prob is not None:
-            values["avg_masking_rate"] = batch.mask_prob.mean()
-        samples = sum(batch.counts.values()) * training.gradient_accumulation_steps
-        self.metrics.add(values, samples, data_time, time.perf_counter() - started)
+        self.metrics.add_step(data_time, time.perf_counter() - started)
         return batch
+
+    def finish_gradients(self) -> None:
+        """Clips them, and measures them at the steps whose norms are logged."""
+        limit, every = self.config.training.max_grad_norm, self.config.experiment.log_grad_norm_every
+        if limit:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit)
+        if (self.state.global_step + 1) % every == 0:
+            if not limit:  # clipping has unscaled the fp16 gradients already
+                self.accelerator.unscale_gradients()
+            self.gradient_norms = gradient_norms(self.model)
 
     # ---- continuing ----
 
@@ -151,7 +177,7 @@ class Trainer:
         folder = find_resume(self.output_dir, self.config.experiment.resume_from_checkpoint)
         if folder is None:
             return
-        self.state = load_checkpoint(self.accelerator, folder, self.average)
+        self.state = load_checkpoint(self.accelerator, folder, self.average, self.model)
         for name, flow in self.flows.items():
             if name in self.state.streams:
                 flow.load_state_dict(self.state.streams[name])
@@ -159,8 +185,9 @@ class Trainer:
 
     def save(self) -> None:
         self.state.streams = {name: flow.state_dict() for name, flow in self.flows.items()}
+        kept = {"model": self.model, "average": self.average}
         limit = self.config.experiment.checkpoints_total_limit
-        save_checkpoint(self.accelerator, self.output_dir, self.state, model=self.model, average=self.average, limit=limit)
+        save_checkpoint(self.accelerator, self.output_dir, self.state, **kept, limit=limit)
 
     @contextmanager
     def finishing_on_signals(self):
@@ -175,6 +202,14 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def someone_asked_to_stop(self) -> bool:
+        """Whether any process got a signal: all must leave the loop at the same step, or the others wait forever."""
+        if self.hosts is None:
+            return self.stop_requested
+        asked = torch.tensor(int(self.stop_requested))
+        torch.distributed.all_reduce(asked, group=self.hosts)  # between the hosts; no GPU is waited for
+        return bool(asked)
 
     # ---- showing ----
 
@@ -197,10 +232,17 @@ class Trainer:
         return tqdm(total=total, initial=self.state.global_step, disable=hidden, desc="training", dynamic_ncols=True)
 
     def log(self, bar: tqdm) -> None:
-        values = self.metrics.means() | {"lr": self.schedule.get_last_lr()[0]}
+        average = partial(self.accelerator.reduce, reduction="mean")
+        values = self.metrics.means(average, self.accelerator.device) | {"lr": self.schedule.get_last_lr()[0]}
         self.tracker.log(values, self.state.global_step)
         bar.set_postfix({k.removeprefix("step_loss_"): f"{v:.3f}" for k, v in values.items() if "loss" in k})
         self.metrics = StepMetrics()
+
+    def log_gradient_norms(self) -> None:
+        if self.accelerator.is_main_process:
+            norms = torch.stack(list(self.gradient_norms.values())).tolist()
+            self.tracker.log(dict(zip(self.gradient_norms, norms, strict=True)), self.state.global_step)
+        self.gradient_norms = {}
 
     def draw_samples(self, batch) -> None:
         """Both published panels, drawn by the main process with the averaged weights where there are any."""
@@ -227,93 +269,3 @@ class Trainer:
             if self.average is not None:
                 self.average.swap(self.model)
             self.model.train()
-
-
-# ---- parts of a run ----
-
-
-def make_model(config) -> Showo:
-    """The model a run starts from: a checkpoint, a language model's weights, or (no path) random weights."""
-    settings = config.model.showo
-    keys = ("llm_vocab_size", "vocab_size", "codebook_size", "num_vq_tokens", "num_new_special_tokens", "w_clip_vit")
-    path = settings.llm_model_path
-    try:
-        showo_config = ShowoConfig(
-            llm_model_path=str(resolve_path(path)) if resolve_path(path).exists() else path,
-            attn_implementation=config.attn_implementation,
-            **{key: settings[key] for key in keys},
-        )
-    except ValueError as error:
-        raise UserError(f"model.showo: {error}") from error
-    if not settings.load_from_showo:
-        return Showo.from_llm(showo_config).train()
-    if settings.pretrained_model_path is None:
-        return Showo(showo_config).train()
-    folder = str(resolve_path(settings.pretrained_model_path))
-    return Showo.from_pretrained(folder, config=showo_config).train()
-
-
-def make_vq_model(config) -> MAGVITv2:
-    """The frozen image tokenizer, fp32 and outside autocast."""
-    name = config.model.vq_model.vq_model_name
-    return MAGVITv2.from_pretrained(str(resolve_path(name))).requires_grad_(False).eval()
-
-
-def check_sizes(config, model: Showo, vq_model: MAGVITv2) -> None:
-    """Tokenizer, resolution and model must agree before a step is taken."""
-    showo, resolution = config.model.showo, config.dataset.preprocessing.resolution
-    codes = 2**vq_model.config.code_bits
-    if codes != showo.codebook_size:
-        raise UserError(f"model.showo.codebook_size is {showo.codebook_size}, but the image tokenizer has {codes} codes")
-    num_tokens = (resolution // vq_model.config.downsampling_factor) ** 2
-    if num_tokens != showo.num_vq_tokens:
-        raise UserError(
-            f"dataset.preprocessing.resolution {resolution} makes {num_tokens} image tokens, but "
-            f"model.showo.num_vq_tokens is {showo.num_vq_tokens}; change one of them"
-        )
-
-
-def make_builder(config, model: Showo, vq_model: MAGVITv2, understanding, device) -> BatchBuilder:
-    training, vocabulary = config.training, model.vocabulary
-    path = config.model.showo.llm_model_path
-    tokenizer = AutoTokenizer.from_pretrained(str(resolve_path(path)), padding_side="left")
-    max_text_len = config.dataset.preprocessing.max_seq_length
-    prompting = UniversalPrompting(tokenizer, max_text_len, cond_dropout_prob=training.cond_dropout_prob)
-    if prompting.vocabulary.llm_vocab_size != vocabulary.llm_vocab_size:
-        raise UserError(
-            f"the tokenizer of {path} has {prompting.vocabulary.llm_vocab_size} entries, but model.showo.llm_vocab_size "
-            f"is {vocabulary.llm_vocab_size}"
-        )
-    schedule, params = mask_schedule_of(config)
-    noise = MaskingNoise(
-        get_mask_schedule(schedule, **params),
-        vocabulary.mask_token_id,
-        vocabulary.image_offset,
-        vocabulary.codebook_size,
-        min_masking_rate=training.min_masking_rate,
-        contiguous_region_prob=training.mask_contiguous_region_prob,
-        noise_type=training.noise_type,
-        predict_all_tokens=training.predict_all_tokens,
-    )
-    row_length = model.config.num_vq_tokens + 3 + max_text_len
-    return BatchBuilder(prompting, vq_model, noise, understanding, row_length, device)
-
-
-def enable_gradient_checkpointing(model: Showo) -> None:
-    """Under whichever name this version of transformers calls it."""
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-
-
-def read_prompts(file: str) -> list[str]:
-    """Lines of a prompts file.
-
-    Raises:
-        UserError: the file is missing or has no prompt.
-    """
-    path = resolve_path(file)
-    if not path.is_file():
-        raise UserError(f"validation_prompts_file {file!r} does not exist; give a text file with one prompt per line")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"validation_prompts_file {file!r} is empty; write one prompt per line")
-    return prompts

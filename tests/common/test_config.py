@@ -51,7 +51,6 @@ def test_an_empty_file_and_an_empty_section_give_the_defaults(load):
         ("generation_temperature", 0.5, "training.generation_temperature"),
         ("batch_size", 2, "training.batch_size"),
         ("seed", 42, "training.seed"),
-        ("output_dir", "out", "experiment.output_dir"),
         ("validation_prompts_file", "p.txt", "dataset.params.validation_prompts_file"),
     ],
 )

@@ -19,7 +19,8 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 def smooth(width: int, height: int) -> Image.Image:
-    return noise(8, 8).resize((width, height), Image.Resampling.BICUBIC)
+    """Away from black and white, so that nothing is clipped on the way."""
+    return noise(8, 8).resize((width, height), Image.Resampling.BICUBIC).point(lambda value: 50 + value * 0.6)
 
 
 # --- preprocess
@@ -41,7 +42,7 @@ def test_resize_and_crop_agree_with_torch(size, resolution):
 
     result = preprocess(image, resolution, normalize=False)
     assert (result.shape, result.dtype) == ((3, resolution, resolution), torch.float32)
-    assert (result * 255 - expected).abs().max() <= 1.01  # PIL rounds to whole steps after each direction
+    assert (result * 255 - expected).abs().max() <= 1.2  # PIL rounds to whole steps after each direction
 
 
 @pytest.mark.parametrize(("extra", "offset"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (6, 3), (7, 4)])
@@ -180,6 +181,7 @@ def test_captions_take_room_below_their_row_and_long_words_are_cut():
     endless = contact_sheet(images, ["a", "w" * 5000, "c\nd\n"], columns=2, title="Generated images")
     assert plain.width == short.width == long.width == endless.width
     assert plain.height < short.height < long.height
+    assert endless.height < 3 * long.height  # it is cut off
     right_edge = endless.crop((endless.width - 4, 0, endless.width, endless.height))
     assert set(colours(right_edge)) == {(255, 255, 255)}  # no text runs out of its column
 

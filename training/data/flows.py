@@ -3,6 +3,7 @@
 An image item is ``{"image": (3, res, res) float32 in [-1, 1], "text": str}``, a language item is a text.
 """
 
+import glob
 import io
 import random
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from common.config import resolve_path
+from common.config import REPOSITORY, resolve_path
 from common.errors import UserError
 from models.images import preprocess
 from training.data.streams import Flow
@@ -32,6 +33,7 @@ CAPTION_INSTRUCTIONS = (
     "What is depicted in the picture?",
 )
 MAX_LM_CHARACTERS = 8000
+SUPPORTED_KINDS = {"t2i": ("gen_type", "t2i"), "mmu": ("und_type", "captioning")}
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
 TEXT_SUFFIXES = ("text", "txt", "caption")
 
@@ -43,16 +45,23 @@ def expand_paths(setting: str, value) -> list[str]:
         UserError: the setting is empty, or a file does not exist.
     """
     if not value:
-        raise UserError(f"{setting} is not set; give the path of the data, for example {setting}=data/train-{{000000..000009}}.tar")
+        example = f"{setting}=data/train-{{000000..000009}}.tar"
+        raise UserError(f"{setting} is not set; give the path of the data, for example {example}")
     paths = []
     for item in [value] if isinstance(value, str) else value:
         for path in braceexpand.braceexpand(item):
-            found = sorted(Path().glob(path)) if any(c in path for c in "*?") and not path.startswith("/") else None
-            paths += [str(p) for p in found] if found else [str(resolve_path(path))]
+            paths += _matches(path) or [str(resolve_path(path))]
     missing = [path for path in paths if not Path(path).is_file()]
     if missing:
         raise UserError(f"{setting}: {len(missing)} of {len(paths)} files do not exist, first {missing[0]}")
     return paths
+
+
+def _matches(pattern: str) -> list[str]:
+    """Files that a pattern with ``*`` or ``?`` means here, else in the repository; none for a plain path."""
+    if not any(c in pattern for c in "*?"):
+        return []
+    return sorted(glob.glob(pattern)) or sorted(glob.glob(str(REPOSITORY / pattern)))
 
 
 # ---- raw samples: a seed → an endless iterator ----
@@ -72,12 +81,10 @@ def _mixed(samples: Iterator, buffer_size: int, rng: random.Random) -> Iterator:
         if len(buffer) < buffer_size:
             buffer.append(sample)
             continue
-        index = rng.randrange(len(buffer)) if buffer else None
-        if index is None:
-            yield sample
-        else:
+        if buffer:
+            index = rng.randrange(len(buffer))
             buffer[index], sample = sample, buffer[index]
-            yield sample
+        yield sample
 
 
 def read_texts(paths: list[str], seed: int) -> Iterator[str]:
@@ -133,9 +140,9 @@ def jittered(image: Image.Image, amount: float, rng: random.Random) -> Image.Ima
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=corner)
 
 
-def text_item(raw: str, rng: random.Random) -> str | None:
-    """Newlines removed; texts over 8000 characters cut to a random window."""
-    text = raw.replace("\n", "")
+def text_item(raw: str | None, rng: random.Random) -> str | None:
+    """Newlines removed; texts over 8000 characters cut to a random window; None for an empty one."""
+    text = (raw or "").replace("\n", "")
     if len(text) > MAX_LM_CHARACTERS:
         start = rng.randrange(len(text) - MAX_LM_CHARACTERS)
         text = text[start : start + MAX_LM_CHARACTERS]
@@ -153,13 +160,14 @@ def build_flows(config, *, process: int = 0) -> dict[str, Flow]:
     """
     training, params, preprocessing = config.training, config.dataset.params, config.dataset.preprocessing
     problems, flows = [], {}
-    shared = {"seed": config.training.seed or 0, "process": process, "num_workers": params.num_workers}
+    shared = {"process": process, "num_workers": params.num_workers}
     for name in ("t2i", "lm", "mmu"):
         batch_size = training[f"batch_size_{name}"]
         if batch_size == 0:
             continue
         try:
             setting = f"dataset.params.train_{name}_shards_path_or_url"
+            _check_kind(config, name)
             paths = expand_paths(setting, params[f"train_{name}_shards_path_or_url"])
         except UserError as error:
             problems.append(str(error))
@@ -167,7 +175,6 @@ def build_flows(config, *, process: int = 0) -> dict[str, Flow]:
         if name == "lm":
             read, transform = partial(read_texts, paths), text_item
         else:
-            _check_kind(config, name)
             read = partial(read_shards, paths, params.shuffle_buffer_size)
             augmented = name == "mmu"
             transform = partial(
@@ -177,7 +184,7 @@ def build_flows(config, *, process: int = 0) -> dict[str, Flow]:
                 jitter=preprocessing.und_jitter if augmented else 0.0,
                 add_caption_prompt=augmented and params.add_caption_prompt,
             )
-        flows[name] = Flow(read, transform, batch_size, **shared | {"seed": f"{shared['seed']}/{name}"})
+        flows[name] = Flow(read, transform, batch_size, seed=f"{training.seed or 0}/{name}", **shared)
     if problems:
         raise UserError("; ".join(problems))
     if not flows:
@@ -186,9 +193,10 @@ def build_flows(config, *, process: int = 0) -> dict[str, Flow]:
 
 
 def _check_kind(config, flow: str) -> None:
-    key, supported = {"t2i": ("gen_type", "t2i"), "mmu": ("und_type", "captioning")}[flow]
-    if config.dataset[key] != supported:
-        raise UserError(f"dataset.{key} is {config.dataset[key]!r}; this version trains from {supported!r} (WebDataset shards)")
+    key, supported = SUPPORTED_KINDS.get(flow, (None, None))
+    if key and config.dataset[key] != supported:
+        given = config.dataset[key]
+        raise UserError(f"dataset.{key} is {given!r}; this version trains from {supported!r} (WebDataset shards)")
 
 
 def collate_images(items: list[dict]) -> tuple[torch.Tensor, list[str]]:

@@ -3,9 +3,9 @@
     python3 training/data/llava_shards.py json=data/emoji_world/llava_train.json image_root=data/emoji_world/images \
         output=data/emoji_world/shards/qa repeat=name:3
 
-Every question with its answer becomes one sample: the picture and ``USER: \\n{question} ASSISTANT: {answer}``, the very
-text that `inference_mmu.py` asks with, so train on it with `dataset.params.add_caption_prompt: False`. `repeat` weighs the
-values of the records' key `task`.
+Every question with its answer becomes one sample: the picture and ``USER: \\n{question} ASSISTANT: {answer}``, the
+very text that `inference_mmu.py` asks with, so train on it with `dataset.params.add_caption_prompt: False`. `repeat`
+weighs the values of the records' key `task`. Records without a picture are left out (SPEC §9).
 """
 
 import json
@@ -43,12 +43,12 @@ def samples(records: list[dict], image_root: Path, repeat: dict[str, int]) -> It
         UserError: a record's picture is missing.
     """
     for index, record in enumerate(records):
+        if "image" not in record:
+            continue
         picture = image_root / record["image"]
         if not picture.is_file():
             raise UserError(f"record {record.get('id', index)!r}: picture {picture} does not exist; check image_root")
-        turns = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
-        pairs = zip(turns[::2], turns[1::2], strict=False)
-        for number, (question, answer) in enumerate(pairs):
+        for number, (question, answer) in enumerate(questions_and_answers(record["conversations"])):
             for time in range(repeat.get(record.get("task"), 1)):
                 yield {
                     "__key__": f"{index:06d}-{number}-{time}",
@@ -57,19 +57,44 @@ def samples(records: list[dict], image_root: Path, repeat: dict[str, int]) -> It
                 }
 
 
+def questions_and_answers(turns: list[dict]) -> list[tuple[str, str]]:
+    """Pairs of a conversation without their image tags; a leading answer and a trailing question are dropped."""
+    if turns and turns[0]["from"] == "gpt":
+        turns = turns[1:]
+    texts = [turn["value"].replace("<image>", "").strip() for turn in turns]
+    return list(zip(texts[::2], texts[1::2], strict=False))
+
+
+def read_repeat(setting: str) -> dict[str, int]:
+    """``name:3,style:1`` as a dictionary.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    try:
+        return {task: int(times) for task, times in (part.split(":") for part in setting.split(",") if part)}
+    except ValueError:
+        raise UserError(f"repeat={setting} is not of the form task:times,task:times, for example name:3") from None
+
+
 def main(argv: list[str]) -> None:
     try:
         config = OmegaConf.merge(OmegaConf.structured(LlavaShardsConfig), OmegaConf.from_dotlist(argv))
     except OmegaConfBaseException as error:
-        raise UserError(f"{str(error).splitlines()[0]}; the settings are {', '.join(LlavaShardsConfig.__annotations__)}") from None
+        known = ", ".join(LlavaShardsConfig.__annotations__)
+        raise UserError(f"{str(error).splitlines()[0]}; the settings are {known}") from None
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise UserError(f"{', '.join(missing)} not given; for example json=… image_root=… output=data/shards/qa")
     file = Path(config.json)
     if not file.is_file():
         raise UserError(f"json={file} does not exist")
-    repeat = dict(part.split(":") for part in config.repeat.split(",") if ":" in part)
-    chosen = list(samples(json.loads(file.read_text()), Path(config.image_root), {k: int(v) for k, v in repeat.items()}))
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"json={file} is no valid JSON ({error})") from None
+    chosen = list(samples(records, Path(config.image_root), read_repeat(config.repeat)))
     random.Random(config.seed).shuffle(chosen)
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     with webdataset.ShardWriter(f"{config.output}-%06d.tar", maxcount=config.shard_size, verbose=0, mtime=0) as writer:
         for sample in chosen:
             writer.write(sample)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
@@ -30,7 +31,9 @@ class StreamState:
 
 
 class _Batches(IterableDataset):
-    def __init__(self, read: Reader, transform: Transform, batch_size: int, seed: int, process: int, state: StreamState):
+    def __init__(
+        self, read: Reader, transform: Transform, batch_size: int, seed: int | str, process: int, state: StreamState
+    ):
         self.read, self.transform, self.batch_size = read, transform, batch_size
         self.seed, self.process, self.state = seed, process, state
 
@@ -70,10 +73,19 @@ class Flow:
         transform: decodes one raw sample with random numbers of its own.
         batch_size: items per batch.
         seed, process: of the run and of this process.
-        num_workers, pin_memory, persistent_workers: as in torch's DataLoader.
+        num_workers: as in torch's DataLoader; the order of the data depends on it.
     """
 
-    def __init__(self, read: Reader, transform: Transform, batch_size: int, *, seed: int, process: int = 0, num_workers: int = 0):
+    def __init__(
+        self,
+        read: Reader,
+        transform: Transform,
+        batch_size: int,
+        *,
+        seed: int | str,
+        process: int = 0,
+        num_workers: int = 0,
+    ):
         self._make = lambda state: _Batches(read, transform, batch_size, seed, process, state)
         self.num_workers = num_workers
         self.state = StreamState(positions=[0] * max(1, num_workers))
@@ -84,8 +96,12 @@ class Flow:
 
     def __next__(self) -> list:
         if self._iterator is None:
-            loader = DataLoader(self._make(self.state_dict()), batch_size=None, num_workers=self.num_workers)
-            self._iterator = iter(loader)
+            # Its own generator: else each new loader draws from the global one, and a continued run from others.
+            generator = torch.Generator().manual_seed(0)
+            dataset = self._make(self.state_dict())
+            self._iterator = iter(
+                DataLoader(dataset, batch_size=None, num_workers=self.num_workers, generator=generator)
+            )
         items, stream, position = next(self._iterator)
         self.state.batches += 1
         self.state.positions[stream] = position

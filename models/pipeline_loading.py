@@ -1,0 +1,251 @@
+"""Where the parts of a `ShowoPipeline` come from: folders or hub names, checked before anything large is read."""
+
+import logging
+import math
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from common.errors import UserError
+from models.checkpoint_io import check_state_dict, load_weights_file, read_json, resolve_folder
+from models.clip_encoder import CLIP_VIT_L_336, CLIPVisionTower
+from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
+from models.modeling_showo import PHI_1_5, Showo, ShowoConfig
+from models.prompting import UniversalPrompting
+from models.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED_VQ = "showlab/magvitv2"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZES = ("vocab_size", "llm_vocab_size", "num_new_special_tokens", "codebook_size", "w_clip_vit")
+
+
+@dataclass
+class Source:
+    """Folder or hub name of every part, and how to run them.
+
+    Args:
+        llm: tokenizer and sizes of the language model; default: the one the Showo checkpoint names.
+        vq_weights: a file that replaces the image tokenizer's weights (`vq_model.pretrained_model_path`).
+        sizes: section `model.showo` of a script's config; the checkpoint must say the same.
+    """
+
+    showo: str
+    vq_model: str = PUBLISHED_VQ
+    llm: str | None = None
+    clip: str = CLIP_VIT_L_336
+    vq_weights: str | None = None
+    max_seq_length: int = 128
+    resolution: int | None = None
+    sizes: object | None = None
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    attn_implementation: str = "sdpa"
+    compile: bool = False
+
+    @classmethod
+    def of_folder(cls, name_or_path: str | Path, **settings) -> "Source":
+        """A Showo checkpoint, or a folder of folders `showo/`, `magvitv2/`, `llm/` and perhaps `clip/`."""
+        given = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+        given = {key: value for key, value in given.items() if value is not None}
+        folder = Path(name_or_path).expanduser()
+        if (folder / "showo").is_dir():
+            parts = {"showo": "showo", "vq_model": "magvitv2", "llm": "llm", "clip": "clip"}
+            inside = {key: str(folder / part) for key, part in parts.items() if (folder / part).is_dir()}
+            return cls(**inside | given)
+        return cls(str(name_or_path), **given)
+
+    @classmethod
+    def of_config(cls, config) -> "Source":
+        """What a script's config names (`InferenceConfig`); relative paths as the scripts read them."""
+        showo, vq_model = config.model.showo, config.model.vq_model
+        return cls(
+            showo=_located(showo.pretrained_model_path),
+            vq_model=_located(vq_model.vq_model_name),
+            llm=_located(showo.llm_model_path),
+            clip=_located(config.model.clip_vit_name),
+            vq_weights=_located(vq_model.pretrained_model_path),
+            max_seq_length=config.dataset.preprocessing.max_seq_length,
+            resolution=config.dataset.preprocessing.resolution,
+            sizes=showo,
+            **{key: config[key] for key in ("device", "dtype", "attn_implementation", "compile")},
+        )
+
+
+def load(source: Source) -> dict:
+    """The arguments of `ShowoPipeline`, loaded: `model`, `vq_model`, `prompting`, `resolution`, `clip`.
+
+    Raises:
+        UserError: a part is missing, broken, or does not fit the others. Weights are read last.
+    """
+    device = choose_device(source.device)
+    dtype = choose_dtype(source.dtype, device)
+    folder, vq_folder = resolve_folder(source.showo), resolve_folder(source.vq_model)
+    llm = source.llm or read_json(folder / "config.json").get("llm_model_path", PHI_1_5)
+    prompting = load_prompting(llm, source.max_seq_length)
+    config = read_showo_config(folder, llm, source.sizes)
+    check_text_tokenizer(llm, prompting, config)
+    check_image_tokenizer(source, config, MAGVITv2._read_config(vq_folder, {}))
+    clip = load_clip(source.clip, config.clip_feature_size).to(device) if config.w_clip_vit else None
+    vq_model = load_magvitv2(vq_folder, source.vq_weights).to(device)
+    model = Showo.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=source.attn_implementation)
+    model = model.to(device)
+    if source.compile:
+        model.showo.model.compile()
+    parts = {"model": model, "vq_model": vq_model, "prompting": prompting, "clip": clip}
+    return parts | {"resolution": source.resolution}
+
+
+def _located(name: str | None) -> str | None:
+    """A path as the scripts read it (current folder, then repository); hub names stay as they are."""
+    from common.config import resolve_path
+
+    return str(resolve_path(name)) if name and resolve_path(name).exists() else name
+
+
+# ---- how to run ----
+
+
+def choose_device(name: str | torch.device | None) -> torch.device:
+    """The named device, or the GPU if there is one; `UserError` where it cannot be used."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"device={name} cannot be used ({reason}); give cpu, or cuda on a machine with a GPU") from None
+    return device
+
+
+def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """A dtype by its name; by default bf16 on a GPU and fp32 elsewhere."""
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name] if isinstance(name, str) else name
+
+
+# ---- the parts ----
+
+
+def load_prompting(llm: str, max_seq_length: int) -> UniversalPrompting:
+    """The text tokenizer of a language model with Show-o's tokens added; `UserError` where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left", trust_remote_code=False)
+        return UniversalPrompting(tokenizer, max_text_len=max_seq_length)
+    except Exception as error:  # missing files, no network and broken JSON come as a dozen unrelated classes
+        remedy = (
+            "copy its tokenizer files again"
+            if Path(llm).is_dir()
+            else "it is no local folder and could not be fetched from the hub: give the path of a folder that holds it"
+        )
+        raise UserError(
+            f"no usable tokenizer in model.showo.llm_model_path={llm} ({_reason(error)}); {remedy}"
+        ) from error
+
+
+def read_showo_config(folder: Path, llm: str, sizes=None) -> ShowoConfig:
+    """A Showo folder's configuration, compared with what a script's config says of it."""
+    config = Showo._read_config(folder, {"llm_model_path": llm})
+    for key in SIZES if sizes is not None else ():
+        if getattr(config, key) != getattr(sizes, key):
+            raise UserError(
+                f"model.showo.{key} is {getattr(sizes, key)}, but the checkpoint {folder} has {getattr(config, key)}; "
+                "give the checkpoint's own value, or another checkpoint"
+            )
+    if sizes is not None and config.num_vq_tokens != sizes.num_vq_tokens:
+        logger.warning("%s was made for %d image tokens, not %d", folder, config.num_vq_tokens, sizes.num_vq_tokens)
+    return config
+
+
+def load_magvitv2(folder: Path, weights_file: str | None = None) -> MAGVITv2:
+    """The image tokenizer in fp32, with its own weights or those of a file."""
+    if weights_file is None:
+        return MAGVITv2.from_pretrained(folder)
+    state_dict = load_weights_file(weights_file)
+    model = MAGVITv2(MAGVITv2._read_config(folder, {}))
+    check_state_dict(weights_file, model.state_dict(), state_dict)
+    model.load_state_dict(state_dict)
+    return model
+
+
+def load_clip(name: str, feature_size: int) -> CLIPVisionTower:
+    """The CLIP vision tower in fp32; `UserError` where there is none, or one of another width than the projector's."""
+    folder = resolve_folder(name)
+    if (kind := read_json(folder / "config.json").get("model_type")) not in ("clip", "clip_vision_model"):
+        raise UserError(f"model.clip_vit_name={name} holds a {kind!r} model, expected a CLIP (vision) model")
+    try:
+        tower = CLIPVisionTower(folder)
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(f"model.clip_vit_name={name} holds no readable CLIP vision model ({_reason(error)})") from error
+    width = tower.vision_tower.config.hidden_size
+    if width != feature_size:
+        raise UserError(
+            f"model.clip_vit_name={name} makes features of {width} numbers, the checkpoint takes {feature_size}; "
+            f"the published one is {CLIP_VIT_L_336}"
+        )
+    return tower
+
+
+# ---- whether they fit ----
+
+
+def check_config(config) -> None:
+    """What a script's config alone can tell; `UserError` where the sizes do not add up."""
+    sizes, resolution = config.model.showo, config.dataset.preprocessing.resolution
+    if not sizes.pretrained_model_path:
+        raise UserError("model.showo.pretrained_model_path is not given; set it to a checkpoint folder or a hub name")
+    try:
+        vocab_size = Vocabulary(sizes.llm_vocab_size, sizes.num_new_special_tokens, sizes.codebook_size).vocab_size
+    except ValueError as error:
+        raise UserError(f"model.showo: {error}") from None
+    if sizes.vocab_size != vocab_size:
+        raise UserError(
+            f"model.showo.vocab_size is {sizes.vocab_size}, but llm_vocab_size + num_new_special_tokens + "
+            f"codebook_size + 1 is {vocab_size}; they must agree"
+        )
+    side = math.isqrt(max(sizes.num_vq_tokens, 0))
+    if side < 2 or side**2 != sizes.num_vq_tokens:
+        raise UserError(f"model.showo.num_vq_tokens is {sizes.num_vq_tokens}, expected a square such as 256 or 1024")
+    published = config.model.vq_model.vq_model_name == PUBLISHED_VQ
+    _check_resolution(resolution, side, MAGVITv2Config().downsampling_factor if published else resolution // side)
+
+
+def check_text_tokenizer(llm: str, prompting: UniversalPrompting, config: ShowoConfig) -> None:
+    """Refuses a tokenizer of another size than the model's text vocabulary: every id behind it would be wrong."""
+    found = prompting.vocabulary.llm_vocab_size
+    if found != config.llm_vocab_size:
+        raise UserError(
+            f"the tokenizer in model.showo.llm_model_path={llm} has {found} tokens, but llm_vocab_size is "
+            f"{config.llm_vocab_size}; give the tokenizer the model was trained with"
+        )
+
+
+def check_image_tokenizer(source: Source, config: ShowoConfig, vq_config: MAGVITv2Config) -> None:
+    """Refuses an image tokenizer that cannot paint every code of the model, or not at this resolution."""
+    if vq_config.codebook_size < config.codebook_size:
+        raise UserError(
+            f"model.vq_model.vq_model_name={source.vq_model} has {vq_config.codebook_size} codes, the model "
+            f"{config.codebook_size}; give the image tokenizer the model was trained with"
+        )
+    if vq_config.codebook_size > config.codebook_size:
+        logger.warning("%s has more codes than the model's %d", source.vq_model, config.codebook_size)
+    if source.resolution is not None:
+        num_vq_tokens = (source.sizes or config).num_vq_tokens
+        _check_resolution(source.resolution, math.isqrt(num_vq_tokens), vq_config.downsampling_factor)
+
+
+def _check_resolution(resolution: int, side: int, factor: int) -> None:
+    if factor < 1 or side * factor != resolution:
+        raise UserError(
+            f"dataset.preprocessing.resolution={resolution} does not match model.showo.num_vq_tokens={side**2}"
+            + (f": with {factor} pixels per token {side**2} tokens make {side * factor} pixels" if factor else "")
+        )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

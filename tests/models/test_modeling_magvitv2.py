@@ -1,0 +1,150 @@
+"""Small tokenizers of the same class: sizes by configuration, codes and bits, what is refused, saving and loading."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from models import MAGVITv2, MAGVITv2Config
+from models.modeling_magvitv2 import LookupFreeQuantizer, bit_entropy
+
+SIZES = {"num_groups": 4, "code_bits": 6}
+TWO_LEVELS = SIZES | {
+    "ch": 8,
+    "encoder_ch_mult": (1, 2),
+    "decoder_ch_mult": (1, 3),
+    "encoder_num_res_blocks": (1, 2),
+    "decoder_num_res_blocks": (2, 1),
+}
+PATCHED = TWO_LEVELS | {"stem_patch_size": 4, "encoder_mid": False, "decoder_mid": False}
+
+
+def tiny(**overrides) -> MAGVITv2:
+    return MAGVITv2(MAGVITv2Config(**PATCHED | overrides)).eval()
+
+
+def random_pixels(*shape: int) -> torch.Tensor:
+    return torch.rand(shape) * 2 - 1
+
+
+@pytest.mark.parametrize(("sizes", "factor"), [(TWO_LEVELS, 2), (PATCHED, 8), (PATCHED | {"stem_patch_size": 2}, 4)])
+def test_any_height_and_width_that_the_factor_divides(sizes, factor):
+    model = MAGVITv2(MAGVITv2Config(**sizes)).eval()
+    assert model.downsampling_factor == factor
+    pixels = random_pixels(2, 3, 3 * factor, 5 * factor)
+    codes = model.get_code(pixels)
+    assert codes.shape == (2, 15) and codes.dtype == torch.int64
+    assert 0 <= codes.min() and codes.max() < 64
+    assert model.decode_code(codes, shape=(3, 5)).shape == pixels.shape
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 20, 16), (1, 3, 16, 12), (1, 1, 16, 16), (3, 16, 16)])
+def test_pixels_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match="multiples of 8"):
+        tiny().get_code(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("codes", "shape", "message"),
+    [
+        (torch.zeros(1, 15, dtype=torch.int64), None, "15 codes do not fill a grid of 3 x 3"),
+        (torch.zeros(1, 16, dtype=torch.int64), (3, 5), "16 codes do not fill a grid of 3 x 5"),
+        (torch.full((1, 16), 64), None, r"codes must lie in \[0, 64\)"),
+        (torch.full((1, 16), -1), None, r"codes must lie in \[0, 64\)"),
+    ],
+)
+def test_codes_that_fit_no_grid_or_no_codebook_are_refused(codes, shape, message):
+    with pytest.raises(ValueError, match=message):
+        tiny().decode_code(codes, shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"encoder_ch_mult": (1,)}, "must be equally long, got lengths"),
+        ({"num_groups": 5}, r"num_groups=5 must divide every width, but does not divide \[8, 16, 24\]"),
+        ({"decoder_num_res_blocks": (0, 1)}, "at least one residual block"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        MAGVITv2Config(**TWO_LEVELS | overrides)
+
+
+def test_codes_to_bits_and_back():
+    quantizer = LookupFreeQuantizer(6)
+    codes = torch.arange(64).reshape(2, 32)
+    bits = quantizer.latents_of(codes)  # (2, 32, 6)
+    assert torch.equal(bits, quantizer.embedding[codes])
+    assert torch.equal(quantizer.codes_of(bits.mT.unflatten(2, (4, 8))), codes)
+
+
+def test_zero_counts_as_a_cleared_bit():
+    latents = torch.tensor([0.0, 1e-9, -1e-9]).reshape(1, 3, 1, 1)
+    quantizer = LookupFreeQuantizer(3)
+    assert quantizer.codes_of(latents).tolist() == [[0b010]]
+    assert torch.equal(quantizer(latents).sign(), torch.tensor([-1.0, 1.0, -1.0]).reshape(1, 3, 1, 1))
+
+
+def test_the_gradient_passes_straight_through_the_quantiser():
+    latents = torch.randn(2, 6, 3, 3, requires_grad=True)
+    weight = torch.randn(2, 6, 3, 3)
+    (LookupFreeQuantizer(6)(latents) * weight).sum().backward()
+    assert torch.equal(latents.grad, weight)
+
+
+def test_quantiser_losses_equal_their_definition():
+    latents = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    commit, entropy = LookupFreeQuantizer(5).losses(latents)
+    distance = (latents - latents.sign()).square().mean()
+    logits = torch.stack([-((latents - 1) ** 2), -((latents + 1) ** 2)])  # (2, B, K, h, w)
+    probabilities = logits.softmax(0)
+    mean = probabilities.mean((1, 3, 4))  # (2, K)
+    per_token = -(probabilities * probabilities.log()).sum(0).mean()
+    of_the_mean = -(mean * mean.log()).sum(0).mean()
+    assert commit.item() == pytest.approx(0.125 * distance.item(), rel=1e-5)
+    assert entropy.item() == pytest.approx(0.1 * (per_token - of_the_mean).item(), abs=1e-6)
+
+
+def test_the_commitment_pulls_with_three_quarters_of_its_weight():
+    latents = torch.randn(2, 5, 3, 4, requires_grad=True)
+    LookupFreeQuantizer(5).losses(latents)[0].backward()
+    pull = 2 * (latents.detach() - latents.detach().sign()) / latents.numel()
+    torch.testing.assert_close(latents.grad, 0.1 * 0.75 * pull)
+
+
+def test_quantiser_losses_and_their_gradients_stay_finite_at_sure_bits():
+    latents = torch.full((1, 6, 2, 2), 1e4, requires_grad=True)
+    sum(LookupFreeQuantizer(6).losses(latents)).backward()
+    assert latents.grad.isfinite().all()
+    assert bit_entropy(torch.tensor([0.0, 1e4, -1e4])).tolist() == pytest.approx([0.6931472, 0, 0])
+
+
+def test_forward_trains_every_parameter():
+    model = tiny(encoder_mid=True, decoder_mid=True)
+    pixels = random_pixels(2, 3, 16, 16)
+    output = model(pixels)
+    loss = (output.reconstruction - pixels).square().mean() + output.loss_commit + output.loss_entropy
+    loss.backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # a bias on the keys shifts all attention scores of a row alike, and softmax forgets it
+    assert all(name.endswith("attn_1.k.bias") for name in silent), silent
+
+
+def test_saved_and_loaded_it_gives_the_same_pictures(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    pixels = random_pixels(1, 3, 16, 24)
+    codes = model.get_code(pixels)
+    for again in (MAGVITv2.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert torch.equal(again.get_code(pixels), codes)
+        assert torch.equal(again.decode_code(codes, shape=(2, 3)), model.decode_code(codes, shape=(2, 3)))
+    assert again.config.encoder_ch_mult == [1, 2] and again.config.stem_patch_size == 4
+
+
+def test_half_precision_weights_keep_the_codebook_exact(tmp_path):
+    tiny().to(torch.bfloat16).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["quantize.embedding"].float(), LookupFreeQuantizer(6).embedding)
+    model = MAGVITv2.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert model.decode_code(torch.arange(16)[None]).dtype == torch.bfloat16

@@ -1,0 +1,615 @@
+"""`Showo`: masks, losses, image features, configurations, new starts (SPEC §4, §5). Golden logits are in tests/parity."""
+
+import json
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.parity.goldens import fill_, prompting, tensors, tiny_config, tiny_showo
+from transformers import AutoConfig, AutoModel, DynamicCache, LlamaConfig, PhiConfig, PhiForCausalLM
+
+from common.errors import UserError
+from models import OmniMask, Showo, ShowoConfig
+from models.vocabulary import Vocabulary
+
+COUNTS = {"batch_size_t2i": 3, "batch_size_lm": 2, "batch_size_mmu": 2}
+LOSSES = {**COUNTS, "max_seq_length": 12}
+TEXTS = ["w3 w4", "w5 w6 w7 w8 w9 w10 w11"]
+TINY_LLM = {"model_type": "phi", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY_LLM |= {"intermediate_size": 48, "max_position_embeddings": 256}
+CLIP_SIZE = 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_showo()
+
+
+@pytest.fixture(scope="module")
+def clip_model():
+    return tiny_showo(w_clip_vit=True, clip_feature_size=CLIP_SIZE)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Rows t2i ×3 (with left pads), lm ×2, mmu ×2 (with right pads): ids, labels, mask."""
+    build = prompting()
+    images, labels = tensors()["prompt.t2i_image_ids"], tensors()["prompt.t2i_image_labels"]
+    rows = [
+        build((["w1 w2", "", "w9 w8 w7"], images, labels), "t2i"),
+        build((TEXTS, 31), "lm"),
+        build((images[:2], TEXTS), "mmu"),
+    ]
+    ids, labels = (torch.cat([getattr(row, name) for row in rows]) for name in ("input_ids", "labels"))
+    return ids, labels, OmniMask.cat([row.attention_mask for row in rows])
+
+
+@contextmanager
+def calls_of(module: torch.nn.Module):
+    """Shapes that go into a module while the block runs."""
+    shapes = []
+    handle = module.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    try:
+        yield shapes
+    finally:
+        handle.remove()
+
+
+def same(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+# ---- attention back ends and masks ----
+
+
+@torch.no_grad()
+def test_eager_equals_sdpa(model, batch):
+    ids, _, mask = batch
+    eager = tiny_showo(attn_implementation="eager")
+    assert eager.showo.config._attn_implementation == "eager"
+    same(eager(ids, mask).logits, model(ids, mask).logits)
+
+
+@torch.no_grad()
+def test_back_end_can_be_changed_later(batch):
+    ids, _, mask = batch
+    model = tiny_showo()
+    before = model(ids, mask).logits
+    model.set_attn_implementation("eager")
+    assert model.showo.config._attn_implementation == "eager"
+    same(model(ids, mask).logits, before)
+
+
+@pytest.mark.slow  # compiles the kernel with g++
+@torch.no_grad()
+def test_flex_attention_equals_sdpa(model, batch):
+    ids, _, mask = batch
+    flex = tiny_showo(attn_implementation="flex_attention")
+    expected = model(ids, mask).logits
+    same(flex(ids, mask).logits, expected)
+    same(flex(ids, mask.dense()).logits, expected)  # a tensor mask is turned into blocks
+
+
+@pytest.mark.gpu  # FlexAttention has no backward on a CPU
+def test_flex_attention_gradients_equal_sdpa(batch):
+    ids, labels, mask = (part.to("cuda") for part in batch)
+    gradients = []
+    for implementation in ("sdpa", "flex_attention"):
+        model = tiny_showo(attn_implementation=implementation).to("cuda")
+        out = model(ids, mask, labels=labels, **LOSSES)
+        (out.loss_t2i + out.loss_lm + out.loss_mmu).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    same(gradients[0], gradients[1], 1e-3)
+
+
+@torch.no_grad()
+def test_mask_spellings_agree(model, batch):
+    ids, _, mask = batch
+    expected = model(ids, mask).logits
+    assert torch.equal(model(ids, mask.dense()).logits, expected)
+    assert torch.equal(model(ids).logits, expected)  # read off the ids
+    causal = OmniMask.lm(*ids.shape)
+    assert not torch.allclose(model(ids, causal).logits, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda dense: dense.float(),
+        lambda dense: dense.long(),
+        lambda dense: dense[:, 0],
+        lambda dense: dense[:, 0, 0],  # the 2-D padding mask of other models
+        lambda dense: dense[:1],
+        lambda dense: dense[:, :, :-1],
+        lambda dense: dense[..., :-1],
+        lambda dense: dense.expand(-1, 4, -1, -1),
+    ],
+    ids=["float", "int", "3-D", "2-D", "batch", "queries", "keys", "heads"],
+)
+def test_masks_that_do_not_fit_are_refused(implementation, spoil, batch):
+    ids, _, mask = batch
+    model = tiny_showo(attn_implementation=implementation)
+    with calls_of(model.showo.model.layers[0]) as calls, pytest.raises(ValueError, match="attention_mask"):
+        model(ids, spoil(mask.dense()))
+    assert not calls
+
+
+def test_omni_masks_that_do_not_fit_are_refused(model, batch):
+    ids, _, mask = batch
+    for wrong in (mask.select(slice(2)), mask.drop_keys(1), mask.extend(2)):
+        with pytest.raises(ValueError, match="does not fit ids"):
+            model(ids, wrong)
+
+
+@torch.no_grad()
+def test_a_common_left_padding_changes_nothing(model):
+    row = prompting()((["w1 w2"], tensors()["prompt.t2i_image_ids"][:1]), "t2i_gen").input_ids
+    pads = int((row == 118).sum())
+    assert pads > 4
+    same(model(row).logits[:, pads:], model(row[:, pads:]).logits)
+
+
+@torch.no_grad()
+def test_the_mask_separates_rows_and_pads(model, batch):
+    """Changing a left pad, or the text after an image, changes nothing it should not."""
+    ids, _, mask = batch
+    changed = ids.clone()
+    pads = int((ids[1] == 118).sum())
+    changed[1, :pads] = 7  # a t2i row's left padding
+    changed[5, -3:] = 9  # an mmu row's last text ids
+    before, after = model(ids, mask).logits, model(changed, mask).logits
+    assert torch.equal(after[1, pads:], before[1, pads:])
+    assert torch.equal(after[5, :-3], before[5, :-3])
+    changed = ids.clone()
+    changed[5, 10] = 129  # an image code of the mmu row is seen by its first position
+    assert not torch.allclose(model(changed, mask).logits[5, 0], before[5, 0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "prefix", "step"),
+    [
+        (slice(0, 3), 13, 18),  # t2i: the text, then the image block at once
+        (slice(3, 5), 1, 1),  # lm, position by position
+        (slice(3, 5), 10, 7),
+        (slice(5, 7), 19, 1),  # mmu: up to <eoi>, then position by position
+    ],
+)
+@torch.no_grad()
+def test_cached_prefix_and_decode_rows_equal_the_whole(model, batch, rows, prefix, step):
+    ids, mask = batch[0][rows], batch[2].select(rows)
+    cache, length = DynamicCache(config=model.showo.config), ids.shape[1]
+    parts = [model.hidden_states(ids[:, :prefix], mask.rows(0, prefix), past_key_values=cache)]
+    for start in range(prefix, length, step):
+        stop = start + step
+        parts.append(model.hidden_states(ids[:, start:stop], mask.rows(start, stop), past_key_values=cache))
+    same(torch.cat(parts, dim=1), model.hidden_states(ids, mask))
+
+
+def test_train_mode_has_no_dropout(batch):
+    ids, _, mask = batch
+    model = tiny_showo()
+    with torch.no_grad():
+        assert torch.equal(model(ids, mask).logits, model.train()(ids, mask).logits)
+
+
+# ---- losses ----
+
+
+def whole_head_losses(logits, labels, label_smoothing):
+    """SPEC §5 with the head at every position."""
+
+    def mean(logits, labels):
+        return F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, label_smoothing=label_smoothing
+        )
+
+    return (
+        mean(logits[:3, 13:], labels[:3, 13:]),
+        mean(logits[3:5, :-1], labels[3:5, 1:]),
+        mean(logits[5:, :-1], labels[5:, 1:]),
+    )
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_losses_equal_those_of_the_whole_head(batch, label_smoothing):
+    ids, labels, mask = batch
+    gradients, losses = [], []
+    for whole in (True, False):
+        model = tiny_showo()
+        if whole:
+            parts = whole_head_losses(model(ids, mask).logits, labels, label_smoothing)
+        else:
+            out = model(ids, mask, labels=labels, label_smoothing=label_smoothing, **LOSSES)
+            parts = (out.loss_t2i, out.loss_lm, out.loss_mmu)
+        losses.append(torch.stack(parts))
+        (parts[0] + 0.1 * parts[1] + parts[2]).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    same(losses[0], losses[1])
+    same(gradients[0], gradients[1], 1e-4)
+
+
+def test_label_smoothing_changes_the_losses(model, batch):
+    ids, labels, mask = batch
+    with torch.no_grad():
+        plain, smooth = (model(ids, mask, labels=labels, label_smoothing=s, **LOSSES) for s in (0.0, 0.2))
+    assert not torch.isclose(plain.loss_t2i, smooth.loss_t2i)
+
+
+def test_the_head_runs_at_supervised_positions_only(model, batch):
+    ids, labels, mask = batch
+    supervised = [
+        int((part != -100).sum()) for part in (labels[:3, 13:], labels[3:5, 1:], labels[5:, 1:])
+    ]
+    with torch.no_grad(), calls_of(model.showo.lm_head) as shapes:
+        out = model(ids, mask, labels=labels, **LOSSES)
+    assert out.logits is None
+    assert shapes == [(count, 64) for count in supervised] and sum(supervised) < ids.numel() / 2
+
+
+def test_logits_on_request(model, batch):
+    ids, labels, mask = batch
+    with torch.no_grad():
+        out = model(ids, mask, labels=labels, return_logits=True, **LOSSES)
+        assert torch.equal(out.logits, model(ids, mask).logits)
+        assert model(ids, mask, return_logits=False).logits is None
+
+
+def test_t2i_loss_counts_soi_and_eoi_unshifted(model, batch):
+    """Faithful (SPEC §5): with no image label at all, `<soi>` and `<eoi>` are still predicted from themselves."""
+    ids, labels, mask = batch
+    ids, labels, mask = ids[:1], labels[:1].clone(), mask.select([0])
+    labels[:, 14:-1] = -100
+    with torch.no_grad():
+        loss = model(ids, mask, labels=labels, batch_size_t2i=1, max_seq_length=12).loss_t2i
+        log_probabilities = model(ids, mask).logits[0].log_softmax(-1)
+    same(loss, -(log_probabilities[13, 119] + log_probabilities[30, 120]) / 2)
+
+
+TASKS = ("t2i", "lm", "mmu")
+SLICES = {"t2i": slice(0, 3), "lm": slice(3, 5), "mmu": slice(5, 7)}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_absent_tasks_give_exactly_zero(batch, task):
+    ids, labels = (part[SLICES[task]] for part in batch[:2])
+    mask = batch[2].select(SLICES[task])
+    model = tiny_showo()
+    out = model(ids, mask, labels=labels, **{f"batch_size_{task}": len(ids)}, max_seq_length=12)
+    for other in TASKS:
+        loss = getattr(out, f"loss_{other}")
+        assert loss.shape == () and (loss.item() == 0.0) == (other != task)
+    (out.loss_t2i + out.loss_lm + out.loss_mmu).backward()
+    together = tiny_showo()
+    getattr(together(*batch[::2], labels=batch[1], **LOSSES), f"loss_{task}").backward()
+    for ours, alone in zip(model.parameters(), together.parameters(), strict=True):
+        assert ours.grad.isfinite().all()
+        same(ours.grad, alone.grad, 1e-4)
+
+
+def test_rows_without_any_label_give_zero(batch):
+    ids, labels, mask = batch
+    model = tiny_showo()
+    out = model(ids, mask, labels=torch.full_like(labels, -100), **LOSSES)
+    losses = torch.stack([out.loss_t2i, out.loss_lm, out.loss_mmu])
+    assert losses.tolist() == [0.0] * 3
+    losses.sum().backward()
+    embedding = model.get_input_embeddings().weight.grad
+    assert embedding is not None and not embedding.any()
+
+
+@pytest.mark.parametrize("counts", [(3, 2, 1), (7, 1, 0), (0, 0, 0)])
+def test_row_counts_must_add_up(model, batch, counts):
+    ids, labels, mask = batch
+    given = dict(zip(COUNTS, counts, strict=True))
+    with pytest.raises(ValueError, match=r"but there are 7 rows"):
+        model(ids, mask, labels=labels, **given)
+
+
+def test_gradient_checkpointing_gives_equal_gradients(batch):
+    ids, labels, mask = batch
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_showo().train()
+        if checkpointing:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                # transformers 5.23 renamed it
+                getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        with calls_of(model.showo.model.layers[1].mlp) as calls:
+            out = model(ids, mask, labels=labels, **LOSSES)
+            (out.loss_t2i + out.loss_lm + out.loss_mmu).backward()
+        assert len(calls) == 1 + checkpointing  # it really recomputes
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert torch.equal(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_bf16_autocast(batch, implementation):
+    ids, labels, mask = batch
+    model = tiny_showo(attn_implementation=implementation, w_clip_vit=True, clip_feature_size=CLIP_SIZE)
+    reference = model(ids, mask, labels=labels, **LOSSES)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids, mask, labels=labels, **LOSSES)
+        row = clip_row(5)
+        assert model(row, image_features=torch.randn(1, 5, CLIP_SIZE)).logits.isfinite().all()
+    (out.loss_t2i + out.loss_lm + out.loss_mmu).backward()
+    for task in TASKS:
+        loss = getattr(out, f"loss_{task}")
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, getattr(reference, f"loss_{task}"), atol=0.1, rtol=0.03)
+    language_model = model.showo.parameters()
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in language_model)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_bf16_weights(model, batch, implementation):
+    ids, labels, mask = batch
+    out = tiny_showo(attn_implementation=implementation).bfloat16()(ids, mask, labels=labels, **LOSSES)
+    reference = model(ids, mask, labels=labels, **LOSSES)
+    for task in TASKS:
+        loss, expected = (getattr(o, f"loss_{task}") for o in (out, reference))
+        torch.testing.assert_close(loss.float(), expected, atol=0.1, rtol=0.03)
+
+
+# ---- image features ----
+
+
+def clip_row(num_features: int, num_images: int = 1, text: int = 4) -> torch.Tensor:
+    """`<mmu>` and images of `num_features` placeholders each, then text."""
+    image = [119, *[-200] * num_features, 120]
+    return torch.tensor([[124, *image * num_images, *range(5, 5 + text)]])
+
+
+def test_features_are_projected_and_spliced_in_order(clip_model):
+    ids = torch.cat([clip_row(3, text=5), clip_row(3, text=5).roll(1)])  # not the same places in both rows
+    features = torch.randn(2, 3, CLIP_SIZE)
+    embeds = clip_model.embed(ids, features)
+    for row in range(2):
+        queue = list(features[row])
+        for position, token in enumerate(ids[row].tolist()):
+            expected = (
+                clip_model.mm_projector(queue.pop(0))
+                if token == -200
+                else clip_model.get_input_embeddings().weight[token]
+            )
+            same(embeds[row, position], expected)
+
+
+def test_features_reach_the_text_and_the_projector(clip_model):
+    features = torch.randn(1, 5, CLIP_SIZE)
+    ids = clip_row(5)
+    logits = clip_model(ids, image_features=features).logits
+    assert not torch.allclose(logits[:, -1], clip_model(ids, image_features=features.flip(1)).logits[:, -1])
+    clip_model.zero_grad()
+    labels = ids.where((ids >= 0) & (ids < 118), -100)
+    clip_model(ids, labels=labels, batch_size_mmu=1, image_features=features).loss_mmu.backward()
+    assert all(layer.weight.grad.any() for layer in (clip_model.mm_projector[0], clip_model.mm_projector[2]))
+
+
+def test_features_beside_rows_without_any(clip_model, batch):
+    """One batch: t2i and lm rows without features, mmu rows with them; each row as if alone."""
+    ids, _, _ = batch
+    clip_ids = clip_row(9, text=ids.shape[1] - 12).repeat(2, 1)
+    features = torch.randn(2, 9, CLIP_SIZE)
+    with torch.no_grad():
+        together = clip_model(torch.cat([ids[:5], clip_ids]), image_features=features).logits
+        same(together[:5], clip_model(ids[:5]).logits)
+        for i in range(2):
+            same(together[5 + i], clip_model(clip_ids[i : i + 1], image_features=features[i : i + 1]).logits[0])
+
+
+def test_half_precision_features_are_accepted(clip_model):
+    features = torch.randn(1, 5, CLIP_SIZE).bfloat16()
+    with torch.no_grad():
+        out = clip_model(clip_row(5), image_features=features).logits
+        same(out, clip_model(clip_row(5), image_features=features.float()).logits)
+
+
+@pytest.mark.parametrize(
+    ("ids", "features", "message"),
+    [
+        (clip_row(5), torch.randn(1, 4, CLIP_SIZE), "room for 5 image features"),
+        (clip_row(5), torch.randn(2, 5, CLIP_SIZE), "room for 5 image features .* got 10"),
+        (clip_row(5), None, "room for 5 image features .* got 0"),
+        (clip_row(0), torch.randn(1, 5, CLIP_SIZE), "room for 0 image features .* got 5"),
+        # the right total, but an image would be torn over two rows
+        (
+            torch.cat([clip_row(4, text=4), clip_row(6, text=2)]),
+            torch.randn(2, 5, CLIP_SIZE),
+            "row 0 does not hold whole images: each has 5 features",
+        ),
+    ],
+)
+def test_number_of_features_is_checked_before_anything_runs(clip_model, ids, features, message):
+    with calls_of(clip_model.mm_projector) as projected, calls_of(clip_model.showo.model.layers[0]) as computed:
+        with pytest.raises(ValueError, match=message):
+            clip_model(ids, image_features=features)
+    assert not projected and not computed
+
+
+def test_several_images_in_a_row(clip_model):
+    features = torch.randn(2, 5, CLIP_SIZE)
+    with torch.no_grad():
+        assert clip_model(clip_row(5, num_images=2), image_features=features).logits.isfinite().all()
+
+
+def test_features_need_the_projector(model):
+    with pytest.raises(ValueError, match="w_clip_vit=True"):
+        model(clip_row(5), image_features=torch.randn(1, 5, 1024))
+
+
+# ---- configuration ----
+
+
+def test_the_default_is_phi_1_5_without_network():
+    phi = ShowoConfig().phi_config()
+    expected = {
+        "num_hidden_layers": 24,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "intermediate_size": 8192,
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "qk_layernorm": True,
+        "tie_word_embeddings": False,
+        "vocab_size": 58498,
+    }
+    assert {key: getattr(phi, key) for key in expected} == expected
+    assert phi.rope_parameters["rope_theta"] == 10000.0
+    assert phi.rope_parameters["partial_rotary_factor"] == 0.5
+    assert ShowoConfig().vocabulary == Vocabulary()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 58499}, "vocab_size is 58499, .* = 58498"),
+        ({"llm_vocab_size": 50257}, "vocab_size is 58498, .* = 58460"),
+        ({"mask_token_id": 58496}, "mask_token_id is 58496; the mask token is vocab_size - 1 = 58497"),
+        ({"num_new_special_tokens": 9}, "num_new_special_tokens is 9, the format needs 10"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ShowoConfig(**settings)
+
+
+def test_published_values_are_accepted():
+    config = ShowoConfig(mask_token_id=58497, load_from_showo=False, w_clip_vit=True, num_vq_tokens=1024)
+    assert (config.mask_token_id, config.num_vq_tokens) == (58497, 1024)
+
+
+def test_language_model_of_another_kind_is_refused(tmp_path):
+    LlamaConfig(hidden_size=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'llama' model, expected 'phi'"):
+        ShowoConfig(llm_model_path=str(tmp_path))
+
+
+def test_language_model_out_of_reach():
+    with pytest.raises(OSError, match="couldn't connect"):
+        ShowoConfig(llm_model_path="someone/phi-9")
+
+
+def test_configuration_round_trip(tmp_path):
+    config = tiny_config(w_clip_vit=True, clip_feature_size=CLIP_SIZE)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "showo"
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, ShowoConfig)
+    assert loaded.phi_config().to_dict() == config.phi_config().to_dict()
+    assert (loaded.clip_feature_size, loaded.vocabulary) == (CLIP_SIZE, config.vocabulary)
+
+
+# ---- saving, loading, resizing ----
+
+
+def equal_weights(a: Showo, b: Showo) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def small_config(**overrides) -> ShowoConfig:
+    sizes = {"vocab_size": 193, "llm_vocab_size": 118, "codebook_size": 64, "num_vq_tokens": 16}
+    return ShowoConfig(llm_config=TINY_LLM | overrides.pop("llm", {}), **sizes | overrides)
+
+
+@pytest.mark.parametrize("settings", [{}, {"w_clip_vit": True}, {"llm": {"tie_word_embeddings": True}}])
+def test_save_and_load(settings, tmp_path):
+    model = fill_(Showo(small_config(**settings))).eval()
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
+    loaded, auto = Showo.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)
+    assert type(auto) is Showo
+    for other in (loaded, auto):
+        assert equal_weights(model, other) and not other.training
+        weights = other.showo.model.embed_tokens.weight, other.showo.lm_head.weight
+        assert (weights[0] is weights[1]) == bool(settings.get("llm"))
+    ids = torch.arange(12)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_loading_chooses_dtype_and_back_end(tmp_path):
+    Showo(small_config()).bfloat16().save_pretrained(tmp_path)
+    assert Showo.from_pretrained(tmp_path).dtype == torch.float32
+    assert Showo.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+    assert Showo.from_pretrained(tmp_path, dtype=torch.float16).dtype == torch.float16
+    eager = Showo.from_pretrained(tmp_path, attn_implementation="eager")
+    assert eager.showo.config._attn_implementation == "eager"
+
+
+def test_resize_on_load_keeps_old_rows_and_draws_new_ones(tmp_path):
+    old = fill_(Showo(small_config()))
+    old.save_pretrained(tmp_path)
+    larger = {"vocab_size": 641, "codebook_size": 512}
+    by_config = Showo.from_pretrained(tmp_path, config=small_config(**larger))
+    by_keys = Showo.from_pretrained(tmp_path, **larger)
+    for model in (by_config, by_keys):
+        assert model.config.mask_token_id == 640
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
+            before, after = old.showo.get_parameter(name), model.showo.get_parameter(name)
+            assert torch.equal(after[:193], before) and len(after) == 641
+        assert abs(float(model.showo.lm_head.weight[193:].std()) - 0.02) < 0.002
+        assert abs(float(model.showo.model.embed_tokens.weight[193:].std()) - 0.02) < 0.002
+        assert not model.showo.lm_head.bias[193:].any()
+    smaller = Showo.from_pretrained(tmp_path, vocab_size=161, codebook_size=32)
+    assert torch.equal(smaller.showo.lm_head.weight, old.showo.lm_head.weight[:161])
+
+
+# ---- a new start from a language model ----
+
+
+@pytest.fixture
+def llm_folder(tmp_path):
+    """A Phi that stores 130 rows, 12 more than its 118 words, in fp16, without QK norms, as Phi-1.5 does."""
+    settings = {k: v for k, v in TINY_LLM.items() if k != "model_type"}
+    llm = fill_(PhiForCausalLM(PhiConfig(**settings, vocab_size=130))).half()
+    llm.save_pretrained(tmp_path / "llm")
+    return llm, tmp_path / "llm"
+
+
+@pytest.mark.parametrize("w_clip_vit", [False, True])
+def test_new_start(llm_folder, w_clip_vit):
+    llm, folder = llm_folder
+    sizes = {"vocab_size": 641, "llm_vocab_size": 118, "codebook_size": 512, "num_vq_tokens": 16}
+    config = ShowoConfig(llm_model_path=str(folder), w_clip_vit=w_clip_vit, **sizes)
+    model = Showo.from_llm(config)
+    ours = model.state_dict()
+    assert all(tensor.dtype == torch.float32 for tensor in ours.values())
+    for name, tensor in llm.state_dict().items():
+        new = ours.pop(f"showo.{name}")
+        assert torch.equal(new[: len(tensor)], tensor.float()), name  # spare rows 118…129 kept
+        if "embed_tokens" in name or name == "lm_head.weight":
+            assert len(new) == 641 and abs(float(new[130:].std()) - 0.02) < 0.002
+            assert abs(float(new[130:].mean())) < 0.002
+        if name == "lm_head.bias":
+            assert len(new) == 641 and not new[130:].any()
+    norms = {name: tensor for name, tensor in ours.items() if "_layernorm" in name}
+    assert len(norms) == 2 * 2 * 2  # weight and bias of q and k in two layers
+    assert all((tensor == (1.0 if name.endswith("weight") else 0.0)).all() for name, tensor in norms.items())
+    assert all("mm_projector" in name for name in ours.keys() - norms.keys())
+    assert bool(ours.keys() - norms.keys()) == w_clip_vit
+
+
+def test_new_start_from_another_folder_than_the_configuration_names(llm_folder):
+    llm, folder = llm_folder
+    model = Showo.from_llm(small_config(), str(folder))
+    same(model.showo.model.embed_tokens.weight[:130], llm.model.embed_tokens.weight.float())
+
+
+def test_new_start_from_a_model_of_other_sizes_is_refused(llm_folder):
+    _, folder = llm_folder
+    with pytest.raises(UserError, match="mis-shaped .*fc1.bias"):
+        Showo.from_llm(small_config(llm={"intermediate_size": 64}), str(folder))
+    with pytest.raises(UserError, match="missing .*layers.2"):
+        Showo.from_llm(small_config(llm={"num_hidden_layers": 3}), str(folder))
+
+
+@pytest.mark.parametrize("path", ["no/such/folder", "someone/phi-9"])
+def test_new_start_from_nowhere_is_refused(path):
+    with pytest.raises(UserError, match=f"{path}.*folder"):
+        Showo.from_llm(small_config(), path)

@@ -1,0 +1,287 @@
+"""`OmniMask` against the prose of SPEC §3, position by position, over random layouts."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+from models import OmniMask
+from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
+
+VOCABULARY = Vocabulary(llm_vocab_size=20, num_new_special_tokens=10, codebook_size=8)
+
+
+@dataclass
+class Layout:
+    """One row: its kind, its left pads, and its image blocks as (first, last) positions, `<soi>` and `<eoi>` included."""
+
+    kind: str
+    length: int
+    num_pads: int = 0
+    system_length: int = 0
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    num_right_pads: int = 0
+
+    def sees(self, query: int, key: int) -> bool:
+        """SPEC §3 in words: text looks back; t2i and mmu images look at themselves as a whole; the first image of an
+        mmu row, and what comes before it, is seen by everybody; so are CLIP features; nothing sees a left pad but pads.
+        """
+        if key < self.num_pads:
+            return key <= query < self.num_pads
+        if key <= query:
+            return True
+        block = next((number for number, (first, last) in enumerate(self.blocks) if first <= key <= last), None)
+        if self.kind == "t2i":
+            return block is not None and query >= self.blocks[block][0]
+        if self.kind == "mmu":
+            if key <= self.blocks[0][1]:
+                return True
+            return block is not None and query >= self.blocks[block][0]
+        if self.kind == "mmu_vit":
+            return block is not None and key not in self.blocks[block]  # the features, not their <soi> and <eoi>
+        assert self.kind == "lm"
+        return False
+
+    def dense(self, num_queries: int | None = None) -> torch.Tensor:
+        positions = range(self.length)
+        return torch.tensor([[self.sees(i, j) for j in positions] for i in positions[:num_queries]])
+
+    def ids(self, rng: random.Random) -> torch.Tensor:
+        """A row of ids that has this layout."""
+        v = VOCABULARY
+        ids = [rng.randrange(v.llm_vocab_size) for _ in range(self.length)]
+        ids[: self.num_pads] = [v.pad_id] * self.num_pads
+        if self.num_right_pads:
+            ids[-self.num_right_pads :] = [v.pad_id] * self.num_right_pads
+        if self.kind != "lm":
+            ids[self.num_pads] = v.t2i_id if self.kind == "t2i" else v.mmu_id
+        for first, last in self.blocks:
+            inside = [IMAGE_FEATURE_ID if self.kind == "mmu_vit" else v.image_offset + rng.randrange(9)]
+            ids[first : last + 1] = [v.soi_id, *inside * (last - first - 1), v.eoi_id]
+        return torch.tensor(ids)
+
+
+def random_layout(rng: random.Random, kind: str, length: int) -> Layout:
+    pads = rng.choice([0, rng.randrange(5)])
+    if kind == "lm":
+        return Layout("lm", length, num_right_pads=rng.randrange(4))
+    if kind == "t2i":  # the block ends the row
+        soi = rng.randrange(pads + 1, length - 2)
+        return Layout("t2i", length, pads, blocks=[(soi, length - 1)])
+    system_length = rng.randrange(4)
+    soi = pads + 1 + system_length
+    eoi = rng.randrange(soi + 2, length - 3)
+    blocks = [(soi, eoi)]
+    while kind == "mmu" and rng.random() < 0.5 and blocks[-1][1] + 4 < length:  # further images
+        first = rng.randrange(blocks[-1][1] + 1, length - 3)
+        blocks.append((first, rng.randrange(first + 2, length)))
+    room = length - 1 - blocks[-1][1]
+    return Layout(kind, length, pads, system_length, blocks, rng.randrange(room + 1))
+
+
+def random_batch(seed: int, kinds=("lm", "t2i", "mmu", "mmu_vit")) -> tuple[list[Layout], torch.Tensor]:
+    rng = random.Random(seed)
+    length = rng.randrange(15, 24)
+    layouts = [random_layout(rng, rng.choice(kinds), length) for _ in range(rng.randrange(1, 6))]
+    return layouts, torch.stack([layout.ids(rng) for layout in layouts])
+
+
+def oracle(layouts: list[Layout]) -> torch.Tensor:
+    return torch.stack([layout.dense() for layout in layouts])[:, None]
+
+
+# ---- constructors ----
+
+
+@pytest.mark.parametrize("length", [1, 2, 17])
+def test_lm(length):
+    assert torch.equal(OmniMask.lm(3, length).dense(), oracle([Layout("lm", length)] * 3))
+
+
+def test_t2i():
+    rng = random.Random(1)
+    for _ in range(100):
+        length = rng.randrange(6, 20)
+        soi = rng.randrange(1, length - 2)
+        pads = [rng.randrange(soi) for _ in range(rng.randrange(1, 5))]
+        mask = OmniMask.t2i(torch.tensor(pads), soi, length)
+        assert torch.equal(mask.dense(), oracle([Layout("t2i", length, p, blocks=[(soi, length - 1)]) for p in pads]))
+
+
+def test_mmu():
+    rng = random.Random(2)
+    for _ in range(100):
+        length = rng.randrange(5, 20)
+        eoi = rng.randrange(3, length)
+        layouts = [Layout("mmu", length, blocks=[(1, eoi)])] * 2
+        assert torch.equal(OmniMask.mmu(2, eoi, length).dense(), oracle(layouts))
+
+
+def test_mmu_vit():
+    rng = random.Random(3)
+    for _ in range(100):
+        system_length, num_features, text = rng.randrange(5), rng.randrange(1, 8), rng.randrange(6)
+        length = system_length + num_features + text + 3
+        soi = 1 + system_length
+        layout = Layout("mmu_vit", length, blocks=[(soi, soi + num_features + 1)])
+        mask = OmniMask.mmu_vit(2, system_length, num_features, length)
+        assert torch.equal(mask.dense(), oracle([layout, layout]))
+
+
+@pytest.mark.parametrize("start", range(0, 400, 50))
+def test_from_ids_on_mixed_batches(start):
+    for seed in range(start, start + 50):
+        layouts, ids = random_batch(seed)
+        assert torch.equal(OmniMask.from_ids(ids, VOCABULARY).dense(), oracle(layouts)), layouts
+
+
+def test_random_layouts_cover_what_they_should():
+    """The generator above really makes pads on both sides, system prompts and several images."""
+    layouts = [layout for seed in range(400) for layout in random_batch(seed)[0]]
+    assert {layout.kind for layout in layouts} == {"lm", "t2i", "mmu", "mmu_vit"}
+    assert any(len(layout.blocks) > 2 for layout in layouts)
+    for kind in ("t2i", "mmu", "mmu_vit"):
+        assert any(layout.num_pads for layout in layouts if layout.kind == kind)
+    assert any(layout.num_right_pads and layout.num_pads and layout.system_length for layout in layouts)
+
+
+def test_special_ids_in_an_lm_row_stay_causal():
+    ids = torch.tensor([[3, VOCABULARY.soi_id, 31, 32, VOCABULARY.eoi_id, 5]])
+    assert torch.equal(OmniMask.from_ids(ids, VOCABULARY).dense(), OmniMask.lm(1, 6).dense())
+
+
+def test_a_row_of_pads_is_causal_and_not_empty():
+    ids = torch.full((1, 5), VOCABULARY.pad_id)
+    assert torch.equal(OmniMask.from_ids(ids, VOCABULARY).dense(), OmniMask.lm(1, 5).dense())
+
+
+def test_no_row_is_fully_masked():
+    for seed in range(200):
+        _, ids = random_batch(seed)
+        assert OmniMask.from_ids(ids, VOCABULARY).dense().any(-1).all()
+
+
+def test_later_rows_see_no_left_pad():
+    """The reason for `visible_until`, said once without the oracle."""
+    dense = OmniMask.t2i(torch.tensor([3, 0]), 6, 12).dense()[:, 0]
+    assert not dense[0, 3:, :3].any() and dense[1, 3:, :3].all()
+
+
+# ---- slices ----
+
+
+def test_cat_and_select():
+    for seed in range(60):
+        layouts, ids = random_batch(seed)
+        masks = [OmniMask.from_ids(row[None], VOCABULARY) for row in ids]
+        both = OmniMask.cat(masks)
+        assert torch.equal(both.dense(), oracle(layouts))
+        order = list(range(len(layouts)))[::-1]
+        assert torch.equal(both.select(order).dense(), oracle(layouts)[order])
+        assert torch.equal(both.select(slice(1)).dense(), oracle(layouts)[:1])
+        keep = torch.arange(len(layouts)) % 2 == 0
+        assert torch.equal(both.select(keep).dense(), oracle(layouts)[keep])
+
+
+def test_rows_are_a_slice_of_the_whole():
+    rng = random.Random(5)
+    for seed in range(100):
+        layouts, ids = random_batch(seed)
+        mask, whole, length = OmniMask.from_ids(ids, VOCABULARY), oracle(layouts), ids.shape[1]
+        start = rng.randrange(length)
+        stop = rng.choice([start + 1, length, rng.randrange(start + 1, length + 1)])  # one decode row, the rest, some
+        part = mask.rows(start, stop)
+        assert torch.equal(part.dense(), whole[:, :, start:stop, :stop])
+        assert part.shape == tuple(part.dense().shape)
+        chosen = part.select([0])
+        assert torch.equal(chosen.dense(), whole[:1, :, start:stop, :stop])
+
+
+def test_cat_of_sliced_masks_keeps_the_slice():
+    mask = OmniMask.lm(1, 6).rows(4, 6)
+    assert torch.equal(OmniMask.cat([mask, mask]).dense(), mask.dense().repeat(2, 1, 1, 1))
+
+
+def test_drop_keys_removes_common_padding():
+    for seed in range(200):
+        layouts, ids = random_batch(seed, kinds=("t2i", "mmu", "mmu_vit"))
+        count = min(layout.num_pads for layout in layouts)
+        dropped = OmniMask.from_ids(ids, VOCABULARY).drop_keys(count)
+        assert torch.equal(dropped.dense(), oracle(layouts)[:, :, count:, count:])
+        assert torch.equal(dropped.dense(), OmniMask.from_ids(ids[:, count:], VOCABULARY).dense())
+
+
+def test_extend_is_the_mask_of_the_longer_row():
+    for seed in range(200):
+        layouts, ids = random_batch(seed)
+        count = seed % 4
+        longer = OmniMask.from_ids(ids, VOCABULARY).extend(count).dense()
+        text = torch.zeros(len(ids), count, dtype=torch.long)
+        assert torch.equal(longer, OmniMask.from_ids(torch.cat([ids, text], 1), VOCABULARY).dense())
+        for layout in layouts:
+            layout.length += count  # causal text, also after the image of a t2i row
+        assert torch.equal(longer, oracle(layouts))
+
+
+def test_new_rows_see_the_prompt_and_no_pad():
+    ids = torch.tensor([[VOCABULARY.pad_id, VOCABULARY.mmu_id, VOCABULARY.soi_id, 31, VOCABULARY.eoi_id, 4]])
+    row = OmniMask.from_ids(ids, VOCABULARY).extend(3).rows(7, 8).dense()
+    assert row.tolist() == [[[[False] + [True] * 7]]]
+
+
+# ---- spellings ----
+
+
+def expand(block_mask, batch_size: int, num_queries: int, length: int) -> torch.Tensor:
+    """What FlexAttention computes: partial blocks ask `mask_mod`, full blocks do not, others are skipped."""
+    asked = create_mask(block_mask.mask_mod, batch_size, None, num_queries, length, device="cpu")
+    size_q, size_k = block_mask.BLOCK_SIZE
+    result = torch.zeros_like(asked)
+    lists = (
+        (block_mask.kv_num_blocks, block_mask.kv_indices, False),
+        (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, True),
+    )
+    for counts, indices, full in lists:
+        for batch, head, row in torch.cartesian_prod(*map(torch.arange, counts.shape)).tolist():
+            for column in indices[batch, head, row, : counts[batch, head, row]].tolist():
+                window = (batch, head, slice(row * size_q, (row + 1) * size_q), slice(column * size_k, (column + 1) * size_k))
+                result[window] = True if full else asked[window]
+    return result
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_block_mask_equals_dense(seed):
+    _, ids = random_batch(seed)
+    mask = OmniMask.from_ids(ids, VOCABULARY)
+    assert torch.equal(expand(mask.block_mask(), len(ids), *mask.shape[2:]), mask.dense())
+
+
+def test_block_mask_over_several_blocks():
+    """Rows longer than FlexAttention's blocks of 128: full, partial and empty blocks all occur."""
+    length, soi = 450, 200
+    t2i = OmniMask.t2i(torch.tensor([0, 140]), soi, length)
+    masks = [t2i, OmniMask.mmu(1, 300, length), OmniMask.mmu_vit(1, 28, 256, length), OmniMask.lm(1, length)]
+    mask = OmniMask.cat(masks)
+    block_mask = mask.block_mask()
+    assert (block_mask.full_kv_num_blocks > 0).any() and (block_mask.to_dense() == 0).any()
+    assert torch.equal(expand(block_mask, 5, length, length), mask.dense())
+
+
+@pytest.mark.parametrize("rows", [(200, 450), (449, 450), (0, 200)])
+def test_block_mask_of_slices(rows):
+    mask = OmniMask.t2i(torch.tensor([0, 140]), 200, 450).rows(*rows)
+    assert torch.equal(expand(mask.block_mask(), 2, *mask.shape[2:]), mask.dense())
+
+
+def test_vectors_must_fit():
+    with pytest.raises(ValueError, match=r"must both be \(B, L\)"):
+        OmniMask(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"must both be \(B, L\)"):
+        OmniMask.lm(2, 3).select(0)
+
+
+def test_moving_keeps_the_slice():
+    mask = OmniMask.lm(1, 6).rows(3, 5).to("meta")
+    assert mask.device.type == "meta" and mask.shape == (1, 1, 2, 5)

@@ -1,0 +1,240 @@
+"""Schedules, one MaskGIT step and next-token sampling against versions that spell out SPEC §6 and §7 in loops."""
+
+import math
+
+import pytest
+import torch
+
+from models import get_mask_schedule
+from models.sampling import gumbel_noise, maskgit_step, sample_next
+
+MASK = 1000
+
+
+# ---- schedules ----
+
+SIGMA = {x: 1 / (1 + math.exp(-x)) for x in (-3, 3)}
+FORMULAS = {
+    "cosine": lambda t: math.cos(math.pi * t / 2),
+    "linear": lambda t: 1 - t,
+    "pow2": lambda t: 1 - t**2,
+    "pow0.5": lambda t: 1 - math.sqrt(t),
+    "pow3": lambda t: 1 - t**3,
+    "sigmoid": lambda t: (SIGMA[3] - 1 / (1 + math.exp(-(6 * t - 3)))) / (SIGMA[3] - SIGMA[-3]),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_schedule_is_its_formula(name):
+    times = torch.linspace(0, 1, 41)
+    expected = torch.tensor([FORMULAS[name](float(t)) for t in times])
+    if name != "cosine":
+        expected = expected.clamp(1e-6, 1.0)
+    torch.testing.assert_close(get_mask_schedule(name)(times), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_schedule_falls_from_one_to_nothing(name):
+    values = get_mask_schedule(name)(torch.linspace(0, 1, 101))
+    assert values[0] == 1 and (values.diff() <= 0).all()
+    # Only the cosine is left unclipped, so it alone goes below 1e-6 at t = 1.
+    assert values[-1] < 1e-6 if name == "cosine" else values[-1] == torch.tensor(1e-6)
+
+
+def test_sigmoid_parameters():
+    t = torch.tensor([0.25])
+    start, end, tau = -1.0, 4.0, 0.5
+    edge_start, edge_end = torch.sigmoid(torch.tensor([start / tau])), torch.sigmoid(torch.tensor([end / tau]))
+    expected = (edge_end - torch.sigmoid((t * (end - start) + start) / tau)) / (edge_end - edge_start)
+    torch.testing.assert_close(get_mask_schedule("sigmoid", start=start, end=end, tau=tau)(t), expected)
+    assert not torch.allclose(get_mask_schedule("sigmoid")(t), expected)
+
+
+@pytest.mark.parametrize("name", ["", "cos", "Cosine", "pow", "powx", "pownan", "powinf", "root"])
+def test_unknown_schedule_is_named_with_the_known_ones(name):
+    with pytest.raises(ValueError, match=rf"unknown mask schedule '{name}'; known: cosine, linear, sigmoid, pow<k>"):
+        get_mask_schedule(name)
+
+
+# ---- one MaskGIT step ----
+
+
+def plain_step(logits, image_ids, ratio, temperature, generator):
+    """SPEC §7, steps 2 to 5, position by position; draws in the published order."""
+    probabilities = logits.softmax(-1)
+    batch_size, num_positions, num_codes = logits.shape
+    draw = torch.multinomial(probabilities.view(-1, num_codes), 1, generator=generator).view(batch_size, num_positions)
+    uniform = torch.empty(batch_size, num_positions).uniform_(generator=generator)
+    sampled, remaining = image_ids.clone(), torch.zeros_like(image_ids, dtype=torch.bool)
+    for row in range(batch_size):
+        unknown = [i for i in range(num_positions) if image_ids[row, i] == MASK]
+        confidence = torch.empty(num_positions)
+        for i in range(num_positions):
+            probability = torch.tensor(torch.finfo(torch.float32).max)
+            if i in unknown:
+                sampled[row, i] = draw[row, i]
+                probability = probabilities[row, i, draw[row, i]].clamp(min=1e-20)
+            noise = -torch.log((-torch.log(uniform[row, i].clamp(min=1e-20))).clamp(min=1e-20))
+            confidence[i] = torch.log(probability) + temperature * noise
+        number = max(1, min(len(unknown) - 1, int(torch.floor(num_positions * ratio))))
+        cut_off = sorted(confidence.tolist())[number]
+        remaining[row] = torch.tensor([c < cut_off for c in confidence.tolist()])
+    return sampled, remaining
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_step_equals_the_plain_one(seed):
+    torch.manual_seed(seed)
+    batch_size, num_positions, num_codes = 3, 12, 7
+    logits = 3 * torch.randn(batch_size, num_positions, num_codes)
+    image_ids = torch.randint(0, num_codes, (batch_size, num_positions))
+    image_ids[torch.rand(batch_size, num_positions) < seed / 19] = MASK
+    ratio, temperature = torch.rand(()), float(2 * torch.rand(()))
+    results = [
+        function(generator=torch.Generator().manual_seed(seed))
+        for function in (
+            lambda generator: plain_step(logits, image_ids, ratio, temperature, generator),
+            lambda generator: maskgit_step(
+                logits, image_ids, MASK, mask_ratio=ratio, temperature=temperature, generator=generator
+            ),
+        )
+    ]
+    for plain, ours in zip(*results, strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_known_positions_are_kept_and_never_masked():
+    logits = torch.randn(2, 16, 5)
+    image_ids = torch.randint(0, 5, (2, 16))
+    unknown = torch.rand(2, 16) < 0.6
+    image_ids[unknown] = MASK
+    for temperature in (0.0, 1.0, 4.0):
+        step = {"mask_ratio": torch.tensor(0.3), "temperature": temperature}
+        sampled, remaining = maskgit_step(logits, image_ids, MASK, **step)
+        assert torch.equal(sampled[~unknown], image_ids[~unknown])
+        assert (sampled < 5).all() and not remaining[~unknown].any()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "num_unknown", "expected"),
+    [
+        (0.5, 16, 8),
+        (0.99, 16, 15),  # at most one fewer than now, so every step fixes something
+        (0.9, 6, 5),
+        (0.0, 16, 1),  # at least one, up to the last step
+        (0.01, 1, 1),
+    ],
+)
+def test_number_left_masked(ratio, num_unknown, expected):
+    image_ids = torch.zeros(3, 16, dtype=torch.long)
+    image_ids[:, :num_unknown] = MASK
+    logits = torch.randn(3, 16, 40)
+    _, remaining = maskgit_step(logits, image_ids, MASK, mask_ratio=torch.tensor(ratio), temperature=1.0)
+    assert remaining.sum(1).tolist() == [expected] * 3
+
+
+def test_number_left_masked_is_floored_in_fp32():
+    """Faithful: cos(π/2 · 2/3) is just under one half in fp32, so half of 16 positions becomes 7, not 8."""
+    ratio = get_mask_schedule("cosine")(torch.tensor(2 / 3))
+    image_ids = torch.full((1, 16), MASK)
+    _, remaining = maskgit_step(torch.randn(1, 16, 40), image_ids, MASK, mask_ratio=ratio, temperature=1.0)
+    assert int(remaining.sum()) == 7
+
+
+def test_the_least_confident_stay_masked_without_noise():
+    probability = torch.linspace(0.55, 0.95, 9)[torch.randperm(9)]
+    logits = torch.stack([probability.log(), (1 - probability).log()], -1)[None]
+    sampled, remaining = maskgit_step(
+        logits, torch.full((1, 9), MASK), MASK, mask_ratio=torch.tensor(0.45), temperature=0.0
+    )
+    drawn = torch.where(sampled[0] == 0, probability, 1 - probability)
+    assert set(drawn.argsort()[:4].tolist()) == set(remaining[0].nonzero()[:, 0].tolist())
+
+
+def test_codes_are_drawn_from_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    image_ids = torch.full((100, 100), MASK)
+    sampled, _ = maskgit_step(
+        logits.expand(100, 100, 4), image_ids, MASK, mask_ratio=torch.tensor(0.5), temperature=1.0
+    )
+    frequency = sampled.flatten().bincount(minlength=4) / sampled.numel()
+    torch.testing.assert_close(frequency, logits.softmax(0), atol=0.02, rtol=0)
+
+
+def test_gumbel_noise():
+    noise = gumbel_noise(torch.zeros(200_000), torch.Generator().manual_seed(3))
+    assert noise.isfinite().all()
+    assert abs(float(noise.mean()) - 0.5772) < 0.01 and abs(float(noise.var()) - math.pi**2 / 6) < 0.03
+    assert torch.equal(noise, gumbel_noise(torch.zeros(200_000), torch.Generator().manual_seed(3)))
+
+
+# ---- next token ----
+
+
+def brute_force(logits: list[float], temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """The distribution `sample_next` draws from, spelled out over a sorted list."""
+    weights = [math.exp(x / temperature) for x in logits]
+    order = sorted(range(len(logits)), key=lambda i: -weights[i])
+    kept = order[:top_k]
+    total = sum(weights[i] for i in kept)
+    nucleus, mass = [], 0.0
+    for i in kept:
+        if top_p is not None and mass >= top_p:
+            break
+        nucleus.append(i)
+        mass += weights[i] / total
+    probabilities = torch.zeros(len(logits))
+    for i in nucleus:
+        probabilities[i] = weights[i] / sum(weights[j] for j in nucleus)
+    return probabilities
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, None, None), (0.5, None, None), (2.0, 3, None), (1.0, None, 0.7), (0.7, 4, 0.8), (1.5, 99, 0.4), (1.0, 3, 1.0)],
+)
+def test_distribution(temperature, top_k, top_p):
+    logits = torch.tensor([[0.3, 2.0, -1.0, 1.2, 0.0, -3.0, 1.9], [5.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.5]])
+    draws = 20_000
+    tokens = sample_next(
+        logits.repeat_interleave(draws, 0), temperature=temperature, top_k=top_k, top_p=top_p
+    ).view(2, draws)
+    for row in range(2):
+        expected = brute_force(logits[row].tolist(), temperature, top_k, top_p)
+        frequency = tokens[row].bincount(minlength=7) / draws
+        assert not frequency[expected == 0].any()
+        torch.testing.assert_close(frequency, expected, atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"temperature": 0.0}, {"top_p": 1e-6}, {"top_k": 1, "temperature": 7.0}])
+def test_greedy(settings):
+    logits = torch.randn(50, 30)
+    assert torch.equal(sample_next(logits, **settings), logits.argmax(-1))
+
+
+def test_greedy_draws_nothing():
+    """So a greedy answer leaves the generator of a run untouched."""
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    sample_next(torch.randn(2, 5), top_k=1, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_generator_fixes_the_draw():
+    logits = torch.zeros(64, 1000)
+    first, again, other = (sample_next(logits, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        sample_next(torch.randn(2, 5), **settings)

@@ -1,0 +1,145 @@
+"""A world small enough to train in a test: coloured squares in two shards, a text parquet, both tokenizers."""
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import torch
+import webdataset
+import yaml
+from omegaconf import DictConfig
+from PIL import Image, ImageDraw
+
+from common.config import TrainingConfig, load_config
+from models import MAGVITv2, MAGVITv2Config
+from training.data import small_llm
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220), "yellow": (230, 210, 40)}
+PLACES = ("left", "middle", "right")
+CAPTIONS = [f"a {colour} square on the {place}" for colour in COLOURS for place in PLACES]
+RESOLUTION, NUM_TOKENS, CODEBOOK_SIZE, LLM_VOCAB_SIZE, MAX_TEXT = 32, 16, 64, 300, 16
+VOCAB_SIZE = LLM_VOCAB_SIZE + 10 + CODEBOOK_SIZE + 1
+
+
+def picture(caption: str) -> Image.Image:
+    """What a caption of `CAPTIONS` says, 32 × 32 on white."""
+    _, colour, _, _, _, place = caption.split()
+    image = Image.new("RGB", (RESOLUTION, RESOLUTION), "white")
+    left = 2 + 8 * PLACES.index(place)
+    ImageDraw.Draw(image).rectangle((left, 10, left + 11, 21), fill=COLOURS[colour])
+    return image
+
+
+def image_bytes(image: Image.Image, form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+def sample(caption: str) -> dict[str, bytes]:
+    return {"png": image_bytes(picture(caption)), "txt": caption.encode()}
+
+
+def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
+    with webdataset.TarWriter(str(path), mtime=0) as writer:
+        for index, content in enumerate(samples):
+            writer.write({"__key__": f"{path.stem}-{index:03d}", **content})
+    return path
+
+
+def write_texts(path: Path, texts: list[str], column: str = "content", row_group_size: int = 5) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table({column: texts}), path, row_group_size=row_group_size)
+    return path
+
+
+def make_vq_model(code_bits: int = 6) -> MAGVITv2:
+    """8 × down, so 16 codes for 32 × 32 pixels; random but always the same."""
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(7)
+    sizes = {"encoder_ch_mult": (1, 1), "decoder_ch_mult": (1, 1), "num_groups": 4, "stem_patch_size": 4}
+    blocks = {"encoder_num_res_blocks": (1, 1), "decoder_num_res_blocks": (1, 1)}
+    model = MAGVITv2(MAGVITv2Config(ch=8, code_bits=code_bits, **sizes, **blocks)).eval()
+    torch.set_rng_state(generator_state)
+    return model
+
+
+def write_llm(folder: Path, corpus: Path, vocab_size: int = LLM_VOCAB_SIZE) -> Path:
+    """Tokenizer and Phi settings by the project's own command."""
+    sizes = {"vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = {"corpus": corpus, "output_dir": folder, "intermediate_size": 64, **sizes}
+    small_llm.main([f"{key}={value}" for key, value in settings.items()])
+    return folder
+
+
+def write_world(folder: Path) -> Path:
+    """Everything a run reads, and `train.yaml`, which names it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(2):
+        write_shard(folder / f"train-{index:06d}.tar", [sample(text) for text in CAPTIONS[index::2]])
+    write_texts(folder / "texts.parquet", [f"Here is {text}.\nIt is number {i}." for i, text in enumerate(CAPTIONS)])
+    (folder / "prompts.txt").write_text("\n".join(CAPTIONS[:4]))
+    (folder / "corpus.txt").write_text("\n".join(CAPTIONS * 3))
+    write_llm(folder / "llm", folder / "corpus.txt")
+    make_vq_model().save_pretrained(folder / "magvitv2")
+    (folder / "train.yaml").write_text(yaml.safe_dump(settings(folder)))
+    return folder
+
+
+def settings(folder: Path) -> dict:
+    shards = str(folder / "train-{000000..000001}.tar")
+    showo = {
+        "load_from_showo": True,
+        "pretrained_model_path": None,
+        "llm_model_path": str(folder / "llm"),
+        "llm_vocab_size": LLM_VOCAB_SIZE,
+        "codebook_size": CODEBOOK_SIZE,
+        "vocab_size": VOCAB_SIZE,
+        "num_vq_tokens": NUM_TOKENS,
+    }
+    params = {
+        "train_t2i_shards_path_or_url": shards,
+        "train_mmu_shards_path_or_url": shards,
+        "train_lm_shards_path_or_url": str(folder / "texts.parquet"),
+        "validation_prompts_file": str(folder / "prompts.txt"),
+        "num_workers": 0,
+        "shuffle_buffer_size": 4,
+    }
+    sizes = {"batch_size_t2i": 4, "batch_size_lm": 1, "batch_size_mmu": 2, "max_train_steps": 6}
+    training = {"mixed_precision": "no", "guidance_scale": 1.5, "generation_timesteps": 3, "ema_decay": 0.99}
+    every = {"save_every": 3, "generate_every": 6, "log_every": 1, "log_grad_norm_every": 3}
+    return {
+        "experiment": {"name": "tiny", "output_dir": str(folder / "out"), **every},
+        "model": {
+            "vq_model": {"vq_model_name": str(folder / "magvitv2")},
+            "showo": showo,
+            "gradient_checkpointing": False,
+        },
+        "dataset": {
+            "params": params,
+            "preprocessing": {"max_seq_length": MAX_TEXT, "resolution": RESOLUTION},
+        },
+        "optimizer": {"params": {"learning_rate": 2e-3}},
+        "lr_scheduler": {"params": {"warmup_steps": 2}},
+        "training": {**training, **sizes},
+        "device": "cpu",
+    }
+
+
+def arguments(world: Path, output_dir: Path | None = None, overrides: dict | None = None) -> list[str]:
+    """Command line of `training/train.py`."""
+    changed = ({"output_dir": output_dir} if output_dir else {}) | (overrides or {})
+    values = {key: "null" if value is None else value for key, value in changed.items()}
+    return [f"config={world / 'train.yaml'}", *(f"{key}={value}" for key, value in values.items())]
+
+
+def config_of(world: Path, output_dir: Path | None = None, overrides: dict | None = None) -> DictConfig:
+    return load_config(arguments(world, output_dir, overrides), TrainingConfig)
+
+
+def metrics_of(output_dir: Path, *, timing: bool = False) -> list[dict]:
+    """Lines of `metrics.jsonl`, by default without what a clock measured."""
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    clock = () if timing else ("data_time", "batch_time", "samples/sec/gpu")
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
