@@ -1,12 +1,13 @@
 """Questions about pictures (SPEC §8, §13).
 
-    python3 inference_mmu.py config=configs/showo_tiny_demo.yaml mmu_image_root=mmu_validation/emoji question='What is this?'
+    python3 inference_mmu.py config=configs/showo_tiny_demo.yaml mmu_image_root=mmu_validation/emoji \
+        question='What is this?'
     python3 inference_mmu.py config=configs/showo_demo_w_clip_vit_512x512.yaml max_new_tokens=100 \
         mmu_image_root=./mmu_validation question='Please describe this image in detail. *** Where is it?'
 
 Every question is asked about every picture of the folder (or about the one file) `mmu_image_root`. Answers go to the
-terminal as they are produced, to `{output_dir}/results.jsonl` with the pictures as the model sees them (`0000.png` …), to
-`grid.png`, and to the panel `multimodal understanding` in wandb. Without `output_dir` the folder is
+terminal as they are produced, to `{output_dir}/results.jsonl` with the pictures as the model sees them (`0000.png` …),
+to `grid.png`, and to the panel `multimodal understanding` in wandb. Without `output_dir` the folder is
 `{experiment.output_dir}/mmu`.
 """
 

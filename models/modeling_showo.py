@@ -162,8 +162,9 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
         std = config.phi_config().initializer_range
         new_row_std = {"model.embed_tokens.weight": std, "lm_head.weight": std, "lm_head.bias": 0.0}
         stored = {f"showo.{name}": row_std for name, row_std in new_row_std.items() if f"showo.{name}" in state_dict}
-        if len({len(state_dict[name]) for name in stored}) > 1:
-            return state_dict  # damaged, not a vocabulary of another size: left as it is for the key check
+        sizes = {len(state_dict[name]) for name in stored}
+        if sizes == {config.vocab_size} or len(sizes) > 1:  # sizes that disagree are damage: the key check names them
+            return state_dict
         resized = {name: resize_rows(state_dict[name], config.vocab_size, row_std) for name, row_std in stored.items()}
         return state_dict | resized
 
@@ -181,7 +182,7 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
         state_dict = {f"showo.{k}": v.float() for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
         state_dict = cls._adapt_state_dict(state_dict, config)
         model = cls._from_config(config, **kwargs)
-        fresh = ("q_layernorm", "k_layernorm", "mm_projector", *(k for k in model.all_tied_weights_keys))
+        fresh = ("q_layernorm", "k_layernorm", "mm_projector", *model.all_tied_weights_keys)
         expected = {k: v for k, v in model.state_dict().items() if k in state_dict or not any(f in k for f in fresh)}
         check_state_dict(str(path), expected, state_dict)
         model.load_state_dict(state_dict, strict=False)

@@ -3,12 +3,15 @@
 import logging
 import math
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
 from models.checkpoint_io import check_state_dict, load_weights_file, read_json, resolve_folder
@@ -91,14 +94,27 @@ def load(source: Source) -> dict:
     config = read_showo_config(folder, llm, source.sizes)
     check_text_tokenizer(llm, prompting, config)
     check_image_tokenizer(source, config, MAGVITv2._read_config(vq_folder, {}))
-    clip = load_clip(source.clip, config.clip_feature_size).to(device) if config.w_clip_vit else None
-    vq_model = load_magvitv2(vq_folder, source.vq_weights).to(device)
-    model = Showo.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=source.attn_implementation)
-    model = model.to(device)
+    settings = {"dtype": dtype, "attn_implementation": source.attn_implementation}
+    with _without_loading_bars():
+        clip = load_clip(source.clip, config.clip_feature_size).to(device) if config.w_clip_vit else None
+        vq_model = load_magvitv2(vq_folder, source.vq_weights).to(device)
+        model = Showo.from_pretrained(folder, config=config, **settings).to(device)
     if source.compile:
         model.showo.model.compile()
     parts = {"model": model, "vq_model": vq_model, "prompting": prompting, "clip": clip}
     return parts | {"resolution": source.resolution}
+
+
+@contextmanager
+def _without_loading_bars() -> Iterator[None]:
+    """transformers' bars over tensors that are in memory already say nothing; downloads keep theirs."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _located(name: str | None) -> str | None:

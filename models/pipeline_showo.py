@@ -35,9 +35,9 @@ Picture = Image.Image | str | Path
 class ShowoPipeline:
     """A Show-o with its two tokenizers and, if it answers from CLIP features, the CLIP tower.
 
-    Drawing methods pass further keyword arguments on to `draw_codes`: guidance_scale, timesteps, temperature, generator,
-    callback, progress. One `generator` (of the model's device) may serve any number of calls; the draws then come in
-    the published order.
+    Drawing methods pass further keyword arguments on to `draw_codes`: guidance_scale, timesteps, temperature,
+    generator, callback, progress. One `generator` (of the model's device) may serve any number of calls; the draws then
+    come in the published order.
 
     Args:
         model: on its device, in its dtype. `vq_model` and `clip` stay fp32.
@@ -46,7 +46,7 @@ class ShowoPipeline:
         noise_schedule: of drawing, see `get_mask_schedule`.
 
     Raises:
-        ValueError: the resolution is no multiple of the tokenizer's factor, or a `w_clip_vit` model comes without `clip`.
+        ValueError: the resolution is no multiple of the tokenizer's factor, or a `w_clip_vit` model lacks its `clip`.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class ShowoPipeline:
             name_or_path: a Showo checkpoint, or a folder of folders `showo/`, `magvitv2/`, `llm/` (tokenizer and
                 config.json of the language model) and, with CLIP-ViT, `clip/`.
             settings: `vq_model`, `llm`, `clip` (folder or hub name; default: the sub-folder, else the published one),
-                `max_seq_length` (128), `resolution`, `device` (default: a GPU if there is one), `dtype` (`fp32`, `bf16`,
-                `fp16`; default: bf16 on a GPU, else fp32), `attn_implementation`, `compile`.
+                `max_seq_length` (128), `resolution`, `device` (default: a GPU if there is one), `dtype` (`fp32`,
+                `bf16`, `fp16`; default: bf16 on a GPU, else fp32), `attn_implementation`, `compile`.
 
         Raises:
             UserError: a part is missing, broken, or does not fit the others.
@@ -263,8 +263,8 @@ class ShowoPipeline:
         """One step of extrapolation: (B, h, w) codes, longer by the new tokens in one direction.
 
         The window lies over the edge: W/2 − offset known tokens, the rest new. Along a side longer than W it slides by
-        as many tokens as it draws anew, so it always sees the W/2 − offset it drew last; all sides are W plus a multiple
-        of that.
+        as many tokens as it draws anew, so it always sees the W/2 − offset it drew last; every side is W plus a
+        multiple of that.
         """
         axis, across = (1, 2) if direction in ("up", "down") else (2, 1)
         at_start = direction in ("left", "up")

@@ -67,8 +67,9 @@ def test_min_masking_rate_bounds_the_probability_from_below():
 
 
 def test_the_schedule_is_the_configured_one():
+    ids = make_ids(8)
     torch.manual_seed(0)
-    prob = make_noise("linear")(make_ids(8)).mask_prob
+    prob = make_noise("linear")(ids).mask_prob
     torch.manual_seed(0)
     assert torch.equal(prob, (1 - torch.rand(8)).clamp(1e-6, 1))
 

@@ -119,7 +119,7 @@ def image_text_item(
     try:
         image = Image.open(io.BytesIO(data)).convert("RGB")
         text = text.decode("utf-8").strip()
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # SyntaxError: Pillow's broken PNG
         return None
     if flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
