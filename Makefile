@@ -7,9 +7,9 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 DEMO := outputs/demo
-INPAINTING := red apple in fluent 3d style
-EXTRAPOLATION := red apple in fluent 3d style *** red apple in fluent 3d style
-QUESTIONS := What is this? *** Which style is it drawn in?
+INPAINTING := cherries in fluent 3d style
+EXTRAPOLATION := taxi in fluent flat style *** taxi in fluent flat style
+QUESTIONS := What is this? *** Describe the picture. *** Which style is it drawn in?
 
 WORLD := data/emoji_world
 LLM := outputs/showo-tiny-llm

@@ -59,7 +59,9 @@ def measure(pipeline: ShowoPipeline, config, split: str, gallery: list[dict], im
     index = [i for i, item in enumerate(gallery) if item["held_out"] == (split == "held_out")]
     wanted, own = [gallery[i] for i in index], [images[i] for i in index]
     with torch.no_grad():
-        restored = [pipeline.vq_model.decode_code(pipeline.encode(own[i : i + BATCH])) for i in range(0, len(own), BATCH)]
+        restored = [
+            pipeline.vq_model.decode_code(pipeline.encode(own[i : i + BATCH])) for i in range(0, len(own), BATCH)
+        ]
     answers = pipeline.answer(own, [NAME_QUESTION], max_new_tokens=12, batch_size=BATCH)
     prompts = [caption(item["name"], item["style"]) for item in wanted]
     drawn = pipeline.text_to_image(
@@ -90,10 +92,14 @@ def main(argv: list[str]) -> None:
     pipeline = ShowoPipeline.from_config(config)
     images = [load_image(folder / "images" / f"{item['key']}.png") for item in gallery]
     started = time.perf_counter()
-    figures = measure(pipeline, config, "held_out", gallery, images) | measure(pipeline, config, "seen", gallery, images)
+    figures = measure(pipeline, config, "held_out", gallery, images) | measure(
+        pipeline, config, "seen", gallery, images
+    )
     for name, value in figures.items():
         print(f"{name:24} {value}")
-    settings = {key: config[key] for key in ("guidance_scale", "generation_timesteps", "generation_temperature", "seed")}
+    settings = {
+        key: config[key] for key in ("guidance_scale", "generation_timesteps", "generation_temperature", "seed")
+    }
     print(json.dumps(figures | settings | {"seconds": round(time.perf_counter() - started, 1)}))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints (SPEC §12): hub name or folder, published and own file names, checked key by key, never executing code."""
+"""Checkpoints (SPEC §12): hub name or folder, published and own names, checked key by key, never executing code."""
 
 import json
 import pickle
@@ -39,7 +39,9 @@ def resolve_folder(name_or_path: str | Path) -> Path:
         raise UserError(f"{folder} is a file; give the checkpoint's folder (the one that holds config.json)")
     name = str(name_or_path)
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.parent.is_dir():
-        raise UserError(f"checkpoint folder {name!r} does not exist; give an existing folder or a hub name like showlab/show-o")
+        raise UserError(
+            f"checkpoint folder {name!r} does not exist; give an existing folder or a hub name like showlab/show-o"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -78,7 +80,9 @@ def load_weights_file(file: str | Path) -> dict[str, torch.Tensor]:
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{file} is damaged, or holds more than tensors and was not executed; get a clean copy") from error
+        raise UserError(
+            f"{file} is damaged, or holds more than tensors and was not executed; get a clean copy"
+        ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(f"{file} cannot be read, it may be truncated ({reason}); copy it again") from error
@@ -97,7 +101,9 @@ def load_state_dict_folder(folder: Path) -> dict[str, torch.Tensor]:
     for name in WEIGHT_NAMES:
         if (folder / name).is_file():
             return load_weights_file(folder / name)
-    raise UserError(f"{folder} holds no weights; expected one of {', '.join(WEIGHT_NAMES)} or a sharded checkpoint's index")
+    raise UserError(
+        f"{folder} holds no weights; expected one of {', '.join(WEIGHT_NAMES)} or a sharded checkpoint's index"
+    )
 
 
 def _load_shards(folder: Path, index: Path) -> dict[str, torch.Tensor]:
@@ -161,7 +167,9 @@ class CheckpointMixin:
     published_class_name: str
 
     @classmethod
-    def from_pretrained(cls, name_or_path, *, config=None, allow_missing: tuple[str, ...] = (), dtype=torch.float32, **kwargs):
+    def from_pretrained(
+        cls, name_or_path, *, config=None, allow_missing: tuple[str, ...] = (), dtype=torch.float32, **kwargs
+    ):
         """Loads a hub name or a folder.
 
         Args:
@@ -185,7 +193,9 @@ class CheckpointMixin:
             skeleton = cls(config)
         expected = skeleton.state_dict()
         tied = {k for k in skeleton.all_tied_weights_keys if k not in state_dict}
-        check_state_dict(str(name_or_path), {k: v for k, v in expected.items() if k not in tied}, state_dict, allow_missing)
+        check_state_dict(
+            str(name_or_path), {k: v for k, v in expected.items() if k not in tied}, state_dict, allow_missing
+        )
         model = super().from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype, **kwargs)
         model.config.name_or_path = str(name_or_path)
         return model

@@ -5,6 +5,7 @@ keys and values are cached; common left padding is dropped; the head runs on the
 """
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +13,31 @@ from transformers import DynamicCache
 
 from models.omni_attention import OmniMask
 from models.sampling import Schedule, get_mask_schedule, maskgit_step, sample_next
+from models.vocabulary import Vocabulary
 
 # B images or prompts, N image positions, C codes, P prefix length, L row length
+
+
+def _inference(method):
+    """Runs without gradients and in evaluation mode: activation checkpointing in training mode drops a passed cache."""
+
+    @wraps(method)
+    def run(self, *args, **kwargs):
+        was_training = self.training
+        self.train(False)
+        try:
+            with torch.no_grad():
+                return method(self, *args, **kwargs)
+        finally:
+            self.train(was_training)
+
+    return run
 
 
 class ShowoGeneration:
     """Generation methods of `Showo`; expects `hidden_states`, `vocabulary`, `showo.lm_head` of the host class."""
 
-    @torch.no_grad()
+    @_inference
     def t2i_generate(
         self,
         input_ids: torch.Tensor,
@@ -47,7 +65,7 @@ class ShowoGeneration:
             (B, N) int64 codes in [0, codebook_size).
 
         Raises:
-            ValueError: rows without an image block, guidance without unconditional rows, or no steps.
+            ValueError: rows without an image block of such ids, guidance without unconditional rows, or no steps.
         """
         if timesteps < 1:
             raise ValueError(f"timesteps is {timesteps}, expected at least 1")
@@ -61,6 +79,8 @@ class ShowoGeneration:
 
         image_ids = input_ids[:, block.start + 1 : -1]  # (B, N)
         codes = torch.where(image_ids == mask_id, mask_id, image_ids - vocabulary.image_offset)
+        if ((codes < 0) | (codes >= vocabulary.codebook_size) & (codes != mask_id)).any():
+            raise ValueError("between <soi> and <eoi> only image ids (code + offset) and the mask token may stand")
         for step in range(timesteps):
             logits = block.code_logits(codes)  # (B or 2B, N, C)
             if guided:
@@ -81,7 +101,7 @@ class ShowoGeneration:
                 callback(step, sampled)
         return sampled.clamp(0, vocabulary.codebook_size - 1)
 
-    @torch.no_grad()
+    @_inference
     def mmu_generate(
         self,
         input_ids: torch.Tensor,
@@ -142,7 +162,7 @@ class _ImageBlock:
 
     def __init__(self, model: ShowoGeneration, rows: torch.Tensor):
         vocabulary = model.vocabulary
-        self.start = _common_soi(rows, vocabulary.soi_id)
+        self.start = _common_soi(rows, vocabulary)
         self.model, self.vocabulary = model, vocabulary
         num_pads = (rows == vocabulary.pad_id).sum(1)
         first = int(num_pads.min())  # common left padding changes nothing: rotary positions are relative
@@ -150,9 +170,7 @@ class _ImageBlock:
         prefix_length = self.start - first
         mask = OmniMask.from_ids(rows[:, first:], vocabulary)
         self.cache = DynamicCache(config=model.showo.config)
-        model.hidden_states(
-            rows[:, first : self.start], mask.rows(0, prefix_length), past_key_values=self.cache
-        )
+        model.hidden_states(rows[:, first : self.start], mask.rows(0, prefix_length), past_key_values=self.cache)
         self.mask = mask.rows(prefix_length, length)
         if model.showo.config._attn_implementation != "flex_attention":
             self.mask = self.mask.dense()  # the same at every step
@@ -163,21 +181,21 @@ class _ImageBlock:
 
     def code_logits(self, codes: torch.Tensor) -> torch.Tensor:
         """Logits (R, N, C) in fp32 of the codes (B, N) or mask tokens; R is B, or 2B with guidance."""
-        image_ids = torch.where(
-            codes == self.vocabulary.mask_token_id, codes, codes + self.vocabulary.image_offset
-        )
+        image_ids = torch.where(codes == self.vocabulary.mask_token_id, codes, codes + self.vocabulary.image_offset)
         self.block_ids[:, 1:-1] = image_ids.repeat(len(self.block_ids) // len(codes), 1)
         hidden = self.model.hidden_states(self.block_ids, self.mask, past_key_values=self.cache)
         self.cache.crop(-self.block_ids.shape[1])  # transformers takes the number of positions to drop as negative
         return F.linear(hidden[:, 1:-1], self.head_weight, self.head_bias).float()
 
 
-def _common_soi(rows: torch.Tensor, soi_id: int) -> int:
+def _common_soi(rows: torch.Tensor, vocabulary: Vocabulary) -> int:
     """Index of ``<soi>``, the same in all rows of a t2i batch."""
-    is_soi = rows == soi_id
+    is_soi = rows == vocabulary.soi_id
     index = is_soi.int().argmax(1)
-    if not is_soi.any(1).all() or (index != index[0]).any():
-        raise ValueError("t2i rows must hold <soi> at one common position; build them with UniversalPrompting 't2i_gen'")
+    if not is_soi.any(1).all() or (index != index[0]).any() or (rows[:, -1] != vocabulary.eoi_id).any():
+        raise ValueError(
+            "t2i rows must hold <soi> at one common position and end in <eoi>; build them with UniversalPrompting 't2i_gen'"
+        )
     return int(index[0])
 
 

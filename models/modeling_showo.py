@@ -143,7 +143,9 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
         self.showo = PhiForCausalLM(phi_config)
         if config.w_clip_vit:
             size = phi_config.hidden_size
-            self.mm_projector = nn.Sequential(nn.Linear(config.clip_feature_size, size), nn.GELU(), nn.Linear(size, size))
+            self.mm_projector = nn.Sequential(
+                nn.Linear(config.clip_feature_size, size), nn.GELU(), nn.Linear(size, size)
+            )
         self.post_init()
 
     @property
@@ -277,11 +279,13 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
         dense = mask.dense() if isinstance(mask, OmniMask) else mask
         if implementation == "eager":  # adds the mask to the scores, so a bool one would be wrong without a word
             dtype = self.showo.lm_head.weight.dtype
-            return torch.zeros(dense.shape, dtype=dtype, device=dense.device).masked_fill(~dense, torch.finfo(dtype).min)
+            return torch.zeros(dense.shape, dtype=dtype, device=dense.device).masked_fill(
+                ~dense, torch.finfo(dtype).min
+            )
         return dense
 
     def _losses(self, hidden, labels, counts, max_seq_length, label_smoothing):
-        """Mean cross-entropy of each task over its supervised positions and the whole vocabulary; 0 for absent tasks."""
+        """Mean cross-entropy of each task over its supervised positions and the whole vocabulary; 0 if absent."""
         hidden_t2i, hidden_lm, hidden_mmu = hidden.split(counts)
         labels_t2i, labels_lm, labels_mmu = labels.split(counts)
         first = max_seq_length + 1

@@ -1,7 +1,8 @@
 """Omni-attention as two integer vectors (SPEC §3): causal for text, full inside images.
 
-Key j is visible to the rows i with ``visible_from[j] <= i < visible_until[j]``. Every attention rule of the paper has this
-shape, and so have a cached prefix, a decode step and several samples packed in one row. Nothing else writes a mask.
+Key j is visible to the rows i with ``visible_from[j] <= i < visible_until[j]``. Every attention rule of the paper has
+this shape, and so have a cached prefix, a decode step and several samples packed in one row.
+Nothing else writes a mask.
 """
 
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ class OmniMask:
 
     @classmethod
     def mmu_vit(cls, batch_size: int, system_length: int, num_features: int, length: int, device=None) -> "OmniMask":
-        """Image features (they follow `<mmu>`, the system prompt and `<soi>`) are seen by all rows; the rest is causal."""
+        """Image features (after `<mmu>`, the system prompt and `<soi>`) are seen by all rows; the rest is causal."""
         mask = cls.lm(batch_size, length, device)
         position = torch.arange(length, device=device)
         first = 1 + system_length + 1
@@ -158,7 +159,9 @@ class OmniMask:
 
     def dense(self) -> torch.Tensor:
         """(B, 1, Q, L) bool, True = may attend: what sdpa takes."""
-        query = torch.arange(self.query_start, self.query_start + self.num_queries, device=self.device)[:, None]  # (Q, 1)
+        query = torch.arange(self.query_start, self.query_start + self.num_queries, device=self.device)[
+            :, None
+        ]  # (Q, 1)
         return ((self.visible_from[:, None] <= query) & (query < self.visible_until[:, None]))[:, None]
 
     def block_mask(self):

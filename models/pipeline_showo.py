@@ -359,9 +359,11 @@ class _Words(TextStreamer):
 
     def __init__(self, tokenizer, callback: Callable[[int, int, str], None], pair: tuple[int, int]):
         super().__init__(tokenizer, skip_special_tokens=True)
-        self.callback, self.pair = callback, pair
+        self.callback, self.pair, self.begun = callback, pair, False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self.begun else text.lstrip()
+        self.begun = self.begun or bool(text)
         if text:
             self.callback(*self.pair, text)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from benchmarks import published
-from tests.parity.goldens import facts, prompting, tensors, tiny_showo
 
+from benchmarks import published
 from models import OmniMask, get_mask_schedule
+from tests.parity.goldens import facts, prompting, tensors, tiny_showo
 
 TEXTS, MASK_ID = facts()["t2i_texts"], facts()["mask_token_id"]
 

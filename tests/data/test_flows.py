@@ -3,6 +3,7 @@
 import io
 import random
 import re
+import time
 from itertools import islice
 
 import pytest
@@ -190,13 +191,13 @@ def test_flipping_mirrors_half_of_the_pictures():
 @pytest.mark.parametrize("background", [(255, 255, 255), (10, 200, 90)])
 def test_jitter_keeps_size_and_background(background):
     image = Image.new("RGB", (40, 24), background)
-    image.paste((0, 0, 0), (8, 5, 32, 19))
-    results = [jittered(image, 0.2, random.Random(seed)) for seed in range(30)]
+    image.paste((0, 0, 0), (10, 6, 30, 18))
+    results = [jittered(image, 0.12, random.Random(seed)) for seed in range(30)]
     for result in results:
         assert result.size == (40, 24)
         rim = [result.getpixel(at) for at in ((0, 0), (39, 0), (0, 23), (39, 23))]
         assert rim == [background] * 4
-        assert result.getpixel((20, 12)) == (0, 0, 0), "the middle moves by at most a fifth"
+        assert result.getpixel((20, 12)) == (0, 0, 0), "the middle moves by at most an eighth"
     assert len({result.tobytes() for result in results}) > 20
     assert jittered(image, 0.0, random.Random(0)).tobytes() == image.tobytes()
 
@@ -218,8 +219,9 @@ def test_shards_are_drawn_endlessly_in_an_order_of_the_seed(world):
     assert keys(1) != unmixed
 
 
-def test_a_truncated_or_missing_shard_costs_only_its_own_samples(world, tmp_path):
-    whole = write_shard(tmp_path / "whole.tar", [sample(text) for text in CAPTIONS[:4]])
+def test_a_truncated_or_missing_shard_costs_only_its_own_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # webdataset rests after each warning
+    write_shard(tmp_path / "whole.tar", [sample(text) for text in CAPTIONS[:4]])
     data = write_shard(tmp_path / "cut.tar", [sample(text) for text in CAPTIONS[4:8]]).read_bytes()
     (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2])
     (tmp_path / "noise.tar").write_bytes(random.Random(0).randbytes(4096))
@@ -228,7 +230,6 @@ def test_a_truncated_or_missing_shard_costs_only_its_own_samples(world, tmp_path
         keys = {raw["__key__"] for raw in islice(read_shards(urls, 0, 5), 40)}
     assert {f"whole-{i:03d}" for i in range(4)} <= keys
     assert 4 < len(keys) < 8, "the whole samples of the cut shard are kept"
-    assert whole.is_file()
 
 
 # ---- the flows of a run ----

@@ -1,4 +1,4 @@
-"""`Showo`: masks, losses, image features, configurations, new starts (SPEC §4, §5). Golden logits are in tests/parity."""
+"""`Showo`: masks, losses, image features, configurations, new starts (SPEC §4, §5). Goldens: tests/parity."""
 
 import json
 import warnings
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.parity.goldens import fill_, prompting, tensors, tiny_config, tiny_showo
 from transformers import AutoConfig, AutoModel, DynamicCache, LlamaConfig, PhiConfig, PhiForCausalLM
 
 from common.errors import UserError
 from models import OmniMask, Showo, ShowoConfig
 from models.vocabulary import Vocabulary
+from tests.parity.goldens import fill_, prompting, tensors, tiny_config, tiny_showo
 
 COUNTS = {"batch_size_t2i": 3, "batch_size_lm": 2, "batch_size_mmu": 2}
 LOSSES = {**COUNTS, "max_seq_length": 12}
@@ -240,9 +240,7 @@ def test_label_smoothing_changes_the_losses(model, batch):
 
 def test_the_head_runs_at_supervised_positions_only(model, batch):
     ids, labels, mask = batch
-    supervised = [
-        int((part != -100).sum()) for part in (labels[:3, 13:], labels[3:5, 1:], labels[5:, 1:])
-    ]
+    supervised = [int((part != -100).sum()) for part in (labels[:3, 13:], labels[3:5, 1:], labels[5:, 1:])]
     with torch.no_grad(), calls_of(model.showo.lm_head) as shapes:
         out = model(ids, mask, labels=labels, **LOSSES)
     assert out.logits is None

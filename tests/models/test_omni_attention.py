@@ -15,7 +15,7 @@ VOCABULARY = Vocabulary(llm_vocab_size=20, num_new_special_tokens=10, codebook_s
 
 @dataclass
 class Layout:
-    """One row: its kind, its left pads, and its image blocks as (first, last) positions, `<soi>` and `<eoi>` included."""
+    """One row: its kind, its left pads, and its image blocks as (first, last) positions, boundaries included."""
 
     kind: str
     length: int
@@ -246,7 +246,12 @@ def expand(block_mask, batch_size: int, num_queries: int, length: int) -> torch.
     for counts, indices, full in lists:
         for batch, head, row in torch.cartesian_prod(*map(torch.arange, counts.shape)).tolist():
             for column in indices[batch, head, row, : counts[batch, head, row]].tolist():
-                window = (batch, head, slice(row * size_q, (row + 1) * size_q), slice(column * size_k, (column + 1) * size_k))
+                window = (
+                    batch,
+                    head,
+                    slice(row * size_q, (row + 1) * size_q),
+                    slice(column * size_k, (column + 1) * size_k),
+                )
                 result[window] = True if full else asked[window]
     return result
 

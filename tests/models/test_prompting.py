@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.parity.goldens import PHI
 from transformers import AutoTokenizer
 
 from models import OmniMask, UniversalPrompting
 from models.vocabulary import PAD_TOKEN, SPECIAL_TOKENS
+from tests.parity.goldens import PHI
 
 # The golden word tokenizer: word w<n> has id n, <|endoftext|> is 117.
 EOT, PAD, SOI, EOI, T2I, MMU = 117, 118, 119, 120, 123, 124
@@ -30,9 +30,7 @@ def words(*numbers: int) -> str:
 
 
 def check_mask(rows, build):
-    assert torch.equal(
-        rows.attention_mask.dense(), OmniMask.from_ids(rows.input_ids, build.vocabulary).dense()
-    )
+    assert torch.equal(rows.attention_mask.dense(), OmniMask.from_ids(rows.input_ids, build.vocabulary).dense())
 
 
 # ---- the tokenizer and its new tokens ----

@@ -191,14 +191,22 @@ def brute_force(logits: list[float], temperature: float, top_k: int | None, top_
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [(1.0, None, None), (0.5, None, None), (2.0, 3, None), (1.0, None, 0.7), (0.7, 4, 0.8), (1.5, 99, 0.4), (1.0, 3, 1.0)],
+    [
+        (1.0, None, None),
+        (0.5, None, None),
+        (2.0, 3, None),
+        (1.0, None, 0.7),
+        (0.7, 4, 0.8),
+        (1.5, 99, 0.4),
+        (1.0, 3, 1.0),
+    ],
 )
 def test_distribution(temperature, top_k, top_p):
     logits = torch.tensor([[0.3, 2.0, -1.0, 1.2, 0.0, -3.0, 1.9], [5.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.5]])
     draws = 20_000
-    tokens = sample_next(
-        logits.repeat_interleave(draws, 0), temperature=temperature, top_k=top_k, top_p=top_p
-    ).view(2, draws)
+    tokens = sample_next(logits.repeat_interleave(draws, 0), temperature=temperature, top_k=top_k, top_p=top_p).view(
+        2, draws
+    )
     for row in range(2):
         expected = brute_force(logits[row].tolist(), temperature, top_k, top_p)
         frequency = tokens[row].bincount(minlength=7) / draws
@@ -206,7 +214,9 @@ def test_distribution(temperature, top_k, top_p):
         torch.testing.assert_close(frequency, expected, atol=0.015, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 1}, {"temperature": 0.0}, {"top_p": 1e-6}, {"top_k": 1, "temperature": 7.0}])
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 1}, {"temperature": 0.0}, {"top_p": 1e-6}, {"top_k": 1, "temperature": 7.0}]
+)
 def test_greedy(settings):
     logits = torch.randn(50, 30)
     assert torch.equal(sample_next(logits, **settings), logits.argmax(-1))

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.parity.goldens import facts, fill_, prompting, tensors, tiny_showo
 
 from models import OmniMask, Showo, ShowoConfig, get_mask_schedule
+from tests.parity.goldens import facts, fill_, prompting, tensors, tiny_showo
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,16 @@ def test_clip_mask():
     assert torch.equal(mask.visible_from[0], tensors()["mask.mmu_vit_visible_from"])
 
 
+@torch.no_grad()
+def test_clip_mask_on_embeddings(model):
+    """Rows of drawn embeddings under the CLIP-ViT mask: 28 system ids, 576 features, text."""
+    case = facts()["vit"]
+    embeds = torch.randn(case["shape"], generator=torch.Generator().manual_seed(case["seed"]))  # (B, L, H)
+    mask = OmniMask.mmu_vit(len(embeds), case["system_prompt_len"], 576, embeds.shape[1])
+    logits = model.showo(inputs_embeds=embeds, attention_mask=mask.dense()).logits[:, -8:]
+    torch.testing.assert_close(logits, tensors()["vit.logits_last8"], atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_logits(rows, attn_implementation):
     ids, _, mask = joined(rows)
@@ -77,7 +87,7 @@ def test_logits(rows, attn_implementation):
 def test_losses_and_gradients(rows, checkpointing):
     model = tiny_showo()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # renamed in 5.23
         model.train()
     ids, labels, mask = joined(rows)
     out = model(ids, mask, labels=labels, batch_size_t2i=3, batch_size_lm=2, batch_size_mmu=2, max_seq_length=12)
@@ -164,7 +174,5 @@ def test_clip_branch(clip_model, case):
     ids = torch.cat([column(124), system, column(119), column(-200, 576), column(120), text], dim=1)
     logits = clip_model(ids, image_features=features).logits[:, -9:]
     torch.testing.assert_close(logits, golden[f"{case}.logits_tail"], atol=1e-4, rtol=1e-4)
-    new_ids = clip_model.mmu_generate(
-        ids[:1], image_features=features[:1], max_new_tokens=12, top_k=1, eot_token=117
-    )
+    new_ids = clip_model.mmu_generate(ids[:1], image_features=features[:1], max_new_tokens=12, top_k=1, eot_token=117)
     assert torch.equal(new_ids[0], golden[f"{case}.new_ids"])

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.parity.phi15 import phi15_tokenizer
 
 from models import UniversalPrompting
 from models.vocabulary import PAD_TOKEN, SPECIAL_TOKENS
+from tests.parity.phi15 import phi15_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/public/phi15_text.json").read_text())
 CASE = GOLDEN["prompts"]

@@ -19,7 +19,7 @@ from training.data import small_llm
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220), "yellow": (230, 210, 40)}
 PLACES = ("left", "middle", "right")
 CAPTIONS = [f"a {colour} square on the {place}" for colour in COLOURS for place in PLACES]
-RESOLUTION, NUM_TOKENS, CODEBOOK_SIZE, LLM_VOCAB_SIZE, MAX_TEXT = 32, 16, 64, 300, 16
+RESOLUTION, NUM_TOKENS, CODEBOOK_SIZE, LLM_VOCAB_SIZE, MAX_TEXT = 32, 16, 64, 290, 16
 VOCAB_SIZE = LLM_VOCAB_SIZE + 10 + CODEBOOK_SIZE + 1
 
 

@@ -1,0 +1,236 @@
+"""Checkpoints are whole or absent, ordered by number, and bring everything back (SPEC §12)."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from common.errors import UserError
+from models import Showo, ShowoConfig
+from training.checkpointing import TrainState, checkpoints, find_resume, load_checkpoint, save_checkpoint
+from training.data.streams import StreamState
+from training.optimization import WeightAverage
+
+FILES = {"average.pt", "custom_checkpoint_0.pkl", "metadata.json", "model.safetensors", "optimizer.bin"}
+FILES |= {"random_states_0.pkl", "unwrapped_model"}
+STREAMS = {"t2i": StreamState(7, [28, 31]), "lm": StreamState(7, [7, 7])}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def tiny_showo() -> Showo:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    llm = {"model_type": "phi", "vocab_size": 20, "tie_word_embeddings": True, **sizes}
+    vocabulary = {"vocab_size": 20 + 10 + 8 + 1, "llm_vocab_size": 20, "codebook_size": 8}
+    return Showo(ShowoConfig(llm_config=llm, num_vq_tokens=4, **vocabulary))
+
+
+class Run:
+    """Model, optimiser, schedule and average of a run, without its data."""
+
+    def __init__(self, seed: int = 0, averaged: bool = True):
+        torch.manual_seed(seed)
+        self.accelerator, self.model = Accelerator(cpu=True), tiny_showo()
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=100)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.accelerator.register_for_checkpointing(self.schedule)
+        self.average = WeightAverage(self.model, 0.9) if averaged else None
+
+    def step(self) -> float:
+        ids = torch.randint(0, 39, (2, 9))
+        loss = self.wrapped(ids, labels=ids, batch_size_lm=2).loss_lm
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        if self.average:
+            self.average.update(self.model)
+        return loss.item()
+
+    def save(self, folder, step: int, limit=None):
+        state = TrainState(step, STREAMS)
+        return save_checkpoint(self.accelerator, folder, state, model=self.model, average=self.average, limit=limit)
+
+    def load(self, folder) -> TrainState:
+        return load_checkpoint(self.accelerator, folder, self.average, self.model)
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_holds_these_files_and_this_metadata(tmp_path):
+    folder = Run().save(tmp_path, 7)
+    assert folder == tmp_path / "checkpoint-7" and names(tmp_path) == ["checkpoint-7"]
+    assert set(names(folder)) == FILES
+    assert json.loads((folder / "metadata.json").read_text()) == {
+        "global_step": 7,
+        "streams": {"t2i": {"batches": 7, "positions": [28, 31]}, "lm": {"batches": 7, "positions": [7, 7]}},
+    }
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path):
+    run = Run()
+    run.step()
+    folder = run.save(tmp_path, 1)
+    expected = [run.step() for _ in range(3)]
+
+    AcceleratorState._reset_state(True)
+    other = Run(seed=5)
+    assert other.load(folder) == TrainState(1, STREAMS)
+    assert [other.step() for _ in range(3)] == expected, "the random numbers of the steps count, too"
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, dict(other.model.named_parameters())[name])
+        assert torch.equal(run.average.shadow[name], other.average.shadow[name])
+    assert other.schedule.get_last_lr() == run.schedule.get_last_lr()
+    assert other.average.updates == 4
+
+
+def test_the_unwrapped_model_is_the_average_and_loads_on_its_own(tmp_path):
+    run = Run()
+    run.step()
+    run.step()
+    weights = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    loaded = Showo.from_pretrained(str(run.save(tmp_path, 2) / "unwrapped_model"))
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, run.average.shadow[name])
+    assert not torch.equal(loaded.showo.lm_head.bias, weights["showo.lm_head.bias"])
+    assert all(torch.equal(p, weights[n]) for n, p in run.model.named_parameters()), "saving must not change the run"
+
+
+def test_without_an_average_the_weights_are_saved_and_it_begins_anew_later(tmp_path):
+    run = Run(averaged=False)
+    run.step()
+    folder = run.save(tmp_path, 1)
+    assert set(names(folder)) == FILES - {"average.pt"}
+    loaded = Showo.from_pretrained(str(folder / "unwrapped_model"))
+    assert all(torch.equal(p, dict(run.model.named_parameters())[n]) for n, p in loaded.named_parameters())
+
+    AcceleratorState._reset_state(True)
+    other = Run(seed=3)
+    other.step()
+    other.load(folder)
+    assert other.average.updates == 0
+    assert all(torch.equal(other.average.shadow[n], p) for n, p in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("stage", ["state", "average", "model", "metadata"])
+def test_an_interrupted_write_leaves_no_checkpoint_and_the_last_one_whole(tmp_path, monkeypatch, stage):
+    run = Run()
+    run.save(tmp_path, 1)
+    run.step()
+
+    def broken(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    targets = {
+        "state": (run.accelerator, "save_state"),
+        "average": (torch, "save"),
+        "model": (run.model, "save_pretrained"),
+        "metadata": (json, "dumps"),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(*targets[stage], broken)
+        with pytest.raises(OSError, match="No space left"):
+            run.save(tmp_path, 2)
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-1"] == [find_resume(tmp_path, "latest")]
+    assert run.load(tmp_path / "checkpoint-1").global_step == 1
+    run.save(tmp_path, 3)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"], "what was left over is cleared away"
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path):
+    run = Run()
+    run.save(tmp_path, 4)
+    (tmp_path / "checkpoint-4" / "old").touch()
+    run.save(tmp_path, 4)
+    assert names(tmp_path) == ["checkpoint-4"] and set(names(tmp_path / "checkpoint-4")) == FILES
+
+
+def test_the_limit_removes_the_oldest_by_number(tmp_path):
+    run = Run()
+    for step in (8, 9, 10, 11):
+        run.save(tmp_path, step, limit=2)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
+    run.save(tmp_path, 12, limit=None)
+    assert len(checkpoints(tmp_path)) == 3
+
+
+def test_the_oldest_goes_only_after_the_new_one_stands(tmp_path, monkeypatch):
+    run = Run()
+    run.save(tmp_path, 1, limit=1)
+    seen = []
+    remove = shutil.rmtree
+
+    def watched(folder, *args, **kwargs):
+        seen.append((folder.name, [f.name for f in checkpoints(tmp_path)]))
+        remove(folder, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    run.save(tmp_path, 2, limit=1)
+    assert seen == [(".incomplete-checkpoint-1-removed", ["checkpoint-2"])]
+
+
+def test_the_limit_never_removes_what_was_just_written(tmp_path):
+    run = Run()
+    for step in (100, 200):
+        run.save(tmp_path, step)
+    run.save(tmp_path, 50, limit=2)  # continued from an earlier checkpoint
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-50", "checkpoint-200"]
+
+
+def test_latest_goes_by_number_and_other_folders_do_not_count(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", ".incomplete-checkpoint-99", "checkpoint-10-old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-500").touch()
+    assert find_resume(tmp_path, "latest") == find_resume(tmp_path, True) == tmp_path / "checkpoint-10"
+    assert find_resume(tmp_path / "checkpoint-9", "latest") is None
+    assert find_resume(tmp_path, None) is find_resume(tmp_path, False) is None
+    assert find_resume(tmp_path, "checkpoint-9") == find_resume("x", str(tmp_path / "checkpoint-9"))
+    with pytest.raises(UserError, match=r"resume_from_checkpoint is 'checkpoint-11': no such folder"):
+        find_resume(tmp_path, "checkpoint-11")
+
+
+def cut(file) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("metadata.json", lambda f: f.unlink()),
+        ("metadata.json", lambda f: f.write_text('{"global_st')),
+        ("metadata.json", lambda f: f.write_text('{"streams": {}}')),
+        ("metadata.json", lambda f: f.write_text('{"global_step": "many"}')),
+        ("metadata.json", lambda f: f.write_text('{"global_step": 1, "streams": {"lm": {"row": 3}}}')),
+        ("model.safetensors", cut),
+        ("model.safetensors", lambda f: f.unlink()),
+        ("optimizer.bin", cut),
+        ("optimizer.bin", lambda f: f.write_bytes(b"")),
+        ("optimizer.bin", lambda f: f.unlink()),
+        ("custom_checkpoint_0.pkl", lambda f: f.write_bytes(b"junk")),
+        ("average.pt", cut),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path, name, damage):
+    run = Run()
+    folder = run.save(tmp_path, 1)
+    damage(folder / name)
+    with pytest.raises(UserError, match="checkpoint-1") as error:
+        run.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_alone_are_not_enough_to_continue(tmp_path):
+    folder = Run().save(tmp_path, 1)
+    with pytest.raises(UserError, match=r"metadata\.json is missing"):
+        load_checkpoint(Accelerator(cpu=True), folder / "unwrapped_model")
