@@ -35,17 +35,16 @@ def required_path(key: str, value: str | None) -> Path:
 
 
 def read_prompts(value: str) -> list[str]:
-    """The lines of `validation_prompts_file` that are not blank, otherwise as they stand.
+    """The lines of `validation_prompts_file` as they stand; a blank one between others is the empty prompt, as published.
 
     Raises:
         UserError: the file is missing, no text, or holds no prompt.
     """
     path = required_path("validation_prompts_file", value)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"validation_prompts_file={value} cannot be read as text ({error})") from None
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
+    if not lines:
         raise UserError(f"validation_prompts_file={value} is empty; write one prompt per line")
-    return prompts
+    return lines

@@ -110,7 +110,10 @@ def test_row_fields():
 
 
 def test_models_are_of_the_library():
-    for model, config, kind in ((models.Showo, models.ShowoConfig, "showo"), (models.MAGVITv2, models.MAGVITv2Config, None)):
+    for model, config, kind in (
+        (models.Showo, models.ShowoConfig, "showo"),
+        (models.MAGVITv2, models.MAGVITv2Config, None),
+    ):
         assert issubclass(model, transformers.PreTrainedModel) and model.config_class is config
         assert isinstance(transformers.AutoConfig.for_model(kind or config.model_type), config)
 

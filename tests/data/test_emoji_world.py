@@ -43,6 +43,7 @@ def make_names(count: int) -> list[Name]:
 
 def make_pictures(names: list[Name], size: int = 16) -> list[Picture]:
     rng = np.random.default_rng(0)
+    hold_out(names)
     return [
         Picture(name, style, Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)))
         for name in names
@@ -119,7 +120,7 @@ def test_questions_are_in_llava_form_and_yes_is_as_frequent_as_no(world):
     folder, pictures = world
     by_key = {p.key: p for p in pictures}
     records = json.loads((folder / "llava_train.json").read_text())
-    assert len({r["id"] for r in records}) == len(records) == 3 * sum(not p.held_out for p in pictures)
+    assert len({r["id"] for r in records}) == len(records) == 4 * sum(not p.held_out for p in pictures)
     answers = Counter()
     for record in records:
         human, gpt = record["conversations"]
@@ -132,6 +133,8 @@ def test_questions_are_in_llava_form_and_yes_is_as_frequent_as_no(world):
             assert gpt["value"] == picture.name.name
         elif record["task"] == "style":
             assert gpt["value"] == picture.style
+        elif record["task"] == "caption":
+            assert gpt["value"] == emoji_text.caption(picture.name.name, picture.style)
         else:
             answers[gpt["value"]] += 1
             asks_own = question == emoji_text.GROUP_QUESTIONS[picture.name.group]

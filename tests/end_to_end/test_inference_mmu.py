@@ -1,0 +1,97 @@
+"""`inference_mmu.py` from published-format folders to answers on the terminal, in lines, grid and wandb."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import inference_mmu
+from models import CLIPVisionTower, ShowoPipeline
+from tests.parity.goldens import prompting, tiny_showo
+from tests.tiny import RESOLUTION, clip_showo, tiny_vq
+
+QUESTIONS = ["w3 w4 w5", "w6"]
+
+
+def run(places, output_dir: Path, *arguments: str, demo: str = "demo") -> list[dict]:
+    given = [f"config={places[demo]}", f"output_dir={output_dir}", "seed=42", "max_new_tokens=8"]
+    inference_mmu.main(
+        [*given, f"mmu_image_root={places['pictures']}", f"question={' *** '.join(QUESTIONS)}", *arguments]
+    )
+    return [json.loads(line) for line in (output_dir / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("demo", ["demo", "demo_clip"])
+def test_every_question_about_every_picture(places, tmp_path, demo):
+    """In batches that cut across pictures, the answers are those of each question alone."""
+    lines = run(places, tmp_path, "batch_size=4", demo=demo)
+    if demo == "demo":
+        pipeline = ShowoPipeline(tiny_showo(), tiny_vq(), prompting())
+    else:
+        pipeline = ShowoPipeline(clip_showo(), tiny_vq(), prompting(), clip=CLIPVisionTower(places["clip"]))
+    expected = []
+    for number, name in enumerate(("a.jpg", "b.png", "c.png")):
+        for question in QUESTIONS:
+            answer = pipeline.answer(places["pictures"] / name, question, max_new_tokens=8)[0][0]
+            line = {"file": f"{number:04d}.png", "mode": "mmu", "image": name, "question": question, "answer": answer}
+            expected.append(line | {"seed": 42})
+    assert lines == expected
+    assert len({line["answer"] for line in lines}) > 2
+    seen = Image.open(tmp_path / "0001.png")
+    assert seen.size == (RESOLUTION, RESOLUTION)
+    assert seen.tobytes() == pipeline.view(places["pictures"] / "b.png").tobytes()
+    assert Image.open(tmp_path / "grid.png").width > 3 * 128
+
+
+@pytest.mark.parametrize("batch_size", [1, 6])
+def test_answers_go_to_the_terminal(places, tmp_path, capsys, batch_size):
+    lines = run(places, tmp_path, f"batch_size={batch_size}")
+    terminal = capsys.readouterr().out.splitlines()
+    expected = []
+    for line in lines:
+        expected += [] if line["image"] in expected else [line["image"]]
+        expected += [f"  User: {line['question']}", f"  Answer: {line['answer']}"]
+    assert terminal[:-1] == expected
+
+
+def test_what_is_no_picture_is_skipped_with_a_line(places, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    whole = (places["pictures"] / "b.png").read_bytes()
+    (folder / "good.png").write_bytes(whole)
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "SOURCES.md").write_text("no picture")
+    (folder / "sub").mkdir()
+    lines = run(places, tmp_path / "out", f"mmu_image_root={folder}")
+    assert {line["image"] for line in lines} == {"good.png"} and len(lines) == 2
+    skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
+    assert len(skipped) == 2 and "SOURCES.md" in skipped[0] and "cut.png" in skipped[1]
+
+
+def test_one_picture_may_be_named(places, tmp_path):
+    lines = run(places, tmp_path, f"mmu_image_root={places['image']}")
+    assert [line["image"] for line in lines] == ["c.png"] * 2
+
+
+def test_sampling_follows_its_settings_and_the_seed(places, tmp_path):
+    sampled = ["top_k=null", "top_p=0.95", "temperature=3"]
+    first, again, other = (run(places, tmp_path, *sampled, f"seed={seed}") for seed in (1, 1, 2))
+    greedy = run(places, tmp_path)
+    assert first == again
+    answers = [[line["answer"] for line in lines] for lines in (first, other, greedy)]
+    assert len({tuple(row) for row in answers}) == 3
+    assert len(run(places, tmp_path, "max_new_tokens=2")[0]["answer"].split()) <= 2
+
+
+@pytest.mark.slow
+def test_wandb_holds_the_published_panel(places, tmp_path):
+    lines = run(places, tmp_path, "wandb.mode=offline")
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    media = list((folder / "files/media/images").glob("multimodal understanding_0_*.png"))
+    assert len(media) == 3
+    (record,) = folder.glob("run-*.wandb")
+    content = record.read_bytes()
+    caption = "".join(f"User: {line['question']}\n Answer : {line['answer']}\n" for line in lines[:2])
+    for text in ("multimodal understanding", json.dumps(caption)[1:-1], "tiny_mmu"):
+        assert text.encode() in content

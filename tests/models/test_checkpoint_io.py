@@ -1,0 +1,393 @@
+"""Checkpoint folders of every published form, and every way in which one can be wrong (SPEC §12)."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common.errors import UserError
+from models import MAGVITv2, Showo
+from models.checkpoint_io import check_state_dict, load_weights_file, resize_rows, resolve_folder
+from tests.parity.goldens import PHI, fill_, tiny_config
+
+PUBLISHED_CONFIG = {
+    "_class_name": "Showo",
+    "_diffusers_version": "0.30.1",
+    "_name_or_path": "somewhere",
+    "codebook_size": 64,
+    "llm_model_path": str(PHI),
+    "llm_vocab_size": 118,
+    "load_from_showo": False,
+    "mask_token_id": 192,
+    "num_vq_tokens": 16,
+    "vocab_size": 193,
+    "w_clip_vit": False,
+}
+NUM_SHARDS = 3
+
+
+@pytest.fixture(scope="module")
+def state_dict():
+    return fill_(Showo(tiny_config())).state_dict()
+
+
+def write_config(folder: Path, **changes) -> Path:
+    content = {k: v for k, v in (PUBLISHED_CONFIG | changes).items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+def write_shards(folder: Path, state_dict: dict, index_name: str) -> dict:
+    """Shards named as published; returns the index."""
+    kind = "safetensors" if "safetensors" in index_name else "bin"
+    names = [f"pytorch_model-{i:05d}-of-{NUM_SHARDS:05d}.{kind}" for i in range(1, NUM_SHARDS + 1)]
+    weight_map = {key: names[i % NUM_SHARDS] for i, key in enumerate(state_dict)}
+    for name in names:
+        shard = {key: tensor.clone() for key, tensor in state_dict.items() if weight_map[key] == name}
+        save_file(shard, folder / name) if kind == "safetensors" else torch.save(shard, folder / name)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / index_name).write_text(json.dumps(index))
+    return index
+
+
+def write_bin(folder: Path, state_dict: dict, name: str = "pytorch_model.bin") -> Path:
+    torch.save(state_dict, folder / name)
+    return folder
+
+
+def equal(model: torch.nn.Module, state_dict: dict) -> bool:
+    ours = model.state_dict()
+    return ours.keys() == state_dict.keys() and all(torch.equal(ours[key], state_dict[key]) for key in ours)
+
+
+# ---- published forms ----
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "pytorch_model.safetensors",
+        "model.safetensors",
+        "diffusion_pytorch_model.bin",
+        "diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_single_file(name, state_dict, tmp_path):
+    save = save_file if name.endswith("safetensors") else torch.save
+    save(state_dict, write_config(tmp_path) / name)
+    model = Showo.from_pretrained(tmp_path)
+    assert equal(model, state_dict) and not model.training
+    assert (model.config.llm_model_path, model.config.mask_token_id) == (str(PHI), 192)
+
+
+@pytest.mark.parametrize(
+    "index_name",
+    [
+        "pytorch_model.bin.index.json",
+        "diffusion_pytorch_model.bin.index.json",
+        "model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors.index.json",
+    ],
+)
+def test_shards(index_name, state_dict, tmp_path):
+    write_shards(write_config(tmp_path), state_dict, index_name)
+    assert equal(Showo.from_pretrained(str(tmp_path)), state_dict)
+
+
+def test_own_shards(state_dict, tmp_path):
+    model = Showo.from_pretrained(write_bin(write_config(tmp_path), state_dict))
+    model.save_pretrained(tmp_path / "own", max_shard_size="100KB")
+    assert len(list((tmp_path / "own").glob("*.safetensors"))) > 1
+    assert equal(Showo.from_pretrained(tmp_path / "own"), state_dict)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: {"model": s}, lambda s: {"model": s, "epoch": 3}])
+def test_file_with_the_key_model(wrap, state_dict, tmp_path):
+    torch.save(wrap(state_dict), tmp_path / "weights.pth")
+    loaded = load_weights_file(tmp_path / "weights.pth")
+    assert loaded.keys() == state_dict.keys()
+    assert all(torch.equal(loaded[key], state_dict[key]) for key in loaded)
+    write_bin(write_config(tmp_path), wrap(state_dict))
+    assert equal(Showo.from_pretrained(tmp_path), state_dict)
+
+
+def test_rotary_buffers_of_older_checkpoints_are_passed_over(state_dict, tmp_path):
+    old = {f"showo.model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    write_bin(write_config(tmp_path), state_dict | old)
+    assert equal(Showo.from_pretrained(tmp_path), state_dict)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_loaded_as_fp32(dtype, state_dict, tmp_path):
+    half = {key: tensor.to(dtype) for key, tensor in state_dict.items()}
+    save_file(half, write_config(tmp_path) / "pytorch_model.safetensors")
+    assert equal(Showo.from_pretrained(tmp_path), {key: tensor.float() for key, tensor in half.items()})
+
+
+def test_configuration_keys_can_be_overridden(state_dict, tmp_path):
+    write_bin(write_config(tmp_path, llm_model_path="microsoft/phi-1_5"), state_dict)
+    model = Showo.from_pretrained(tmp_path, llm_model_path=str(PHI), num_vq_tokens=25)
+    assert equal(model, state_dict) and model.config.num_vq_tokens == 25
+
+
+# ---- keys that do not fit ----
+
+
+def test_wrong_keys_are_listed_by_name(state_dict, tmp_path):
+    broken = dict(state_dict)
+    del broken["showo.model.layers.1.mlp.fc1.bias"]
+    broken["showo.model.extra"] = torch.zeros(2)
+    broken["showo.model.final_layernorm.weight"] = torch.zeros(63)
+    write_bin(write_config(tmp_path), broken)
+    with pytest.raises(UserError) as error:
+        Showo.from_pretrained(tmp_path)
+    message = str(error.value)
+    assert "missing 1 (showo.model.layers.1.mlp.fc1.bias)" in message
+    assert "unexpected 1 (showo.model.extra)" in message
+    assert "mis-shaped 1 (showo.model.final_layernorm.weight [63] instead of [64])" in message
+
+
+def test_a_long_list_of_keys_is_cut():
+    expected = {f"weight{i}": torch.zeros(1) for i in range(10)}
+    with pytest.raises(UserError, match=r"missing 10 \(weight0, .*weight5 and 4 more\)"):
+        check_state_dict("x", expected, {})
+
+
+def test_a_damaged_vocabulary_is_not_taken_for_one_of_another_size(state_dict, tmp_path):
+    short = state_dict | {"showo.lm_head.weight": state_dict["showo.lm_head.weight"][:150]}
+    write_bin(write_config(tmp_path), short)
+    with pytest.raises(UserError, match=r"showo.lm_head.weight \[150, 64\] instead of \[193, 64\]"):
+        Showo.from_pretrained(tmp_path)
+
+
+def test_only_the_projector_may_be_missing(state_dict, tmp_path):
+    write_bin(write_config(tmp_path, w_clip_vit=True), state_dict)
+    with pytest.raises(UserError, match=r"missing 4 \(mm_projector.0.bias"):
+        Showo.from_pretrained(tmp_path)
+    model = Showo.from_pretrained(tmp_path, allow_missing=("mm_projector.",))
+    ours = model.state_dict()
+    assert all(torch.equal(ours[key], state_dict[key]) for key in state_dict)
+    projector = model.mm_projector[0].weight
+    assert projector.isfinite().all() and projector.std() > 0 and projector.device.type == "cpu"
+    write_bin(tmp_path, {key: tensor for key, tensor in state_dict.items() if "layers.2" not in key})
+    with pytest.raises(UserError, match=r"missing \d+ \(showo.model.layers.2"):
+        Showo.from_pretrained(tmp_path, allow_missing=("mm_projector.",))
+
+
+def test_a_projector_nobody_asked_for_is_unexpected(state_dict, tmp_path):
+    write_bin(write_config(tmp_path), state_dict | {"mm_projector.0.bias": torch.zeros(64)})
+    with pytest.raises(UserError, match="unexpected 1"):
+        Showo.from_pretrained(tmp_path)
+
+
+# ---- files that are damaged or dangerous ----
+
+
+class Malicious:
+    """A pickle that makes a file when it is executed."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain"])
+def test_a_malicious_pickle_is_never_executed(form, protocol, state_dict, tmp_path):
+    trace, file = tmp_path / "executed", write_config(tmp_path) / "pytorch_model.bin"
+    content = {"showo.lm_head.bias": Malicious(trace)}
+    if form == "plain":
+        file.write_bytes(pickle.dumps(content, protocol=protocol))
+    else:
+        zipped = {"_use_new_zipfile_serialization": form == "zip"}
+        torch.save(state_dict | content, file, pickle_protocol=max(2, protocol), **zipped)
+    with pytest.raises(UserError, match="pytorch_model.bin"):
+        Showo.from_pretrained(tmp_path)
+    assert not trace.exists()
+    with open(file, "rb") as handle:  # the file is a real attack: unsafe loading runs it
+        torch.load(handle, weights_only=False) if form != "plain" else pickle.load(handle)
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, torch.zeros(3), {"model": {"a": "text"}}])
+def test_only_a_dictionary_of_tensors_is_a_state_dict(content, tmp_path):
+    torch.save(content, tmp_path / "weights.bin")
+    with pytest.raises(UserError, match="weights.bin does not hold a plain dictionary of tensors"):
+        load_weights_file(tmp_path / "weights.bin")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.9])
+def test_truncated_weights(name, share, state_dict, tmp_path):
+    file = write_config(tmp_path) / name
+    save_file(state_dict, file) if name.endswith("safetensors") else torch.save(state_dict, file)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(UserError) as error:
+        Showo.from_pretrained(tmp_path)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_wherever_a_file_is_cut_the_error_is_one_line(kind, tmp_path):
+    tensors, file = {f"k{i}": torch.randn(3, 4) for i in range(3)}, tmp_path / f"w.{kind}"
+    if kind == "safetensors":
+        save_file(tensors, file)
+    else:
+        torch.save(tensors, file, _use_new_zipfile_serialization=kind == "zip")
+    content = file.read_bytes()
+    for length in range(0, len(content), max(1, len(content) // 150)):
+        file.write_bytes(content[:length])
+        with pytest.raises(UserError, match=str(file)):
+            load_weights_file(file)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors"])
+def test_a_file_of_another_kind(name, tmp_path):
+    (tmp_path / name).write_text("<!DOCTYPE html><p>not found</p>" * 100)
+    with pytest.raises(UserError, match=name):
+        load_weights_file(tmp_path / name)
+
+
+# ---- indexes ----
+
+
+@pytest.mark.parametrize("target", ["../outside.bin", "/etc/passwd", "sub/shard.bin", 7])
+def test_an_index_may_not_leave_its_folder(target, state_dict, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save(state_dict, tmp_path / "outside.bin")
+    index = write_shards(write_config(folder), state_dict, "pytorch_model.bin.index.json")
+    index["weight_map"]["showo.lm_head.bias"] = target
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="outside its folder"):
+        Showo.from_pretrained(folder)
+
+
+def test_missing_shard(state_dict, tmp_path):
+    write_shards(write_config(tmp_path), state_dict, "diffusion_pytorch_model.bin.index.json")
+    (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
+    with pytest.raises(UserError, match="pytorch_model-00002-of-00003.bin is missing"):
+        Showo.from_pretrained(tmp_path)
+
+
+def test_shard_without_what_the_index_promises(state_dict, tmp_path):
+    write_shards(write_config(tmp_path), state_dict, "pytorch_model.bin.index.json")
+    torch.save({}, tmp_path / "pytorch_model-00003-of-00003.bin")
+    with pytest.raises(UserError, match=r"promises \d+ \(showo.*absent from the shards"):
+        Showo.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": []}', "[]", "{", "\x00"])
+def test_unreadable_index(content, tmp_path):
+    write_config(tmp_path)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(content)
+    with pytest.raises(UserError, match="pytorch_model.bin.index.json"):
+        Showo.from_pretrained(tmp_path)
+
+
+# ---- configurations ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "MAGVITv2"}, "holds a 'MAGVITv2' checkpoint, expected 'Showo'"),
+        ({"_class_name": None, "model_type": "llama"}, "holds a 'llama' checkpoint"),
+        ({"_class_name": None}, "holds a None checkpoint"),
+        ({"vocab_size": 200}, "vocab_size is 200"),
+        ({"mask_token_id": 191}, "mask_token_id is 191"),
+        ({"llm_vocab_size": "118"}, "config.json"),
+        ({"llm_model_path": "someone/phi-9"}, "config.json.*couldn't connect"),
+    ],
+)
+def test_configurations_that_do_not_fit(changes, message, state_dict, tmp_path):
+    write_bin(write_config(tmp_path, **changes), state_dict)
+    with pytest.raises(UserError, match=message):
+        Showo.from_pretrained(tmp_path)
+
+
+def test_showo_is_no_image_tokenizer(state_dict, tmp_path):
+    write_bin(write_config(tmp_path), state_dict)
+    with pytest.raises(UserError, match="holds a 'Showo' checkpoint, expected 'MAGVITv2'"):
+        MAGVITv2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '"Showo"', "\ud800"])
+def test_unreadable_config(content, state_dict, tmp_path):
+    write_bin(tmp_path, state_dict)
+    (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match="config.json"):
+        Showo.from_pretrained(tmp_path)
+
+
+# ---- folders and hub names ----
+
+
+def test_folder_without_config_or_weights(state_dict, tmp_path):
+    with pytest.raises(UserError, match="config.json is missing"):
+        Showo.from_pretrained(write_bin(tmp_path, state_dict))
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match="holds no weights; expected one of model.safetensors"):
+        Showo.from_pretrained(write_config(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["no_such_folder", "./a/b", "/no/such/folder", "~/no_such_folder", "a/b/c", ""])
+def test_missing_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name == "":
+        name = str(tmp_path / "no")
+    with pytest.raises(UserError, match="does not exist; give an existing folder or a hub name"):
+        resolve_folder(name)
+
+
+def test_a_missing_folder_beside_existing_ones_is_no_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").mkdir()
+    with pytest.raises(UserError, match="'checkpoints/typo' does not exist"):
+        Showo.from_pretrained("checkpoints/typo")
+
+
+def test_a_file_is_no_folder(state_dict, tmp_path):
+    write_bin(tmp_path, state_dict)
+    with pytest.raises(UserError, match="is a file; give the checkpoint's folder"):
+        Showo.from_pretrained(tmp_path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("cls", [Showo, MAGVITv2])
+def test_hub_name_without_network_tells_the_way_by_folder(cls, monkeypatch):
+    import huggingface_hub.constants
+
+    assert huggingface_hub.constants.HF_HUB_OFFLINE  # set by tests/conftest.py
+    with pytest.raises(
+        UserError, match="'showlab/none-such' is no local folder .* give the path of its folder instead"
+    ):
+        cls.from_pretrained("showlab/none-such")
+
+
+def test_missing_weight_file(tmp_path):
+    with pytest.raises(UserError, match="weight file .*gone.pth is missing"):
+        load_weights_file(tmp_path / "gone.pth")
+
+
+# ---- rows ----
+
+
+@pytest.mark.parametrize("shape", [(100, 50), (100,)])
+def test_resize_rows(shape):
+    tensor = torch.randn(shape).half()
+    shorter, longer = resize_rows(tensor, 60, 0.02), resize_rows(tensor, 900, 0.02)
+    assert torch.equal(shorter, tensor[:60]) and torch.equal(longer[:100], tensor)
+    assert longer.shape == (900, *shape[1:]) and longer.dtype == torch.float16
+    assert abs(longer[100:].float().std().item() - 0.02) < 0.003
+    assert not resize_rows(tensor, 900, 0.0)[100:].any()
+    shorter[:] = 0
+    assert tensor[:60].any()  # a copy

@@ -1,0 +1,104 @@
+"""`CLIPVisionTower` on a tiny random CLIP: which features it gives, and that it stays frozen (SPEC §4)."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+
+from models import CLIPVisionTower
+from models.clip_encoder import image_processor_class
+
+SIZE, PATCH, WIDTH, LAYERS = 28, 7, 32, 3
+VISION = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+VISION |= {"image_size": SIZE, "patch_size": PATCH}
+TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(1)
+    CLIPVisionModel(CLIPVisionConfig(**VISION)).half().save_pretrained(path)  # stored in half precision
+    processor = image_processor_class()(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tower(folder):
+    return CLIPVisionTower(str(folder))
+
+
+def test_features_are_the_patches_of_the_layer_before_the_last(tower, folder):
+    pixels = torch.randn(2, 3, SIZE, SIZE)
+    features = tower(pixels)
+    assert tower.num_features == (SIZE // PATCH) ** 2 == 16
+    assert features.shape == (2, 16, WIDTH) and features.dtype == torch.float32
+    model = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        states = model(pixels, output_hidden_states=True).hidden_states
+    assert len(states) == LAYERS + 1
+    assert torch.equal(features, states[LAYERS - 1][:, 1:])  # −2; position 0 is CLS
+    assert not torch.allclose(features, states[-1][:, 1:], atol=1e-3)
+
+
+def test_another_layer(folder, tower):
+    pixels = torch.randn(1, 3, SIZE, SIZE)
+    assert not torch.equal(CLIPVisionTower(str(folder), layer=-1)(pixels), tower(pixels))
+
+
+def test_frozen_and_in_evaluation_mode(tower):
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+    assert tower.train() is tower
+    assert not any(module.training for module in tower.modules())
+    holder = torch.nn.ModuleDict({"clip": tower}).train()
+    assert holder.training and not any(module.training for module in tower.modules())
+    assert not tower(torch.randn(1, 3, SIZE, SIZE, requires_grad=True)).requires_grad
+
+
+def test_weights_are_fp32_whatever_was_stored(tower):
+    assert all(parameter.dtype == torch.float32 for parameter in tower.parameters())
+
+
+def test_features_outside_autocast_precision(tower):
+    """Pixels of another precision are brought to the weights'."""
+    pixels = torch.randn(1, 3, SIZE, SIZE).bfloat16()
+    assert torch.equal(tower(pixels), tower(pixels.float()))
+
+
+def test_preprocess(tower):
+    wide, tall = Image.new("RGB", (90, 40), (255, 0, 0)), Image.new("L", (31, 64), 128)
+    pixels = tower.preprocess([wide, tall, Image.new("RGBA", (28, 28), (0, 0, 255, 0))])
+    assert pixels.shape == (3, 3, SIZE, SIZE) and pixels.dtype == torch.float32
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    for picture, colour in zip(pixels, ([1, 0, 0], [128 / 255] * 3, [0, 0, 1]), strict=True):
+        expected = ((torch.tensor(colour) - mean) / std)[:, None, None].expand(3, SIZE, SIZE)
+        torch.testing.assert_close(picture, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_preprocess_crops_the_centre(tower):
+    image = Image.new("RGB", (3 * SIZE, SIZE))
+    image.paste((255, 255, 255), (SIZE, 0, 2 * SIZE, SIZE))
+    pixels = tower.preprocess([image])
+    assert (pixels > 1.5).all()
+
+
+def test_a_whole_clip_folder_works_too(tmp_path, tower):
+    """The published folder holds the text half as well."""
+    torch.manual_seed(2)
+    whole = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8))
+    whole.save_pretrained(tmp_path)
+    tower.image_processor.save_pretrained(tmp_path)
+    loaded = CLIPVisionTower(str(tmp_path))
+    assert loaded.num_features == 16
+    pixels = torch.randn(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        states = whole.eval().vision_model(pixels, output_hidden_states=True).hidden_states
+    assert torch.equal(loaded(pixels), states[-2][:, 1:])
+
+
+@pytest.mark.parametrize("name", ["no/such", "openai/clip-none-such"])
+def test_missing_folder(name):
+    with pytest.raises(OSError):
+        CLIPVisionTower(name)

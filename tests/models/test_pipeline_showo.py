@@ -1,0 +1,332 @@
+"""Strings and pictures in and out; rows, draws and windows of the published rules (SPEC §7, §8)."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from common.errors import UserError
+from models import CLIPVisionTower, ShowoPipeline
+from models.pipeline_showo import mask_tokens
+from tests.parity.goldens import PHI, facts, prompting, tensors, tiny_showo
+from tests.tiny import RESOLUTION, WINDOW, clip_showo, tiny_vq, write_checkpoints, write_clip
+
+FAST = {"timesteps": 3, "guidance_scale": 2.0}
+HALF = WINDOW // 2
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> ShowoPipeline:
+    return ShowoPipeline(tiny_showo(), tiny_vq(), prompting())
+
+
+@pytest.fixture(scope="module")
+def clip_pipeline(tmp_path_factory) -> ShowoPipeline:
+    tower = CLIPVisionTower(write_clip(tmp_path_factory.mktemp("clip") / "clip"))
+    return ShowoPipeline(clip_showo(), tiny_vq(), prompting(), clip=tower)
+
+
+def noise(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A picture of coarse random colours."""
+    colours = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
+
+
+def same(first: list[Image.Image], second: list[Image.Image]) -> bool:
+    return [image.tobytes() for image in first] == [image.tobytes() for image in second]
+
+
+# --- text to image
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_the_published_drawings(pipeline, case):
+    settings = facts()["generate"][case]
+    pictures = pipeline.text_to_image(
+        facts()["t2i_texts"],
+        generator=pipeline.generator(settings["seed"]),
+        **{key: settings[key] for key in ("guidance_scale", "timesteps", "temperature")},
+    )
+    assert same(pictures, pipeline.decode(tensors()[f"generate.{case}.tokens"]))
+    assert all(picture.size == (RESOLUTION, RESOLUTION) and picture.mode == "RGB" for picture in pictures)
+
+
+@pytest.mark.parametrize("case", [2, 3])
+def test_the_published_drawings_around_known_codes(case):
+    settings = facts()["generate"][case]
+    pipeline = ShowoPipeline(tiny_showo(), tiny_vq(), prompting(), noise_schedule=settings["schedule"])
+    image_ids = tensors()[f"generate.{case}.image_ids"]
+    known = image_ids != facts()["mask_token_id"]
+    codes = torch.where(known, image_ids - facts()["text_token_offset"], -1)
+    drawn = pipeline.draw_codes(
+        facts()["t2i_texts"],
+        codes,
+        generator=pipeline.generator(settings["seed"]),
+        **{key: settings[key] for key in ("guidance_scale", "timesteps", "temperature")},
+    )
+    assert torch.equal(drawn, tensors()[f"generate.{case}.tokens"])
+
+
+def test_one_generator_serves_consecutive_batches_and_repeats_prompts_in_a_row(pipeline):
+    generator = pipeline.generator(3)
+    first = pipeline.text_to_image(["w1", "w1"], generator=generator, **FAST)
+    second = pipeline.text_to_image(["w2", "w2"], generator=generator, **FAST)
+    at_once = pipeline.text_to_image(
+        ["w1", "w2"], num_images_per_prompt=2, batch_size=2, generator=pipeline.generator(3), **FAST
+    )
+    assert same(first + second, at_once)
+    assert not same(first[:1], first[1:])  # the same prompt, other draws
+
+
+def test_a_callback_sees_every_step_and_can_look(pipeline):
+    seen = []
+    last = pipeline.text_to_image("w1", callback=lambda step, codes: seen.append((step, codes)), **FAST)
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert same(pipeline.decode(seen[-1][1]), last)
+
+
+def test_generators_without_a_seed_differ(pipeline):
+    assert pipeline.generator().initial_seed() != pipeline.generator().initial_seed()
+    assert pipeline.generator(7).initial_seed() == 7
+
+
+# --- inpainting
+
+
+def mask(box: tuple[int, int, int, int], size=(48, 40)) -> Image.Image:
+    image = Image.new("L", size)
+    ImageDraw.Draw(image).rectangle(box, fill=255)
+    return image
+
+
+def test_inpainting_keeps_the_black_part_and_draws_the_white_one(pipeline):
+    image, right_half = noise(0), mask((24, 0, 47, 39))
+    drawn = []
+    pictures = pipeline.inpaint(
+        image,
+        right_half,
+        "w5",
+        num_images_per_prompt=3,
+        batch_size=2,
+        generator=pipeline.generator(1),
+        callback=lambda step, codes: drawn.append(codes.view(-1, WINDOW, WINDOW)),
+        **FAST,
+    )
+    before = pipeline.encode([image]).view(WINDOW, WINDOW)
+    assert [len(codes) for codes in drawn] == [2, 2, 2, 1, 1, 1] and len(pictures) == 3
+    assert all((codes[:, :, :HALF] == before[:, :HALF]).all() for codes in drawn)
+    assert any((codes[:, :, HALF:] != before[:, HALF:]).any() for codes in drawn)
+
+
+def test_the_mask_follows_the_published_rule():
+    size = (96, 64)  # cropped to the middle 64 x 64, as the picture is
+    tokens = mask_tokens(mask((16, 0, 47, 31), size), Image.new("RGB", size), RESOLUTION, WINDOW)
+    expected = torch.zeros(WINDOW, WINDOW, dtype=torch.bool)
+    expected[:HALF, :HALF] = True
+    assert torch.equal(tokens, expected.view(1, -1))
+    # bicubic without antialiasing reads the four pixels around a token's centre: a line through it counts, others do not
+    thin = Image.new("L", (RESOLUTION, RESOLUTION))
+    ImageDraw.Draw(thin).rectangle((3, 0, 4, RESOLUTION), fill=255)
+    beside = Image.new("L", (RESOLUTION, RESOLUTION))
+    ImageDraw.Draw(beside).rectangle((0, 0, 1, RESOLUTION), fill=255)
+    ImageDraw.Draw(beside).rectangle((10, 10, 13, 13), fill=255)
+    square = Image.new("RGB", (RESOLUTION, RESOLUTION))
+    assert mask_tokens(thin, square, RESOLUTION, WINDOW).view(WINDOW, WINDOW)[:, 0].all()
+    assert mask_tokens(beside, square, RESOLUTION, WINDOW).nonzero().tolist() == [[0, WINDOW + 1]]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.new("L", (48, 40)), "no white part"),
+        (Image.new("L", (48, 48), 255), "48 x 48 pixels, the picture 48 x 40"),
+        (noise(4), "colour picture"),
+    ],
+    ids=["black", "shape", "colours"],
+)
+def test_a_mask_of_a_wrong_kind(pipeline, image, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.inpaint(noise(0), image, "w1", **FAST)
+
+
+def test_a_mask_of_the_same_shape_but_another_size_is_taken(pipeline):
+    assert pipeline.inpaint(noise(0), mask((0, 0, 95, 39), (96, 80)).convert("RGB"), "w1", **FAST)
+
+
+# --- extrapolation
+
+
+def published(pipeline, image, directions, prompts, offset, count, generator) -> torch.Tensor:
+    """The published loop: the kept half beside new tokens is drawn, then put in the place of that half."""
+    keep, new = HALF - offset, HALF + offset
+    codes = pipeline.encode([image]).view(1, WINDOW, WINDOW).repeat(count, 1, 1)
+    for direction, prompt in zip(directions, prompts, strict=True):
+        blank = codes.new_full((count, WINDOW, new) if direction in ("left", "right") else (count, new, WINDOW), -1)
+        window, rest, join = {
+            "left": (lambda: [blank, codes[:, :, :keep]], codes[:, :, keep:], lambda w, r: torch.cat([w, r], 2)),
+            "right": (lambda: [codes[:, :, -keep:], blank], codes[:, :, :-keep], lambda w, r: torch.cat([r, w], 2)),
+            "up": (lambda: [blank, codes[:, :keep]], codes[:, keep:], lambda w, r: torch.cat([w, r], 1)),
+            "down": (lambda: [codes[:, -keep:], blank], codes[:, :-keep], lambda w, r: torch.cat([r, w], 1)),
+        }[direction]
+        window = torch.cat(window(), 2 if direction in ("left", "right") else 1)
+        drawn = pipeline.draw_codes([prompt] * count, window.reshape(count, -1), generator=generator, **FAST)
+        codes = join(drawn.view(count, WINDOW, WINDOW), rest)
+    return codes
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+@pytest.mark.parametrize("directions", [["left", "left", "right"], ["right"], ["up", "up"], ["down", "up"]])
+def test_steps_along_one_axis_are_the_published_ones(pipeline, directions, offset):
+    prompts = ["w1", "w2 w3", "w4"][: len(directions)]
+    expected = published(pipeline, noise(2), directions, prompts, offset, 2, pipeline.generator(9))
+    pictures = pipeline.extrapolate(
+        noise(2), directions, prompts, offset=offset, num_images_per_prompt=2, generator=pipeline.generator(9), **FAST
+    )
+    assert same(pictures, pipeline.decode(expected.flatten(1), tuple(expected.shape[1:])))
+    grown = RESOLUTION + len(directions) * (HALF + offset) * RESOLUTION // WINDOW
+    across = directions[0] in ("left", "right")
+    assert pictures[0].size == ((grown, RESOLUTION) if across else (RESOLUTION, grown))
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+@pytest.mark.parametrize(
+    "directions",
+    [
+        ["right", "down"],
+        ["up", "left"],
+        ["left", "up", "right", "down"],
+        ["down", "down", "left", "left", "up", "right"],
+    ],
+    ids="-".join,
+)
+def test_any_order_of_directions(pipeline, directions, offset, monkeypatch):
+    """Windows slide along sides that have outgrown them; each token is drawn once, beside known ones."""
+    windows, canvases = [], []
+    draw, decode = pipeline.draw_codes, pipeline.decode
+
+    def watched(prompts, codes, **settings):
+        windows.append((codes == -1).view(-1, WINDOW, WINDOW)[0])
+        return draw(prompts, codes, **settings)
+
+    monkeypatch.setattr(pipeline, "draw_codes", watched)
+    monkeypatch.setattr(pipeline, "decode", lambda codes, shape: canvases.append(codes.view(-1, *shape)) or [])
+    prompts = [f"w{number}" for number in range(len(directions))]
+    pipeline.extrapolate(noise(3), directions, prompts, offset=offset, timesteps=1)
+
+    (canvas,) = canvases
+    new = HALF + offset
+    steps = {name: directions.count(name) * new for name in ("left", "right", "up", "down")}
+    height, width = WINDOW + steps["up"] + steps["down"], WINDOW + steps["left"] + steps["right"]
+    assert canvas.shape == (1, height, width)
+    original = canvas[0, steps["up"] : steps["up"] + WINDOW, steps["left"] : steps["left"] + WINDOW]
+    assert torch.equal(original.flatten(), pipeline.encode([noise(3)])[0])
+    assert sum(int(unknown.sum()) for unknown in windows) == height * width - WINDOW**2
+    assert all(0 < unknown.sum() <= WINDOW * new for unknown in windows)
+    assert decode(canvas.flatten(1), (height, width))[0].size == (width * 8, height * 8)
+
+
+@pytest.mark.parametrize(
+    ("directions", "prompts", "offset", "message"),
+    [
+        (["left"], ["a", "b"], 0, "1 directions and prompt 2 prompts"),
+        (["left", "north"], ["a", "b"], 0, "'north'; allowed: left, right, up, down"),
+        (["left"], ["a"], 2, "offset is 2; .* from -1 to 1"),
+        (["left"], ["a"], -2, "offset is -2"),
+        ([], [], 0, "0 directions"),
+    ],
+)
+def test_extrapolation_that_cannot_be(pipeline, directions, prompts, offset, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.extrapolate(noise(0), directions, prompts, offset=offset)
+
+
+# --- answers
+
+QUESTIONS = ["w3 w4 w5 w6", "w10", "w7 w8 w9 w1 w2 w3 w4"]
+
+
+def test_answers_from_codes_are_those_of_the_published_row(pipeline):
+    ids = facts()["special_token_ids"]
+    question = "USER: \nw3 w4 w5 w6 ASSISTANT:"
+    text = [ids["<|sot|>"], *pipeline.prompting.tokenizer(question, add_special_tokens=False)["input_ids"]]
+    codes = (pipeline.encode([noise(1)])[0] + facts()["text_token_offset"]).tolist()
+    row = torch.tensor([[ids["<|mmu|>"], ids["<|soi|>"], *codes, ids["<|eoi|>"], *text]])
+    new_ids = pipeline.model.mmu_generate(row, max_new_tokens=12, top_k=1, eot_token=ids["<|eot|>"])
+    expected = pipeline.prompting.tokenizer.decode(new_ids[0], skip_special_tokens=True)
+    assert pipeline.answer(noise(1), "w3 w4 w5 w6", max_new_tokens=12) == [[expected]]
+    assert expected
+
+
+@pytest.mark.parametrize("branch", ["pipeline", "clip_pipeline"])
+def test_batches_change_no_greedy_answer(branch, request):
+    pipeline = request.getfixturevalue(branch)
+    images = [noise(seed) for seed in range(3)]
+    alone = [[pipeline.answer(image, question, max_new_tokens=8)[0][0] for question in QUESTIONS] for image in images]
+    assert len({text for row in alone for text in row}) > 3
+    for batch_size in (None, 1, 4):
+        assert pipeline.answer(images, QUESTIONS, max_new_tokens=8, batch_size=batch_size) == alone
+
+
+@pytest.mark.parametrize("branch", ["pipeline", "clip_pipeline"])
+def test_words_are_streamed_as_they_come(branch, request):
+    pipeline = request.getfixturevalue(branch)
+    heard: dict[tuple[int, int], list[str]] = {}
+
+    def listen(image, question, words):
+        heard.setdefault((image, question), []).append(words)
+
+    answers = pipeline.answer([noise(0), noise(1)], QUESTIONS[:2], max_new_tokens=8, callback=listen)
+    assert {pair: "".join(words).strip() for pair, words in heard.items()} == {
+        (image, question): answers[image][question] for image in range(2) for question in range(2)
+    }
+    assert max(len(words) for words in heard.values()) > 2
+
+
+def test_sampled_answers_follow_the_seed(pipeline):
+    settings = {"max_new_tokens": 8, "top_k": 50, "top_p": 0.9, "temperature": 2.0}
+    first, again = (pipeline.answer(noise(0), "w1", generator=pipeline.generator(5), **settings) for _ in range(2))
+    other = pipeline.answer(noise(0), "w1", generator=pipeline.generator(6), **settings)
+    assert first == again != other
+
+
+def test_pictures_may_be_paths(pipeline, tmp_path):
+    noise(0).save(tmp_path / "a.png")
+    assert pipeline.answer(tmp_path / "a.png", "w1", max_new_tokens=4) == pipeline.answer(
+        [noise(0)], ["w1"], max_new_tokens=4
+    )
+
+
+# --- where it comes from
+
+
+def test_a_folder_of_folders(tmp_path, pipeline):
+    write_checkpoints(tmp_path, "safetensors")
+    (tmp_path / "llm").symlink_to(PHI, target_is_directory=True)
+    loaded = ShowoPipeline.from_pretrained(tmp_path, max_seq_length=12, device="cpu")
+    settings = FAST | {"generator": pipeline.generator(1)}
+    ours = loaded.text_to_image(["w1"], **settings)
+    assert same(ours, pipeline.text_to_image(["w1"], **FAST, generator=pipeline.generator(1)))
+    assert loaded.model.dtype == loaded.vq_model.dtype == torch.float32
+
+
+def test_a_showo_folder_with_its_parts_named_and_in_bf16(tmp_path):
+    places = write_checkpoints(tmp_path)
+    loaded = ShowoPipeline.from_pretrained(
+        places["showo_clip"],
+        vq_model=places["magvitv2"],
+        clip=str(places["clip"]),
+        llm=PHI,
+        dtype="bf16",
+        attn_implementation="eager",
+    )
+    assert loaded.model.dtype == torch.bfloat16 and loaded.vq_model.dtype == torch.float32
+    assert next(loaded.clip.parameters()).dtype == torch.float32
+    assert loaded.answer(noise(0), "w1", max_new_tokens=4)[0][0]
+    assert loaded.text_to_image("w1", **FAST)[0].size == (RESOLUTION, RESOLUTION)
+
+
+def test_a_clip_model_needs_its_tower():
+    with pytest.raises(ValueError, match="CLIPVisionTower"):
+        ShowoPipeline(clip_showo(), tiny_vq(), prompting())
+    with pytest.raises(ValueError, match="multiple of 8"):
+        ShowoPipeline(tiny_showo(), tiny_vq(), prompting(), resolution=36)

@@ -1,0 +1,128 @@
+"""Three flows become one batch: rows in order, one length, each with its labels and mask (SPEC §2, §5)."""
+
+import pytest
+import torch
+
+from models import OmniMask
+from models.images import preprocess
+from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, config_of, make_vq_model, picture, write_world
+from training.parts import make_builder, make_model
+from training.understanding import VqUnderstanding
+
+LENGTH = MAX_TEXT + 1 + NUM_TOKENS + 2
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world") / "tiny")
+
+
+def items(*captions: str) -> list[dict]:
+    return [{"image": preprocess(picture(caption), 32), "text": caption} for caption in captions]
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    return make_model(config_of(world))
+
+
+def make(world, model, *, max_mask_ratio: float = 0.0, **training):
+    config = config_of(world, overrides={f"training.{key}": value for key, value in training.items()})
+    return make_builder(config, model, make_vq_model(), VqUnderstanding(max_mask_ratio), torch.device("cpu"))
+
+
+@pytest.fixture
+def builder(world, model):
+    return make(world, model, cond_dropout_prob=0.0)
+
+
+THREE = {"t2i": items(*CAPTIONS[:3]), "lm": ["some words", "more of them"], "mmu": items(CAPTIONS[5])}
+
+
+def test_rows_come_in_the_order_t2i_lm_mmu_whatever_the_order_of_the_flows(builder):
+    batch = builder(dict(reversed(THREE.items())))
+    vocabulary = builder.prompting.vocabulary
+    assert batch.counts == {"t2i": 3, "lm": 2, "mmu": 1}
+    assert batch.input_ids.shape == batch.labels.shape == (6, LENGTH)
+    assert (batch.input_ids[:3] == vocabulary.t2i_id).any(1).all()
+    assert batch.input_ids[3:5, 0].tolist() == [builder.prompting.bos_id] * 2
+    assert batch.input_ids[5, :2].tolist() == [vocabulary.mmu_id, vocabulary.soi_id]
+    assert batch.texts == CAPTIONS[:3]
+    assert torch.equal(batch.pixels, torch.stack([item["image"] for item in THREE["t2i"]]))
+    assert batch.image_features is None
+
+
+def test_image_ids_are_the_tokenizers_codes_behind_the_text_ids(builder):
+    vq_model = make_vq_model()
+    batch = builder(THREE)
+    codes = vq_model.get_code(batch.pixels) + builder.noise.image_offset  # (3, N)
+    image = slice(MAX_TEXT + 2, MAX_TEXT + 2 + NUM_TOKENS)
+    ids, labels = batch.input_ids[:3, image], batch.labels[:3, image]
+    hidden = ids == builder.noise.mask_token_id
+    assert hidden.any(1).all()
+    assert torch.equal(ids[~hidden], codes[~hidden]) and torch.equal(labels[hidden], codes[hidden])
+    assert (labels[~hidden] == -100).all()
+    mmu = vq_model.get_code(THREE["mmu"][0]["image"][None]) + builder.noise.image_offset
+    assert torch.equal(batch.input_ids[5:, 2 : 2 + NUM_TOKENS], mmu)
+
+
+def test_the_mask_of_each_row_is_the_one_its_ids_ask_for(builder, model):
+    batch = builder(THREE)
+    expected = OmniMask.from_ids(batch.input_ids, model.vocabulary).dense()
+    assert torch.equal(batch.attention_mask.dense(), expected)
+
+
+@pytest.mark.parametrize("flows", [("t2i",), ("lm",), ("mmu",), ("lm", "mmu"), ("t2i", "mmu")])
+def test_absent_flows_have_no_rows_and_no_loss(builder, model, flows):
+    batch = builder({name: THREE[name] for name in flows})
+    assert batch.counts == {name: len(THREE[name]) if name in flows else 0 for name in ("t2i", "lm", "mmu")}
+    assert (batch.mask_prob is None) == ("t2i" not in flows)
+    with torch.no_grad():
+        out = model(**batch.forward_arguments(), max_seq_length=MAX_TEXT)
+    for name in ("t2i", "lm", "mmu"):
+        loss = getattr(out, f"loss_{name}").item()
+        assert loss > 4 if name in flows else loss == 0
+
+
+def test_a_batch_gives_each_flow_the_loss_it_has_alone(builder, model):
+    torch.manual_seed(4)
+    whole = builder(THREE)
+    torch.manual_seed(4)
+    alone = builder({"t2i": THREE["t2i"]})
+    with torch.no_grad():
+        out = model(**whole.forward_arguments(), max_seq_length=MAX_TEXT)
+        t2i = model(**alone.forward_arguments(), max_seq_length=MAX_TEXT).loss_t2i
+        lm = model(**builder({"lm": THREE["lm"]}).forward_arguments(), max_seq_length=MAX_TEXT).loss_lm
+        mmu = model(**builder({"mmu": THREE["mmu"]}).forward_arguments(), max_seq_length=MAX_TEXT).loss_mmu
+    torch.testing.assert_close(torch.stack([out.loss_t2i, out.loss_lm, out.loss_mmu]), torch.stack([t2i, lm, mmu]))
+
+
+def test_texts_are_dropped_with_the_configured_probability(world, model):
+    lengths = {}
+    for prob in (0.0, 1.0):
+        batch = make(world, model, cond_dropout_prob=prob)({"t2i": THREE["t2i"]})
+        pad = model.vocabulary.pad_id
+        lengths[prob] = (batch.input_ids[:, : MAX_TEXT + 1] != pad).sum(1).tolist()
+    assert lengths[1.0] == [3, 3, 3], "<t2i> bos eos"
+    assert min(lengths[0.0]) > 3
+
+
+def test_a_run_hands_its_masking_settings_on(world, model):
+    settings = {"noise_type": "random_replace", "min_masking_rate": 0.5, "mask_contiguous_region_prob": 0.25}
+    noise = make(world, model, **settings, mask_schedule="pow2").noise
+    assert (noise.noise_type, noise.min_masking_rate, noise.contiguous_region_prob) == tuple(settings.values())
+    assert noise.schedule(torch.tensor(0.5)).item() == pytest.approx(0.75)
+    everywhere = make(world, model, predict_all_tokens=True)({"t2i": THREE["t2i"]})
+    assert (everywhere.labels[:, MAX_TEXT + 1 :] != -100).all()
+
+
+def test_understanding_sees_all_of_the_picture_unless_told_otherwise(world, model):
+    mask = model.vocabulary.mask_token_id
+    rows = make(world, model)({"mmu": items(*CAPTIONS)})
+    assert not (rows.input_ids == mask).any()
+    hidden = make(world, model, max_mask_ratio=0.5)({"mmu": items(*CAPTIONS * 6)})
+    share = (hidden.input_ids[:, 2 : 2 + NUM_TOKENS] == mask).float().mean(1)
+    assert 0.15 < share.mean() < 0.35, "from nothing up to half"
+    assert share.max() < 0.85 and share.min() < 0.1
+    assert not (hidden.labels == mask).any()
+    assert torch.equal(hidden.labels[: len(CAPTIONS)], rows.labels), "what is learnt stays the same"

@@ -1,0 +1,498 @@
+"""Runs of the trainer from end to end on a tiny world: learning, stopping, continuing, showing, and mistakes."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import repeat
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from models import MAGVITv2, Showo
+from tests.training.tiny import (
+    arguments,
+    config_of,
+    make_vq_model,
+    metrics_of,
+    write_llm,
+    write_world,
+)
+from training.checkpointing import checkpoints
+from training.export import main as export
+from training.trainer import StepMetrics, Trainer
+from training.understanding import VqUnderstanding
+
+ROOT = Path(__file__).resolve().parents[2]
+PANELS = ("generated-images", "original-images-v-s-reconstructed-images-v-s-predicted-images")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def make_trainer(world, output_dir=None, overrides=None) -> Trainer:
+    AcceleratorState._reset_state(True)
+    config = config_of(world, output_dir, overrides)
+    return Trainer(config, VqUnderstanding(config.training.und_mask_ratio))
+
+
+def run(world, output_dir, overrides=None) -> Trainer:
+    trainer = make_trainer(world, output_dir, overrides)
+    trainer.train()
+    return trainer
+
+
+def launch(world, output_dir, overrides=None, *, folder, launcher=(), **kwargs) -> subprocess.Popen:
+    """`training/train.py` as users start it, without help from the environment."""
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "WORLD_SIZE", "RANK")}
+    command = [
+        *(launcher or [sys.executable]),
+        str(ROOT / "training/train.py"),
+        *arguments(world, output_dir, overrides),
+    ]
+    return subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimiser, average and metrics of two runs are equal to the last bit."""
+    a, b = checkpoints(one)[-1], checkpoints(other)[-1]
+    assert a.name == b.name
+    for name, tensor in weights(a).items():
+        assert torch.equal(tensor, weights(b)[name]), name
+    first, second = (torch.load(folder / "average.pt", weights_only=True) for folder in (a, b))
+    assert first["updates"] == second["updates"]
+    assert all(torch.equal(tensor, second["shadow"][name]) for name, tensor in first["shadow"].items())
+    states = [torch.load(folder / "optimizer.bin", weights_only=True)["state"] for folder in (a, b)]
+    for key, state in states[0].items():
+        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
+    assert metrics_of(one) == metrics_of(other)
+    assert (a / "metadata.json").read_text() == (b / "metadata.json").read_text()
+
+
+# ---- one whole run, looked at from several sides ----
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """Six steps with all three flows."""
+    output_dir = tmp_path_factory.mktemp("run") / "out"
+    trainer = run(world, output_dir)
+    return trainer, output_dir
+
+
+def test_a_run_leaves_checkpoints_config_and_the_final_model(finished):
+    trainer, output_dir = finished
+    assert [folder.name for folder in checkpoints(output_dir)] == ["checkpoint-3", "checkpoint-6"]
+    assert "max_train_steps: 6" in (output_dir / "config.yaml").read_text()
+    final = Showo.from_pretrained(str(output_dir))
+    saved = Showo.from_pretrained(str(output_dir / "checkpoint-6" / "unwrapped_model"))
+    for name, parameter in final.named_parameters():
+        assert torch.equal(parameter, trainer.average.shadow[name])
+        assert torch.equal(parameter, dict(saved.named_parameters())[name])
+    assert trainer.state.streams["t2i"].batches == 6
+
+
+def test_the_published_names_are_logged(finished):
+    _, output_dir = finished
+    lines = metrics_of(output_dir, timing=True)
+    steps = [line for line in lines if "lr" in line]
+    names = {"step", "step_loss_t2i", "step_loss_lm", "step_loss_mmu", "lr", "avg_masking_rate"}
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(set(line) == names | {"samples/sec/gpu", "data_time", "batch_time"} for line in steps)
+    for line in steps:
+        assert 4 < line["step_loss_t2i"] < 8 and 0 < line["avg_masking_rate"] <= 1
+        assert 0 <= line["data_time"] < line["batch_time"]
+        assert line["samples/sec/gpu"] == pytest.approx(7 / line["batch_time"])
+
+
+def test_gradient_norms_are_logged_for_every_parameter(finished):
+    trainer, output_dir = finished
+    norms = [line for line in metrics_of(output_dir) if any(key.startswith("grad_norm/") for key in line)]
+    assert [line["step"] for line in norms] == [3, 6]
+    for line in norms:
+        assert set(line) - {"step"} == {f"grad_norm/{name}" for name, _ in trainer.model.named_parameters()}
+        assert all(0 <= value < 1 for key, value in line.items() if key != "step")
+        assert line["grad_norm/showo.lm_head.bias"] > 0
+
+
+def test_the_rate_follows_warm_up_and_cosine(finished):
+    _, output_dir = finished
+    rates = [line["lr"] for line in metrics_of(output_dir) if "lr" in line]  # of the step to come
+    assert rates == pytest.approx([1e-3, 2e-3] + [1e-3 * (1 + math.cos(math.pi * i / 4)) for i in range(1, 5)])
+
+
+def test_both_panels_are_drawn(finished):
+    _, output_dir = finished
+    assert sorted(path.name for path in (output_dir / "images").iterdir()) == [f"{p}-00000006.png" for p in PANELS]
+    for panel in PANELS:
+        sheet = Image.open(output_dir / "images" / f"{panel}-00000006.png").convert("RGB")
+        assert min(sheet.size) > 100 and len(sheet.getcolors(sheet.width * sheet.height)) > 20
+
+
+def test_no_path_of_this_machine_is_saved_beyond_the_given_one(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "llm", tmp_path / "llm")
+    monkeypatch.chdir(tmp_path)
+    settings = {"model.showo.llm_model_path": "llm", "training.max_train_steps": 1, "training.batch_size_mmu": 0}
+    run(world, tmp_path / "out", settings)
+    content = (tmp_path / "out" / "config.json").read_text()
+    assert str(tmp_path) not in content
+    assert json.loads(content)["llm_model_path"] == "llm"
+    shutil.rmtree(tmp_path / "llm")
+    assert Showo.from_pretrained(str(tmp_path / "out")).config.llm_config["hidden_size"] == 32
+
+
+# ---- learning ----
+
+
+def test_it_learns_one_batch_by_heart(world, tmp_path):
+    settings = {
+        "optimizer.params.learning_rate": 1e-2,
+        "training.max_train_steps": 60,
+        "training.min_masking_rate": 0.5,
+    }
+    trainer = make_trainer(world, tmp_path, settings | {"training.cond_dropout_prob": 0})
+    trainer.flows = {name: repeat(next(flow)) for name, flow in trainer.flows.items()}
+
+    def losses_after(steps: int) -> dict[str, float]:
+        for _ in range(steps):
+            trainer.metrics = StepMetrics()
+            trainer.step()
+        return trainer.metrics.means(lambda values: values, "cpu")
+
+    first, last = losses_after(1), losses_after(40)
+    for name, most in {"step_loss_t2i": 2.0, "step_loss_lm": 1.5, "step_loss_mmu": 1.5}.items():
+        assert first[name] > 5 and last[name] < most, (name, first[name], last[name])
+
+
+# ---- stopping and continuing ----
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"training.gradient_accumulation_steps": 2, "training.max_grad_norm": 1.0, "dataset.params.num_workers": 2},
+        {"training.mixed_precision": "bf16", "model.gradient_checkpointing": True, "training.und_mask_ratio": 0.4},
+    ],
+    ids=["plain", "accumulation-clipping-workers", "bf16-checkpointing"],
+)
+def test_a_continued_run_equals_an_uninterrupted_one_to_the_last_bit(world, tmp_path, monkeypatch, settings):
+    monkeypatch.setattr("training.data.streams.ROUND", 7)
+    run(world, tmp_path / "whole", settings)
+    stopped = make_trainer(world, tmp_path / "parts", settings)
+    log = stopped.log
+
+    def stop_after_three(bar):
+        log(bar)
+        stopped.stop_requested = stopped.state.global_step == 2
+
+    stopped.log = stop_after_three  # the request is honoured at the end of the next step
+    stopped.train()
+    assert [folder.name for folder in checkpoints(tmp_path / "parts")] == ["checkpoint-3"]
+    assert not (tmp_path / "parts" / "model.safetensors").exists(), "only a finished run has a final model"
+    torch.manual_seed(99)
+    run(world, tmp_path / "parts", settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_rate_follows_optimiser_steps_under_accumulation(world, tmp_path):
+    trainer = make_trainer(world, tmp_path / "out", {"training.gradient_accumulation_steps": 2})
+    moved = []
+    for _ in range(3):
+        before = trainer.model.showo.lm_head.bias.detach().clone()
+        trainer.step()
+        moved.append(not torch.equal(before, trainer.model.showo.lm_head.bias))
+    assert moved == [False, True, True], "the first rate of the warm-up is 0"
+    assert trainer.schedule.get_last_lr()[0] == pytest.approx(1e-3 * (1 + math.cos(math.pi / 4)))
+    assert [flow.state.batches for flow in trainer.flows.values()] == [6, 6, 6]
+    assert trainer.average.updates == trainer.state.global_step == 3
+    assert trainer.metrics.batches == 6 and trainer.metrics.samples == 6 * 7
+
+
+def test_accumulating_equals_one_large_batch(world, tmp_path):
+    """Two batches of the t2i flow, whose rows have equally many supervised positions, or one of twice the size."""
+    settings = {f"training.batch_size_{name}": 0 for name in ("lm", "mmu")}
+    settings |= {
+        "training.predict_all_tokens": True,
+        "training.cond_dropout_prob": 0,
+        "lr_scheduler.params.warmup_steps": 0,
+    }
+    gradients = []
+    for accumulation, batch_size in ((2, 2), (1, 4)):
+        sizes = {"training.gradient_accumulation_steps": accumulation, "training.batch_size_t2i": batch_size}
+        trainer = make_trainer(world, tmp_path, settings | sizes)
+        trainer.builder.noise.schedule = lambda t: torch.full_like(t, 1.0)  # all masked: no matter which draws
+        trainer.config.experiment.log_grad_norm_every = 1
+        trainer.step()
+        gradients.append(torch.stack(list(trainer.gradient_norms.values())))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_finished_run_started_again_takes_no_step(world, tmp_path, finished):
+    _, output_dir = finished
+    shutil.copytree(output_dir, tmp_path / "out")
+    trainer = run(world, tmp_path / "out")
+    assert trainer.state.global_step == 6
+    assert metrics_of(tmp_path / "out") == metrics_of(output_dir)
+    assert all(torch.equal(tensor, weights(output_dir)[name]) for name, tensor in weights(tmp_path / "out").items())
+
+
+def test_a_run_can_begin_from_weights_and_ignore_checkpoints(world, tmp_path, finished):
+    _, output_dir = finished
+    start = {"model.showo.pretrained_model_path": str(output_dir), "experiment.resume_from_checkpoint": None}
+    trainer = make_trainer(world, tmp_path / "out", start)
+    trainer.resume()
+    assert trainer.state.global_step == 0
+    assert all(
+        torch.equal(p, weights(output_dir)[n]) for n, p in trainer.model.named_parameters() if n in weights(output_dir)
+    )
+
+
+def test_signals_stop_at_the_end_of_a_step_and_are_given_back(world, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    trainer = make_trainer(world, tmp_path / "out")
+    step = trainer.step
+
+    def interrupted():
+        if trainer.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step()
+
+    trainer.step = interrupted
+    trainer.train()
+    assert [folder.name for folder in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_the_step_saves_and_exits_0(world, tmp_path):
+    settings = {"training.max_train_steps": 100000, "experiment.save_every": 100000, "dataset.params.num_workers": 1}
+    process = launch(world, tmp_path / "out", settings, folder=tmp_path)
+    deadline = time.monotonic() + 180
+    while not (tmp_path / "out" / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    (folder,) = checkpoints(tmp_path / "out")
+    step = json.loads((folder / "metadata.json").read_text())["global_step"]
+    assert folder.name == f"checkpoint-{step}" and metrics_of(tmp_path / "out")[-1]["step"] == step
+    trainer = make_trainer(world, tmp_path / "out", settings)
+    trainer.resume()
+    trainer.step()
+    assert trainer.state.global_step == step + 1
+
+
+@pytest.mark.slow
+def test_the_script_runs_from_anywhere_under_accelerate_launch(world, tmp_path):
+    configs = ROOT / "accelerate_configs" / "1_cpu.yaml"
+    accelerate = Path(sys.executable).with_name("accelerate")
+    launcher = [str(accelerate), "launch", "--config_file", str(configs)]
+    process = launch(world, "runs/out", {"training.max_train_steps": 2}, folder=tmp_path, launcher=launcher)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert Showo.from_pretrained(str(tmp_path / "runs/out")).config.num_vq_tokens == 16
+    assert "CLIPImageProcessor" not in output and "Traceback" not in output
+
+
+def test_the_script_says_what_is_wrong_in_one_line_and_ends_with_2(world, tmp_path):
+    process = launch(world, tmp_path / "out", {"training.batch_sise_t2i": 2}, folder=tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert output.strip().splitlines()[-1].startswith("error: ") and "training.batch_size_t2i" in output
+    assert "Traceback" not in output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_train_alike_and_stop_together(world, tmp_path):
+    """A signal to one of them: both save at the same step, and a continued run equals an uninterrupted one."""
+    settings = {"training.max_train_steps": 400, "experiment.save_every": 400, "experiment.generate_every": 400}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = launch(world, tmp_path / "out", settings, folder=tmp_path, launcher=torchrun)
+    while not (tmp_path / "out" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    (folder,) = checkpoints(tmp_path / "out")
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in folder.iterdir()}
+    step = int(folder.name.split("-")[1])
+
+    short = settings | {"training.max_train_steps": step + 3, "lr_scheduler.scheduler": "constant"}
+    # (the cosine would depend on max_train_steps)
+    assert step < 397 and short
+
+
+# ---- other settings that must work ----
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"training.noise_type": "random_replace", "training.label_smoothing": 0.1},
+        {"training.mask_contiguous_region_prob": 0.5, "training.predict_all_tokens": True},
+        {"training.batch_size_t2i": 0},
+        {"training.batch_size_lm": 0, "training.batch_size_mmu": 0, "training.ema_decay": None},
+        {"attn_implementation": "eager", "training.mixed_precision": "bf16", "lr_scheduler.scheduler": "linear"},
+    ],
+    ids=["random-replace", "contiguous", "no-t2i", "t2i-only", "eager-bf16"],
+)
+def test_settings_run_and_log_finite_losses(world, tmp_path, settings):
+    every = {"experiment.save_every": 2, "experiment.generate_every": 2, "training.max_train_steps": 2}
+    run(world, tmp_path, settings | every)
+    losses = [v for line in metrics_of(tmp_path) for k, v in line.items() if k.startswith("step_loss")]
+    assert losses and all(math.isfinite(loss) and loss > 0 for loss in losses)
+    assert Showo.from_pretrained(str(tmp_path)) is not None
+
+
+# ---- mistakes, all found before a step is taken ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model.showo.codebook_size": 128, "model.showo.vocab_size": 429}, "codebook_size is 128.*64 codes"),
+        ({"dataset.preprocessing.resolution": 64}, "resolution 64 makes 64 image tokens.*num_vq_tokens is 16"),
+        ({"dataset.preprocessing.resolution": 36}, "resolution is 36; it must be a multiple of 8"),
+        ({"model.showo.num_vq_tokens": 25}, "resolution 32 makes 16 image tokens.*num_vq_tokens is 25"),
+        ({"model.showo.llm_vocab_size": 291, "model.showo.vocab_size": 366}, "llm_vocab_size is 291.*has 290 entries"),
+        ({"model.showo.vocab_size": 400}, "vocab_size is 400, but .* = 365"),
+        ({"model.showo.llm_model_path": "/nowhere/llm"}, "llm_model_path|/nowhere/llm"),
+        ({"model.showo.load_from_showo": False}, "no file named|pytorch_model|safetensors"),
+        ({"model.showo.pretrained_model_path": "/nowhere/showo"}, "/nowhere/showo"),
+        ({"model.vq_model.vq_model_name": "/nowhere/vq"}, "/nowhere/vq"),
+        ({"validation_prompts_file": "/nowhere.txt"}, "/nowhere.txt.*does not exist"),
+        ({"dataset.und_type": "llava_tuning"}, "dataset.und_type is 'llava_tuning'"),
+        ({"experiment.resume_from_checkpoint": "checkpoint-77"}, "'checkpoint-77': no such folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing_behind(world, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        run(world, tmp_path / "out", settings)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_prompts_file_is_refused(world, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    with pytest.raises(UserError, match="is empty; write one prompt per line"):
+        make_trainer(world, tmp_path, {"validation_prompts_file": str(tmp_path / "empty.txt")})
+
+
+def test_a_launch_that_fell_apart_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("training.parts.Accelerator", lambda **_: type("Single", (), {"num_processes": 1}))
+    with pytest.raises(UserError, match="2 processes were launched, but this one trains with 1"):
+        make_trainer(world, tmp_path)
+
+
+def test_weights_of_other_sizes_are_refused(world, tmp_path, finished):
+    other = write_llm(tmp_path / "llm", world / "corpus.txt", 280)
+    sizes = {"model.showo.llm_vocab_size": 280, "model.showo.vocab_size": 355}
+    paths = {"model.showo.llm_model_path": str(other), "model.showo.pretrained_model_path": str(world / "magvitv2")}
+    with pytest.raises(UserError, match="does not fit"):
+        make_trainer(world, tmp_path / "out", sizes | paths)
+
+
+# ---- export ----
+
+
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_an_exported_model_is_the_saved_one_in_the_given_precision(finished, tmp_path, capsys, dtype, torch_dtype):
+    _, output_dir = finished
+    export([f"from={output_dir / 'checkpoint-6/unwrapped_model'}", f"to={tmp_path / 'showo'}", f"dtype={dtype}"])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "model.safetensors", "showo"]
+    saved, exported = weights(output_dir), weights(tmp_path / "showo")
+    assert saved.keys() == exported.keys()
+    assert all(torch.equal(exported[name], tensor.to(torch_dtype)) for name, tensor in saved.items())
+    loaded = Showo.from_pretrained(str(tmp_path / "showo"))
+    assert next(loaded.parameters()).dtype == torch.float32
+    count = sum(parameter.numel() for parameter in loaded.parameters())
+    assert f"Showo, {count:,} parameters, {dtype}, 0." in capsys.readouterr().out
+
+
+def test_an_exported_model_needs_nothing_of_this_machine(world, tmp_path):
+    shutil.copytree(world / "llm", tmp_path / "llm")
+    settings = {"model.showo.llm_model_path": str(tmp_path / "llm"), "training.max_train_steps": 1}
+    run(world, tmp_path / "out", settings | {"training.batch_size_mmu": 0})
+    export([f"from={tmp_path / 'out'}", f"to={tmp_path / 'showo'}"])
+    content = (tmp_path / "showo" / "config.json").read_text()
+    assert str(tmp_path) not in content and json.loads(content)["llm_model_path"] == "llm"
+    shutil.rmtree(tmp_path / "llm")
+    loaded = Showo.from_pretrained(str(tmp_path / "showo"))
+    assert loaded.config.phi_config().hidden_size == 32
+    with torch.no_grad():
+        assert torch.isfinite(loaded(torch.arange(20)[None]).logits).all()
+
+
+def test_an_image_tokenizer_is_exported_likewise(world, tmp_path, capsys):
+    export([f"from={world / 'magvitv2'}", f"to={tmp_path / 'vq'}", "dtype=fp16"])
+    codes = MAGVITv2.from_pretrained(str(tmp_path / "vq")).get_code(torch.zeros(1, 3, 32, 32))
+    assert codes.shape == (1, 16)
+    assert weights(tmp_path / "vq").keys() == make_vq_model().state_dict().keys()
+    assert "MAGVITv2" in capsys.readouterr().out
+
+
+def test_exporting_over_a_checkpoint_replaces_weights_and_keeps_notes(world, tmp_path):
+    target = tmp_path / "vq"
+    shutil.copytree(world / "magvitv2", target)
+    (target / "README.md").write_text("card")
+    (target / "pytorch_model.bin").write_bytes(b"stale")
+    (target / "model.safetensors.index.json").write_text("{}")
+    export([f"from={world / 'magvitv2'}", f"to={target}", "dtype=bf16"])
+    assert sorted(path.name for path in target.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vq"]
+    assert next(iter(weights(target).values())).dtype == torch.bfloat16
+
+
+def test_mistakes_of_an_export_are_named_and_harm_nothing(world, tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.tex").write_text("years of work")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "phi"}')
+    source = f"from={world / 'magvitv2'}"
+    for argv, message in [
+        ([], "from and to not given"),
+        ([source, f"to={tmp_path / 'x'}", "dtype=int3"], "dtype is 'int3'; allowed: fp32, bf16, fp16"),
+        ([source, f"to={tmp_path / 'x'}", "typo=1"], "unknown argument 'typo=1'"),
+        ([source, f"to={full}"], "exists and is no checkpoint folder"),
+        ([f"from={tmp_path / 'gone'}", f"to={tmp_path / 'x'}"], "gone.*does not exist"),
+        ([f"from={full}", f"to={tmp_path / 'x'}"], "config.json is missing"),
+        ([f"from={other}", f"to={tmp_path / 'x'}"], "holds a 'phi' checkpoint; only Showo and MAGVITv2"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            export(argv)
+    assert [path.name for path in full.iterdir()] == ["thesis.tex"]
+    assert not (tmp_path / "x").exists()
