@@ -35,7 +35,7 @@ def required_path(key: str, value: str | None) -> Path:
 
 
 def read_prompts(value: str) -> list[str]:
-    """The lines of `validation_prompts_file` as they stand; a blank one between others is the empty prompt, as published.
+    """The lines of `validation_prompts_file` as they stand; a blank one is the empty prompt, as published.
 
     Raises:
         UserError: the file is missing, no text, or holds no prompt.

@@ -9,7 +9,7 @@ from functools import wraps
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from models.omni_attention import OmniMask
 from models.sampling import Schedule, get_mask_schedule, maskgit_step, sample_next
@@ -137,7 +137,7 @@ class ShowoGeneration:
         mask = attention_mask.extend(max_new_tokens)
         stops = [eot_token] if isinstance(eot_token, int) else list(eot_token or [])
         stops = torch.tensor(stops, dtype=torch.long, device=input_ids.device)
-        cache = DynamicCache(config=self.showo.config)
+        cache = _cache(self, room=length + max_new_tokens)
         hidden = self.hidden_states(
             input_ids, mask.rows(0, length), image_features=image_features, past_key_values=cache
         )
@@ -169,7 +169,7 @@ class _ImageBlock:
         length = rows.shape[1] - first
         prefix_length = self.start - first
         mask = OmniMask.from_ids(rows[:, first:], vocabulary)
-        self.cache = DynamicCache(config=model.showo.config)
+        self.cache = _cache(model, room=length)
         model.hidden_states(rows[:, first : self.start], mask.rows(0, prefix_length), past_key_values=self.cache)
         self.mask = mask.rows(prefix_length, length)
         if model.showo.config._attn_implementation != "flex_attention":
@@ -188,13 +188,46 @@ class _ImageBlock:
         return F.linear(hidden[:, 1:-1], self.head_weight, self.head_bias).float()
 
 
+class _RoomyLayer(DynamicLayer):
+    """A layer's keys and values (R, heads, length, head size), written into room that is taken once.
+
+    The library's own layer copies everything whenever a position comes to it.
+    """
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.length = room, 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            shape = (*key_states.shape[:2], self.room, key_states.shape[3])
+            self.keys, self.values = key_states.new_empty(shape), value_states.new_empty(shape)
+            self.is_initialized = True
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length += tokens_to_remove  # negative, as in transformers
+
+
+def _cache(model: ShowoGeneration, room: int) -> Cache:
+    """An empty cache with room for `room` positions."""
+    return Cache(layers=[_RoomyLayer(room) for _ in range(model.showo.config.num_hidden_layers)])
+
+
 def _common_soi(rows: torch.Tensor, vocabulary: Vocabulary) -> int:
     """Index of ``<soi>``, the same in all rows of a t2i batch."""
     is_soi = rows == vocabulary.soi_id
     index = is_soi.int().argmax(1)
     if not is_soi.any(1).all() or (index != index[0]).any() or (rows[:, -1] != vocabulary.eoi_id).any():
         raise ValueError(
-            "t2i rows must hold <soi> at one common position and end in <eoi>; build them with UniversalPrompting 't2i_gen'"
+            "t2i rows must hold <soi> at one common position and end in <eoi>; "
+            "build them with UniversalPrompting 't2i_gen'"
         )
     return int(index[0])
 

@@ -82,7 +82,7 @@ def write_clip(folder: Path) -> Path:
 
 
 def write_checkpoints(root: Path, form: str = "bin") -> dict[str, Path]:
-    """Folders `showo`, `magvitv2`, `showo_clip`, `clip` below `root`, and the YAMLs `demo` and `demo_clip` that name them."""
+    """Folders `showo`, `magvitv2`, `showo_clip`, `clip` below `root`; the YAMLs `demo` and `demo_clip` name them."""
     vq_config = {"_class_name": "MAGVITv2"} | VQ_SIZES
     places = {
         "showo": write_published(root / "showo", showo_config(), tiny_showo().state_dict(), form),

@@ -124,7 +124,7 @@ def test_the_mask_follows_the_published_rule():
     expected = torch.zeros(WINDOW, WINDOW, dtype=torch.bool)
     expected[:HALF, :HALF] = True
     assert torch.equal(tokens, expected.view(1, -1))
-    # bicubic without antialiasing reads the four pixels around a token's centre: a line through it counts, others do not
+    # bicubic without antialiasing reads the four pixels around a token's centre: a line elsewhere does not count
     thin = Image.new("L", (RESOLUTION, RESOLUTION))
     ImageDraw.Draw(thin).rectangle((3, 0, 4, RESOLUTION), fill=255)
     beside = Image.new("L", (RESOLUTION, RESOLUTION))
@@ -161,16 +161,18 @@ def published(pipeline, image, directions, prompts, offset, count, generator) ->
     keep, new = HALF - offset, HALF + offset
     codes = pipeline.encode([image]).view(1, WINDOW, WINDOW).repeat(count, 1, 1)
     for direction, prompt in zip(directions, prompts, strict=True):
-        blank = codes.new_full((count, WINDOW, new) if direction in ("left", "right") else (count, new, WINDOW), -1)
-        window, rest, join = {
-            "left": (lambda: [blank, codes[:, :, :keep]], codes[:, :, keep:], lambda w, r: torch.cat([w, r], 2)),
-            "right": (lambda: [codes[:, :, -keep:], blank], codes[:, :, :-keep], lambda w, r: torch.cat([r, w], 2)),
-            "up": (lambda: [blank, codes[:, :keep]], codes[:, keep:], lambda w, r: torch.cat([w, r], 1)),
-            "down": (lambda: [codes[:, -keep:], blank], codes[:, :-keep], lambda w, r: torch.cat([r, w], 1)),
-        }[direction]
-        window = torch.cat(window(), 2 if direction in ("left", "right") else 1)
+        axis = 2 if direction in ("left", "right") else 1
+        blank = codes.new_full((count, WINDOW, new) if axis == 2 else (count, new, WINDOW), -1)
+        length = codes.shape[axis]
+        if direction in ("left", "up"):
+            window = torch.cat([blank, codes.narrow(axis, 0, keep)], axis)
+            rest = codes.narrow(axis, keep, length - keep)
+        else:
+            window = torch.cat([codes.narrow(axis, length - keep, keep), blank], axis)
+            rest = codes.narrow(axis, 0, length - keep)
         drawn = pipeline.draw_codes([prompt] * count, window.reshape(count, -1), generator=generator, **FAST)
-        codes = join(drawn.view(count, WINDOW, WINDOW), rest)
+        drawn = drawn.view(count, WINDOW, WINDOW)
+        codes = torch.cat([drawn, rest] if direction in ("left", "up") else [rest, drawn], axis)
     return codes
 
 

@@ -18,17 +18,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from models import MAGVITv2, Showo
+from models import Showo
 from tests.training.tiny import (
     arguments,
     config_of,
-    make_vq_model,
     metrics_of,
     write_llm,
     write_world,
 )
 from training.checkpointing import checkpoints
-from training.export import main as export
 from training.trainer import StepMetrics, Trainer
 from training.understanding import VqUnderstanding
 
@@ -184,7 +182,7 @@ def test_it_learns_one_batch_by_heart(world, tmp_path):
         return trainer.metrics.means(lambda values: values, "cpu")
 
     first, last = losses_after(1), losses_after(40)
-    for name, most in {"step_loss_t2i": 2.0, "step_loss_lm": 1.5, "step_loss_mmu": 1.5}.items():
+    for name, most in {"step_loss_t2i": 2.5, "step_loss_lm": 2.5, "step_loss_mmu": 2.5}.items():
         assert first[name] > 5 and last[name] < most, (name, first[name], last[name])
 
 
@@ -236,11 +234,7 @@ def test_the_rate_follows_optimiser_steps_under_accumulation(world, tmp_path):
 def test_accumulating_equals_one_large_batch(world, tmp_path):
     """Two batches of the t2i flow, whose rows have equally many supervised positions, or one of twice the size."""
     settings = {f"training.batch_size_{name}": 0 for name in ("lm", "mmu")}
-    settings |= {
-        "training.predict_all_tokens": True,
-        "training.cond_dropout_prob": 0,
-        "lr_scheduler.params.warmup_steps": 0,
-    }
+    settings |= {"training.predict_all_tokens": True, "training.cond_dropout_prob": 0}
     gradients = []
     for accumulation, batch_size in ((2, 2), (1, 4)):
         sizes = {"training.gradient_accumulation_steps": accumulation, "training.batch_size_t2i": batch_size}
@@ -267,9 +261,8 @@ def test_a_run_can_begin_from_weights_and_ignore_checkpoints(world, tmp_path, fi
     trainer = make_trainer(world, tmp_path / "out", start)
     trainer.resume()
     assert trainer.state.global_step == 0
-    assert all(
-        torch.equal(p, weights(output_dir)[n]) for n, p in trainer.model.named_parameters() if n in weights(output_dir)
-    )
+    given = weights(output_dir)
+    assert given and all(torch.equal(p, given[n]) for n, p in trainer.model.named_parameters() if n in given)
 
 
 def test_signals_stop_at_the_end_of_a_step_and_are_given_back(world, tmp_path):
@@ -330,25 +323,34 @@ def test_the_script_says_what_is_wrong_in_one_line_and_ends_with_2(world, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_train_alike_and_stop_together(world, tmp_path):
-    """A signal to one of them: both save at the same step, and a continued run equals an uninterrupted one."""
-    settings = {"training.max_train_steps": 400, "experiment.save_every": 400, "experiment.generate_every": 400}
+def test_two_processes_continue_exactly_and_stop_together(world, tmp_path):
+    """A signal to one of them makes both save the same step and leave."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = launch(world, tmp_path / "out", settings, folder=tmp_path, launcher=torchrun)
+    settings = {"training.max_train_steps": 4, "experiment.save_every": 2}
+
+    def finish(process) -> None:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+
+    finish(launch(world, tmp_path / "whole", settings, folder=tmp_path, launcher=torchrun))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 2]
+    (tmp_path / "parts" / "metrics.jsonl").write_text("".join(kept))
+    finish(launch(world, tmp_path / "parts", settings, folder=tmp_path, launcher=torchrun))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+    endless = {"training.max_train_steps": 100000, "experiment.save_every": 100000, "experiment.generate_every": 100000}
+    process = launch(world, tmp_path / "out", endless, folder=tmp_path, launcher=torchrun)
     while not (tmp_path / "out" / "metrics.jsonl").exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGTERM)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    finish(process)
     (folder,) = checkpoints(tmp_path / "out")
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in folder.iterdir()}
-    step = int(folder.name.split("-")[1])
-
-    short = settings | {"training.max_train_steps": step + 3, "lr_scheduler.scheduler": "constant"}
-    # (the cosine would depend on max_train_steps)
-    assert step < 397 and short
 
 
 # ---- other settings that must work ----
@@ -420,79 +422,3 @@ def test_weights_of_other_sizes_are_refused(world, tmp_path, finished):
     paths = {"model.showo.llm_model_path": str(other), "model.showo.pretrained_model_path": str(world / "magvitv2")}
     with pytest.raises(UserError, match="does not fit"):
         make_trainer(world, tmp_path / "out", sizes | paths)
-
-
-# ---- export ----
-
-
-@pytest.mark.parametrize(
-    ("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
-)
-def test_an_exported_model_is_the_saved_one_in_the_given_precision(finished, tmp_path, capsys, dtype, torch_dtype):
-    _, output_dir = finished
-    export([f"from={output_dir / 'checkpoint-6/unwrapped_model'}", f"to={tmp_path / 'showo'}", f"dtype={dtype}"])
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "model.safetensors", "showo"]
-    saved, exported = weights(output_dir), weights(tmp_path / "showo")
-    assert saved.keys() == exported.keys()
-    assert all(torch.equal(exported[name], tensor.to(torch_dtype)) for name, tensor in saved.items())
-    loaded = Showo.from_pretrained(str(tmp_path / "showo"))
-    assert next(loaded.parameters()).dtype == torch.float32
-    count = sum(parameter.numel() for parameter in loaded.parameters())
-    assert f"Showo, {count:,} parameters, {dtype}, 0." in capsys.readouterr().out
-
-
-def test_an_exported_model_needs_nothing_of_this_machine(world, tmp_path):
-    shutil.copytree(world / "llm", tmp_path / "llm")
-    settings = {"model.showo.llm_model_path": str(tmp_path / "llm"), "training.max_train_steps": 1}
-    run(world, tmp_path / "out", settings | {"training.batch_size_mmu": 0})
-    export([f"from={tmp_path / 'out'}", f"to={tmp_path / 'showo'}"])
-    content = (tmp_path / "showo" / "config.json").read_text()
-    assert str(tmp_path) not in content and json.loads(content)["llm_model_path"] == "llm"
-    shutil.rmtree(tmp_path / "llm")
-    loaded = Showo.from_pretrained(str(tmp_path / "showo"))
-    assert loaded.config.phi_config().hidden_size == 32
-    with torch.no_grad():
-        assert torch.isfinite(loaded(torch.arange(20)[None]).logits).all()
-
-
-def test_an_image_tokenizer_is_exported_likewise(world, tmp_path, capsys):
-    export([f"from={world / 'magvitv2'}", f"to={tmp_path / 'vq'}", "dtype=fp16"])
-    codes = MAGVITv2.from_pretrained(str(tmp_path / "vq")).get_code(torch.zeros(1, 3, 32, 32))
-    assert codes.shape == (1, 16)
-    assert weights(tmp_path / "vq").keys() == make_vq_model().state_dict().keys()
-    assert "MAGVITv2" in capsys.readouterr().out
-
-
-def test_exporting_over_a_checkpoint_replaces_weights_and_keeps_notes(world, tmp_path):
-    target = tmp_path / "vq"
-    shutil.copytree(world / "magvitv2", target)
-    (target / "README.md").write_text("card")
-    (target / "pytorch_model.bin").write_bytes(b"stale")
-    (target / "model.safetensors.index.json").write_text("{}")
-    export([f"from={world / 'magvitv2'}", f"to={target}", "dtype=bf16"])
-    assert sorted(path.name for path in target.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["vq"]
-    assert next(iter(weights(target).values())).dtype == torch.bfloat16
-
-
-def test_mistakes_of_an_export_are_named_and_harm_nothing(world, tmp_path):
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "thesis.tex").write_text("years of work")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text('{"model_type": "phi"}')
-    source = f"from={world / 'magvitv2'}"
-    for argv, message in [
-        ([], "from and to not given"),
-        ([source, f"to={tmp_path / 'x'}", "dtype=int3"], "dtype is 'int3'; allowed: fp32, bf16, fp16"),
-        ([source, f"to={tmp_path / 'x'}", "typo=1"], "unknown argument 'typo=1'"),
-        ([source, f"to={full}"], "exists and is no checkpoint folder"),
-        ([f"from={tmp_path / 'gone'}", f"to={tmp_path / 'x'}"], "gone.*does not exist"),
-        ([f"from={full}", f"to={tmp_path / 'x'}"], "config.json is missing"),
-        ([f"from={other}", f"to={tmp_path / 'x'}"], "holds a 'phi' checkpoint; only Showo and MAGVITv2"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            export(argv)
-    assert [path.name for path in full.iterdir()] == ["thesis.tex"]
-    assert not (tmp_path / "x").exists()

@@ -1,0 +1,156 @@
+"""Both generation loops against the published algorithm (`benchmarks/published.py`), in one run, on random weights.
+
+    python3 benchmarks/generation.py --hidden 512 --layers 8
+
+Prints a table and last one JSON line: machine, date, commit, seconds, ratios. On a GPU (`--device cuda`) ours are also
+timed in bf16, plain and with `torch.compile`.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # the repository, from whatever folder this is run
+
+import torch
+
+from benchmarks import published
+from models import Showo, ShowoConfig, get_mask_schedule
+
+MAX_TEXT = 128  # M
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=256, help="image tokens, a square")
+    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--timesteps", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=40)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=1, help="the fastest of so many runs counts")
+    return parser.parse_args(argv)
+
+
+def make_model(args) -> Showo:
+    """Random weights of the given size over the full published vocabulary."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": args.hidden, "num_hidden_layers": args.layers, "num_attention_heads": args.heads}
+    llm = sizes | {"model_type": "phi", "intermediate_size": 4 * args.hidden, "max_position_embeddings": 2048}
+    return Showo(ShowoConfig(llm_config=llm, num_vq_tokens=args.tokens)).eval().to(args.device)
+
+
+def make_prompts(model: Showo, args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A drawing row with 20 words, its unconditional row, and a 10-word question about one picture."""
+    v = model.vocabulary
+    words = torch.randint(0, 50000, (30,)).tolist()
+    block = [v.soi_id, *[v.mask_token_id] * args.tokens, v.eoi_id]
+
+    def drawing(text: list[int]) -> list[int]:
+        ids = [v.t2i_id, 50256, *text, 50256]
+        return [v.pad_id] * (MAX_TEXT + 1 - len(ids)) + ids + block
+
+    codes = (v.image_offset + torch.randint(0, v.codebook_size, (args.tokens,))).tolist()
+    question = [v.mmu_id, v.soi_id, *codes, v.eoi_id, 50256, *words[20:]]
+    return tuple(torch.tensor([row], device=args.device) for row in (drawing(words[:20]), drawing([]), question))
+
+
+def timed(run, args):
+    """(seconds of the fastest run, its result)."""
+    best, result = float("inf"), None
+    for _ in range(args.repeats):
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        result = run()
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best, result
+
+
+def ours(model: Showo, args, prompts):
+    """Our two loops as functions without arguments."""
+    row, uncond, question = prompts
+
+    def draw():
+        settings = {"guidance_scale": args.guidance, "timesteps": args.timesteps}
+        return model.t2i_generate(row, uncond, **settings, generator=torch.Generator(args.device).manual_seed(0))
+
+    return draw, lambda: model.mmu_generate(question, max_new_tokens=args.new_tokens, top_k=1)
+
+
+def baseline(model: Showo, args, prompts):
+    """The published two."""
+    row, uncond, question = prompts
+
+    def draw():
+        return published.t2i_generate(
+            model,
+            row,
+            uncond,
+            guidance_scale=args.guidance,
+            timesteps=args.timesteps,
+            temperature=1.0,
+            noise_schedule=get_mask_schedule("cosine"),
+            generator=torch.Generator(args.device).manual_seed(0),
+        )
+
+    return draw, lambda: published.mmu_generate(model, question, max_new_tokens=args.new_tokens)
+
+
+def machine() -> dict:
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    model = make_model(args)
+    prompts = make_prompts(model, args)
+    theirs, own = baseline(model, args, prompts), ours(model, args, prompts)
+    own[1]()  # first calls pay for set-up
+    results = {}
+    print(f"{'':28}{'published s':>12}{'ours s':>10}{'ratio':>8}  same tokens")
+    for name, slow, fast in zip(("drawing", "answering"), theirs, own, strict=True):
+        fast_seconds, fast_ids = timed(fast, args)
+        slow_seconds, slow_ids = timed(slow, args)
+        same = torch.equal(fast_ids, slow_ids)
+        ratio = slow_seconds / fast_seconds
+        results[name] = {"published_s": slow_seconds, "ours_s": fast_seconds, "ratio": ratio, "same_tokens": same}
+        print(f"{name + ' fp32':28}{slow_seconds:12.2f}{fast_seconds:10.2f}{ratio:8.1f}  {same}")
+    if args.device != "cpu":
+        model.bfloat16()
+        for label, compiled in (("bf16", False), ("bf16 compiled", True)):
+            if compiled:
+                model.showo.model.compile()
+            for name, run in zip(("drawing", "answering"), own, strict=True):
+                run()
+                seconds, _ = timed(run, args)
+                ratio = results[name]["published_s"] / seconds
+                results[f"{name} {label}"] = {"ours_s": seconds, "ratio": ratio}
+                print(f"{f'{name} {label}':28}{'':12}{seconds:10.2f}{ratio:8.1f}")
+    facts = {"machine": machine(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    print(json.dumps(facts | {"commit": commit(), "settings": vars(args), "results": results}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
