@@ -43,7 +43,7 @@ demo: $(READY) ## draw, inpaint, extrapolate and answer with the small default (
 	@echo "Look at the pictures:"
 	@for mode in t2i inpainting extrapolation mmu; do echo "  $(CURDIR)/$(DEMO)/$$mode/grid.png"; done
 
-PYTEST := PYTHONHASHSEED=0 $(PY) -m pytest -n $(JOBS) --dist loadfile
+PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 test: lint ## ruff and the CPU tests, under 15 minutes on 2 cores; what .ci/run calls
 	$(PYTEST) -m 'not gpu and not multiprocess'
