@@ -71,6 +71,15 @@ def launch(world, output_dir, overrides=None, *, folder, launcher=(), **kwargs) 
     )
 
 
+def wait_for_a_step(process: subprocess.Popen, output_dir: Path) -> None:
+    deadline = time.monotonic() + 240
+    while not (output_dir / "metrics.jsonl").exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(process.communicate()[0])
+        time.sleep(0.1)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -285,10 +294,7 @@ def test_signals_stop_at_the_end_of_a_step_and_are_given_back(world, tmp_path):
 def test_sigterm_finishes_the_step_saves_and_exits_0(world, tmp_path):
     settings = {"training.max_train_steps": 100000, "experiment.save_every": 100000, "dataset.params.num_workers": 1}
     process = launch(world, tmp_path / "out", settings, folder=tmp_path)
-    deadline = time.monotonic() + 180
-    while not (tmp_path / "out" / "metrics.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
-        time.sleep(0.1)
+    wait_for_a_step(process, tmp_path / "out")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
@@ -343,9 +349,7 @@ def test_two_processes_continue_exactly_and_stop_together(world, tmp_path):
 
     endless = {"training.max_train_steps": 100000, "experiment.save_every": 100000, "experiment.generate_every": 100000}
     process = launch(world, tmp_path / "out", endless, folder=tmp_path, launcher=torchrun)
-    while not (tmp_path / "out" / "metrics.jsonl").exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.1)
+    wait_for_a_step(process, tmp_path / "out")
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGTERM)
     finish(process)
