@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from common.errors import UserError
 from models import CLIPVisionTower, ShowoPipeline
-from models.pipeline_showo import mask_tokens
+from models.pipeline_showo import _Words, mask_tokens
 from tests.parity.goldens import PHI, facts, prompting, tensors, tiny_showo
 from tests.tiny import RESOLUTION, WINDOW, clip_showo, tiny_vq, write_checkpoints, write_clip
 
@@ -133,6 +133,13 @@ def test_the_mask_follows_the_published_rule():
     square = Image.new("RGB", (RESOLUTION, RESOLUTION))
     assert mask_tokens(thin, square, RESOLUTION, WINDOW).view(WINDOW, WINDOW)[:, 0].all()
     assert mask_tokens(beside, square, RESOLUTION, WINDOW).nonzero().tolist() == [[0, WINDOW + 1]]
+
+
+def test_grey_counts_from_the_middle_on():
+    square = Image.new("RGB", (RESOLUTION, RESOLUTION))
+    assert mask_tokens(Image.new("L", square.size, 128), square, RESOLUTION, WINDOW).all()  # 0.502
+    with pytest.raises(UserError, match="no white part"):
+        mask_tokens(Image.new("L", square.size, 127), square, RESOLUTION, WINDOW)  # 0.498
 
 
 @pytest.mark.parametrize(
@@ -282,6 +289,15 @@ def test_words_are_streamed_as_they_come(branch, request):
         (image, question): answers[image][question] for image in range(2) for question in range(2)
     }
     assert max(len(words) for words in heard.values()) > 2
+
+
+def test_the_blank_before_a_first_word_is_not_streamed(pipeline):
+    """Byte-level tokenizers begin an answer with one; the answer itself is given without."""
+    heard = []
+    words = _Words(pipeline.prompting.tokenizer, lambda image, question, text: heard.append(text), (0, 1))
+    for text in (" ", " a ", " b"):
+        words.on_finalized_text(text)
+    assert heard == ["a ", " b"]
 
 
 def test_sampled_answers_follow_the_seed(pipeline):
