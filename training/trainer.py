@@ -129,6 +129,8 @@ class Trainer:
                     self.save()
         if self.state.global_step >= total and self.accelerator.is_main_process:
             save_model(self.model, self.output_dir, self.average)
+        for flow in self.flows.values():
+            flow.close()
         self.tracker.finish()
         self.accelerator.wait_for_everyone()
 

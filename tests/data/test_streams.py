@@ -1,5 +1,6 @@
 """The order of data is a function of seed, process, worker and position; a stream continues where it was left."""
 
+import multiprocessing
 import random
 from itertools import islice
 
@@ -110,6 +111,15 @@ def test_reading_leaves_the_global_random_numbers_alone():
     take(make_flow(), 3)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
+
+
+def test_closing_ends_the_workers_and_loses_nothing():
+    flow = make_flow(num_workers=2)
+    seen = take(flow, 5)
+    assert len(multiprocessing.active_children()) == 2
+    flow.close()
+    assert multiprocessing.active_children() == []
+    assert seen + take(flow, 3) == take(make_flow(num_workers=2), 8)
 
 
 def test_another_number_of_workers_is_refused_by_name():
