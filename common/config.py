@@ -27,6 +27,7 @@ __all__ = [
     "ShowoScriptConfig",
     "TrainingConfig",
     "load_config",
+    "read_settings",
     "mask_schedule_of",
     "resolve_path",
 ]
@@ -38,6 +39,22 @@ def resolve_path(path: str | Path) -> Path:
     """A relative path is looked up in the current folder, then in the repository; where neither has it, it stays."""
     path = Path(path).expanduser()
     return REPOSITORY / path if not path.exists() and (REPOSITORY / path).exists() else path
+
+
+def read_settings(argv: list[str], schema: type, example: str) -> DictConfig:
+    """`key=value` arguments of a tool that has no config file; `???` in the schema marks what must be given.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or something not given; `example` is then quoted.
+    """
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(argv))
+    except OmegaConfBaseException as error:
+        known = ", ".join(schema.__annotations__)
+        raise UserError(f"{str(error).splitlines()[0]}; the settings are {known}") from None
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise UserError(f"{', '.join(missing)} not given; for example {example}")
+    return config
 
 
 def load_config(argv: list[str], schema: type) -> DictConfig:

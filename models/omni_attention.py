@@ -94,16 +94,14 @@ class OmniMask:
         position = mask.visible_from
 
         block_start = _image_block_start(input_ids, vocabulary)  # (B, L), own position outside image blocks
-        before_first_eoi = (input_ids == vocabulary.eoi_id).int().cumsum(1).eq(0) | (
-            (input_ids == vocabulary.eoi_id) & (input_ids == vocabulary.eoi_id).int().cumsum(1).eq(1)
-        )
-        before_first_eoi &= (input_ids == vocabulary.eoi_id).any(1, keepdim=True)
+        is_eoi = input_ids == vocabulary.eoi_id
+        up_to_first_eoi = (is_eoi.int().cumsum(1) - is_eoi.int()).eq(0) & is_eoi.any(1, keepdim=True)
         has_features = (input_ids == IMAGE_FEATURE_ID).any(1, keepdim=True)
         is_mmu = (first_id == vocabulary.mmu_id) & ~has_features
         is_t2i = first_id == vocabulary.t2i_id
 
         visible_from = torch.where(is_t2i | is_mmu, block_start, position)
-        visible_from = torch.where(is_mmu & before_first_eoi, 0, visible_from)
+        visible_from = torch.where(is_mmu & up_to_first_eoi, 0, visible_from)
         visible_from = torch.where(input_ids == IMAGE_FEATURE_ID, 0, visible_from)
         visible_from = torch.where(position < num_pads[:, None], position, visible_from)
         return cls(visible_from, _hide_left_pads(mask.visible_until, num_pads))

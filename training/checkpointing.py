@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -93,14 +94,8 @@ def hide(folder: Path) -> Path:
 
 def save_model(model, folder: Path, average=None) -> None:
     """The unwrapped model (its moving average where there is one) as safetensors + config.json."""
-    if average is None:
+    with average.applied_to(model) if average is not None else nullcontext():
         model.save_pretrained(folder)
-        return
-    average.swap(model)
-    try:
-        model.save_pretrained(folder)
-    finally:
-        average.swap(model)
 
 
 DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError, pickle.PickleError, SafetensorError)

@@ -1,5 +1,7 @@
 """Optimiser, schedule and moving average of a run (SPEC §14)."""
 
+from contextlib import contextmanager
+
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
@@ -75,6 +77,15 @@ class WeightAverage:
             kept = parameter.detach().float().clone()
             parameter.copy_(self.shadow[name])
             self.shadow[name].copy_(kept)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module):
+        """The model with the average for its weights; its own come back afterwards, also after an error."""
+        self.swap(model)
+        try:
+            yield
+        finally:
+            self.swap(model)
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "shadow": self.shadow}

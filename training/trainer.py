@@ -7,7 +7,7 @@
 import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -252,22 +252,19 @@ class Trainer:
             return
         training, step = self.config.training, self.state.global_step
         self.model.eval()
-        if self.average is not None:
-            self.average.swap(self.model)
         try:
-            images = draw(
-                self.model,
-                self.builder,
-                self.prompts,
-                guidance_scale=training.guidance_scale,
-                timesteps=training.generation_timesteps,
-                temperature=training.generation_temperature,
-                seed=training.seed or 0,
-            )
-            self.tracker.log_images(GENERATED_PANEL, images, self.prompts, step)
-            if batch.counts["t2i"]:
-                self.tracker.log_images(PREDICTED_PANEL, *predict_masked(self.model, self.builder, batch), step)
+            with self.average.applied_to(self.model) if self.average is not None else nullcontext():
+                images = draw(
+                    self.model,
+                    self.builder,
+                    self.prompts,
+                    guidance_scale=training.guidance_scale,
+                    timesteps=training.generation_timesteps,
+                    temperature=training.generation_temperature,
+                    seed=training.seed or 0,
+                )
+                self.tracker.log_images(GENERATED_PANEL, images, self.prompts, step)
+                if batch.counts["t2i"]:
+                    self.tracker.log_images(PREDICTED_PANEL, *predict_masked(self.model, self.builder, batch), step)
         finally:
-            if self.average is not None:
-                self.average.swap(self.model)
             self.model.train()

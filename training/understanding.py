@@ -14,8 +14,6 @@ class VqUnderstanding:
             small data sets. 0 as published.
     """
 
-    w_clip_vit = False
-
     def __init__(self, max_mask_ratio: float = 0.0):
         self.max_mask_ratio = max_mask_ratio
 
@@ -28,6 +26,3 @@ class VqUnderstanding:
             hidden = (torch.rand(image_ids.shape) < ratio).to(image_ids.device)
             image_ids = image_ids.masked_fill(hidden, builder.noise.mask_token_id)
         return builder.prompting((image_ids, texts), "mmu"), None
-
-    def trainable_parameters(self, model) -> list[torch.nn.Parameter]:
-        return list(model.parameters())

@@ -19,9 +19,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import webdataset
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from common.config import read_settings
 from common.errors import UserError, run_cli
 from llava import question_prompt_vq
 
@@ -78,13 +77,7 @@ def read_repeat(setting: str) -> dict[str, int]:
 
 
 def main(argv: list[str]) -> None:
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(LlavaShardsConfig), OmegaConf.from_dotlist(argv))
-    except OmegaConfBaseException as error:
-        known = ", ".join(LlavaShardsConfig.__annotations__)
-        raise UserError(f"{str(error).splitlines()[0]}; the settings are {known}") from None
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise UserError(f"{', '.join(missing)} not given; for example json=… image_root=… output=data/shards/qa")
+    config = read_settings(argv, LlavaShardsConfig, "json=… image_root=… output=data/shards/qa")
     file = Path(config.json)
     if not file.is_file():
         raise UserError(f"json={file} does not exist")

@@ -14,10 +14,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PreTrainedTokenizerFast
 
+from common.config import read_settings
 from common.errors import UserError, run_cli
 
 END_OF_TEXT = "<|endoftext|>"  # bos, eos and unk at once, as in Phi-1.5
@@ -60,13 +60,7 @@ def train_tokenizer(lines: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def main(argv: list[str]) -> None:
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(SmallLlmConfig), OmegaConf.from_dotlist(argv))
-    except OmegaConfBaseException as error:
-        known = ", ".join(SmallLlmConfig.__annotations__)
-        raise UserError(f"{str(error).splitlines()[0]}; the settings are {known}") from None
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise UserError(f"{', '.join(missing)} not given; for example corpus=text.txt output_dir=llm")
+    config = read_settings(argv, SmallLlmConfig, "corpus=text.txt output_dir=llm")
     corpus = Path(config.corpus)
     if not corpus.is_file():
         raise UserError(f"corpus={corpus} does not exist")
