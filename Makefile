@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 DEMO := outputs/demo
 INPAINTING := cherries in fluent 3d style
 EXTRAPOLATION := taxi in fluent flat style *** taxi in fluent flat style
-QUESTIONS := What is this? *** Describe the picture. *** Which style is it drawn in?
+QUESTIONS := What is this? *** Describe the picture.
 
 WORLD := data/emoji_world
 LLM := outputs/showo-tiny-llm
