@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*(\w+)\s*\}")
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -62,8 +63,8 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
 
     Args:
         argv: `key=value` arguments; exactly the key `config` names the YAML file.
-        schema: a dataclass of dataclasses. Two optional attributes: `ALIASES` (short name → dotted key it sets) and
-            `problems(config) -> list[str]`.
+        schema: a dataclass of dataclasses. Three optional attributes: `ALIASES` (short name → dotted key it sets),
+            `problems(config) -> list[str]`, and `unread(config) -> list[str]`, the keys that a run leaves unread.
 
     Raises:
         UserError: no `config=`, a missing or broken file, unknown keys (with the nearest known one), wrong types,
@@ -85,9 +86,18 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
         except OmegaConfBaseException:
             problems.append(f"{key} is {value!r}; it must be {_describe(known[key])}")
     _raise(problems, path)
-    _resolve(config, path)
+    _resolve(config, path, schema.unread(config) if hasattr(schema, "unread") else [])
     _raise(schema.problems(config) if hasattr(schema, "problems") else [], path)
     return config
+
+
+def _values(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of nested groups, with its value."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -146,6 +156,8 @@ def _flatten(tree: dict, known: dict[str, Any], problems: list[str], prefix: str
     for name, value in tree.items():
         key = f"{prefix}{name}"
         is_section = any(other.startswith(f"{key}.") for other in known)
+        if value is None and get_origin(known.get(key)) is dict:
+            continue  # an empty group gives nothing
         if key in known or get_origin(known.get(key.rpartition(".")[0])) is dict:
             yield key, value
         elif is_section and isinstance(value, dict):
@@ -181,11 +193,21 @@ def _describe(hint: Any) -> str:
     )
 
 
-def _resolve(config: DictConfig, path: Path) -> None:
-    """Replace every `${…}` by its value."""
-    wanted = set(re.findall(r"\$\{oc\.env:\s*(\w+)\s*\}", OmegaConf.to_yaml(config, resolve=False)))
-    if unset := sorted(wanted - set(os.environ)):
-        raise UserError(f"config={path} needs environment variables that are not set: {', '.join(unset)}")
+def _resolve(config: DictConfig, path: Path, unread: list[str]) -> None:
+    """Replace every `${…}` by its value; an unset environment variable in a key of `unread` leaves it null."""
+    unset: dict[str, list[str]] = {}
+    for key, value in _values(OmegaConf.to_container(config, resolve=False)):
+        names = [name for name in ENVIRONMENT.findall(str(value)) if not os.environ.get(name)]
+        if names and key in unread:
+            OmegaConf.update(config, key, None)
+        elif names:
+            unset[key] = names
+    if unset:
+        names = ", ".join(sorted({name for names in unset.values() for name in names}))
+        instead = " ".join(f"{key}=…" for key in unset)
+        raise UserError(
+            f"config={path} needs environment variables that are not set: {names}; set them or give {instead}"
+        )
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:

@@ -5,6 +5,7 @@ and puts it into its own top-level class.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -31,8 +32,11 @@ class ExperimentSection:
     generate_every: int = 1000
     log_every: int = 50
     log_grad_norm_every: int = 500
+    init_from: str | None = None  # weights that a new run starts from: a folder (a stage's result) or a hub name
     resume_from_checkpoint: bool | str | None = "latest"
+    accept_config_changes: bool = False  # continue a run although settings that change what is learnt differ
     checkpoints_total_limit: int | None = None
+    eval_batches: int = 8  # of each flow that has held-out data
 
 
 @dataclass
@@ -67,7 +71,19 @@ class ModelSection:
 class DataParams:
     train_t2i_shards_path_or_url: Any = None  # one path or brace list, or several
     train_mmu_shards_path_or_url: Any = None
+    train_mmu_image_root: str | None = None  # LLaVA: the folder that the json's image names are relative to
     train_lm_shards_path_or_url: Any = None
+    train_t2i_image_root: str | None = None  # likewise for file names in parquet files; null: the folder of that file
+    eval_t2i_shards_path_or_url: Any = None  # held-out data; null: that flow is not evaluated
+    eval_mmu_shards_path_or_url: Any = None
+    eval_lm_shards_path_or_url: Any = None
+    eval_t2i_image_root: str | None = None  # null: as for training
+    eval_mmu_image_root: str | None = None
+    class_names_path: str | None = None  # imagenet1k: a name for each class folder, one a line or as JSON
+    image_column: str | None = None  # of parquet files with pictures; null: found by its usual names
+    text_column: str | None = None
+    lm_column: str = "content"  # of parquet and jsonl files with texts
+    max_skipped_fraction: float = 0.1  # of a flow's samples that cannot be read; more ends the run
     add_caption_prompt: bool = True
     external_caption_path: str | None = None
     external_journeydb_caption_path: str | None = None
@@ -105,7 +121,7 @@ class DatasetSection:
 @dataclass
 class OptimizerParams:
     learning_rate: float = 1e-4
-    scale_lr: bool = False
+    scale_lr: bool = False  # multiplies the rate by the rows of one optimiser step over all processes
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01
@@ -158,6 +174,7 @@ class TrainingSection:
     lm_coeff: float = 0.1
     mmu_coeff: float = 1.0
     und_mask_ratio: float = 0.0  # mmu pictures hide a random share of their tokens, up to this
+    max_nonfinite_batches: int | None = 10  # NaN or Inf losses that are dropped before a run ends; null: not looked at
     ema_decay: float | None = None  # keeps a moving average of the weights; it is what is saved and sampled
     mask_schedule: str = "cosine"  # the section of the same name wins
 
@@ -200,6 +217,12 @@ class TrainingConfig:
         """What is wrong with the values of a merged and resolved config, one sentence each."""
         return find_problems(config)
 
+    @staticmethod
+    def unread(config: DictConfig) -> list[str]:
+        """Data paths of flows that are off: what they refer to need not exist."""
+        sizes = OmegaConf.to_container(config.training, resolve=False)
+        return data_paths(config, [flow for flow in FLOWS if sizes[f"batch_size_{flow}"] == 0])
+
 
 @dataclass
 class InferenceConfig(TrainingConfig):
@@ -234,6 +257,11 @@ class InferenceConfig(TrainingConfig):
     top_k: int | None = 1
     top_p: float | None = None
 
+    @staticmethod
+    def unread(config: DictConfig) -> list[str]:
+        """All data paths, so that a training file serves for inference where its data is not."""
+        return data_paths(config, FLOWS)
+
 
 ShowoScriptConfig = InferenceConfig
 
@@ -247,7 +275,6 @@ CHOICES = {
     "dataset.und_type": ("captioning", "captioning_parquet", "llava_pretrain", "llava_tuning"),
     "dataset.combined_loader_mode": ("max_size_cycle", "min_size"),
     "optimizer.name": ("adamw",),
-    "optimizer.params.scale_lr": (False,),  # read by nobody, like pre_encode
     "lr_scheduler.scheduler": (
         "linear",
         "cosine",
@@ -267,6 +294,9 @@ RANGES = {  # both ends allowed, infinity never
     "dataset.preprocessing.resolution": (8, math.inf),
     "dataset.params.shuffle_buffer_size": (0, math.inf),
     "dataset.params.num_workers": (0, math.inf),
+    "dataset.params.max_skipped_fraction": (0, 1),
+    "experiment.max_train_examples_t2i": (1, math.inf),
+    "experiment.max_train_examples_mmu": (1, math.inf),
     "optimizer.params.learning_rate": (0, math.inf),
     "lr_scheduler.params.warmup_steps": (0, math.inf),
     "training.gradient_accumulation_steps": (1, math.inf),
@@ -281,6 +311,10 @@ RANGES = {  # both ends allowed, infinity never
     "training.label_smoothing": (0, 1),
     "training.und_mask_ratio": (0, 1),
     "training.ema_decay": (0, 1),
+    "training.max_nonfinite_batches": (0, math.inf),
+    "training.max_grad_norm": (0, math.inf),
+    "experiment.eval_batches": (1, math.inf),
+    "experiment.checkpoints_total_limit": (1, math.inf),
     "dataset.preprocessing.und_jitter": (0, 0.5),
     "training.guidance_scale": (0, math.inf),
     "training.generation_timesteps": (1, math.inf),
@@ -293,7 +327,14 @@ RANGES = {  # both ends allowed, infinity never
     "seed": (0, 2**63 - 1),
 }
 
-SHARDS = [f"dataset.params.train_{flow}_shards_path_or_url" for flow in ("t2i", "mmu", "lm")]
+FLOWS = ("t2i", "mmu", "lm")
+SHARDS = [f"dataset.params.{split}_{flow}_shards_path_or_url" for split in ("train", "eval") for flow in FLOWS]
+
+
+def data_paths(config: DictConfig, flows: Iterable[str]) -> list[str]:
+    """The keys that say where these flows read, for training and evaluation."""
+    starts = tuple(f"{split}_{flow}_" for split in ("train", "eval") for flow in flows)
+    return [f"dataset.params.{name}" for name in config.dataset.params if name.startswith(starts)]
 
 
 def find_problems(config: DictConfig) -> list[str]:

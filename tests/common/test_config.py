@@ -168,8 +168,19 @@ def test_all_unset_environment_variables_are_named_at_once(load):
         load,
         "experiment: {name: '${oc.env:SHOWO_UNSET_A}'}\n"
         "dataset: {params: {train_mmu_shards_path_or_url: ['${oc.env:SHOWO_UNSET_B}/1.tar', x]}}",
+        schema=TrainingConfig,
     )
-    assert "SHOWO_UNSET_A, SHOWO_UNSET_B" in message
+    assert "SHOWO_UNSET_A, SHOWO_UNSET_B; set them or give" in message
+    assert "experiment.name=" in message and "dataset.params.train_mmu_shards_path_or_url=" in message
+
+
+def test_an_empty_environment_variable_is_an_unset_one(load, monkeypatch):
+    monkeypatch.setenv("SHOWO_UNSET_A", "")
+    assert "SHOWO_UNSET_A" in refused(load, "experiment: {name: '${oc.env:SHOWO_UNSET_A}'}")
+
+
+def test_no_environment_variable_is_needed_for_what_the_command_line_gives(load):
+    assert load("experiment: {name: '${oc.env:SHOWO_UNSET_A}'}", "experiment.name=x").experiment.name == "x"
 
 
 def test_a_reference_that_leads_nowhere(load):
@@ -263,7 +274,6 @@ def test_all_mistakes_come_at_once(load):
         "training.pre_encode=true",
         "training.noise_type=salt",
         "optimizer.name=sgd",
-        "optimizer.params.scale_lr=true",
         "dataset.gen_type=video",
         "dataset.combined_loader_mode=max_size",
         "lr_scheduler.scheduler=steps",

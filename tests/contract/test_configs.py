@@ -6,7 +6,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from common.config import InferenceConfig, TrainingConfig, load_config
+from common.config import InferenceConfig, TrainingConfig, load_config, mask_schedule_of
 from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +64,85 @@ def test_a_file_with_every_published_key_at_its_default_is_accepted(schema, tmp_
     path.write_text(yaml.safe_dump(tree))
     (tmp_path / "empty.yaml").write_text("")
     assert load_config([f"config={path}"], schema) == load_config([f"config={tmp_path}/empty.yaml"], schema)
+
+
+# Spellings that published files use: quoted text, exponents for whole numbers, empty paths, lists over several lines.
+PUBLISHED_SPELLINGS = """
+wandb:
+  entity: null
+  resume: 'auto'
+  run_id: 12345678
+experiment:
+  project: "training"
+  name: "show-o-training-stage2"
+  max_train_examples_t2i: 4e7
+  max_train_examples_mmu: 40000000 #
+  resume_from_checkpoint: "latest"
+  checkpoints_total_limit: 3
+model:
+  vq_model:
+    type: "magvitv2"
+    pretrained_model_path:
+  showo:
+    load_from_showo: false
+    pretrained_model_path: "showlab/show-o"
+    llm_model_path: 'microsoft/phi-1_5'
+dataset:
+  params:
+    train_t2i_shards_path_or_url:
+      - "/data/sa1b/{00000..00010}.tgz"
+      - "/data/laion/{00000..00999}.tar"
+    train_mmu_shards_path_or_url: [
+      "/data/cc12m/{0000..0999}.tar",
+      "/data/laion/{00000..00999}.tar",
+    ]
+    train_lm_shards_path_or_url: "/data/falcon-refinedweb/data/*.parquet"
+    external_caption_path: ""
+    external_journeydb_caption_path: ""
+    external_laion12m_caption_path: ""
+    external_cc12m_caption_path: ""
+    resolution: ${dataset.preprocessing.resolution}
+    batch_size: ${training.batch_size}
+    pin_memory: true
+  preprocessing:
+    resolution: 256
+    center_crop: False
+optimizer:
+  params: # default adamw params
+    learning_rate: 1e-4
+    epsilon: 1e-8
+lr_scheduler:
+  params:
+    learning_rate: ${optimizer.params.learning_rate}
+    warmup_steps: 5e3
+training:
+  eval_mask_ratios: [0, 0.5, 1]
+  mask_contiguous_region_prob: 0
+  mixed_precision: 'bf16'
+  max_train_steps: 1e6
+  guidance_scale: 0
+  max_grad_norm:
+  t2i_coeff: 1
+mask_schedule:
+  schedule: "cosine"
+  params:
+"""
+
+
+@pytest.mark.parametrize("schema", [InferenceConfig, TrainingConfig])
+def test_published_spellings_are_read(schema, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(PUBLISHED_SPELLINGS)
+    config = load_config([f"config={path}"], schema)
+    assert config.wandb.run_id == "12345678" and config.wandb.resume == "auto"
+    assert config.experiment.max_train_examples_t2i == config.experiment.max_train_examples_mmu == 40_000_000
+    assert isinstance(config.experiment.max_train_examples_t2i, int)
+    assert (config.training.max_train_steps, config.lr_scheduler.params.warmup_steps) == (1_000_000, 5000)
+    assert config.optimizer.params.learning_rate == config.lr_scheduler.params.learning_rate == 1e-4
+    assert len(config.dataset.params.train_t2i_shards_path_or_url) == 2
+    assert not config.dataset.params.external_caption_path
+    assert config.training.eval_mask_ratios == [0, 0.5, 1]
+    assert mask_schedule_of(config) == ("cosine", {})
 
 
 def test_command_line_keys_are_known():
@@ -149,13 +228,16 @@ def test_an_unknown_key_names_the_nearest():
 # --- what the commands name
 
 
-@pytest.mark.parametrize("name", ["showoprompts", "text2image_prompts", "imagenet_prompts"])
-def test_prompt_files_hold_one_prompt_a_line(name):
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("showoprompts", 20),
+        ("text2image_prompts", 20),
+        ("imagenet_prompts", 10),
+        ("emoji_prompts", 16),
+        ("emoji_class_prompts", 16),
+    ],
+)
+def test_prompt_files_hold_one_prompt_a_line(name, count):
     lines = (ROOT / "validation_prompts" / f"{name}.txt").read_text().splitlines()
-    assert all(line.strip() for line in lines) and len(set(lines)) == len(lines)
-    assert len(lines) == (10 if name == "imagenet_prompts" else 20)
-
-
-def test_accelerate_launches_one_gpu_process():
-    config = yaml.safe_load((ROOT / "accelerate_configs/1_gpu.yaml").read_text())
-    assert (config["num_processes"], config["distributed_type"]) == (1, "NO")
+    assert all(line.strip() for line in lines) and len(set(lines)) == len(lines) == count
