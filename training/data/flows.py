@@ -1,204 +1,174 @@
-"""The three data flows of a training step: where their raw samples come from and how one becomes an item (SPEC §15).
+"""The three data flows of a run: which source and which transform a configuration means (SPEC §15, docs/data.md).
 
-An image item is ``{"image": (3, res, res) float32 in [-1, 1], "text": str}``, a language item is a text.
+An item is ``{"image": (3, res, res) float32 in [-1, 1], "text": str}``; with ``"codes"``, (N,) int64, in place of the
+picture where shards hold codes, ``"pixel_values"``, (3, S, S), in the CLIP-ViT branch, and ``"input_ids"`` and
+``"labels"``, (L,) int64, in place of the text where it is a conversation. A language item is a text.
 """
 
-import glob
-import io
-import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import braceexpand
-import torch
-import webdataset
-from PIL import Image
-
-from common.config import REPOSITORY, resolve_path
-from common.errors import UserError
-from models.images import preprocess
+from common.config import resolve_path
+from llava import encode_conversation, encode_plain
+from training.data.batching import collate_images, stack
+from training.data.captions import Captions, ExternalCaptions
+from training.data.flow_paths import LLAVA, FlowPaths, all_or_problems
+from training.data.image_text import ImageTextItem, Pictures
+from training.data.imagenet import ImageFolder
+from training.data.json_records import JsonTable
+from training.data.language import Documents, text_item
+from training.data.llava_flow import LlavaItem, LlavaRecords
+from training.data.parquet import IMAGE_COLUMNS, TEXT_COLUMNS, ParquetUnits
+from training.data.paths import JSON, PARQUET, expand_paths, has_suffix
+from training.data.shards import ShardUnits, check_codes, read_shards
+from training.data.sources import Epochs, Resampled, Source
 from training.data.streams import Flow
 
-CAPTION_INSTRUCTIONS = (
-    "Describe this image.",
-    "What does the picture show?",
-    "Give a short description of the image.",
-    "Please caption this picture.",
-    "Tell me what you see in this image.",
-    "What can be seen here?",
-    "Write a caption for the image.",
-    "Summarise the content of this picture.",
-    "Explain what is in this image.",
-    "What is depicted in the picture?",
-)
-MAX_LM_CHARACTERS = 8000
-SUPPORTED_KINDS = {"t2i": ("gen_type", "t2i"), "mmu": ("und_type", "captioning")}
-IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp")
-TEXT_SUFFIXES = ("text", "txt", "caption")
+__all__ = ["build_flows", "check_data", "collate_images", "expand_paths", "read_shards", "stack"]
 
 
-def expand_paths(setting: str, value) -> list[str]:
-    """Existing files of a path, a brace list (``train-{000000..000003}.tar``), a glob, or several of them.
-
-    Raises:
-        UserError: the setting is empty, or a file does not exist.
-    """
-    if not value:
-        example = f"{setting}=data/train-{{000000..000009}}.tar"
-        raise UserError(f"{setting} is not set; give the path of the data, for example {example}")
-    paths = []
-    for item in [value] if isinstance(value, str) else value:
-        for path in braceexpand.braceexpand(item):
-            paths += _matches(path) or [str(resolve_path(path))]
-    missing = [path for path in paths if not Path(path).is_file()]
-    if missing:
-        raise UserError(f"{setting}: {len(missing)} of {len(paths)} files do not exist, first {missing[0]}")
-    return paths
-
-
-def _matches(pattern: str) -> list[str]:
-    """Files that a pattern with ``*`` or ``?`` means here, else in the repository; none for a plain path."""
-    if not any(c in pattern for c in "*?"):
-        return []
-    return sorted(glob.glob(pattern)) or sorted(glob.glob(str(REPOSITORY / pattern)))
-
-
-# ---- raw samples: a seed → an endless iterator ----
-
-
-def read_shards(urls: list[str], buffer_size: int, seed: int) -> Iterator[dict]:
-    """Undecoded samples of WebDataset shards, drawn with replacement and mixed in a buffer."""
-    shards = webdataset.ResampledShards(urls, seed=seed, worker_seed=lambda: 0, deterministic=True)
-    samples = webdataset.tarfile_to_samples(handler=webdataset.warn_and_continue)(shards)
-    return _mixed(samples, buffer_size, random.Random(seed))
-
-
-def _mixed(samples: Iterator, buffer_size: int, rng: random.Random) -> Iterator:
-    """Each sample waits in a buffer for a random time."""
-    buffer = []
-    for sample in samples:
-        if len(buffer) < buffer_size:
-            buffer.append(sample)
-            continue
-        if buffer:
-            index = rng.randrange(len(buffer))
-            buffer[index], sample = sample, buffer[index]
-        yield sample
-
-
-def read_texts(paths: list[str], seed: int) -> Iterator[str]:
-    """Column ``content`` of parquet files, files and row groups in random order, endless."""
-    import pyarrow.parquet
-
-    rng = random.Random(seed)
-    groups = []
-    for path in paths:
-        file = pyarrow.parquet.ParquetFile(path)
-        if "content" not in file.schema_arrow.names:
-            raise UserError(f"{path} has no column 'content'; its columns are {', '.join(file.schema_arrow.names)}")
-        groups += [(path, index) for index in range(file.num_row_groups)]
-    while True:
-        for path, index in rng.sample(groups, len(groups)):
-            table = pyarrow.parquet.ParquetFile(path).read_row_group(index, columns=["content"])
-            texts = table.column("content").to_pylist()
-            yield from rng.sample(texts, len(texts))
-
-
-# ---- transforms: a raw sample and its own random numbers → an item ----
-
-
-def image_text_item(
-    raw: dict, rng: random.Random, *, resolution: int, flip: bool, jitter: float, add_caption_prompt: bool
-) -> dict | None:
-    """One picture with its text; None when either cannot be read."""
-    data = next((raw[s] for s in IMAGE_SUFFIXES if s in raw), None)
-    text = next((raw[s] for s in TEXT_SUFFIXES if s in raw), None)
-    if data is None or text is None:
-        return None
-    try:
-        text = text.decode("utf-8").strip()
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception:  # decoders of broken files raise almost anything, even SyntaxError
-        return None
-    if flip and rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if jitter:
-        image = jittered(image, jitter, rng)
-    if add_caption_prompt:
-        text = f"USER: \n{rng.choice(CAPTION_INSTRUCTIONS)} ASSISTANT: {text}"
-    return {"image": preprocess(image, resolution), "text": text}
-
-
-def jittered(image: Image.Image, amount: float, rng: random.Random) -> Image.Image:
-    """Shifted and scaled by up to `amount` (a share of the size); the rim takes the colour of the top left corner."""
-    width, height = image.size
-    scale = 1 + rng.uniform(-amount, amount)
-    shift_x, shift_y = (rng.uniform(-amount, amount) * side for side in image.size)
-    matrix = (scale, 0, width / 2 * (1 - scale) + shift_x, 0, scale, height / 2 * (1 - scale) + shift_y)
-    corner = image.getpixel((0, 0))
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=corner)
-
-
-def text_item(raw: str | None, rng: random.Random) -> str | None:
-    """Newlines removed; texts over 8000 characters cut to a random window; None for an empty one."""
-    text = (raw or "").replace("\n", "")
-    if len(text) > MAX_LM_CHARACTERS:
-        start = rng.randrange(len(text) - MAX_LM_CHARACTERS)
-        text = text[start : start + MAX_LM_CHARACTERS]
-    return text or None
-
-
-# ---- flows ----
-
-
-def build_flows(config, *, process: int = 0) -> dict[str, Flow]:
+def build_flows(
+    config,
+    *,
+    process: int = 0,
+    num_processes: int = 1,
+    tokenizer=None,
+    image_processor=None,
+    split: str = "train",
+    text_length: int | None = None,
+) -> dict[str, Flow]:
     """The flows ``t2i``, ``lm``, ``mmu`` whose batch size is not 0.
 
+    Args:
+        config: a `TrainingConfig`.
+        process, num_processes: which share of the data this process reads.
+        tokenizer: of the model; flows of conversations cannot be read without one.
+        image_processor: CLIP's, for the pictures of the mmu flow in the CLIP-ViT branch.
+        split: ``train``, or ``eval``: the held-out data of the `eval_*` paths, in an order that is the same in every
+            run, without augmentation, read by this process itself. Flows without such a path are absent.
+        text_length: tokens of a conversation that a row has room for; `max_seq_length` if not given.
+
     Raises:
-        UserError: a source is not set or missing (all of them in one message), or its kind is not supported.
+        UserError: paths are not set or missing (all of them in one message), or what they hold does not fit.
     """
-    training, params, preprocessing = config.training, config.dataset.params, config.dataset.preprocessing
-    problems, flows = [], {}
-    shared = {"process": process, "num_workers": params.num_workers}
-    for name in ("t2i", "lm", "mmu"):
-        batch_size = training[f"batch_size_{name}"]
-        if batch_size == 0:
-            continue
-        try:
-            setting = f"dataset.params.train_{name}_shards_path_or_url"
-            _check_kind(config, name)
-            paths = expand_paths(setting, params[f"train_{name}_shards_path_or_url"])
-        except UserError as error:
-            problems.append(str(error))
-            continue
+    setup = _Setup(config, split, tokenizer, image_processor, text_length)
+    names = setup.places.check_all()
+    sources = dict(zip(names, all_or_problems(partial(setup.source, name) for name in names), strict=True))
+    if config.dataset.combined_loader_mode == "min_size" and split == "train":
+        end_together(sources, setup.places.batch_sizes)
+    shares = {"process": process, "num_processes": num_processes}
+    return {
+        name: Flow(source, setup.transform(name), setup.places.batch_sizes[name], **shares, **setup.reading(name))
+        for name, source in sources.items()
+    }
+
+
+def check_data(config) -> None:
+    """Whether all paths of training and evaluation exist; reads none of them.
+
+    Raises:
+        UserError: paths are not set or missing, all of them in one message.
+    """
+    all_or_problems(FlowPaths(config, split).check_all for split in ("train", "eval"))
+
+
+def end_together(sources: dict[str, Source], batch_sizes: dict[str, int]) -> None:
+    """`min_size`: every source begins its next epoch when the shortest, in steps, has ended one."""
+    steps = [source.samples / batch_sizes[name] for name, source in sources.items() if source.samples]
+    for name, source in sources.items():
+        if steps:
+            source.samples = max(1, round(min(steps) * batch_sizes[name]))
+
+
+class _Setup:
+    """What a configuration says of the flows of one split."""
+
+    def __init__(self, config, split: str, tokenizer, image_processor, text_length: int | None):
+        self.config, self.training, self.params = config, split == "train", config.dataset.params
+        self.places = FlowPaths(config, split)
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.text_length = text_length or config.dataset.preprocessing.max_seq_length
+
+    def source(self, name: str) -> Source:
+        """Opens what a flow reads."""
+        kind, paths, params = self.places.kinds[name], self.places.files(name), self.params
+        samples = self.config.experiment[f"max_train_examples_{name}"] if name != "lm" and self.training else None
+        if Path(paths[0]).is_dir():
+            return Epochs(ImageFolder(paths[0], _resolved(params.class_names_path)), samples)
+        if has_suffix(paths[0], PARQUET):
+            return Epochs(ParquetUnits(paths, *self.columns(name), params.shuffle_buffer_size), samples)
         if name == "lm":
-            read, transform = partial(read_texts, paths), text_item
-        else:
-            read = partial(read_shards, paths, params.shuffle_buffer_size)
-            augmented = name == "mmu"
-            transform = partial(
-                image_text_item,
-                resolution=preprocessing.resolution,
-                flip=preprocessing.random_flip or (augmented and preprocessing.und_random_flip),
-                jitter=preprocessing.und_jitter if augmented else 0.0,
-                add_caption_prompt=augmented and params.add_caption_prompt,
-            )
-        flows[name] = Flow(read, transform, batch_size, seed=f"{training.seed or 0}/{name}", **shared)
-    if problems:
-        raise UserError("; ".join(problems))
-    if not flows:
-        raise UserError("training.batch_size_t2i, batch_size_lm and batch_size_mmu are all 0; nothing to train on")
-    return flows
+            return Epochs(Documents(paths, params.lm_column), samples)
+        if kind in LLAVA and has_suffix(paths[0], JSON):
+            return Epochs(LlavaRecords(paths), samples)
+        check_codes(paths, self.code_sizes(), self.pictures(name).refuses_codes())
+        if not self.training:
+            return Epochs(ShardUnits(paths))
+        return Resampled(partial(read_shards, paths, params.shuffle_buffer_size), samples)
+
+    def columns(self, name: str) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        """Parquet columns of a flow, and the keys that name them."""
+        params = self.params
+        if name == "lm":
+            return {"text": (params.lm_column,)}, {"text": "dataset.params.lm_column"}
+        image, text = params.image_column, params.text_column
+        names = {"image": (image,) if image else IMAGE_COLUMNS, "text": (text,) if text else TEXT_COLUMNS}
+        return names, {key: f"dataset.params.{key}_column" for key in names}
+
+    def code_sizes(self) -> dict[str, int]:
+        """What a manifest of codes must say."""
+        model, resolution = self.config.model.showo, self.config.dataset.preprocessing.resolution
+        return {"resolution": resolution, "num_vq_tokens": model.num_vq_tokens, "codebook_size": model.codebook_size}
+
+    def transform(self, name: str) -> Callable:
+        """What makes an item of a raw sample."""
+        kind, pictures = self.places.kinds[name], self.pictures(name)
+        if name == "lm":
+            return text_item
+        if kind in LLAVA:
+            plain = kind == "llava_pretrain" and self.image_processor is not None
+            encode = encode_plain if plain else encode_conversation
+            return LlavaItem(pictures, encode, self.tokenizer, self.text_length)
+        external = self.external_captions() if kind in ("t2i", "captioning") else None
+        instructions = name == "mmu" and self.params.add_caption_prompt
+        return ImageTextItem(pictures, Captions(external, instructions, shorten=name == "t2i"))
+
+    def pictures(self, name: str) -> Pictures:
+        preprocessing, model = self.config.dataset.preprocessing, self.config.model.showo
+        understanding = name == "mmu"
+        flip = preprocessing.random_flip or (understanding and preprocessing.und_random_flip)
+        return Pictures(
+            preprocessing.resolution,
+            model.num_vq_tokens,
+            model.codebook_size,
+            flip=flip and self.training,
+            jitter=preprocessing.und_jitter if understanding and self.training else 0.0,
+            processor=self.image_processor if understanding else None,
+            root=self.places.image_root(name),
+        )
+
+    def external_captions(self) -> ExternalCaptions | None:
+        params = self.params
+        if not params.external_caption_path:
+            return None
+        folders = [params[f"external_{key}caption_path"] for key in ("", "laion12m_", "cc12m_")]
+        table = _resolved(params.external_journeydb_caption_path)
+        return ExternalCaptions(*map(_resolved, folders), JsonTable(table) if table else None)
+
+    def reading(self, name: str) -> dict[str, Any]:
+        """How a flow's loader reads."""
+        params = self.params
+        return {
+            "name": name,
+            "seed": f"{self.config.training.seed or 0}/{name}" if self.training else f"eval/{name}",
+            "num_workers": params.num_workers if self.training else 0,
+            "max_skipped_fraction": params.max_skipped_fraction,
+            "pin_memory": params.pin_memory,
+            "persistent_workers": params.persistent_workers,
+        }
 
 
-def _check_kind(config, flow: str) -> None:
-    key, supported = SUPPORTED_KINDS.get(flow, (None, None))
-    if key and config.dataset[key] != supported:
-        given = config.dataset[key]
-        raise UserError(f"dataset.{key} is {given!r}; this version trains from {supported!r} (WebDataset shards)")
-
-
-def collate_images(items: list[dict]) -> tuple[torch.Tensor, list[str]]:
-    """(B, 3, res, res) pixels and B texts."""
-    return torch.stack([item["image"] for item in items]), [item["text"] for item in items]
+def _resolved(path: str | None) -> str | None:
+    return str(resolve_path(path)) if path else None

@@ -1,11 +1,13 @@
-"""Endless streams of batches whose order is a function of (seed, process, worker, position), so a run can continue.
+"""Endless streams of batches whose order is a function of (seed, step, process, worker), so a run can continue.
 
-A stream is cut into rounds of `ROUND` raw samples. Each round starts the reader anew with its own seed; to continue at
-raw sample n, only n % ROUND samples are passed over, and none of them is decoded.
+Every loader worker reads one stream of a `Source`. A stream is cut into rounds; to continue at sample n of round r, the
+n samples before it are passed over, and none of them is decoded.
 """
 
+import math
+import os
 import random
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,104 +17,211 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
+from training.data.batching import Batch, pack, pin, unpack
+from training.data.skipping import Skipped, SkipSample, Tally
+from training.data.sources import Source, seed_of
 
-ROUND = 20_000
+ENOUGH_SEEN = 200  # raw samples from which the share of bad ones can be judged
+GIVE_UP = 10_000  # raw samples, or empty rounds, without a single batch
 
-Reader = Callable[[int], Iterator[Any]]  # seed → endless raw samples
-Transform = Callable[[Any, random.Random], Any]  # raw sample, its own random numbers → item, or None to pass it over
+Transform = Callable[[Any, random.Random], Any]  # raw sample, its own random numbers → item; raises SkipSample
 
 
 @dataclass
 class StreamState:
-    """How far a flow has been read: batches handed out, and raw samples used by each worker's stream."""
+    """How far a flow has been read.
+
+    Args:
+        batches: handed out.
+        positions, rounds: of each worker's stream: the round it stands in, and raw samples used of that round.
+        seen, skipped: raw samples used so far in all rounds, and those of them that could not be used, by kind.
+    """
 
     batches: int = 0
     positions: list[int] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    seen: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Delivery:
+    """What a worker hands over: a batch, where its stream stands after it, and what was skipped on the way."""
+
+    packed: Any = None
+    stream: int = 0
+    round: int = 0
+    position: int = 0
+    tally: Tally = field(default_factory=Tally)
+    problem: str = ""  # in place of a batch: why there is none
+
+    def pin_memory(self) -> "_Delivery":
+        """Called by the loader's pinning thread."""
+        self.packed = pin(self.packed)
+        return self
 
 
 class _Batches(IterableDataset):
-    def __init__(
-        self, read: Reader, transform: Transform, batch_size: int, seed: int | str, process: int, state: StreamState
-    ):
-        self.read, self.transform, self.batch_size = read, transform, batch_size
-        self.seed, self.process, self.state = seed, process, state
+    def __init__(self, flow: "Flow", state: StreamState):
+        self.source, self.transform, self.batch_size = flow.source, flow.transform, flow.batch_size
+        self.seed, self.process, self.num_processes = flow.seed, flow.process, flow.num_processes
+        self.patience = ENOUGH_SEEN if flow.max_skipped_fraction < 1 else GIVE_UP
+        self.state = state
 
-    def __iter__(self) -> Iterator[tuple[list, int, int]]:
-        """(items, stream, raw samples used so far by that stream)."""
+    def __iter__(self) -> Iterator[_Delivery]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         # A loader takes batches from its workers in turn, starting with worker 0; batch b belongs to stream
         # b % num_workers, so after a restart the workers are renumbered.
         stream = (worker + self.state.batches) % num_workers
-        position = self.state.positions[stream] if self.state.positions else 0
-        items = []
-        for raw in self._raw_samples(stream, position):
-            item = self.transform(raw, random.Random(self._seed(stream, position)))
-            position += 1
-            if item is not None:
-                items.append(item)
+        try:
+            yield from self._deliveries(stream, num_workers)
+        except UserError as error:  # as a value: the loader would wrap an exception in its own traceback
+            yield _Delivery(problem=str(error))
+
+    def _deliveries(self, stream: int, num_workers: int) -> Iterator[_Delivery]:
+        items, tally, limit = [], Tally(), self.patience
+        for raw, index, position, seed in self._raw_samples(stream, num_workers):
+            tally.seen += 1
+            try:
+                if isinstance(raw, Skipped):
+                    raise SkipSample(raw.kind, raw.detail)
+                items.append(self.transform(raw, random.Random(seed)))
+                limit = max(GIVE_UP, 100 * self.batch_size)
+            except SkipSample as skipped:
+                tally.skip(skipped.kind, skipped.detail)
             if len(items) == self.batch_size:
-                yield items, stream, position
-                items = []
+                yield _Delivery(pack(items), stream, index, position + 1, tally)
+                items, tally = [], Tally()
+            elif tally.seen >= limit:
+                yield _Delivery(tally=tally, problem="hardly any sample can be used")
+                return
 
-    def _raw_samples(self, stream: int, position: int) -> Iterator[Any]:
-        index, skip = divmod(position, ROUND)
-        while True:
-            yield from islice(self.read(self._seed(stream, "round", index)), skip, ROUND)
-            index, skip = index + 1, 0
-
-    def _seed(self, *parts) -> int:
-        return zlib.crc32(repr((self.seed, self.process, *parts)).encode())
+    def _raw_samples(self, stream: int, num_workers: int) -> Iterator[tuple[Any, int, int, int]]:
+        """(raw sample, its round, its place in the round, seed of its random numbers), endless."""
+        of_all = self.process * num_workers + stream
+        index, position = self.state.rounds[stream], self.state.positions[stream]
+        empty = 0
+        while empty < GIVE_UP:
+            samples = self.source.round(self.seed, of_all, self.num_processes * num_workers, index)
+            empty += 1
+            for raw in islice(samples, position, None):
+                yield raw, index, position, seed_of(self.seed, of_all, index, position)
+                position, empty = position + 1, 0
+            index, position = index + 1, 0
+        raise UserError("there is not a single sample in the data")
 
 
 class Flow:
     """One data flow of a run: an endless iterator of lists of items that knows where it stands.
 
+    `skipped` (kind → number) and `seen` count raw samples of this process, those of an earlier part of the run
+    included.
+
     Args:
-        read: makes an endless iterator of raw (undecoded) samples from a seed.
-        transform: decodes one raw sample with random numbers of its own.
+        source: raw (undecoded) samples.
+        transform: decodes one raw sample with random numbers of its own, or raises `SkipSample`.
         batch_size: items per batch.
-        seed, process: of the run and of this process.
+        seed: of the run and of this flow.
+        process, num_processes: which share of the data is this process's.
         num_workers: as in torch's DataLoader; the order of the data depends on it.
+        name: for messages.
+        max_skipped_fraction: of the raw samples; more is an error.
+        pin_memory: the batches' tensors lie in page-locked memory, if there is a GPU.
+        persistent_workers: False ends the workers after each epoch and starts new ones.
+
+    Raises:
+        UserError (from `next`): too many samples cannot be used, or none.
     """
 
     def __init__(
         self,
-        read: Reader,
+        source: Source,
         transform: Transform,
         batch_size: int,
         *,
         seed: int | str,
         process: int = 0,
+        num_processes: int = 1,
         num_workers: int = 0,
+        name: str = "data",
+        max_skipped_fraction: float = 0.1,
+        pin_memory: bool = False,
+        persistent_workers: bool = True,
     ):
-        self._make = lambda state: _Batches(read, transform, batch_size, seed, process, state)
-        self.num_workers = num_workers
-        self.state = StreamState(positions=[0] * max(1, num_workers))
-        self._iterator = None
+        self.source, self.transform, self.batch_size, self.seed = source, transform, batch_size, seed
+        self.process, self.num_processes, self.num_workers = process, num_processes, num_workers
+        self.name, self.max_skipped_fraction = name, max_skipped_fraction
+        self.pin_memory = pin_memory and torch.cuda.is_available()
+        self.persistent_workers = persistent_workers
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Back to the first batch, as a new run would see it."""
+        streams = max(1, self.num_workers)
+        self.load_state_dict(StreamState(positions=[0] * streams, rounds=[0] * streams))
+
+    @property
+    def skipped(self) -> Counter:
+        return self.tally.skipped
+
+    @property
+    def seen(self) -> int:
+        return self.tally.seen
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Batches of this process in one epoch of the source; None where it has no end."""
+        samples = self.source.samples
+        return samples and math.ceil(samples / (self.batch_size * self.num_processes))
 
     def __iter__(self) -> "Flow":
         return self
 
-    def __next__(self) -> list:
+    def __next__(self) -> Batch:
         if self._iterator is None:
-            # Its own generator: else each new loader draws from the global one, and a continued run from others.
-            generator = torch.Generator().manual_seed(0)
-            dataset = self._make(self.state_dict())
-            self._iterator = iter(
-                DataLoader(dataset, batch_size=None, num_workers=self.num_workers, generator=generator)
+            self._iterator = iter(self._loader())
+        delivery: _Delivery = next(self._iterator)
+        self.tally.add(delivery.tally)
+        if delivery.problem:
+            counted = f"; skipped were {self.tally.describe()}" if self.skipped else ""
+            raise UserError(f"{self.name}: {delivery.problem}{counted}; mend the data or its path")
+        self._check_share()
+        self.batches += 1
+        self.rounds[delivery.stream], self.positions[delivery.stream] = delivery.round, delivery.position
+        if not self.persistent_workers and self.num_workers and self._at_epoch_end():
+            self.close()
+        return unpack(delivery.packed)
+
+    def _loader(self) -> DataLoader:
+        # Its own generator: else each new loader draws from the global one, and a continued run from others.
+        return DataLoader(
+            _Batches(self, self.state_dict()),
+            batch_size=None,
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.pin_memory,
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def _check_share(self) -> None:
+        epoch = math.ceil((self.source.samples or ENOUGH_SEEN) / self.num_processes)
+        if self.seen >= min(ENOUGH_SEEN, epoch) and self.tally.share > self.max_skipped_fraction:
+            raise UserError(
+                f"{self.name}: skipped {self.tally.describe()}; that is more than "
+                f"dataset.params.max_skipped_fraction {self.max_skipped_fraction}; mend the data, or raise the fraction"
             )
-        items, stream, position = next(self._iterator)
-        self.state.batches += 1
-        self.state.positions[stream] = position
-        return items
+
+    def _at_epoch_end(self) -> bool:
+        return bool(self.batches_per_epoch) and self.batches % self.batches_per_epoch == 0
 
     def close(self) -> None:
         """Ends the loader's workers at once, not when Python gets round to it; reading on begins where it stands."""
         self._iterator = None
 
     def state_dict(self) -> StreamState:
-        return StreamState(self.state.batches, list(self.state.positions))
+        return StreamState(self.batches, list(self.positions), list(self.rounds), self.seen, dict(self.skipped))
 
     def load_state_dict(self, state: StreamState) -> None:
         """Continues after the batches that `state` counts.
@@ -125,4 +234,15 @@ class Flow:
                 f"the checkpoint was made with {len(state.positions)} loader workers, dataset.params.num_workers is "
                 f"{self.num_workers}; use {len(state.positions)} to continue with the same data"
             )
-        self.state, self._iterator = StreamState(state.batches, list(state.positions)), None
+        self.batches, self.positions = state.batches, list(state.positions)
+        self.rounds = list(state.rounds) or [0] * len(self.positions)
+        self.tally = Tally(state.seen, Counter(state.skipped))
+        self._iterator = None
+
+
+def _as_it_is(delivery: _Delivery) -> _Delivery:
+    return delivery
+
+
+def _begin_worker(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per worker already; else it warns of the fork

@@ -1,0 +1,114 @@
+"""Pictures with captions in the parquet files of a Hugging Face data set."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+from pyarrow import types
+
+from common.errors import UserError
+from training.data.captioned import CAPTION_COLUMNS, IMAGE_COLUMNS, Captioned, captions_of, choose_column
+from training.data.skipping import MALFORMED_ITEM, Skipped
+
+
+class CaptionedParquet:
+    """A row is a picture: a column of encoded bytes or of ``{"bytes", "path"}``, and one of a text or a list of texts.
+
+    Args:
+        files: of one schema; paths in them are relative to the file's folder.
+        image_column: empty means the only column of pictures, or the first of `IMAGE_COLUMNS` among several.
+        caption_column: empty means the first of `CAPTION_COLUMNS`.
+        extra: read the other columns as well.
+
+    Raises:
+        UserError: a file cannot be read, or has not these columns.
+    """
+
+    def __init__(self, files: list[Path], image_column: str = "", caption_column: str = "", extra: bool = False):
+        self.groups: list[tuple[Path, int, int]] = []  # file, row group, number of its first row
+        self.pictures, self.columns = 0, {}
+        for file in files:
+            schema, rows = _footer(file)
+            self.columns[file] = self._choose(file, schema, image_column, caption_column, extra)
+            for group, count in enumerate(rows):
+                self.groups.append((file, group, self.pictures))
+                self.pictures += count
+
+    @staticmethod
+    def _choose(file: Path, schema: pyarrow.Schema, image: str, caption: str, extra: bool) -> list[str]:
+        """The columns to read, those of the pictures and captions first."""
+        pictures = [field.name for field in schema if _holds_pictures(field.type)]
+        paths = [name for name in IMAGE_COLUMNS if name in schema.names and name not in pictures]
+        candidates = pictures if len(pictures) == 1 else [name for name in IMAGE_COLUMNS if name in pictures] + paths
+        image = choose_column("image_column", image, candidates, schema.names, file)
+        caption = choose_column("caption_column", caption, CAPTION_COLUMNS, schema.names, file)
+        if not _holds_text(schema.field(caption).type):
+            wrong = f"column {caption!r} holds {schema.field(caption).type}, not text; name another by caption_column=…"
+            raise UserError(f"{file}: {wrong}")
+        others = [f.name for f in schema if f.name not in (image, caption) and not _holds_pictures(f.type)]
+        return [image, caption, *(others if extra else ())]
+
+    def blocks(self, order: random.Random | None) -> Iterator[list[Captioned | Skipped]]:
+        """Row groups, in an order drawn from `order`.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        groups = order.sample(self.groups, len(self.groups)) if order else self.groups
+        for file, group, first in groups:
+            try:
+                with pyarrow.parquet.ParquetFile(file) as content:
+                    rows = content.read_row_group(group, columns=self.columns[file]).to_pylist()
+            except (OSError, pyarrow.ArrowException) as error:
+                raise UserError(f"{file}, row group {group}, is damaged ({error}); fetch the file again") from None
+            yield [self._entry(file, first + number, row) for number, row in enumerate(rows)]
+
+    def _entry(self, file: Path, number: int, row: dict) -> Captioned | Skipped:
+        image, caption, *others = self.columns[file]
+        name = f"{file}, record {number}"
+        try:
+            extra = {other: row[other] for other in others}
+            return Captioned(_picture(row[image], file.parent), name, captions_of(row[caption]), extra)
+        except TypeError as error:
+            return Skipped(MALFORMED_ITEM, f"{name}: {error}")
+
+
+def _footer(file: Path) -> tuple[pyarrow.Schema, list[int]]:
+    """Columns, and rows of each group."""
+    try:
+        with pyarrow.parquet.ParquetFile(file) as content:
+            groups = [content.metadata.row_group(index).num_rows for index in range(content.num_row_groups)]
+            return content.schema_arrow, groups
+    except (OSError, pyarrow.ArrowException) as error:
+        pointer = file.is_file() and file.read_bytes()[:24].startswith(b"version https://git-lfs")
+        remedy = "it is a pointer of Git LFS: run `git lfs pull`" if pointer else f"{error}; fetch the file again"
+        raise UserError(f"{file} cannot be read as parquet: {remedy}") from None
+
+
+def _holds_pictures(kind: pyarrow.DataType) -> bool:
+    if types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _holds_text(kind: pyarrow.DataType) -> bool:
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _picture(value, folder: Path) -> bytes | Path:
+    """Bytes, or the file that ``path`` names.
+
+    Raises:
+        TypeError: neither is there.
+    """
+    if isinstance(value, dict):
+        value = value["bytes"] or value.get("path")
+    if isinstance(value, str):
+        return folder / value
+    if not isinstance(value, bytes) or not value:
+        raise TypeError("no picture")
+    return value

@@ -1,0 +1,151 @@
+"""Which shards have been encoded already, from what and how; so that many processes, started again, repeat nothing.
+
+While the work goes on, ``.{prefix}.parts/`` holds one record for each finished shard. The process that finds all of
+them there joins them into the manifest and removes the folder.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from training.data.shard_writing import (
+    find_shards,
+    make_folder,
+    manifest_path,
+    read_manifest,
+    sha256,
+    shard_path,
+    write_json,
+)
+from training.data.skipping import Tally
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What codes depend on besides their pictures. `tokenizer`, the name, is for people: its weights tell."""
+
+    tokenizer: str
+    tokenizer_sha256: str
+    resolution: int
+    num_vq_tokens: int
+    codebook_size: int
+    keep_images: bool
+
+    def agrees(self, record: dict) -> bool:
+        return all(record.get(key) == value for key, value in asdict(self).items() if key != "tokenizer")
+
+
+@dataclass
+class Plan:
+    """Shards to make: number i of ``{prefix}-i.tar`` holds the codes of `sources[i]`.
+
+    Args:
+        overwrite: what stands at the prefix may be of other sources, or of another encoding.
+    """
+
+    sources: list[str]
+    prefix: Path
+    encoding: Encoding
+    overwrite: bool = False
+
+    @property
+    def parts(self) -> Path:
+        return self.prefix.with_name(f".{self.prefix.name}.parts")
+
+    def begin(self, is_main: bool) -> None:
+        """Make sure that this work may be done here. Every process calls it before it does any.
+
+        Raises:
+            UserError: other shards are there.
+        """
+        outputs = {shard_path(self.prefix, index).resolve() for index in range(len(self.sources))}
+        if outputs & {Path(source).resolve() for source in self.sources}:
+            raise UserError(f"output={self.prefix} would replace the very shards that are read; choose another output")
+        manifest, begun = read_manifest(self.prefix), _read(self.parts / "encoding.json")
+        known = begun or manifest
+        if not self.overwrite and (known or find_shards(self.prefix)):
+            if not self.encoding.agrees(known):
+                self._refuse("other shards are there already" + self._differences(known))
+            if len(manifest.get("shards", ())) > len(self.sources):
+                self._refuse(f"{len(manifest['shards'])} shards are there already, of more sources than these")
+        if is_main and not self.encoding.agrees(manifest):
+            manifest_path(self.prefix).unlink(missing_ok=True)  # before the first shard that it lists is replaced
+        make_folder(self.parts)
+        write_json(self.parts / "encoding.json", asdict(self.encoding))
+
+    def _refuse(self, why: str) -> None:
+        raise UserError(f"output={self.prefix}: {why}; choose another output, or give overwrite=true")
+
+    def _differences(self, known: dict) -> str:
+        wanted = asdict(self.encoding)
+        found = [f"{key}={known[key]}" for key in wanted if key in known and known[key] != wanted[key]]
+        return f" ({', '.join(found)})" if found else ""
+
+    def unfinished(self, rank: int, world_size: int) -> list[int]:
+        """The numbers of the shards that are still to be made, of every world_size-th one from `rank` on.
+
+        Raises:
+            UserError: a shard of another source is there.
+        """
+        records, missing = self.records(), []
+        for index in range(rank, len(self.sources), world_size):
+            record, path = records.get(index), shard_path(self.prefix, index)
+            same_source = record is not None and record["source"] == _identity(self.sources[index])
+            if record is not None and not same_source and not self.overwrite:
+                self._refuse(f"{path.name} was made from another {record['source']['file']} than {self.sources[index]}")
+            if not same_source or not path.is_file() or sha256(path) != record["sha256"]:
+                missing.append(index)
+        return missing
+
+    def record(self, index: int, entry: dict, tally: Tally) -> None:
+        """Note that a shard is done; `entry` as `write_shard` returns it."""
+        content = {"source": _identity(self.sources[index]), "skipped": dict(tally.skipped)}
+        write_json(self.parts / f"{index:06d}.json", entry | content | asdict(self.encoding))
+
+    def records(self) -> dict[int, dict]:
+        """Number → record of each shard of this encoding that was finished."""
+        found = {int(file.stem): _read(file) for file in self.parts.glob("[0-9]*.json")}
+        manifest = read_manifest(self.prefix)  # after the parts: who removes them has written it
+        listed = dict(enumerate(manifest["shards"])) if self.encoding.agrees(manifest) else {}
+        return listed | {index: record for index, record in found.items() if self.encoding.agrees(record)}
+
+    def finish(self) -> dict | None:
+        """Write the manifest if all shards are done, by whatever process.
+
+        Returns:
+            the manifest; None while others are at work.
+
+        Raises:
+            UserError: not one sample is left.
+        """
+        records = self.records()
+        if any(index not in records for index in range(len(self.sources))):
+            return None
+        keys = ("file", "samples", "sha256", "source", "skipped")
+        shards = [{key: records[index][key] for key in keys} for index in range(len(self.sources))]
+        skipped = Tally()
+        for shard in shards:
+            skipped.skipped.update(shard["skipped"])
+        counts = {"samples": sum(shard["samples"] for shard in shards), "skipped": dict(skipped.skipped)}
+        surplus = find_shards(self.prefix) if not counts["samples"] else find_shards(self.prefix)[len(shards) :]
+        for path in surplus:
+            path.unlink(missing_ok=True)
+        if counts["samples"]:
+            write_json(manifest_path(self.prefix), {"shards": shards, **counts, **asdict(self.encoding)})
+        shutil.rmtree(self.parts, ignore_errors=True)
+        if not counts["samples"]:
+            raise UserError(f"not one picture in {self.sources[0]} and {len(shards) - 1} more shards can be read")
+        return read_manifest(self.prefix)
+
+
+def _identity(source: str) -> dict[str, str]:
+    return {"file": Path(source).name, "sha256": sha256(source)}
+
+
+def _read(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        return {}  # not there, or joined into the manifest and removed since

@@ -1,0 +1,145 @@
+"""Pictures with texts: a raw sample → ``{"image" | "codes" | "pixel_values": tensor, "text": str}`` (SPEC §15)."""
+
+import io
+import os
+import random
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from models.images import preprocess
+from training.data.captions import Captions
+from training.data.shards import CODES
+from training.data.skipping import BAD_CODES, MALFORMED_ITEM, MISSING_FILE, UNREADABLE_IMAGE, SkipSample
+
+IMAGE_KEYS = ("jpg", "png", "jpeg", "webp", "image")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a sample brings of its picture → the tensor that the model is given.
+
+    Args:
+        resolution: side of the pictures in pixels.
+        num_codes, codebook_size: length and range of codes that come in place of pixels.
+        flip: mirror half of the pictures.
+        jitter: shift and scale them by up to this share.
+        processor: CLIP's image processor; None for the VQ branch.
+        root: folder that the file names in parquet files and LLaVA jsons start at; None: the one of that file.
+    """
+
+    resolution: int
+    num_codes: int
+    codebook_size: int
+    flip: bool = False
+    jitter: float = 0.0
+    processor: Any = None
+    root: str | None = None
+
+    def of(self, raw: dict, rng: random.Random) -> dict[str, torch.Tensor]:
+        """The picture of a raw sample: a member of a shard, or under ``image`` bytes, a file name, both (as Hugging
+        Face's data sets have them), or codes.
+
+        Raises:
+            SkipSample: there is none, or it cannot be used.
+            UserError: it is codes, and this flow needs pixels.
+        """
+        name = raw.get("__key__", "")
+        if CODES in raw:
+            return self.from_codes(_load(raw[CODES], name), name)
+        found = next((raw[key] for key in IMAGE_KEYS if raw.get(key) is not None), None)
+        if isinstance(found, dict):
+            found = found.get("bytes") or found.get("path")
+        if isinstance(found, list):
+            return self.from_codes(np.asarray(found), name)
+        if isinstance(found, str):
+            found = os.path.join(self.root or os.path.dirname(raw.get("__url__", "")), found)
+        return self.from_encoded(found, rng, name)
+
+    def from_encoded(self, encoded: bytes | str | None, rng: random.Random, name: str) -> dict[str, torch.Tensor]:
+        """``image`` (3, res, res) float32 in [-1, 1], or ``pixel_values`` (3, S, S) of CLIP's processor."""
+        image = read_picture(encoded, name)
+        if self.flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.jitter:
+            image = jittered(image, self.jitter, rng)
+        try:
+            if self.processor is None:
+                return {"image": preprocess(image, self.resolution)}
+            return {"pixel_values": self.processor(image, return_tensors="pt")["pixel_values"][0]}
+        except (UserError, ValueError) as error:  # of a strip so long that it cannot be resized
+            raise SkipSample(UNREADABLE_IMAGE, f"{name}: {error}") from None
+
+    def from_codes(self, codes: np.ndarray, name: str) -> dict[str, torch.Tensor]:
+        """``codes`` (N,) int64."""
+        if refused := self.refuses_codes():
+            raise UserError(f"{name} holds codes in place of a picture; {refused}")
+        if codes.shape != (self.num_codes,) or codes.dtype.kind not in "ui":
+            raise SkipSample(
+                BAD_CODES, f"{name}: {codes.shape} of {codes.dtype}, the model takes {self.num_codes} whole numbers"
+            )
+        if codes.min() < 0 or codes.max() >= self.codebook_size:
+            raise SkipSample(BAD_CODES, f"{name}: codes up to {codes.max()}, the codebook has {self.codebook_size}")
+        return {"codes": torch.from_numpy(codes.astype(np.int64))}
+
+    def refuses_codes(self) -> str:
+        """Why this flow cannot use codes; empty if it can."""
+        if self.processor is not None:
+            return "the CLIP-ViT branch sees pixels; give it the shards with the pictures"
+        if self.flip or self.jitter:
+            keys = "dataset.preprocessing.random_flip, und_random_flip and und_jitter"
+            return f"codes cannot be mirrored or moved; turn {keys} off, or give the shards with the pictures"
+        return ""
+
+
+@dataclass(frozen=True)
+class ImageTextItem:
+    """Transform of a raw sample with a picture and a text."""
+
+    pictures: Pictures
+    captions: Captions
+
+    def __call__(self, raw: dict, rng: random.Random) -> dict:
+        text = self.captions(raw, rng)  # before the picture: what has no text need not be decoded
+        return {**self.pictures.of(raw, rng), "text": text}
+
+
+def read_picture(encoded: bytes | str | None, name: str) -> Image.Image:
+    """Encoded bytes, or a path → RGB.
+
+    Raises:
+        SkipSample: it does not exist, or cannot be read completely, or is enormous.
+    """
+    if not isinstance(encoded, bytes | str):
+        raise SkipSample(MALFORMED_ITEM, f"{name}: no picture")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures, odd EXIF data and palettes
+            with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+                return image.convert("RGB")  # Faithful: EXIF rotation is not applied
+    except FileNotFoundError:
+        raise SkipSample(MISSING_FILE, f"{encoded}") from None
+    except Exception as error:  # decoders of broken files raise almost anything, even SyntaxError
+        raise SkipSample(UNREADABLE_IMAGE, f"{name}: {error}") from None
+
+
+def jittered(image: Image.Image, amount: float, rng: random.Random) -> Image.Image:
+    """Shifted and scaled by up to `amount` (a share of the size); the rim takes the colour of the top left corner."""
+    width, height = image.size
+    scale = 1 + rng.uniform(-amount, amount)
+    shift_x, shift_y = (rng.uniform(-amount, amount) * side for side in image.size)
+    matrix = (scale, 0, width / 2 * (1 - scale) + shift_x, 0, scale, height / 2 * (1 - scale) + shift_y)
+    corner = image.getpixel((0, 0))
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=corner)
+
+
+def _load(data: bytes, name: str) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy raises OSError, ValueError, EOFError, even SyntaxError of a broken header
+        raise SkipSample(BAD_CODES, f"{name}: {error}") from None

@@ -1,0 +1,90 @@
+"""A folder of class folders, such as ImageNet: the text of a picture is the name of its class (SPEC §15)."""
+
+import json
+import logging
+import os
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SYNSET_FILES = ("LOC_synset_mapping.txt", "synset_words.txt")
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+LEVELS = 5  # ILSVRC/Data/CLS-LOC/train: the synset file of the published archive lies four folders above
+
+
+class ImageFolder:
+    """Pictures ``{folder}/{class}/{file}``, or ``{folder}/train/{class}/{file}``.
+
+    A class is called as `names` says, else by the first name in the data set's own file of synsets, looked for in the
+    folder and those above it, else as its folder.
+
+    Args:
+        folder: of the data set.
+        names: file with a line ``{class folder} {name}`` for each class, or a JSON dictionary.
+
+    Raises:
+        UserError: there are no pictures, or `names` cannot be read.
+    """
+
+    def __init__(self, folder: str, names: str | None = None):
+        root = Path(folder)
+        self.root = root / "train" if (root / "train").is_dir() else root
+        classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        files = [f"{name}/{file}" for name in classes for file in _pictures(self.root / name)]
+        if not files:
+            raise UserError(f"{self.root} holds no {', '.join(SUFFIXES)} in folders named after their classes")
+        self.files = np.array([os.fsencode(file) for file in files])  # one array: loader workers share it
+        self.names = _synsets(self.root) | (_read_names(names) if names else {})
+        nameless = [name for name in classes if name not in self.names and re.fullmatch(r"n\d{8}", name)]
+        if nameless:
+            logger.warning(
+                "%s: %d classes such as %s have no name and are called by their folder; give "
+                "dataset.params.class_names_path, or put %s beside the folder",
+                self.root,
+                len(nameless),
+                nameless[0],
+                SYNSET_FILES[0],
+            )
+
+    @property
+    def samples(self) -> int:
+        return len(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int, rng: random.Random) -> Iterator[dict]:
+        file = os.fsdecode(bytes(self.files[index]))
+        name = file.partition("/")[0]
+        yield {"__key__": file, "image": str(self.root / file), "text": self.names.get(name, name)}
+
+
+def _pictures(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
+
+
+def _synsets(root: Path) -> dict[str, str]:
+    for folder in [root.resolve(), *root.resolve().parents][:LEVELS]:
+        for file in SYNSET_FILES:
+            if (folder / file).is_file():
+                names = _read_names(str(folder / file))  # such as ``n01440764 tench, Tinca tinca``
+                return {synset: name.split(",")[0].strip() for synset, name in names.items()}
+    return {}
+
+
+def _read_names(path: str) -> dict[str, str]:
+    """Class folder → name, of a file with one a line, or of a JSON dictionary."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
+        pairs = json.loads(text).items() if path.lower().endswith(".json") else lines
+        return {str(folder): name.strip() for folder, name in pairs}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not give a name for each class folder, one a line: {error}") from None

@@ -1,0 +1,156 @@
+"""Records of a large JSON file, read one by one from where they stand.
+
+A list of 665,000 conversations takes gigabytes as Python objects, and every loader worker would come to own a copy.
+Here the workers share the file and an array of places in it.
+"""
+
+import hashlib
+import json
+import mmap
+import re
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_scan = json.JSONDecoder().raw_decode
+
+
+class JsonRecords:
+    """The records of a ``.json`` list, or of a ``.jsonl`` file (one a line; broken ones are records, too).
+
+    Args:
+        path: the file, UTF-8.
+        keep: which records count; called once for each that can be parsed.
+
+    Raises:
+        UserError: the file cannot be read or is no list of records.
+    """
+
+    def __init__(self, path: str, keep: Callable[[Any], bool] = lambda record: True):
+        self.path = path
+        read = _lines if path.lower().endswith(".jsonl") else _list
+        places = array("q")
+        for start, stop, record in _guarded(read, path):
+            if record is BROKEN or keep(record):
+                places.extend((start, stop))
+        self.places = np.array(places, dtype=np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> bytes:
+        """One record as it stands in the file."""
+        return _read(self.path, *self.places[index])
+
+
+class JsonTable:
+    """The values of a ``.json`` file of the form ``{key: value, …}``, found by their keys.
+
+    Raises:
+        UserError: the file cannot be read or is not of that form.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        rows = array("Q")
+        for start, stop, key in _guarded(_pairs, path):
+            rows.extend((_digest(key), start, stop))
+        table = np.array(rows, dtype=np.uint64).reshape(-1, 3)
+        self.table = table[np.argsort(table[:, 0], kind="stable")]
+
+    def get(self, key: str) -> Any | None:
+        """The value of a key; None where it is not in the file."""
+        digest = np.uint64(_digest(key))
+        row = int(np.searchsorted(self.table[:, 0], digest))
+        if row == len(self.table) or self.table[row, 0] != digest:
+            return None
+        return json.loads(_read(self.path, *self.table[row, 1:]))
+
+
+BROKEN = object()  # a line of a .jsonl file that cannot be parsed
+
+
+def _digest(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def _read(path: str, start, stop) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(int(start))
+        return file.read(int(stop) - int(start))
+
+
+def _guarded(read: Callable[[str], Iterator], path: str) -> Iterator:
+    try:
+        yield from read(_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def _text(path: str) -> str:
+    """The file's bytes as characters of the same number, so that places in the text are places in the file.
+
+    JSON's own signs are ASCII, and no byte of a longer UTF-8 character is.
+    """
+    if not Path(path).stat().st_size:
+        return ""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return str(content, "latin-1")
+
+
+def _list(text: str) -> Iterator[tuple[int, int, Any]]:
+    place = _open(text, "[")
+    while text[place : place + 1] != "]":
+        record, stop = _scan(text, place)
+        yield place, stop, record
+        place = _next(text, stop, "]")
+
+
+def _pairs(text: str) -> Iterator[tuple[int, int, str]]:
+    place = _open(text, "{")
+    while text[place : place + 1] != "}":
+        start = _blanks(text, _scan(text, place)[1])
+        key = json.loads(text[place:start].encode("latin-1"))
+        if text[start : start + 1] != ":" or not isinstance(key, str):
+            raise ValueError(f"no key and value at byte {place}")
+        start = _blanks(text, start + 1)
+        _, stop = _scan(text, start)
+        yield start, stop, key
+        place = _next(text, stop, "}")
+
+
+def _lines(text: str) -> Iterator[tuple[int, int, Any]]:
+    for line in re.finditer(r"[^\n]+", text):
+        if line[0].strip():
+            try:
+                yield line.start(), line.end(), json.loads(line[0])
+            except (ValueError, RecursionError):
+                yield line.start(), line.end(), BROKEN
+
+
+def _open(text: str, bracket: str) -> int:
+    """Place behind the opening bracket; a byte order mark before it is passed over."""
+    place = _blanks(text, 3 if text.startswith("\xef\xbb\xbf") else 0)
+    if text[place : place + 1] != bracket:
+        raise ValueError(f"it must begin with {bracket}")
+    return _blanks(text, place + 1)
+
+
+def _next(text: str, place: int, bracket: str) -> int:
+    """Place of the next record, or of the closing bracket."""
+    place = _blanks(text, place)
+    if text[place : place + 1] == ",":
+        return _blanks(text, place + 1)
+    if text[place : place + 1] != bracket:
+        raise ValueError(f"no comma or {bracket} at byte {place}")
+    return place
+
+
+def _blanks(text: str, place: int) -> int:
+    return _BLANKS.match(text, place).end()

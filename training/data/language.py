@@ -1,0 +1,154 @@
+"""Plain texts: parquet columns, jsonl and txt files (SPEC §15). An item is a text."""
+
+import json
+import random
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from common.errors import UserError
+from training.data.skipping import (
+    EMPTY_TEXT,
+    MALFORMED_ITEM,
+    MISSING_FILE,
+    TRUNCATED_SHARD,
+    Skipped,
+    SkipSample,
+    checked_text,
+)
+
+MAX_CHARACTERS = 8000
+CHUNK = 4 * 2**20  # bytes of a unit; its documents are in memory together
+
+
+def text_item(raw: str | dict | None, rng: random.Random) -> str:
+    """Newlines removed; texts over 8000 characters cut to a random window.
+
+    Raises:
+        SkipSample: it is empty or no text.
+    """
+    name = raw.get("__key__", "") if isinstance(raw, dict) else ""
+    raw = raw.get("text") if isinstance(raw, dict) else raw
+    text = checked_text("" if raw is None else raw, name).replace("\n", "")
+    if not text.strip():
+        raise SkipSample(EMPTY_TEXT, name)
+    if len(text) > MAX_CHARACTERS:
+        start = rng.randrange(len(text) - MAX_CHARACTERS + 1)
+        text = text[start : start + MAX_CHARACTERS]
+    return text
+
+
+class Documents:
+    """``.jsonl`` and ``.txt`` files in parts of some megabytes; a raw sample is ``{"__key__", "text"}``.
+
+    A jsonl file holds a document a line, under the name `column`. A txt file holds documents parted by blank lines,
+    whose lines are joined by blanks; one without a blank line in its first megabytes holds a document a line.
+
+    Raises:
+        UserError: a jsonl file's first record lacks `column`, or all files are empty.
+    """
+
+    def __init__(self, paths: list[str], column: str):
+        self.paths, self.column = paths, column
+        sizes = [Path(path).stat().st_size for path in paths]
+        self.units = [(file, start) for file, size in enumerate(sizes) for start in range(0, size, CHUNK)]
+        if not self.units:
+            raise UserError(f"{paths[0]} and {len(paths) - 1} more are empty")
+        for path, size in zip(paths, sizes, strict=True):
+            if size and _is_jsonl(path):
+                _check_column(path, column)
+        self.size, self._samples = sum(sizes), None
+
+    @property
+    def samples(self) -> int:
+        """How many documents, guessed from how many the first part holds."""
+        if self._samples is None:
+            file, _ = self.units[0]
+            of_part = min(CHUNK, Path(self.paths[file]).stat().st_size)
+            documents = sum(1 for _ in self.read(0, random.Random(0)))
+            self._samples = max(1, round(documents * self.size / of_part))
+        return self._samples
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def read(self, index: int, rng: random.Random) -> Iterator[dict | Skipped]:
+        """The documents that begin in one part, in random order."""
+        file, start = self.units[index]
+        path = self.paths[file]
+        try:
+            documents = list(self._documents(path, start))
+        except FileNotFoundError:
+            documents = [Skipped(MISSING_FILE, path)]
+        except OSError as error:
+            documents = [Skipped(TRUNCATED_SHARD, f"{path}: {error}")]
+        rng.shuffle(documents)
+        yield from documents
+
+    def _documents(self, path: str, start: int) -> Iterator[dict | Skipped]:
+        split = _lines if _is_jsonl(path) or not _has_blank_lines(path) else _blocks
+        for place, document in split(path, start, start + CHUNK):
+            key = f"{path}: byte {place}"
+            try:
+                text = document.decode("utf-8-sig" if place == 0 else "utf-8")
+                yield {"__key__": key, "text": json.loads(text)[self.column] if _is_jsonl(path) else text}
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
+                yield Skipped(MALFORMED_ITEM, f"{key}: {type(error).__name__} {error}")
+
+
+def _is_jsonl(path: str) -> bool:
+    return path.lower().endswith(".jsonl")
+
+
+@lru_cache(maxsize=1024)  # asked for every part of a file
+def _has_blank_lines(path: str) -> bool:
+    with open(path, "rb") as file:
+        lines = file.read(CHUNK).strip().splitlines()
+    return any(not line.strip() for line in lines)
+
+
+def _lines(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """(place, line) of the lines that begin in [start, stop), without empty ones."""
+    with open(path, "rb") as file:
+        _to_line(file, start)
+        while (place := file.tell()) < stop and (line := file.readline()):
+            if line.strip():
+                yield place, line.strip(b"\r\n")
+
+
+def _blocks(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """(place, lines joined by blanks) of the blocks whose blank line before them begins in [start, stop)."""
+    with open(path, "rb") as file:
+        _to_line(file, start)
+        begun, lines, place = start == 0, [], 0
+        while True:
+            here, line = file.tell(), file.readline()
+            if line.strip():
+                place = place if lines else here
+                lines += [line.strip()] if begun else []
+                continue
+            if lines:
+                yield place, b" ".join(lines)
+            begun, lines = True, []
+            if not line or here >= stop:
+                return
+
+
+def _to_line(file, start: int) -> None:
+    """Moves to the first line that begins at `start` or later."""
+    if start:
+        file.seek(start - 1)
+        file.readline()
+
+
+def _check_column(path: str, column: str) -> None:
+    _, first = next(_lines(path, 0, CHUNK), (0, b"{}"))
+    try:
+        names = list(json.loads(first.decode("utf-8-sig")))
+    except (ValueError, TypeError):
+        return  # one broken line of many
+    if column not in names:
+        raise UserError(
+            f"{path} has no column {column!r}; its columns are {', '.join(map(str, names))}; name one by "
+            "dataset.params.lm_column"
+        )

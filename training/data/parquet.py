@@ -1,0 +1,109 @@
+"""Parquet files as raw samples, read row group by row group (SPEC §15)."""
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from common.errors import UserError
+from training.data.skipping import MISSING_FILE, TRUNCATED_SHARD, Skipped
+from training.data.sources import mixed
+
+IMAGE_COLUMNS = ("codes", "image", "jpg", "png", "jpeg", "webp", "picture", "img", "image_bytes", "image_path")
+TEXT_COLUMNS = ("text", "caption", "txt", "captions", "prompt", "description")
+ROWS = 128  # decoded at once; a row group may be larger than memory
+
+
+@dataclass
+class _Footer:
+    """What stands at the end of a file: its columns, and rows per group; `error` where it cannot be read."""
+
+    columns: tuple[str, ...] = ()
+    rows: tuple[int, ...] = (0,)
+    error: str = ""
+
+
+class ParquetUnits:
+    """Row groups of parquet files; a raw sample is a dictionary: ``__key__``, and the columns under given names.
+
+    Args:
+        paths: the files. One whose end cannot be read is a unit that is skipped.
+        columns: name in the raw sample → the names its column may have; the first that a file has is read.
+        settings: name in the raw sample → the key that names its column, for messages.
+        buffer_size: rows of a group are mixed in a buffer of this size.
+
+    Raises:
+        UserError: no file can be read or has a row, or a file lacks a column.
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        columns: dict[str, tuple[str, ...]],
+        settings: dict[str, str],
+        buffer_size: int = 1000,
+    ):
+        self.paths, self.buffer_size = paths, buffer_size
+        with ThreadPoolExecutor(16) as pool:
+            footers = list(pool.map(_read_footer, paths))
+        if not any(sum(footer.rows) for footer in footers):
+            why = next((f": {footer.error}" for footer in footers if footer.error), "")
+            raise UserError(f"{paths[0]} and {len(paths) - 1} more hold not a single row{why}")
+        self.columns = [_choose(*of_file, columns, settings) for of_file in zip(paths, footers, strict=True)]
+        # Numbers in arrays: loader workers share them, while lists would be copied as they are counted.
+        self.file_of = np.repeat(np.arange(len(paths)), [len(footer.rows) for footer in footers])
+        self.group_of = np.concatenate([np.arange(len(footer.rows)) for footer in footers])
+        self.samples = sum(sum(footer.rows) for footer in footers)
+
+    def __len__(self) -> int:
+        return len(self.file_of)
+
+    def read(self, index: int, rng: random.Random) -> Iterator[dict | Skipped]:
+        """Rows of one group, mixed; one `Skipped` where it cannot be read on."""
+        return mixed(self._rows(int(self.file_of[index]), int(self.group_of[index])), self.buffer_size, rng)
+
+    def _rows(self, file: int, group: int) -> Iterator[dict | Skipped]:
+        path, names, number = self.paths[file], self.columns[file], 0
+        try:
+            with pyarrow.parquet.ParquetFile(path) as content:
+                batches = content.iter_batches(ROWS, [group], columns=list(names), use_threads=False)
+                for batch in batches:
+                    for row in batch.to_pylist():
+                        sample = {name: row[column] for column, name in names.items()}
+                        yield {"__key__": f"{path}: row group {group}, row {number}", "__url__": path, **sample}
+                        number += 1
+        except FileNotFoundError:
+            yield Skipped(MISSING_FILE, path)
+        except (OSError, pyarrow.ArrowException) as error:
+            yield Skipped(TRUNCATED_SHARD, f"{path}: row group {group}: {error}")
+
+
+def _read_footer(path: str) -> _Footer:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+            return _Footer(tuple(file.schema_arrow.names), tuple(groups))
+    except (OSError, pyarrow.ArrowException) as error:
+        return _Footer(error=f"{path}: {error}")
+
+
+def _choose(path: str, footer: _Footer, columns: dict[str, tuple[str, ...]], settings: dict[str, str]) -> dict:
+    """Column of a file → its name in the raw sample."""
+    if footer.error:
+        return {}
+    chosen = {}
+    for name, candidates in columns.items():
+        found = next((column for column in candidates if column in footer.columns), None)
+        if found is None:
+            wanted = " or ".join(repr(column) for column in candidates)
+            raise UserError(
+                f"{Path(path)} has no column {wanted}; its columns are {', '.join(footer.columns)}; name one by "
+                f"{settings[name]}"
+            )
+        chosen[found] = name
+    return chosen

@@ -1,0 +1,135 @@
+"""WebDataset shards as raw samples, and what the manifest beside them says (SPEC §15).
+
+A raw sample is a dictionary: ``__key__``, ``__url__``, and the undecoded members by suffix (``jpg``, ``txt``, …).
+"""
+
+import json
+import random
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import webdataset
+from webdataset.tariterators import group_by_keys
+
+from common.errors import UserError
+from training.data.paths import is_address
+from training.data.skipping import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped
+from training.data.sources import mixed
+
+CODES = "codes.npy"
+
+
+def read_shards(urls: list[str], buffer_size: int, seed: int) -> Iterator[dict | Skipped]:
+    """Samples of shards drawn with replacement, mixed in a buffer; endless."""
+    shards = webdataset.ResampledShards(urls, seed=seed, worker_seed=lambda: 0, deterministic=True)
+    samples = (sample for shard in shards for sample in read_shard(shard["url"]))
+    return mixed(samples, buffer_size, random.Random(seed))
+
+
+def read_shard(url: str) -> Iterator[dict | Skipped]:
+    """The samples of one shard in order, then, where it could not be read to its end, one `Skipped`.
+
+    A sample that the end cuts in two comes with the members it has.
+    """
+    problems: list[Skipped] = []
+
+    def note(error: Exception) -> bool:
+        problems.append(Skipped(MALFORMED_ITEM, f"{url}: {error.args[0]}"))
+        return True  # of two members of one name the first is kept
+
+    yield from group_by_keys(_members(url, problems), handler=note)
+    yield from problems
+
+
+def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
+    """Names and contents. webdataset's own reader ends at a damaged header as if the archive ended there."""
+    stream = None
+    try:
+        stream = webdataset.gopen(url) if is_address(url) else open(url, "rb")
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
+            for member in archive:
+                if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
+                    content = archive.extractfile(member).read()
+                    yield {"fname": member.name, "data": content, "__url__": url}
+                archive.members = []  # it would keep all headers
+    except FileNotFoundError:
+        problems.append(Skipped(MISSING_FILE, url))
+    except Exception as error:  # tar, gzip and the file system have each their own
+        problems.append(Skipped(TRUNCATED_SHARD, f"{url}: {error}"))
+    finally:
+        if stream is not None:
+            with suppress(OSError):  # a program behind a pipe that was not read to its end
+                stream.close()
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """An archive ends with its end mark, not where a header is damaged, cut or absent."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
+            raise tarfile.ReadError(f"damaged or cut short ({error})") from None
+
+
+class ShardUnits:
+    """Shards that are read once per epoch, in order: held-out data."""
+
+    samples = None
+
+    def __init__(self, urls: list[str]):
+        self.urls = urls
+
+    def __len__(self) -> int:
+        return len(self.urls)
+
+    def read(self, index: int, rng: random.Random) -> Iterator[dict | Skipped]:
+        return read_shard(self.urls[index])
+
+
+# ---- manifests ----
+
+
+def manifests(urls: list[str]) -> dict[str, dict]:
+    """Manifest file → content, of all shards that have one beside them (``a/train-000003.tar``:
+    ``a/train-manifest.json``).
+
+    Raises:
+        UserError: a manifest is no valid JSON.
+    """
+    files = {re.sub(r"-?\d*\.(tar|tgz|tar\.gz)$", "-manifest.json", url) for url in urls}
+    found = {}
+    for file in sorted(files - set(urls)):
+        if Path(file).is_file():
+            try:
+                found[file] = dict(json.loads(Path(file).read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise UserError(f"{file} is no valid manifest ({error}); write the shards again") from None
+    return found
+
+
+def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") -> None:
+    """Whether shards of codes, if their manifest says that they are, fit the run.
+
+    Args:
+        expected: manifest key → value in this run.
+        refused: why codes cannot be used in this flow at all, if so.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    for file, manifest in manifests(urls).items():
+        if "num_vq_tokens" not in manifest:
+            continue
+        if refused:
+            raise UserError(f"{file}: these shards hold codes; {refused}")
+        wrong = [f"{k} {manifest.get(k)}, here {value}" for k, value in expected.items() if manifest.get(k) != value]
+        if wrong:
+            raise UserError(
+                f"{file}: these codes were made for {'; '.join(wrong)}; encode the pictures again with "
+                "training/data/encode_images.py for this resolution and tokenizer"
+            )

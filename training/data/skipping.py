@@ -1,0 +1,73 @@
+"""Bad data: how a reader or a transform says that a sample cannot be used, and when there is too much of it."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+UNREADABLE_IMAGE = "unreadable_image"  # broken, truncated, enormous, or no picture at all
+TRUNCATED_SHARD = "truncated_shard"  # a shard or row group that ends early or is corrupt; counts once
+MISSING_FILE = "missing_file"
+EMPTY_TEXT = "empty_text"
+MALFORMED_ITEM = "malformed_item"  # parts missing, of the wrong type, or not to be parsed
+BAD_CONVERSATION = "bad_conversation"  # turns out of order, or no token of an answer to learn from
+BAD_CODES = "bad_codes"  # of another length or range than the model's
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What a reader yields in place of a raw sample that it cannot read."""
+
+    kind: str
+    detail: str
+
+
+class SkipSample(Exception):
+    """Raised by a transform: this sample cannot be used."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(kind, detail)
+        self.kind, self.detail = kind, detail
+
+
+def checked_text(text: object, name: str) -> str:
+    """The text itself.
+
+    Raises:
+        SkipSample: it is no text, or holds half of a character (as ``"\\ud83d"`` in JSON), which no tokenizer takes.
+    """
+    if not isinstance(text, str):
+        raise SkipSample(MALFORMED_ITEM, f"{name}: {text!r:.80} is no text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SkipSample(MALFORMED_ITEM, f"{name}: {error}") from None
+    return text
+
+
+@dataclass
+class Tally:
+    """How many raw samples were seen and how many of them, by kind, were skipped; one example of each kind."""
+
+    seen: int = 0
+    skipped: Counter = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def skip(self, kind: str, detail: str) -> None:
+        self.skipped[kind] += 1
+        self.examples.setdefault(kind, detail)
+
+    def add(self, other: "Tally") -> None:
+        self.seen += other.seen
+        self.skipped.update(other.skipped)
+        self.examples = other.examples | self.examples
+
+    @property
+    def share(self) -> float:
+        return self.skipped.total() / self.seen if self.seen else 0.0
+
+    def describe(self) -> str:
+        """``12 of 200 samples (6.0%): 9 unreadable_image (such as a/b.jpg: …), 3 empty_text (such as …)``."""
+        kinds = [f"{count} {kind}{self._example(kind)}" for kind, count in self.skipped.most_common()]
+        return f"{self.skipped.total()} of {self.seen} samples ({self.share:.1%}): {', '.join(kinds)}"
+
+    def _example(self, kind: str) -> str:
+        return f" (such as {self.examples[kind]})" if kind in self.examples else ""  # none from before a restart
