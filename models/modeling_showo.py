@@ -112,12 +112,18 @@ def read_llm_config(llm_model_path: str) -> dict:
 
 @dataclass
 class ShowoOutput(ModelOutput):
-    """logits (B, L, V), absent when labels were given and `return_logits` was not asked for; losses are scalars."""
+    """logits (B, L, V), absent when labels were given and `return_logits` was not asked for; losses are scalars.
+
+    With `return_statistics`, for each task present: `statistics["correct_t2i"]` and `statistics["supervised_t2i"]`, the
+    supervised positions (of t2i: image codes) whose likeliest token is right and all of them; and ``row_loss_t2i``
+    (B_t2i,), each row's mean. All are detached.
+    """
 
     loss_t2i: torch.Tensor | None = None
     loss_lm: torch.Tensor | None = None
     loss_mmu: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    statistics: dict[str, torch.Tensor] | None = None
 
 
 class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
@@ -202,6 +208,7 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
         image_features: torch.Tensor | None = None,
         label_smoothing: float = 0.0,
         return_logits: bool | None = None,
+        return_statistics: bool = False,
     ) -> ShowoOutput:
         """Logits without labels, losses with them.
 
@@ -214,6 +221,7 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
             image_features: (images, features, clip_feature_size) raw CLIP features, spliced in order.
             label_smoothing: as in `torch.nn.functional.cross_entropy`.
             return_logits: default: only without labels, since the losses need the head at supervised positions alone.
+            return_statistics: also how many tokens were predicted right, see `ShowoOutput`.
 
         Raises:
             ValueError: row counts, mask or features do not fit the ids.
@@ -226,7 +234,8 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
             counts = (batch_size_t2i, batch_size_lm, batch_size_mmu)
             if sum(counts) != len(input_ids):
                 raise ValueError(f"batch_size_t2i, _lm, _mmu are {counts}, but there are {len(input_ids)} rows")
-            losses = self._losses(hidden, labels, counts, max_seq_length, label_smoothing)
+            output.statistics = {} if return_statistics else None
+            losses = self._losses(hidden, labels, counts, max_seq_length, label_smoothing, output.statistics)
             output.loss_t2i, output.loss_lm, output.loss_mmu = losses
         if return_logits or (return_logits is None and labels is None):
             output.logits = self.showo.lm_head(hidden)
@@ -284,24 +293,35 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
             )
         return dense
 
-    def _losses(self, hidden, labels, counts, max_seq_length, label_smoothing):
+    def _losses(self, hidden, labels, counts, max_seq_length, label_smoothing, statistics: dict | None):
         """Mean cross-entropy of each task over its supervised positions and the whole vocabulary; 0 if absent."""
         hidden_t2i, hidden_lm, hidden_mmu = hidden.split(counts)
         labels_t2i, labels_lm, labels_mmu = labels.split(counts)
         first = max_seq_length + 1
-        return (
+        parts = {
             # Faithful: unshifted, so <soi> and <eoi> are predicted from themselves (pinned by tests/parity).
-            self._cross_entropy(hidden_t2i[:, first:], labels_t2i[:, first:], label_smoothing),
-            self._cross_entropy(hidden_lm[:, :-1], labels_lm[:, 1:], label_smoothing),
-            self._cross_entropy(hidden_mmu[:, :-1], labels_mmu[:, 1:], label_smoothing),
-        )
+            "t2i": (hidden_t2i[:, first:], labels_t2i[:, first:]),
+            "lm": (hidden_lm[:, :-1], labels_lm[:, 1:]),
+            "mmu": (hidden_mmu[:, :-1], labels_mmu[:, 1:]),
+        }
+        return [self._cross_entropy(*part, label_smoothing, task, statistics) for task, part in parts.items()]
 
-    def _cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    def _cross_entropy(self, hidden, labels, label_smoothing: float, task: str, statistics: dict | None):
         supervised = labels != IGNORE_ID  # (B, L)
         if not supervised.any():
             return (hidden * 0.0).sum()  # keeps every parameter in the graph of a distributed step
-        logits = self.showo.lm_head(hidden[supervised])  # (S, V)
-        return F.cross_entropy(logits.float(), labels[supervised], label_smoothing=label_smoothing)
+        logits = self.showo.lm_head(hidden[supervised]).float()  # (S, V)
+        losses = F.cross_entropy(logits, labels[supervised], label_smoothing=label_smoothing, reduction="none")
+        if statistics is not None:
+            wanted = labels[supervised]
+            counted = wanted >= (self.vocabulary.image_offset if task == "t2i" else 0)  # <soi>, <eoi> are no feat
+            statistics[f"correct_{task}"] = ((logits.detach().argmax(-1) == wanted) & counted).sum()
+            statistics[f"supervised_{task}"] = counted.sum()
+            if task == "t2i":
+                sums = torch.zeros(labels.shape, dtype=losses.dtype, device=losses.device)
+                sums = sums.masked_scatter(supervised, losses.detach()).sum(1)
+                statistics["row_loss_t2i"] = sums / supervised.sum(1).clamp(min=1)
+        return losses.mean()
 
 
 def _block_mask_of(dense: torch.Tensor):

@@ -95,7 +95,7 @@ def load(source: Source) -> dict:
     check_text_tokenizer(llm, prompting, config)
     check_image_tokenizer(source, config, MAGVITv2._read_config(vq_folder, {}))
     settings = {"dtype": dtype, "attn_implementation": source.attn_implementation}
-    with _without_loading_bars():
+    with without_loading_bars():
         clip = load_clip(source.clip, config.clip_feature_size).to(device) if config.w_clip_vit else None
         vq_model = load_magvitv2(vq_folder, source.vq_weights).to(device)
         model = Showo.from_pretrained(folder, config=config, **settings).to(device)
@@ -106,7 +106,7 @@ def load(source: Source) -> dict:
 
 
 @contextmanager
-def _without_loading_bars() -> Iterator[None]:
+def without_loading_bars() -> Iterator[None]:
     """transformers' bars over tensors that are in memory already say nothing; downloads keep theirs."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -1,11 +1,11 @@
 """Three flows → one batch that the model takes as it is (SPEC §2, §5): rows in the order t2i, lm, mmu."""
 
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from models import OmniMask, UniversalPrompting
-from training.data.flows import collate_images
 from training.masking import MaskingNoise
 
 TASKS = ("t2i", "lm", "mmu")
@@ -15,8 +15,9 @@ TASKS = ("t2i", "lm", "mmu")
 class OmniBatch:
     """One training batch on the device of the model.
 
-    input_ids, labels: (B, L) int64. counts: rows per task. mask_prob: (B_t2i,) float32. texts, pixels: of the t2i rows,
-    for the sample sheets.
+    input_ids, labels: (B, L) int64. counts: rows per task. mask_prob: (B_t2i,) float32. texts, codes (B_t2i, N) int64
+    and pixels (B_t2i, 3, res, res; None where shards hold codes): of the t2i rows, for the sample sheets. keys: which
+    samples these are.
     """
 
     input_ids: torch.Tensor
@@ -26,7 +27,9 @@ class OmniBatch:
     mask_prob: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
     texts: list[str] = field(default_factory=list)
+    codes: torch.Tensor | None = None
     pixels: torch.Tensor | None = None
+    keys: list[str] = field(default_factory=list)
 
     def forward_arguments(self) -> dict:
         """Keyword arguments of `Showo.forward`."""
@@ -57,20 +60,39 @@ class BatchBuilder:
         self.prompting, self.vq_model, self.noise = prompting, vq_model, noise
         self.understanding, self.row_length, self.device = understanding, row_length, device
 
+    def for_evaluation(self, mask_ratio: float | None = None) -> "BatchBuilder":
+        """The same without augmentation and text dropout, and with a fixed mask ratio where one is given."""
+        builder = copy(self)
+        builder.prompting = copy(self.prompting)
+        builder.prompting.cond_dropout_prob = 0.0
+        builder.understanding = self.understanding.for_evaluation()
+        builder.noise = replace(self.noise, mask_ratio=mask_ratio)
+        return builder
+
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) → (B, N) image ids with the vocabulary's offset."""
         return self.vq_model.get_code(pixels.to(self.device)) + self.noise.image_offset
+
+    def image_ids(self, items: list[dict]) -> torch.Tensor:
+        """(B, N) image ids of items that hold pixels, or codes made beforehand."""
+        encoded = [item["codes"].to(self.device) + self.noise.image_offset for item in items if "codes" in item]
+        pixels = [item["image"] for item in items if "codes" not in item]
+        fresh = iter(self.encode(torch.stack(pixels)) if pixels else ())
+        known = iter(encoded)
+        return torch.stack([next(known) if "codes" in item else next(fresh) for item in items])
 
     def __call__(self, items: dict[str, list]) -> OmniBatch:
         """items: flow → list of items; absent flows have no rows."""
         rows, extra = [], {}
         counts = {task: len(items.get(task, ())) for task in TASKS}
         if counts["t2i"]:
-            pixels, texts = collate_images(items["t2i"])
-            masked = self.noise(self.encode(pixels))
+            texts, ids = [item["text"] for item in items["t2i"]], self.image_ids(items["t2i"])
+            masked = self.noise(ids)
             rows.append(self.prompting((texts, masked.input_ids, masked.labels), "t2i"))
-            extra |= {"mask_prob": masked.mask_prob, "texts": texts, "pixels": pixels}
+            extra |= {"mask_prob": masked.mask_prob, "texts": texts, "codes": ids - self.noise.image_offset}
+            if all("image" in item for item in items["t2i"]):
+                extra["pixels"] = torch.stack([item["image"] for item in items["t2i"]])
         if counts["lm"]:
             rows.append(self.prompting((items["lm"], self.row_length), "lm"))
         if counts["mmu"]:
@@ -83,5 +105,13 @@ class BatchBuilder:
             torch.cat([r.labels.to(device) for r in rows]),
             OmniMask.cat([r.attention_mask.to(device) for r in rows]),
             counts,
+            keys=[f"{task}: {_key(item)}" for task in TASKS for item in items.get(task, ())],
             **extra,
         )
+
+
+def _key(item: dict | str) -> str:
+    """What tells a user which sample this is."""
+    if isinstance(item, str):
+        return repr(item[:40])
+    return item.get("key") or repr(item.get("text", "")[:40])

@@ -10,27 +10,52 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from common.errors import UserError
 from models.checkpoint_io import read_json
+from models.pipeline_loading import without_loading_bars
 from training.data.streams import StreamState
+from training.processes import readable_by_any_number, whole_weights
+
+# What differs from run to run without changing what is learnt; any other change under a continued run is reported.
+FREE_KEYS = re.compile(
+    r"wandb\.|experiment\.|(seed|output_dir|validation_prompts_file|device|dtype|compile|attn_implementation)$|lr_scheduler\.params\.learning"
+    r"|dataset\.params\.(validation_prompts_file|pin_memory|persistent_workers|eval_|batch_size$)"
+    r"|training\.(guidance_scale|generation_|batch_size$|eval_mask_ratios|enable_tf32|max_nonfinite_batches)"
+)
 
 
 @dataclass
 class TrainState:
-    """Where a run stands, beside weights, optimiser, schedule and random states."""
+    """Where a run stands, beside weights, optimiser, schedule and random states.
+
+    Args:
+        global_step: optimiser steps taken.
+        streams: how far this process has read each flow.
+    """
 
     global_step: int = 0
     streams: dict[str, StreamState] = field(default_factory=dict)
 
-    def to_json(self) -> dict:
-        return {"global_step": self.global_step, "streams": {k: asdict(v) for k, v in self.streams.items()}}
 
-    @classmethod
-    def from_json(cls, content: dict) -> "TrainState":
-        streams = {k: StreamState(**v) for k, v in content.get("streams", {}).items()}
-        return cls(int(content["global_step"]), streams)
+@dataclass
+class Start:
+    """The checkpoint a run goes on from.
+
+    Args:
+        folder: of the checkpoint.
+        step: where to go on.
+        written_by: number of processes that wrote it.
+        weights: folder of the weights to begin with when nothing else is to be kept (the stage before, or a checkpoint
+            of the published code); None brings everything back.
+    """
+
+    folder: Path
+    step: int
+    weights: Path | None = None
+    written_by: int | None = None
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -56,35 +81,96 @@ def find_resume(output_dir: str | Path, setting: str | bool | None) -> Path | No
     raise UserError(f"experiment.resume_from_checkpoint is {setting!r}: no such folder; give one, or latest, or false")
 
 
+def find_start(output_dir: str | Path, setting: str | bool | None) -> Start | None:
+    """What a run continues, and how much of it.
+
+    A folder named `checkpoint-0` is the last one of the stage before, put there by hand: only its weights are taken
+    (SPEC §12). So it is with a checkpoint of the published code, which holds nothing else.
+
+    Raises:
+        UserError: the checkpoint is incomplete.
+    """
+    folder = find_resume(output_dir, setting)
+    if folder is None:
+        return None
+    weights = folder / "unwrapped_model"
+    if folder.name == "checkpoint-0":
+        return Start(folder, 0, weights if weights.is_dir() else folder)
+    metadata = read_json(folder / "metadata.json")
+    step = metadata.get("global_step")
+    if not isinstance(step, int) or step < 0:
+        raise UserError(
+            f"{folder / 'metadata.json'} has no global_step; the checkpoint is damaged: remove or replace it"
+        )
+    if "num_processes" in metadata:  # ours; the published code writes the step alone
+        return Start(folder, step, written_by=metadata["num_processes"])
+    if not weights.is_dir():
+        raise UserError(f"{folder} is incomplete (it holds no unwrapped_model); remove it or copy it again")
+    return Start(folder, step, weights)
+
+
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, state: TrainState, *, model, average=None, limit=None
+    accelerator: Accelerator,
+    output_dir: Path,
+    state: TrainState,
+    *,
+    model,
+    wrapped=None,
+    average=None,
+    limit=None,
+    config=None,
 ) -> Path:
     """Writes ``checkpoint-{step}`` aside, then renames it; afterwards removes the oldest beyond `limit`.
 
-    It holds accelerate's full state (model, optimiser, schedule, random states), the weight average, the data position,
-    and `unwrapped_model/`, which loads on its own. All processes call it.
+    It holds accelerate's full state (model, optimiser, schedule, random states), the weight average, the data position
+    of every process, the configuration, and `unwrapped_model/`, which loads on its own. All processes call it.
+
+    Args:
+        model, wrapped: the plain model, and what trains it (itself, DDP, DeepSpeed engine, …).
+
+    Raises:
+        UserError: it cannot be written (a full disk, say); the checkpoints before it are still there.
     """
     final = output_dir / f"checkpoint-{state.global_step}"
     aside = output_dir / f".incomplete-{final.name}"
-    if accelerator.is_main_process:
-        for left_over in output_dir.glob(".incomplete-checkpoint-*"):
-            shutil.rmtree(left_over)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()  # the others write their random states into it
-    if accelerator.is_main_process:
-        if average is not None:
-            torch.save(average.state_dict(), aside / "average.pt")
-        save_model(model, aside / "unwrapped_model", average)
-        (aside / "metadata.json").write_text(json.dumps(state.to_json()))
-        doomed = [hide(final)] if final.exists() else []
-        aside.rename(final)
-        others = [folder for folder in checkpoints(output_dir) if folder != final]
-        doomed += [hide(old) for old in others[: max(0, len(others) + 1 - limit)]] if limit else []
-        for folder in doomed:
-            shutil.rmtree(folder)
+    try:
+        if accelerator.is_main_process:
+            for left_over in output_dir.glob(".incomplete-checkpoint-*"):
+                shutil.rmtree(left_over)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(aside))
+        streams = {name: asdict(stream) for name, stream in state.streams.items()}
+        (aside / _streams_name(accelerator)).write_text(json.dumps(streams))
+        save_model(accelerator, model, aside / "unwrapped_model", wrapped=wrapped, average=average)
+        average_state = average.state_dict() if average is not None else None
+        accelerator.wait_for_everyone()  # the others write their states into it
+        if accelerator.is_main_process:
+            if average_state is not None:
+                torch.save(average_state, aside / "average.pt")
+            if config is not None:
+                OmegaConf.save(config, aside / "config.yaml")
+            metadata = {"global_step": state.global_step, "num_processes": accelerator.num_processes}
+            (aside / "metadata.json").write_text(json.dumps(metadata))
+            _put_in_place(aside, final, limit)
+    except DAMAGED as error:
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+        kept = checkpoints(output_dir)
+        remains = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+        raise UserError(
+            f"{final} could not be written ({_reason(error)}); {remains}. Make room on the disk and start again"
+        ) from error
     accelerator.wait_for_everyone()
     return final
+
+
+def _put_in_place(aside: Path, final: Path, limit: int | None) -> None:
+    doomed = [hide(final)] if final.exists() else []
+    aside.rename(final)
+    others = [folder for folder in checkpoints(final.parent) if folder != final]
+    doomed += [hide(old) for old in others[: max(0, len(others) + 1 - limit)]] if limit else []
+    for folder in doomed:
+        shutil.rmtree(folder)
 
 
 def hide(folder: Path) -> Path:
@@ -92,17 +178,31 @@ def hide(folder: Path) -> Path:
     return folder.rename(folder.with_name(f".incomplete-{folder.name}-removed"))
 
 
-def save_model(model, folder: Path, average=None) -> None:
-    """The unwrapped model (its moving average where there is one) as safetensors + config.json."""
+def _streams_name(accelerator: Accelerator) -> str:
+    return f"streams_{accelerator.process_index}.json"
+
+
+def save_model(accelerator: Accelerator, model, folder: Path, *, wrapped=None, average=None) -> None:
+    """The unwrapped model (its moving average where there is one) as safetensors + config.json.
+
+    All processes call it; the main one writes.
+    """
     with average.applied_to(model) if average is not None else nullcontext():
-        model.save_pretrained(folder)
+        weights = whole_weights(accelerator, model, wrapped)
+        if accelerator.is_main_process:
+            with without_loading_bars():
+                model.save_pretrained(folder, state_dict=weights)
 
 
 DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError, pickle.PickleError, SafetensorError)
 
 
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
 def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=None) -> TrainState:
-    """Brings everything back that `save_checkpoint` wrote.
+    """Brings everything back that `save_checkpoint` wrote; what another number of processes cannot keep is said.
 
     Args:
         model: where the checkpoint has no weight average, it begins anew from this model, freshly loaded.
@@ -112,13 +212,54 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
     """
     content = read_json(folder / "metadata.json")
     try:
-        state = TrainState.from_json(content)
-        accelerator.load_state(str(folder))
+        state = TrainState(int(content["global_step"]))
+        before = content.get("num_processes", 1)
+        same = before == accelerator.num_processes
+        with nullcontext(folder) if same else readable_by_any_number(accelerator, folder) as readable:
+            accelerator.load_state(str(readable))
+        if same:
+            streams = json.loads((folder / _streams_name(accelerator)).read_text())
+            state.streams = {name: StreamState(**stream) for name, stream in streams.items()}
+        else:
+            accelerator.print(
+                f"{folder} was written by {before} processes, now there are {accelerator.num_processes}: weights, "
+                "optimiser and schedule are kept; the data begins anew and random numbers differ"
+            )
         if average is not None and (folder / "average.pt").is_file():
             average.load_state_dict(torch.load(folder / "average.pt", map_location="cpu", weights_only=True))
         elif average is not None and model is not None:
             average.restart(model)
     except DAMAGED as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise UserError(f"{folder} cannot be continued from ({reason}); remove or replace it") from error
+        raise UserError(f"{folder} cannot be continued from ({_reason(error)}); remove or replace it") from error
     return state
+
+
+def check_same_config(folder: Path, config) -> None:
+    """A continued run must be the run it was.
+
+    Raises:
+        UserError: settings that change what is learnt differ from the checkpoint's; lists them.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return
+    before, now = (dict(_leaves(OmegaConf.to_container(c))) for c in (OmegaConf.load(file), config))
+    changed = [
+        f"{key} {before.get(key, 'unset')} → {now[key]}"
+        for key in sorted(now)
+        if key in before and before[key] != now[key] and not FREE_KEYS.match(key)
+    ]
+    if changed:
+        raise UserError(
+            f"the configuration differs from that of {folder}: {'; '.join(changed)}. Take the changes back, choose "
+            "another output_dir (with experiment.init_from to keep the weights), or allow them with "
+            "experiment.accept_config_changes=true"
+        )
+
+
+def _leaves(tree: dict, prefix: str = ""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -31,6 +31,7 @@ class MaskingNoise:
         contiguous_region_prob: probability that a batch masks one rectangle per image instead of scattered tokens.
         noise_type: ``mask`` hides behind the mask token, ``random_replace`` behind random codes.
         predict_all_tokens: labels everywhere instead of at hidden positions only (always so for random_replace).
+        mask_ratio: fixes the probability (evaluation) instead of drawing it.
     """
 
     schedule: Schedule
@@ -41,21 +42,21 @@ class MaskingNoise:
     contiguous_region_prob: float | None = None
     noise_type: str = "mask"
     predict_all_tokens: bool = False
+    mask_ratio: float | None = None
 
-    def __call__(self, image_ids: torch.Tensor, *, mask_ratio: float | None = None) -> MaskedImages:
+    def __call__(self, image_ids: torch.Tensor) -> MaskedImages:
         """Hides part of each image.
 
         Draws come from torch's global generator in the published order: t (B), positions (B, N).
 
         Args:
             image_ids: (B, N) int64 with the vocabulary's offset.
-            mask_ratio: fixes the probability (evaluation) instead of drawing it.
         """
         batch_size, num_tokens = image_ids.shape
-        if mask_ratio is None:
+        if self.mask_ratio is None:
             mask_prob = self.schedule(torch.rand(batch_size)).clamp(min=self.min_masking_rate)
         else:
-            mask_prob = torch.full((batch_size,), float(mask_ratio))
+            mask_prob = torch.full((batch_size,), float(self.mask_ratio))
         num_masked = (num_tokens * mask_prob).round().clamp(min=1)  # torch rounds half to even
         hidden = self._positions(num_masked, num_tokens).to(image_ids.device)  # (B, N)
         noise = torch.full_like(image_ids, self.mask_token_id)

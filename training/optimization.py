@@ -5,6 +5,9 @@ from contextlib import contextmanager
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from training.processes import local, whole
 
 # Faithful: names, not kinds of parameter, decide. Phi's `*_layernorm.weight` and `embed_tokens.weight` hold none of
 # them and are decayed (pinned by tests/training/test_optimization.py).
@@ -20,19 +23,29 @@ def parameter_groups(named_parameters, weight_decay: float) -> list[dict]:
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, config) -> torch.optim.Optimizer:
-    """AdamW as configured by `optimizer.params`."""
+def make_optimizer(model: nn.Module, config, scale: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW as configured by `optimizer.params`.
+
+    Args:
+        scale: multiplies the learning rate.
+    """
     params = config.optimizer.params
     return torch.optim.AdamW(
         parameter_groups(model.named_parameters(), params.weight_decay),
-        lr=params.learning_rate,
+        lr=params.learning_rate * scale,
         betas=(params.beta1, params.beta2),
         eps=params.epsilon,
     )
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:
-    """Warm-up and decay over optimiser steps, whatever the number of processes."""
+def make_schedule(optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:
+    """Warm-up and decay over optimiser steps, whatever the number of processes.
+
+    Args:
+        optimizer: prepared or not; accelerate and DeepSpeed wrap torch's own, which the schedule must drive.
+    """
+    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
     return get_scheduler(
         config.lr_scheduler.scheduler,
         optimizer,
@@ -42,13 +55,16 @@ def make_schedule(optimizer: torch.optim.Optimizer, config) -> torch.optim.lr_sc
 
 
 def gradient_norms(model: nn.Module) -> dict[str, torch.Tensor]:
-    """``grad_norm/{parameter}`` = L2 norm of its gradient / its number of elements (SPEC §15), still on the device."""
+    """``grad_norm/{parameter}`` = L2 norm of its gradient / its number of elements (SPEC §15), still on the device.
+
+    Under FSDP all processes must call it. DeepSpeed keeps its gradients to itself: then there are none here.
+    """
     named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
-    return {f"grad_norm/{name}": gradient.detach().norm() / gradient.numel() for name, gradient in named}
+    return {f"grad_norm/{name}": whole(gradient.detach().norm()) / gradient.numel() for name, gradient in named}
 
 
 class WeightAverage:
-    """Exponential moving average of a model's parameters, kept in fp32.
+    """Exponential moving average of a model's parameters, kept in fp32; where they are sharded, so is the average.
 
     Args:
         decay: weight of the past; the first steps use (1 + n) / (10 + n) while that is smaller.
@@ -67,16 +83,17 @@ class WeightAverage:
     def update(self, model: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        names, parameters = zip(*((n, p.detach().float()) for n, p in model.named_parameters()), strict=True)
-        torch._foreach_lerp_([self.shadow[n] for n in names], list(parameters), 1 - decay)
+        names, parameters = zip(*((n, local(p.detach()).float()) for n, p in model.named_parameters()), strict=True)
+        torch._foreach_lerp_([local(self.shadow[n]) for n in names], list(parameters), 1 - decay)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchanges the model's weights with the average; a second call exchanges them back."""
         for name, parameter in model.named_parameters():
-            kept = parameter.detach().float().clone()
-            parameter.copy_(self.shadow[name])
-            self.shadow[name].copy_(kept)
+            weight, average = local(parameter), local(self.shadow[name])
+            kept = weight.detach().float().clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
     @contextmanager
     def applied_to(self, model: nn.Module):
@@ -88,9 +105,14 @@ class WeightAverage:
             self.swap(model)
 
     def state_dict(self) -> dict:
-        return {"updates": self.updates, "shadow": self.shadow}
+        """Whole tensors; where they are sharded all processes must call it."""
+        return {"updates": self.updates, "shadow": {name: whole(tensor) for name, tensor in self.shadow.items()}}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
         for name, tensor in state["shadow"].items():
-            self.shadow[name].copy_(tensor)
+            place = self.shadow[name]
+            if isinstance(place, DTensor):
+                tensor = distribute_tensor(tensor.to(place.device), place.device_mesh, place.placements)
+            local(place).copy_(local(tensor))

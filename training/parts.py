@@ -1,64 +1,77 @@
-"""What a run is put together from, each made from the configuration and checked before a step is taken (SPEC §12)."""
+"""The models of a run, each made from the configuration and checked before a step is taken (SPEC §12)."""
 
-import os
+from pathlib import Path
 
-from accelerate import Accelerator
 from transformers import AutoTokenizer
 
 from common.config import mask_schedule_of, resolve_path
 from common.errors import UserError
 from models import MAGVITv2, Showo, ShowoConfig, UniversalPrompting, get_mask_schedule
+from models.checkpoint_io import read_json, resolve_folder
 from models.modeling_showo import read_llm_config
+from models.pipeline_loading import load_magvitv2, without_loading_bars
 from training.batches import BatchBuilder
 from training.masking import MaskingNoise
 
 
-def make_accelerator(config) -> Accelerator:
-    """Processes, precision and accumulation.
+def make_model(config, start: Path | None = None) -> Showo:
+    """The model a run starts from: a checkpoint, a language model's weights, or (no path) random weights.
+
+    Args:
+        start: folder of weights that the run goes on from; it wins over `experiment.init_from`, and that over
+            `model.showo`.
 
     Raises:
-        UserError: several processes were launched that do not know of each other.
+        UserError: the weights are missing or do not fit the sizes of the configuration.
     """
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
-        mixed_precision=config.training.mixed_precision,
-        cpu=config.device == "cpu",
-    )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise UserError(
-            f"{launched} processes were launched, but this one trains with {accelerator.num_processes}; on CPUs set "
-            "device=cpu or the environment variable ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
-
-
-def make_model(config) -> Showo:
-    """The model a run starts from: a checkpoint, a language model's weights, or (no path) random weights."""
     settings = config.model.showo
     keys = ("llm_vocab_size", "vocab_size", "codebook_size", "num_vq_tokens", "num_new_special_tokens", "w_clip_vit")
     llm_path = str(resolve_path(settings.llm_model_path))
+    source = start or config.experiment.init_from
     try:
         showo_config = ShowoConfig(
             llm_model_path=settings.llm_model_path,  # as given, so that no path of this machine is saved
             llm_config=read_llm_config(llm_path),
             attn_implementation=config.attn_implementation,
+            **_feature_size(config),
             **{key: settings[key] for key in keys},
         )
-        if not settings.load_from_showo:
+        if source is None and not settings.load_from_showo:
             return Showo.from_llm(showo_config, llm_path).train()
     except (ValueError, OSError) as error:
         raise UserError(f"model.showo: {str(error).splitlines()[0]}") from error
-    if settings.pretrained_model_path is None:
+    source = source or settings.pretrained_model_path
+    if source is None:
         return Showo(showo_config).train()
-    folder = str(resolve_path(settings.pretrained_model_path))
-    return Showo.from_pretrained(folder, config=showo_config).train()
+    # Faithful: a checkpoint that has read image codes so far may begin the CLIP-ViT branch (SPEC §12).
+    allowed = ("mm_projector.",) if settings.w_clip_vit else ()
+    folder = weights_folder(resolve_path(source))
+    with without_loading_bars():
+        return Showo.from_pretrained(str(folder), config=showo_config, allow_missing=allowed).train()
+
+
+def weights_folder(path: Path) -> Path:
+    """Where a checkpoint's weights lie: a training checkpoint keeps them in `unwrapped_model`."""
+    return path / "unwrapped_model" if (path / "unwrapped_model").is_dir() else path
+
+
+def _feature_size(config) -> dict[str, int]:
+    """The width of the CLIP tower's features, which the projector takes."""
+    if not config.model.showo.w_clip_vit:
+        return {}
+    folder = resolve_folder(resolve_path(config.model.clip_vit_name))
+    settings = read_json(folder / "config.json")
+    return {"clip_feature_size": (settings.get("vision_config") or settings).get("hidden_size", 1024)}
 
 
 def make_vq_model(config) -> MAGVITv2:
     """The frozen image tokenizer, fp32 and outside autocast."""
-    name = config.model.vq_model.vq_model_name
-    return MAGVITv2.from_pretrained(str(resolve_path(name))).requires_grad_(False).eval()
+    section = config.model.vq_model
+    weights = section.pretrained_model_path
+    folder = resolve_folder(resolve_path(section.vq_model_name))
+    with without_loading_bars():
+        model = load_magvitv2(folder, str(resolve_path(weights)) if weights else None)
+    return model.requires_grad_(False).eval()
 
 
 def check_sizes(config, vq_model: MAGVITv2) -> None:
@@ -105,9 +118,10 @@ def make_prompting(config) -> UniversalPrompting:
     return prompting
 
 
-def make_builder(config, model: Showo, vq_model: MAGVITv2, understanding, device) -> BatchBuilder:
+def make_builder(
+    config, model: Showo, vq_model: MAGVITv2, prompting: UniversalPrompting, understanding, device
+) -> BatchBuilder:
     training, vocabulary = config.training, model.vocabulary
-    prompting = make_prompting(config)
     schedule, params = mask_schedule_of(config)
     noise = MaskingNoise(
         get_mask_schedule(schedule, **params),

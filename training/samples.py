@@ -44,10 +44,11 @@ def predict_masked(
     logits = model(ids, batch.attention_mask.select(slice(0, count))).logits
     predicted = logits[:, image, offset : offset + num_codes].argmax(-1)
     hidden = (labels != IGNORE_ID) & (labels != ids[:, image])  # also where random codes hide the true ones
-    original = batch.pixels[:count].to(builder.device)
-    codes = builder.vq_model.get_code(original)
-    decode = builder.vq_model.decode_code
-    panels = [original, decode(codes).float(), decode(torch.where(hidden, predicted, codes)).float()]
+    codes, decode = batch.codes[:count], builder.vq_model.decode_code
+    reconstructed = decode(codes).float()
+    # Shards of codes hold no pictures: there the reconstruction stands for the original.
+    original = reconstructed if batch.pixels is None else batch.pixels[:count].to(builder.device)
+    panels = [original, reconstructed, decode(torch.where(hidden, predicted, codes)).float()]
     images = to_pil(torch.cat(panels, dim=-1))
     ratios = batch.mask_prob[:count].tolist()
     return images, [f"mask ratio: {ratio:.2f}, {text}" for ratio, text in zip(ratios, batch.texts, strict=False)]

@@ -223,7 +223,7 @@ class TokenizerTrainer:
         if self.step % self.config.experiment.eval_every:
             self._evaluate(progress)
         if self.is_main:
-            save_model(self.model, self.output_dir, self.average)
+            save_model(self.accelerator, self.model, self.output_dir, average=self.average)
 
     # stopping and going on
 

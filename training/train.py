@@ -16,7 +16,7 @@ from training.understanding import VqUnderstanding  # noqa: E402
 
 def main(argv: list[str]) -> None:
     config = load_config(argv, TrainingConfig)
-    Trainer(config, VqUnderstanding(config.training.und_mask_ratio)).train()
+    Trainer(config, VqUnderstanding.of(config)).train()
 
 
 if __name__ == "__main__":

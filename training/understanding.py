@@ -1,9 +1,18 @@
-"""What differs between the two understanding branches: how an mmu row is built and what is trainable."""
+"""What differs between the two understanding branches: how an mmu row is built and what is trainable (SPEC §2, §9)."""
 
 import torch
 
+from common.config import resolve_path
+from common.errors import UserError
+from llava import SYSTEM_PROMPT, collate
+from models import OmniMask
+from models.checkpoint_io import resolve_folder
+from models.clip_encoder import image_processor_class
+from models.pipeline_loading import load_clip
 from models.prompting import Rows
-from training.data.flows import collate_images
+from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
+
+# B rows, L row length, N image tokens, F features of one picture
 
 
 class VqUnderstanding:
@@ -12,17 +21,121 @@ class VqUnderstanding:
     Args:
         max_mask_ratio: each mmu picture shows all but a random share, up to this, of its tokens: against memorising
             small data sets. 0 as published.
+        system_prompt: conversations begin with LLaVA's system prompt (`dataset.add_system_prompt`).
     """
 
-    def __init__(self, max_mask_ratio: float = 0.0):
-        self.max_mask_ratio = max_mask_ratio
+    image_processor = None  # the flows prepare pictures for the image tokenizer
+
+    def __init__(self, max_mask_ratio: float = 0.0, system_prompt: bool = False):
+        self.max_mask_ratio, self.system_prompt = max_mask_ratio, system_prompt
+
+    @classmethod
+    def of(cls, config) -> "VqUnderstanding":
+        if config.model.showo.w_clip_vit:
+            raise UserError("model.showo.w_clip_vit is true; train it with training/train_w_clip_vit.py")
+        return cls(config.training.und_mask_ratio, config.dataset.add_system_prompt)
+
+    def attach(self, model, device) -> None:
+        """All parameters are trained."""
+
+    def for_evaluation(self) -> "VqUnderstanding":
+        return VqUnderstanding(0.0, self.system_prompt)
 
     def rows(self, items: list[dict], builder) -> tuple[Rows, None]:
         """Rows ``<mmu> <soi>`` codes ``<eoi>`` text of one batch, and no image features."""
-        pixels, texts = collate_images(items)
-        image_ids = builder.encode(pixels)  # (B, N)
+        image_ids = builder.image_ids(items)  # (B, N)
         if self.max_mask_ratio:
             ratio = torch.rand(len(items), 1) * self.max_mask_ratio
             hidden = (torch.rand(image_ids.shape) < ratio).to(image_ids.device)
             image_ids = image_ids.masked_fill(hidden, builder.noise.mask_token_id)
-        return builder.prompting((image_ids, texts), "mmu"), None
+        if "input_ids" not in items[0]:
+            return builder.prompting((image_ids, [item["text"] for item in items]), "mmu"), None
+        system = system_ids(builder.prompting) if self.system_prompt else []
+        rows, text_start = conversation_rows(items, image_ids, system, builder)
+        rows.attention_mask = OmniMask.mmu(len(items), text_start - 1, builder.row_length, image_ids.device)
+        return rows, None
+
+
+class ClipVitUnderstanding:
+    """Understanding from CLIP-ViT features (`training/train_w_clip_vit.py`).
+
+    Pre-training (`llava_pretrain`) trains the projector alone and has no system prompt; tuning trains the whole model.
+    """
+
+    def __init__(self, config):
+        showo, dataset = config.model.showo, config.dataset
+        if not showo.w_clip_vit:
+            raise UserError("model.showo.w_clip_vit is false; set it to true, or train with training/train.py")
+        if config.training.batch_size_mmu and not dataset.und_type.startswith("llava"):
+            raise UserError(
+                f"dataset.und_type is {dataset.und_type!r}; with CLIP-ViT it must be llava_pretrain or llava_tuning"
+            )
+        self.clip_vit_name = str(resolve_path(config.model.clip_vit_name))
+        self.projector_only = dataset.und_type == "llava_pretrain"
+        if self.projector_only and not config.training.batch_size_mmu:
+            raise UserError("llava_pretrain trains mm_projector alone, but training.batch_size_mmu is 0; raise it")
+        try:
+            self.image_processor = image_processor_class().from_pretrained(resolve_folder(self.clip_vit_name))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"model.clip_vit_name={config.model.clip_vit_name}: no image processor ({reason})"
+            ) from error
+        self.tower = None
+
+    def attach(self, model, device) -> None:
+        """Loads the frozen tower and chooses what is trained."""
+        self.tower = load_clip(self.clip_vit_name, model.config.clip_feature_size).to(device)
+        if self.projector_only:
+            model.requires_grad_(False)
+            model.mm_projector.requires_grad_(True)
+
+    def for_evaluation(self) -> "ClipVitUnderstanding":
+        return self
+
+    def rows(self, items: list[dict], builder) -> tuple[Rows, torch.Tensor]:
+        """Rows ``<mmu>`` system ``<soi>`` −200 … ``<eoi>`` text, and the features (B, F, size) for the −200."""
+        features = self.tower(torch.stack([item["pixel_values"] for item in items]).to(builder.device))
+        places = torch.full(features.shape[:2], IMAGE_FEATURE_ID, device=builder.device)  # (B, F)
+        system = [] if self.projector_only else system_ids(builder.prompting)
+        rows, _ = conversation_rows(items, places, system, builder)
+        length = builder.row_length
+        rows.attention_mask = OmniMask.mmu_vit(len(items), len(system), places.shape[1], length, builder.device)
+        return rows, features
+
+
+def system_ids(prompting) -> list[int]:
+    """LLaVA's system prompt, 28 ids with Phi-1.5's tokenizer."""
+    return prompting.tokenizer(SYSTEM_PROMPT, add_special_tokens=False)["input_ids"]
+
+
+def conversation_rows(items: list[dict], image: torch.Tensor, system: list[int], builder) -> tuple[Rows, int]:
+    """Rows of LLaVA samples without their mask, and the index at which their text begins.
+
+    Args:
+        items: with `input_ids` and `labels` of `llava.encode_conversation` or `encode_plain`.
+        image: (B, ·) int64, what stands between ``<soi>`` and ``<eoi>``.
+        system: ids behind ``<mmu>``.
+
+    Raises:
+        UserError: the row has no room for text.
+    """
+    prompting, vocabulary = builder.prompting, builder.prompting.vocabulary
+    text_start = 1 + len(system) + 1 + image.shape[1] + 1
+    room = builder.row_length - text_start
+    if room < 1:
+        raise UserError(
+            f"dataset.preprocessing.max_seq_length is {prompting.max_text_len}: {image.shape[1]} image positions and "
+            f"{len(system)} of the system prompt leave no room for text; raise it by more than {-room}"
+        )
+    text = collate(items, prompting.tokenizer, room)
+    batch_size, device = len(items), image.device
+
+    def column(ids: list[int]) -> torch.Tensor:
+        return torch.tensor(ids, dtype=torch.long, device=device).expand(batch_size, len(ids))
+
+    head = column([vocabulary.mmu_id, *system, vocabulary.soi_id])
+    input_ids = torch.cat([head, image, column([vocabulary.eoi_id]), text["input_ids"].to(device)], dim=1)
+    labels = torch.full_like(input_ids, IGNORE_ID)
+    labels[:, text_start:] = text["labels"].to(device)
+    return Rows(input_ids, labels, None), text_start

@@ -6,7 +6,7 @@ import torch
 from models import OmniMask
 from models.images import preprocess
 from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, config_of, make_vq_model, picture, write_world
-from training.parts import make_builder, make_model
+from training.parts import make_builder, make_model, make_prompting
 from training.understanding import VqUnderstanding
 
 LENGTH = MAX_TEXT + 1 + NUM_TOKENS + 2
@@ -28,7 +28,9 @@ def model(world):
 
 def make(world, model, *, max_mask_ratio: float = 0.0, **training):
     config = config_of(world, overrides={f"training.{key}": value for key, value in training.items()})
-    return make_builder(config, model, make_vq_model(), VqUnderstanding(max_mask_ratio), torch.device("cpu"))
+    return make_builder(
+        config, model, make_vq_model(), make_prompting(config), VqUnderstanding(max_mask_ratio), torch.device("cpu")
+    )
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from training.data.streams import StreamState
 from training.optimization import WeightAverage
 
 FILES = {"average.pt", "custom_checkpoint_0.pkl", "metadata.json", "model.safetensors", "optimizer.bin"}
-FILES |= {"random_states_0.pkl", "unwrapped_model"}
+FILES |= {"random_states_0.pkl", "streams_0.json", "unwrapped_model"}
 STREAMS = {"t2i": StreamState(7, [28, 31]), "lm": StreamState(7, [7, 7])}
 
 
@@ -72,10 +72,9 @@ def test_a_checkpoint_holds_these_files_and_this_metadata(tmp_path):
     folder = Run().save(tmp_path, 7)
     assert folder == tmp_path / "checkpoint-7" and names(tmp_path) == ["checkpoint-7"]
     assert set(names(folder)) == FILES
-    assert json.loads((folder / "metadata.json").read_text()) == {
-        "global_step": 7,
-        "streams": {"t2i": {"batches": 7, "positions": [28, 31]}, "lm": {"batches": 7, "positions": [7, 7]}},
-    }
+    assert json.loads((folder / "metadata.json").read_text()) == {"global_step": 7, "num_processes": 1}
+    streams = json.loads((folder / "streams_0.json").read_text())
+    assert {name: StreamState(**stream) for name, stream in streams.items()} == STREAMS
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path):
@@ -140,8 +139,9 @@ def test_an_interrupted_write_leaves_no_checkpoint_and_the_last_one_whole(tmp_pa
     }
     with monkeypatch.context() as patch:
         patch.setattr(*targets[stage], broken)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match="No space left.*last good checkpoint is .*checkpoint-1"):
             run.save(tmp_path, 2)
+    assert names(tmp_path) == ["checkpoint-1"], "what was half written is taken away"
     assert checkpoints(tmp_path) == [tmp_path / "checkpoint-1"] == [find_resume(tmp_path, "latest")]
     assert run.load(tmp_path / "checkpoint-1").global_step == 1
     run.save(tmp_path, 3)
@@ -211,7 +211,8 @@ def cut(file) -> None:
         ("metadata.json", lambda f: f.write_text('{"global_st')),
         ("metadata.json", lambda f: f.write_text('{"streams": {}}')),
         ("metadata.json", lambda f: f.write_text('{"global_step": "many"}')),
-        ("metadata.json", lambda f: f.write_text('{"global_step": 1, "streams": {"lm": {"row": 3}}}')),
+        ("streams_0.json", lambda f: f.write_text('{"lm": {"row": 3}}')),
+        ("streams_0.json", lambda f: f.unlink()),
         ("model.safetensors", cut),
         ("model.safetensors", lambda f: f.unlink()),
         ("optimizer.bin", cut),

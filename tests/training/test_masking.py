@@ -45,14 +45,14 @@ def test_scattered_masks_are_the_published_draws_in_their_order():
 
 @pytest.mark.parametrize(("ratio", "expected"), [(0.25, 2), (0.75, 8), (0.45, 4), (0.0, 1), (0.01, 1), (1.0, 10)])
 def test_the_number_of_masked_tokens_is_rounded_half_to_even_and_at_least_one(ratio, expected):
-    masked = make_noise()(make_ids(4, 10), mask_ratio=ratio)
+    masked = make_noise(mask_ratio=ratio)(make_ids(4, 10))
     assert (masked.input_ids == MASK).sum(-1).tolist() == [expected] * 4
 
 
 def test_a_fixed_ratio_draws_no_time():
     ids = make_ids()
     torch.manual_seed(1)
-    masked = make_noise()(ids, mask_ratio=0.5)
+    masked = make_noise(mask_ratio=0.5)(ids)
     torch.manual_seed(1)
     hidden = torch.rand(6, 16).argsort(-1) < 8
     assert torch.equal(masked.input_ids == MASK, hidden)
@@ -91,7 +91,7 @@ def test_random_replace_hides_behind_random_codes_and_learns_all_tokens():
 
 def test_predict_all_tokens_labels_the_visible_ones_too():
     ids = make_ids()
-    masked = make_noise(predict_all_tokens=True)(ids, mask_ratio=0.5)
+    masked = make_noise(predict_all_tokens=True, mask_ratio=0.5)(ids)
     assert torch.equal(masked.labels, ids)
     assert (masked.input_ids == MASK).sum() == 6 * 8
 
@@ -118,7 +118,7 @@ def test_contiguous_regions_are_rectangles_drawn_in_order():
 @pytest.mark.parametrize("ratio", [0.0, 0.02, 0.3, 0.5, 0.77, 0.99, 1.0])
 def test_every_size_of_region_fits_the_grid(ratio):
     for _ in range(20):
-        masked = make_noise(contiguous_region_prob=1.0)(make_ids(4, 64), mask_ratio=ratio)
+        masked = make_noise(contiguous_region_prob=1.0, mask_ratio=ratio)(make_ids(4, 64))
         for grid in grids(masked.input_ids == MASK):
             rows, columns = grid.any(1).nonzero()[:, 0], grid.any(0).nonzero()[:, 0]
             assert grid[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
@@ -126,10 +126,10 @@ def test_every_size_of_region_fits_the_grid(ratio):
 
 
 def test_a_batch_is_contiguous_with_the_given_probability():
-    noise = make_noise(contiguous_region_prob=0.3)
+    noise = make_noise(contiguous_region_prob=0.3, mask_ratio=0.25)
     contiguous = 0
     for _ in range(300):
-        grid = grids(noise(make_ids(1, 64), mask_ratio=0.25).input_ids == MASK)[0]
+        grid = grids(noise(make_ids(1, 64)).input_ids == MASK)[0]
         rows, columns = grid.any(1).sum(), grid.any(0).sum()
         contiguous += int(rows * columns == grid.sum())
     assert 60 < contiguous < 120

@@ -7,7 +7,7 @@ import torch
 from models.images import to_pil
 from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, config_of, make_vq_model, write_world
 from training.data.flows import build_flows
-from training.parts import make_builder, make_model
+from training.parts import make_builder, make_model, make_prompting
 from training.samples import draw, predict_masked
 from training.understanding import VqUnderstanding
 
@@ -23,7 +23,9 @@ def make(world, **training):
     config = config_of(world, overrides={f"training.{key}": value for key, value in training.items()})
     torch.manual_seed(1)
     model = make_model(config).eval()
-    builder = make_builder(config, model, make_vq_model(), VqUnderstanding(), torch.device("cpu"))
+    builder = make_builder(
+        config, model, make_vq_model(), make_prompting(config), VqUnderstanding(), torch.device("cpu")
+    )
     flows = build_flows(config)
     return model, builder, builder({name: next(flow) for name, flow in flows.items()})
 

@@ -27,7 +27,7 @@ from tests.training.tiny import (
     write_world,
 )
 from training.checkpointing import checkpoints
-from training.trainer import StepMetrics, Trainer
+from training.trainer import Trainer
 from training.understanding import VqUnderstanding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def fresh_accelerate():
 def make_trainer(world, output_dir=None, overrides=None) -> Trainer:
     AcceleratorState._reset_state(True)
     config = config_of(world, output_dir, overrides)
-    return Trainer(config, VqUnderstanding(config.training.und_mask_ratio))
+    return Trainer(config, VqUnderstanding.of(config))
 
 
 def run(world, output_dir, overrides=None) -> Trainer:
@@ -127,9 +127,13 @@ def test_the_published_names_are_logged(finished):
     _, output_dir = finished
     lines = metrics_of(output_dir, timing=True)
     steps = [line for line in lines if "lr" in line]
-    names = {"step", "step_loss_t2i", "step_loss_lm", "step_loss_mmu", "lr", "avg_masking_rate"}
+    names = {"step", "step_loss_t2i", "step_loss_lm", "step_loss_mmu", "lr", "avg_masking_rate", "padding_share"}
+    names |= {"accuracy/t2i", "accuracy/lm", "accuracy/mmu", "memory_gib"}
+    clock = {"samples/sec/gpu", "tokens/sec/gpu", "data_time", "batch_time"}
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
-    assert all(set(line) == names | {"samples/sec/gpu", "data_time", "batch_time"} for line in steps)
+    buckets = {f"loss_t2i_by_mask_ratio/{low}" for low in ("0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0")}
+    assert all(set(line) - buckets == names | clock for line in steps)
+    assert set().union(*steps) & buckets
     for line in steps:
         assert 4 < line["step_loss_t2i"] < 8 and 0 < line["avg_masking_rate"] <= 1
         assert 0 <= line["data_time"] < line["batch_time"]
@@ -186,7 +190,7 @@ def test_it_learns_one_batch_by_heart(world, tmp_path):
 
     def losses_after(steps: int) -> dict[str, float]:
         for _ in range(steps):
-            trainer.metrics = StepMetrics()
+            trainer.metrics = trainer.new_metrics()
             trainer.step()
         return trainer.metrics.means(lambda values: values, "cpu")
 
@@ -208,14 +212,14 @@ def test_it_learns_one_batch_by_heart(world, tmp_path):
     ids=["plain", "accumulation-clipping-workers", "bf16-checkpointing"],
 )
 def test_a_continued_run_equals_an_uninterrupted_one_to_the_last_bit(world, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr("training.data.streams.ROUND", 7)
+    monkeypatch.setattr("training.data.sources.ROUND", 7)
     run(world, tmp_path / "whole", settings)
     stopped = make_trainer(world, tmp_path / "parts", settings)
     log = stopped.log
 
     def stop_after_three(bar):
         log(bar)
-        stopped.stop_requested = stopped.state.global_step == 2
+        stopped.stop_signals.requested = stopped.state.global_step == 2
 
     stopped.log = stop_after_three  # the request is honoured at the end of the next step
     stopped.train()
@@ -235,9 +239,9 @@ def test_the_rate_follows_optimiser_steps_under_accumulation(world, tmp_path):
         moved.append(not torch.equal(before, trainer.model.showo.lm_head.bias))
     assert moved == [False, True, True], "the first rate of the warm-up is 0"
     assert trainer.schedule.get_last_lr()[0] == pytest.approx(1e-3 * (1 + math.cos(math.pi / 4)))
-    assert [flow.state.batches for flow in trainer.flows.values()] == [6, 6, 6]
+    assert [flow.batches for flow in trainer.flows.values()] == [6, 6, 6]
     assert trainer.average.updates == trainer.state.global_step == 3
-    assert trainer.metrics.batches == 6 and trainer.metrics.samples == 6 * 7
+    assert trainer.metrics.sums["batches"] == 6 and trainer.metrics.samples == 6 * 7
 
 
 def test_accumulating_equals_one_large_batch(world, tmp_path):
@@ -396,7 +400,9 @@ def test_settings_run_and_log_finite_losses(world, tmp_path, settings):
         ({"model.showo.pretrained_model_path": "/nowhere/showo"}, "/nowhere/showo"),
         ({"model.vq_model.vq_model_name": "/nowhere/vq"}, "/nowhere/vq"),
         ({"validation_prompts_file": "/nowhere.txt"}, "/nowhere.txt.*does not exist"),
-        ({"dataset.und_type": "llava_tuning"}, "dataset.und_type is 'llava_tuning'"),
+        ({"model.showo.w_clip_vit": True}, "w_clip_vit is true; train it with training/train_w_clip_vit.py"),
+        ({f"training.batch_size_{flow}": 0 for flow in ("t2i", "lm", "mmu")}, "all 0; nothing to train on"),
+        ({"experiment.init_from": "/nowhere/stage"}, "/nowhere/stage"),
         ({"experiment.resume_from_checkpoint": "checkpoint-77"}, "'checkpoint-77': no such folder"),
     ],
 )
@@ -415,7 +421,7 @@ def test_an_empty_prompts_file_is_refused(world, tmp_path):
 
 def test_a_launch_that_fell_apart_is_refused(world, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("training.parts.Accelerator", lambda **_: type("Single", (), {"num_processes": 1}))
+    monkeypatch.setattr("training.processes.Accelerator", lambda **_: type("Single", (), {"num_processes": 1}))
     with pytest.raises(UserError, match="2 processes were launched, but this one trains with 1"):
         make_trainer(world, tmp_path)
 

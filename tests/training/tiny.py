@@ -141,5 +141,6 @@ def config_of(world: Path, output_dir: Path | None = None, overrides: dict | Non
 def metrics_of(output_dir: Path, *, timing: bool = False) -> list[dict]:
     """Lines of `metrics.jsonl`, by default without what a clock measured."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    clock = () if timing else ("data_time", "batch_time", "samples/sec/gpu")
+    measured = ("data_time", "batch_time", "samples/sec/gpu", "tokens/sec/gpu", "memory_gib")
+    clock = () if timing else measured
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]

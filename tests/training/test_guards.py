@@ -1,0 +1,245 @@
+"""What protects a run: folders, locks, signals, configurations, and losses that are no numbers."""
+
+import resource
+import shutil
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from common.errors import UserError
+from models import Showo
+from tests.training.tiny import config_of, metrics_of, write_world
+from training.checkpointing import checkpoints
+from training.guards import FiniteLosses, check_writable, only_run_in
+from training.trainer import Trainer
+from training.understanding import VqUnderstanding
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def make_trainer(world, output_dir, overrides=None) -> Trainer:
+    AcceleratorState._reset_state(True)
+    config = config_of(world, output_dir, {"experiment.generate_every": 99} | (overrides or {}))
+    return Trainer(config, VqUnderstanding.of(config))
+
+
+def run(world, output_dir, overrides=None) -> Trainer:
+    trainer = make_trainer(world, output_dir, overrides)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("run") / "out"
+    AcceleratorState._reset_state(True)
+    run(world, output_dir)
+    return output_dir
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    return Showo.from_pretrained(str(folder)).state_dict()
+
+
+# ---- the output folder ----
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(world, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="output_dir .*file/out cannot be written to.*give another folder"):
+        make_trainer(world, tmp_path / "file" / "out")
+    check_writable(tmp_path / "not" / "yet" / "there")
+    assert not (tmp_path / "not").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "out")
+    before = metrics_of(tmp_path / "out")
+    with only_run_in(tmp_path / "out"):
+        with pytest.raises(UserError, match="another run is writing to"):
+            run(world, tmp_path / "out")
+    assert metrics_of(tmp_path / "out") == before
+    run(world, tmp_path / "out")  # the lock ends with its run
+
+
+def test_a_disk_that_is_full_keeps_the_last_good_checkpoint(world, tmp_path):
+    trainer = make_trainer(world, tmp_path / "out")
+    save, limits = trainer.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_full_disk():
+        if trainer.state.global_step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes a file may have
+        save()
+
+    trainer.save = save_on_a_full_disk
+    try:
+        with pytest.raises(UserError, match="checkpoint-6 could not be written.*last good checkpoint is .*-3") as error:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert [folder.name for folder in checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+    assert not list((tmp_path / "out").glob(".incomplete*"))
+    assert run(world, tmp_path / "out").state.global_step == 6
+
+
+# ---- a configuration that changed ----
+
+
+def test_a_changed_configuration_is_refused_with_the_changes_listed(world, tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "out")
+    changes = {"optimizer.params.learning_rate": 0.5, "training.mmu_coeff": 2.0, "experiment.log_every": 2}
+    with pytest.raises(UserError) as error:
+        make_trainer(world, tmp_path / "out", changes)
+    message = str(error.value)
+    assert "optimizer.params.learning_rate 0.002 → 0.5" in message and "training.mmu_coeff 1.0 → 2.0" in message
+    assert "log_every" not in message and "experiment.accept_config_changes=true" in message
+    allowed = changes | {"experiment.accept_config_changes": True, "training.max_train_steps": 7}
+    assert run(world, tmp_path / "out", allowed).state.global_step == 7
+
+
+# ---- stages ----
+
+
+def test_a_stage_starts_from_the_weights_of_the_one_before(world, tmp_path, finished):
+    for source in (finished, finished / "checkpoint-6", finished / "checkpoint-6" / "unwrapped_model"):
+        trainer = make_trainer(world, tmp_path / "next", {"experiment.init_from": str(source)})
+        assert trainer.start is None and trainer.state.global_step == 0
+        given = weights_of(finished)
+        assert all(torch.equal(tensor, given[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_checkpoint_0_copied_into_place_starts_a_stage_at_step_0(world, tmp_path, finished):
+    shutil.copytree(finished / "checkpoint-6", tmp_path / "out" / "checkpoint-0")
+    changes = {"optimizer.params.learning_rate": 1e-3}  # another stage has another configuration
+    trainer = make_trainer(world, tmp_path / "out", changes)
+    trainer.resume()
+    assert trainer.state.global_step == 0 and not trainer.optimizer.state_dict()["state"]
+    given = weights_of(finished)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in trainer.model.state_dict().items())
+    trainer.train()
+    assert [folder.name for folder in checkpoints(tmp_path / "out")] == ["checkpoint-0", "checkpoint-3", "checkpoint-6"]
+
+
+def test_a_published_checkpoint_goes_on_with_its_weights_and_the_rate_of_its_step(world, tmp_path, finished):
+    published = tmp_path / "out" / "checkpoint-4"
+    shutil.copytree(finished / "checkpoint-6" / "unwrapped_model", published / "unwrapped_model")
+    (published / "metadata.json").write_text('{"global_step": 4}')
+    trainer = make_trainer(world, tmp_path / "out")
+    trainer.resume()
+    rates = [line["lr"] for line in metrics_of(finished) if "lr" in line]
+    assert trainer.state.global_step == 4 and trainer.schedule.get_last_lr()[0] == pytest.approx(rates[3])
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_a_finished_stage_is_continued_rather_than_begun_anew(world, tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "out")
+    trainer = make_trainer(world, tmp_path / "out", {"experiment.init_from": str(finished)})
+    trainer.resume()
+    assert trainer.state.global_step == 6
+
+
+# ---- losses that are no numbers ----
+
+
+def poison(trainer: Trainer, steps: set[int]) -> list[str]:
+    """Makes the model's losses NaN at some calls; returns a list that gets what is reported."""
+    forward, calls, said = trainer.forward, [], []
+
+    def poisoned(**arguments):
+        out = forward(**arguments)
+        calls.append(1)
+        if len(calls) in steps:
+            out.loss_mmu = out.loss_mmu * float("nan")
+        return out
+
+    trainer.forward, trainer.finite.report = poisoned, said.append
+    return said
+
+
+def test_a_batch_with_a_nan_loss_is_named_and_not_learnt_from(world, tmp_path):
+    trainer = make_trainer(world, tmp_path / "out")
+    said = poison(trainer, {3, 4})
+    trainer.train()
+    assert trainer.state.global_step == 6 and trainer.finite.dropped == 2
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert all(flow.batches == 8 for flow in trainer.flows.values())
+    assert len(said) == 2 and said[0].startswith(
+        "step 3: batch dropped, loss of mmu is not finite; samples: t2i: train-"
+    )
+    assert [
+        line["nonfinite_batches"] for line in metrics_of(tmp_path / "out") if "lr" in line and line["step"] == 6
+    ] == [2]
+
+
+def test_too_many_nan_losses_end_the_run(world, tmp_path):
+    trainer = make_trainer(world, tmp_path / "out", {"training.max_nonfinite_batches": 2})
+    poison(trainer, set(range(2, 100)))
+    with pytest.raises(UserError, match="3 batches had a NaN or infinite loss.*max_nonfinite_batches=2"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_nothing_is_looked_at_without_a_limit():
+    guard = FiniteLosses(lambda bad: bad, None, print)
+    assert guard.accept({"t2i": torch.tensor(float("nan"))}, [], 1)
+
+
+def test_all_processes_drop_what_one_must_drop():
+    said = []
+    guard = FiniteLosses(lambda bad: True, 5, said.append)
+    assert not guard.accept({"t2i": torch.tensor(1.0)}, ["t2i: a"], 1)
+    assert said == ["step 1: batch dropped, on another process"]
+
+
+# ---- settings that must do what they say ----
+
+
+def test_overfit_one_batch_sees_one_batch(world, tmp_path):
+    trainer = make_trainer(world, tmp_path / "out", {"training.overfit_one_batch": True})
+    first, second = trainer.step(), trainer.step()
+    assert first.texts == second.texts and torch.equal(first.codes, second.codes)
+    assert first.keys == second.keys
+    ordinary = make_trainer(world, tmp_path / "out")
+    assert ordinary.step().keys != ordinary.step().keys
+
+
+def test_scale_lr_multiplies_the_rate_by_the_rows_of_a_step(world, tmp_path):
+    settings = {"optimizer.params.scale_lr": True, "training.gradient_accumulation_steps": 2}
+    trainer = make_trainer(world, tmp_path / "out", settings)
+    assert trainer.optimizer.param_groups[0]["initial_lr"] == pytest.approx(2e-3 * (4 + 1 + 2) * 2)
+
+
+def test_held_out_losses_are_the_same_every_time_and_disturb_nothing(world, tmp_path):
+    shards = str(world / "train-000001.tar")
+    held_out = {f"dataset.params.eval_{flow}_shards_path_or_url": shards for flow in ("t2i", "mmu")}
+    held_out["dataset.params.eval_lm_shards_path_or_url"] = str(world / "texts.parquet")
+    held_out |= {"experiment.eval_every": 2, "experiment.eval_batches": 2, "training.eval_mask_ratios": "[0.25,0.75]"}
+    run(world, tmp_path / "with", held_out)
+    run(world, tmp_path / "without")
+    lines = [line for line in metrics_of(tmp_path / "with") if "eval_loss_lm" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    losses = {"eval_loss_t2i/mask_0.25", "eval_loss_t2i/mask_0.75", "eval_loss_lm", "eval_loss_mmu"}
+    assert losses < set(lines[0]) and all(0 < lines[0][name] < 10 for name in losses)
+    assert lines[-1]["eval_loss_mmu"] < lines[0]["eval_loss_mmu"]
+    same = [[line for line in metrics_of(tmp_path / n) if "lr" in line] for n in ("with", "without")]
+    assert same[0] == same[1], "training must not notice that it is evaluated"
+    trainer = make_trainer(world, tmp_path / "again", held_out)
+    twice = [trainer.held_out(trainer.wrapped, trainer.sum_over_processes) for _ in range(2)]
+    assert twice[0] == twice[1]
+
+
+def test_without_held_out_data_nothing_is_evaluated(finished):
+    assert not [line for line in metrics_of(finished) if any("eval" in key for key in line)]

@@ -1,0 +1,125 @@
+"""Curves of runs out of their `metrics.jsonl`."""
+
+import json
+import math
+
+import pytest
+from matplotlib import pyplot
+from PIL import Image
+
+from common.errors import UserError
+from common.tracking import Tracker
+from training.plot import draw, main, read_run, running_mean
+
+
+@pytest.fixture
+def stages(tmp_path):
+    """Two runs as the trainer logs them: the second has no lm flow."""
+    for name, flows in (("stage1", ("t2i", "mmu", "lm")), ("stage2", ("t2i", "mmu"))):
+        with Tracker("p", name, tmp_path / name, wandb_config={"mode": "disabled"}) as tracker:
+            for step in range(10, 210, 10):
+                losses = {f"step_loss_{flow}": 3 + math.exp(-step / 50) + index for index, flow in enumerate(flows)}
+                tracker.log({**losses, "accuracy/t2i": step / 400, "lr": 1e-3 * step / 200, "data_time": 0.1}, step)
+                if step % 50 == 0:
+                    tracker.log({"eval_loss_mmu": 4.5, "eval_loss_t2i/mask_0.50": 3.5, "eval_accuracy/mmu": 0.3}, step)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    yield
+    pyplot.close("all")
+
+
+def curves(figure) -> list[list[list[tuple]]]:
+    """For every panel the points of its lines."""
+    return [[list(zip(*line.get_data(), strict=True)) for line in axes.lines] for axes in figure.axes]
+
+
+def test_stages_stand_side_by_side(stages, capsys):
+    main([f"runs={stages / 'stage1'},{stages / 'stage2' / 'metrics.jsonl'}", f"output={stages / 'new' / 'curves.png'}"])
+    picture = Image.open(stages / "new" / "curves.png").convert("RGB")
+    assert picture.width > picture.height > 500
+    colours = {colour for _, colour in picture.getcolors(2**24)}
+    assert {(0, 114, 178), (213, 94, 0), (0, 158, 115)} <= colours  # a thick line of each flow
+    assert "stage1, stage2" in capsys.readouterr().out
+
+
+def test_a_panel_holds_what_was_logged_its_mean_and_held_out_data(stages):
+    run = read_run(stages / "stage1", "one")
+    figure = draw([run], "columns")
+    titles = [(axes.get_title(), axes.get_ylabel()) for axes in figure.axes]
+    assert titles == [("one", "loss"), ("", "token accuracy"), ("", "learning rate")]
+    loss, accuracy, rate = curves(figure)
+    raw = [(step, 3 + math.exp(-step / 50)) for step in range(10, 210, 10)]
+    assert loss[0] == pytest.approx(raw)
+    assert loss[2] == [(step, 3.5) for step in (50, 100, 150, 200)]  # of the fixed mask ratio
+    assert [(50, 4.5), (100, 4.5), (150, 4.5), (200, 4.5)] in loss
+    assert any("mask 0.50" in text.get_text() for text in figure.axes[0].texts)
+    assert len(accuracy) == 3 and accuracy[0][-1] == (200, 0.5)
+    assert len(rate) == 1 and rate[0][0] == pytest.approx((10, 5e-5))
+    assert [text.get_text() for text in figure.legends[0].texts] == [
+        "text to image",
+        "image to text",
+        "text",
+        "as logged",
+        "held out",
+    ]
+
+
+def test_runs_can_lie_over_each_other(stages):
+    runs = [read_run(stages / "stage1", "a"), read_run(stages / "stage2", "b")]
+    figure = draw(runs, "overlay", title="Both")
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["text to image", "image to text", "text"]
+    assert [line.get_color() for line in figure.axes[2].lines] == ["#0072b2"] * 2  # the second run has no lm flow
+    assert {line.get_color() for line in figure.axes[0].lines} == {"#0072b2", "#d55e00"}
+    assert figure.get_suptitle() == "Both"
+
+
+def test_a_run_without_accuracies_and_held_out_data(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "step_loss_lm": 2.0}\n')
+    figure = draw([read_run(tmp_path, "short")], "columns")
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "learning rate"][: len(figure.axes)] == ["loss"]
+    assert "held out" not in [text.get_text() for text in figure.legends[0].texts]
+
+
+def test_torn_lines_and_values_that_are_no_numbers_are_passed_over(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "step_loss_lm": 2.0, "note": "x"}\n{"step": 2, "step_lo{"step": 3}\n\n[1]\n')
+    with file.open("a") as torn:
+        torn.write('{"step": 3, "step_loss_lm": NaN}\n{"step": 4, "step_loss_lm": 1.5}\n{"step": 5, "step_loss')
+    assert read_run(tmp_path, "torn").metrics == {"step_loss_lm": [(1, 2.0), (4, 1.5)]}
+
+
+def test_steps_done_again_after_a_crash_count_as_the_last_time(tmp_path):
+    lines = [(1, 5.0), (2, 4.0), (3, 9.0), (4, 9.0), (3, 3.0), (5, 2.0)]
+    text = "".join(json.dumps({"step": step, "step_loss_t2i": value}) + "\n" for step, value in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert read_run(tmp_path, "again").metrics["step_loss_t2i"] == [(1, 5.0), (2, 4.0), (3, 3.0), (5, 2.0)]
+
+
+def test_the_running_mean_starts_at_the_first_value_and_follows_slowly():
+    series = [(step, 0.0 if step else 10.0) for step in range(400)]
+    smooth = dict(running_mean(series))
+    assert smooth[0] == 10 and smooth[1] == pytest.approx(9 / 1.9) and smooth[399] < 1e-10
+    assert running_mean([(1, 2.0), (2, 4.0)]) == [(1, 2.0), (2, 4.0)]  # too few to smooth
+
+
+def test_mistakes_are_named(stages):
+    one, output = f"runs={stages / 'stage1'}", f"output={stages / 'c.png'}"
+    (stages / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
+    (stages / "file").write_text("")
+    for arguments, message in (
+        ([], "runs not given; for example runs=outputs/stage1"),
+        (["runs=,", output], "runs is empty"),
+        ([f"runs={stages / 'none'}", output], "none does not exist; give the output_dir"),
+        ([f"runs={stages / 'images'}", output], "does not exist"),
+        ([f"runs={stages}", output], "metrics.jsonl holds no step_loss_t2i"),
+        ([one, "output=curves.doc"], r"output=curves.doc must end in one of .*\.png"),
+        ([one, output, "layout=rows"], "layout=rows must be one of columns, overlay"),
+        ([one, output, "labels=a,b"], "labels=a,b are 2, but runs are 1"),
+        ([one, f"output={stages / 'file' / 'c.png'}"], "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(arguments)
+    assert not (stages / "c.png").exists()

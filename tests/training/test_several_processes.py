@@ -1,0 +1,206 @@
+"""DDP, DeepSpeed ZeRO-2 and FSDP2 with two processes on the CPU: the same losses as one, and exact continuation."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from models.images import preprocess
+from tests.training.tiny import CAPTIONS, arguments, metrics_of, picture, write_world
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = ROOT / "tests/training/worker.py"
+KINDS = ("ddp", "zero2", "fsdp2")
+SETTINGS = {
+    "device": None,
+    "training.gradient_accumulation_steps": 2,
+    "training.max_train_steps": 4,
+    "training.max_grad_norm": 1.0,
+    "experiment.save_every": 2,
+    "experiment.generate_every": 2,
+    "experiment.log_grad_norm_every": 2,
+    "dataset.params.num_workers": 1,
+    "model.gradient_checkpointing": True,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world") / "tiny")
+
+
+def launcher(kind: str, processes: int) -> list[str]:
+    if kind == "zero2":
+        accelerate, file = Path(sys.executable).with_name("accelerate"), "accelerate_configs/2_cpu_deepspeed_zero2.yaml"
+        return [str(accelerate), "launch", "--config_file", str(ROOT / file), "--num_processes", str(processes)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable] if processes == 1 and kind == "ddp" else torchrun
+
+
+def environment(kind: str) -> dict[str, str]:
+    """What `accelerate launch` would set for the kind."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "WORLD_SIZE", "RANK")}
+    kept |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    if kind != "zero2":
+        kept["ACCELERATE_USE_CPU"] = "true"
+    if kind == "fsdp2":
+        settings = yaml.safe_load((ROOT / "accelerate_configs/8_gpus_fsdp2.yaml").read_text())["fsdp_config"]
+        kept |= {key.upper(): str(value).lower() for key, value in settings.items()}
+        kept["FSDP_AUTO_WRAP_POLICY"] = settings["fsdp_auto_wrap_policy"]
+        kept["FSDP_TRANSFORMER_CLS_TO_WRAP"] = settings["fsdp_transformer_layer_cls_to_wrap"]
+        kept["FSDP_STATE_DICT_TYPE"] = settings["fsdp_state_dict_type"]
+        kept |= {"ACCELERATE_USE_FSDP": "true", "TEST_FSDP2": "1"}
+    return kept
+
+
+def run(kind: str, world: Path, output_dir: Path, overrides: dict | None = None, *, processes: int = 2, **extra) -> str:
+    """Trains to the end; returns what was printed."""
+    command = [*launcher(kind, processes), str(WORKER), *arguments(world, output_dir, SETTINGS | (overrides or {}))]
+    env = environment(kind) | {key: str(value) for key, value in extra.items()}
+    done = subprocess.run(command, cwd=output_dir.parent, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def without_the_last_checkpoint(whole: Path, parts: Path) -> None:
+    """A copy of a run as it would have been killed behind step 2."""
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoint-4")
+    (parts / "model.safetensors").unlink()
+    lines = (parts / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (parts / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 2))
+
+
+@pytest.fixture(scope="module")
+def whole_runs(world, tmp_path_factory):
+    """Kind → a whole run of it, made when first asked for."""
+    runs = {}
+
+    def get(kind: str) -> Path:
+        if kind not in runs:
+            runs[kind] = tmp_path_factory.mktemp(kind) / "whole"
+            run(kind, world, runs[kind])
+        return runs[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_continued_run_is_the_uninterrupted_one_to_the_last_bit(world, tmp_path, whole_runs, kind):
+    whole, parts = whole_runs(kind), tmp_path / "parts"
+    without_the_last_checkpoint(whole, parts)
+    assert "checkpoint-2, step 2" in run(kind, world, parts)
+    for name in ("model.safetensors", "checkpoint-4/unwrapped_model/model.safetensors"):
+        before, after = load_file(whole / name), load_file(parts / name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor, after[key]) for key, tensor in before.items()), name
+    averages = [
+        torch.load(folder / "checkpoint-4/average.pt", weights_only=True)["shadow"] for folder in (whole, parts)
+    ]
+    assert all(torch.equal(tensor, averages[1][key]) for key, tensor in averages[0].items())
+    assert metrics_of(whole) == metrics_of(parts)
+    for process in range(2):
+        streams = [(folder / f"checkpoint-4/streams_{process}.json").read_text() for folder in (whole, parts)]
+        assert streams[0] == streams[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_are_drawn_and_the_final_model_loads(whole_runs, kind):
+    from models import Showo
+
+    folder = whole_runs(kind)
+    assert len(list((folder / "images").glob("generated-images-*.png"))) == 2
+    assert Showo.from_pretrained(str(folder)).config.num_vq_tokens == 16
+
+
+@pytest.mark.parametrize("kind", ("zero2", "fsdp2"))
+def test_every_kind_is_the_same_training(whole_runs, kind):
+    names = ("step_loss_t2i", "step_loss_lm", "step_loss_mmu", "lr", "accuracy/t2i")
+    lines = [[line for line in metrics_of(whole_runs(k)) if "lr" in line] for k in ("ddp", kind)]
+    assert len(lines[0]) == len(lines[1]) == 4
+    for ours, theirs in zip(*lines, strict=True):
+        assert [ours[n] for n in names] == pytest.approx([theirs[n] for n in names], rel=1e-4)
+    weights = [load_file(whole_runs(k) / "model.safetensors") for k in ("ddp", kind)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    """Eight batches of every flow."""
+    items = [{"image": preprocess(picture(text), 32), "text": text} for text in CAPTIONS]
+    dealt = {
+        "t2i": [[items[(3 * n + i) % 12] for i in range(4)] for n in range(8)],
+        "lm": [[f"text number {n}: {CAPTIONS[n]}"] for n in range(8)],
+        "mmu": [[items[(5 * n + i) % 12] for i in range(2)] for n in range(8)],
+    }
+    file = tmp_path_factory.mktemp("batches") / "batches.pt"
+    torch.save(dealt, file)
+    return file
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_learn_what_one_learns_from_the_same_global_batch(world, tmp_path, batches, kind):
+    """Nothing is drawn: all image tokens are masked and no text is dropped."""
+    still = {"training.min_masking_rate": 1.0, "training.cond_dropout_prob": 0.0, "experiment.generate_every": 99}
+    run("ddp", world, tmp_path / "one", still, processes=1, TEST_BATCHES=batches)
+    run(kind, world, tmp_path / "two", still | {"training.gradient_accumulation_steps": 1}, TEST_BATCHES=batches)
+    names = ("step_loss_t2i", "step_loss_lm", "step_loss_mmu", "lr")
+    lines = [[line for line in metrics_of(tmp_path / name) if "lr" in line] for name in ("one", "two")]
+    assert [len(found) for found in lines] == [4, 4]
+    for one, two in zip(*lines, strict=True):
+        assert [one[n] for n in names] == pytest.approx([two[n] for n in names], rel=1e-5)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_number_of_processes_keeps_weights_optimiser_and_schedule(world, tmp_path, whole_runs, kind):
+    parts = tmp_path / "parts"
+    without_the_last_checkpoint(whole_runs(kind), parts)
+    output = run(kind, world, parts, {"training.max_train_steps": 4}, processes=1)
+    assert "was written by 2 processes, now there are 1" in output and "the data begins anew" in output
+    lines = [line for line in metrics_of(parts) if "lr" in line]
+    whole = [line for line in metrics_of(whole_runs(kind)) if "lr" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["lr"] for line in lines] == [line["lr"] for line in whole]
+    start, end = (load_file(parts / f"checkpoint-{step}/unwrapped_model/model.safetensors") for step in (2, 4))
+    assert any(not torch.equal(tensor, end[name]) for name, tensor in start.items())
+    if kind == "ddp":
+        state = torch.load(parts / "checkpoint-4/optimizer.bin", weights_only=True)["state"]
+        assert {int(s["step"]) for s in state.values()} == {4}, "the moments went on, they did not begin anew"
+
+
+def launched(command: list[str], world: Path, folder: Path) -> subprocess.CompletedProcess:
+    """Without a hint that the processes are to use CPUs."""
+    arguments_ = arguments(world, folder / "out", SETTINGS | {"experiment.generate_every": 99})
+    env = environment("zero2")
+    return subprocess.run(
+        [*command, str(WORKER), *arguments_], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_processes_that_know_of_each_other_join_without_being_told_that_these_are_cpus(world, tmp_path):
+    done = launched(launcher("ddp", 2), world, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/checkpoint-4/metadata.json").read_text())["num_processes"] == 2
+
+
+def test_a_launch_that_falls_apart_into_single_runs_is_refused(world, tmp_path):
+    settings = {"distributed_type": "MULTI_CPU", "num_processes": 2, "num_machines": 1, "machine_rank": 0}
+    file = tmp_path / "multi_cpu.yaml"
+    file.write_text(yaml.safe_dump(settings | {"compute_environment": "LOCAL_MACHINE", "use_cpu": True}))
+    accelerate = Path(sys.executable).with_name("accelerate")
+    done = launched([str(accelerate), "launch", "--config_file", str(file)], world, tmp_path)
+    assert done.returncode != 0 and not (tmp_path / "out").exists()
+    assert "error: several processes were asked for, but each runs alone" in done.stderr

@@ -1,0 +1,53 @@
+"""One process of a run of several, for tests: `training/train.py` after two adjustments that only tests need.
+
+- ``TEST_FSDP2=1``: accelerate does not reach FSDP2 on CPUs as shipped; this makes it.
+- ``TEST_BATCHES=file``: all processes together take the batches of that file in turn, so that a run of one process and
+  a run of two learn from the same global batches.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from common.config import TrainingConfig, load_config
+from common.errors import run_cli
+from training.trainer import Trainer
+from training.understanding import VqUnderstanding
+
+
+class Dealt:
+    """A flow's batches number `start`, `start` + `every`, … of a list."""
+
+    def __init__(self, flow, batches: list, start: int, every: int):
+        self.flow, self.batches, self.next, self.every = flow, batches, start, every
+
+    def __next__(self) -> list:
+        batch = self.batches[self.next]
+        self.next += self.every
+        return batch
+
+    def __getattr__(self, name: str):
+        return getattr(self.flow, name)
+
+
+def main(argv: list[str]) -> None:
+    if os.environ.get("TEST_FSDP2"):
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    config = load_config(argv, TrainingConfig)
+    trainer = Trainer(config, VqUnderstanding.of(config))
+    if file := os.environ.get("TEST_BATCHES"):
+        batches, accelerator = torch.load(file, weights_only=True), trainer.accelerator
+        dealt = {"start": accelerator.process_index, "every": accelerator.num_processes}
+        trainer.flows = {name: Dealt(flow, batches[name], **dealt) for name, flow in trainer.flows.items()}
+    trainer.train()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,92 @@
+"""What a step tells of itself, summed up between two log lines (SPEC §15)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+
+from models.modeling_showo import ShowoOutput
+from training.batches import TASKS, OmniBatch
+
+BUCKETS = 5  # of the mask ratio: 0.0-0.2, … 0.8-1.0
+
+
+@dataclass
+class StepMetrics:
+    """Sums since the last log line. They stay on the device: only a log line waits for it, not every step.
+
+    Args:
+        pad_id: id of the padding, whose share is told.
+    """
+
+    pad_id: int
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    steps: int = 0
+    samples: int = 0
+    data_time: float = 0.0
+    batch_time: float = 0.0
+
+    def add_batch(self, batch: OmniBatch, out: ShowoOutput) -> None:
+        self._add("batches", torch.ones((), device=batch.input_ids.device))
+        self._add("tokens", torch.tensor(float(batch.input_ids.numel()), device=batch.input_ids.device))
+        self._add("pads", (batch.input_ids == self.pad_id).sum())
+        nothing = torch.zeros((), device=batch.input_ids.device)
+        for task in TASKS:
+            if batch.counts[task]:  # the same names on every process, also where one has nothing to supervise
+                self._add(f"step_loss_{task}", getattr(out, f"loss_{task}"))
+                self._add(f"correct_{task}", out.statistics.get(f"correct_{task}", nothing))
+                self._add(f"supervised_{task}", out.statistics.get(f"supervised_{task}", nothing))
+        if batch.mask_prob is not None:
+            self._add("avg_masking_rate", batch.mask_prob.mean())
+            self._add_buckets(batch.mask_prob, out.statistics["row_loss_t2i"])
+        self.samples += sum(batch.counts.values())
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def _add_buckets(self, mask_prob: torch.Tensor, losses: torch.Tensor) -> None:
+        bucket = (mask_prob.to(losses.device) * BUCKETS).long().clamp(max=BUCKETS - 1)  # (B,)
+        rows = torch.zeros(2, BUCKETS, device=losses.device)
+        rows[0].index_add_(0, bucket, losses.float())
+        rows[1].index_add_(0, bucket, torch.ones_like(losses, dtype=torch.float))
+        self._add("buckets", rows)
+
+    def add_step(self, data_time: float, batch_time: float) -> None:
+        self.steps += 1
+        self.data_time += data_time
+        self.batch_time += batch_time
+
+    def means(self, over_processes: Callable[[torch.Tensor], torch.Tensor], device) -> dict[str, float]:
+        """Losses per batch and shares over all processes; times of this process in seconds per step.
+
+        Args:
+            over_processes: sums a tensor over all processes.
+        """
+        flat = {name: total.to(device, torch.float32).flatten() for name, total in self.sums.items()}
+        summed = over_processes(torch.cat(list(flat.values()))).cpu().split([len(v) for v in flat.values()])
+        sums = dict(zip(flat, summed, strict=True))
+        batches = sums["batches"].item()
+        values = {k: v.item() / batches for k, v in sums.items() if k.startswith(("step_loss", "avg_"))}
+        for task in TASKS:
+            if f"supervised_{task}" in sums:
+                supervised = max(1.0, sums[f"supervised_{task}"].item())
+                values[f"accuracy/{task}"] = sums[f"correct_{task}"].item() / supervised
+        for index, (loss, rows) in enumerate(sums["buckets"].view(2, BUCKETS).T.tolist() if "buckets" in sums else ()):
+            if rows:
+                values[f"loss_t2i_by_mask_ratio/{index / BUCKETS:.1f}-{(index + 1) / BUCKETS:.1f}"] = loss / rows
+        return values | {
+            "padding_share": sums["pads"].item() / sums["tokens"].item(),
+            "data_time": self.data_time / self.steps,
+            "batch_time": self.batch_time / self.steps,
+            "samples/sec/gpu": self.samples / self.batch_time,
+            "tokens/sec/gpu": self.sums["tokens"].item() / self.batch_time,
+            "memory_gib": memory_in_use(device) / 2**30,
+        }
+
+
+def memory_in_use(device) -> int:
+    """Bytes: the peak on a GPU, what the process holds on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
