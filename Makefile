@@ -16,7 +16,8 @@ LLM := outputs/showo-tiny-llm
 TOKENIZER := outputs/showo-tiny-magvitv2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-all lint format data-emoji train-tiny train-tiny-resume bench clean
+.PHONY: help setup demo test test-quick test-multiprocess test-all lint format data-emoji train-tiny \
+	train-tiny-resume train-tiny-stages bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-18s %s\n", $$1, $$2 }'
@@ -51,8 +52,11 @@ test: lint ## ruff and the CPU tests, under 15 minutes on 2 cores; what .ci/run 
 test-quick: lint ## the fast ones of them, under 2 minutes
 	$(PYTEST) -m 'not slow and not gpu and not multiprocess'
 
-test-all: lint ## every test, those with several processes and, where there is one, on the GPU too
-	$(PYTEST)
+test-multiprocess: $(READY) ## those with several processes (DDP, ZeRO-2, FSDP2), one after another, under 10 minutes
+	$(PY) -m pytest -m multiprocess
+
+test-all: test test-multiprocess ## every test, those with several processes and, where there is one, on the GPU too
+	$(PYTEST) -m gpu
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -79,6 +83,19 @@ train-tiny-resume: $(READY) ## the same without making the data again
 		training/train.py config=configs/showo_tiny_train.yaml \
 		model.showo.llm_model_path=$(LLM) model.vq_model.vq_model_name=$(TOKENIZER) \
 		training.batch_size_t2i=11 training.batch_size_lm=1 training.batch_size_mmu=4
+
+# Each stage starts from the one before; a stage that has ended is passed over, one that was stopped goes on.
+TUNINGS := instruction_tuning_1 instruction_tuning_2
+STAGES := $(foreach stage,stage1 stage2 stage3 $(TUNINGS),train.py:$(stage)) \
+	$(foreach stage,$(TUNINGS),train_w_clip_vit.py:$(stage)_w_clip_vit)
+
+train-tiny-stages: data-emoji ## all stages of both branches with few steps, on the emoji world (under 25 minutes on 2 cores)
+	$(PY) training/data/small_clip.py output_dir=outputs/tiny-clip
+	@for stage in $(STAGES); do \
+		$(VENV)/bin/accelerate launch --config_file accelerate_configs/1_cpu.yaml training/$${stage%%:*} \
+			config=configs/showo_tiny_$${stage##*:}.yaml || exit $$?; \
+	done
+	$(PY) training/plot.py output=outputs/showo-tiny-stages.png runs=outputs/showo-tiny-stage1,outputs/showo-tiny-stage2,outputs/showo-tiny-stage3,outputs/showo-tiny-tuning-stage1,outputs/showo-tiny-tuning-stage2
 
 bench: $(READY) ## both generation loops against the published algorithm
 	$(PY) benchmarks/generation.py --hidden 512 --layers 8

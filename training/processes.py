@@ -6,6 +6,7 @@ chooses between them.
 
 import argparse
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -50,6 +51,8 @@ def make_accelerator(config, written_by: int | None = None) -> Accelerator:
             f"{launched} processes were launched, but this one trains with {accelerator.num_processes}; on CPUs set "
             "device=cpu or the environment variable ACCELERATE_USE_CPU=true"
         )
+    # A word at each saving of a model with tied embeddings, although that is right.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if accelerator.state.deepspeed_plugin is not None:
         _configure_deepspeed(accelerator.state.deepspeed_plugin, config)
         if written_by not in (None, launched):
