@@ -50,8 +50,6 @@ def main(argv: list[str]) -> None:
     config = load_config(argv, InferenceConfig)
     questions = split_pieces("question", config.question)
     output_dir = check_output_dir(config.output_dir or Path(config.experiment.output_dir) / "mmu")
-    if config.top_p == 0:
-        raise UserError("top_p is 0; it must be more than 0, up to 1 (top_k=1 always takes the most likely token)")
 
     from models import ShowoPipeline
     from models.pipeline_loading import check_config

@@ -48,8 +48,12 @@ def read_settings(argv: list[str], schema: type, example: str) -> DictConfig:
     Raises:
         UserError: an unknown key, a wrong type, or something not given; `example` is then quoted.
     """
+    hints, given = get_type_hints(schema), {}
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        given[key] = _parse(key, text, hints.get(key)) if equals else None
     try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(argv))
+        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(given))
     except OmegaConfBaseException as error:
         known = ", ".join(schema.__annotations__)
         raise UserError(f"{str(error).splitlines()[0]}; the settings are {known}") from None

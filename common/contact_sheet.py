@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 MARGIN = 8  # pixels around pictures and text
 INK, PAPER = (30, 30, 30), (255, 255, 255)
+FRAME = (190, 190, 190)  # one pixel outside a picture, so that a white one has an edge on the paper
 MAX_LINES, MAX_CHARACTERS = 8, 600  # of a caption
 
 
@@ -17,7 +18,7 @@ def contact_sheet(
     cell: int | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """Lay pictures of any sizes out in a grid, captions wrapped below each.
+    """Lay pictures of any sizes out in a grid, each in a thin frame, captions wrapped below.
 
     Args:
         images: at least one, any mode.
@@ -54,7 +55,9 @@ def contact_sheet(
     for row, tall, height in zip(rows, tallest, heights, strict=True):
         for column, index in enumerate(row):
             left, picture = MARGIN + column * (cell + MARGIN), pictures[index]
-            sheet.paste(picture, (left + (cell - picture.width) // 2, top + (tall - picture.height) // 2))
+            x, y = left + (cell - picture.width) // 2, top + (tall - picture.height) // 2
+            draw.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=FRAME)
+            sheet.paste(picture, (x, y))
             for number, line in enumerate(texts[index]):
                 draw.text((left, top + tall + MARGIN // 2 + number * line_height), line, INK, font)
         top += height

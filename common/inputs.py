@@ -35,7 +35,9 @@ def required_path(key: str, value: str | None) -> Path:
 
 
 def read_prompts(value: str) -> list[str]:
-    """The lines of `validation_prompts_file` as they stand; a blank one is the empty prompt, as published.
+    """The lines of `validation_prompts_file` as they stand, for drawing after and during training alike.
+
+    A blank line between others is the empty prompt, as published; blank ones at the end do not count.
 
     Raises:
         UserError: the file is missing, no text, or holds no prompt.

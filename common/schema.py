@@ -326,6 +326,7 @@ RANGES = {  # both ends allowed, infinity never
     "top_p": (0, 1),
     "seed": (0, 2**63 - 1),
 }
+ABOVE_LOW = ("top_p",)  # these must be more than their lower end
 
 FLOWS = ("t2i", "mmu", "lm")
 SHARDS = [f"dataset.params.{split}_{flow}_shards_path_or_url" for split in ("train", "eval") for flow in FLOWS]
@@ -346,8 +347,11 @@ def find_problems(config: DictConfig) -> list[str]:
             found.append(f"{key} is {value!r}; allowed: {', '.join(map(str, allowed))}")
     for key, (low, high) in RANGES.items():
         value = OmegaConf.select(config, key)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            found.append(f"{key} is {value}; it must be " + (f"{low} or more" if high > 1 else f"from {low} to {high}"))
+        if value is None or (low <= value <= high and math.isfinite(value) and (value > low or key not in ABOVE_LOW)):
+            continue
+        allowed = f"{low} or more" if high > 1 else f"from {low} to {high}"
+        allowed = f"more than {low}, up to {high}" if key in ABOVE_LOW else allowed
+        found.append(f"{key} is {value}; it must be {allowed}")
     for key in SHARDS:
         value = OmegaConf.select(config, key)
         paths = value if OmegaConf.is_list(value) else [value]

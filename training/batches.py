@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from models import OmniMask, UniversalPrompting
+from training.data.batching import stack
 from training.masking import MaskingNoise
 
 TASKS = ("t2i", "lm", "mmu")
@@ -76,11 +77,11 @@ class BatchBuilder:
 
     def image_ids(self, items: list[dict]) -> torch.Tensor:
         """(B, N) image ids of items that hold pixels, or codes made beforehand."""
-        encoded = [item["codes"].to(self.device) + self.noise.image_offset for item in items if "codes" in item]
-        pixels = [item["image"] for item in items if "codes" not in item]
-        fresh = iter(self.encode(torch.stack(pixels)) if pixels else ())
-        known = iter(encoded)
-        return torch.stack([next(known) if "codes" in item else next(fresh) for item in items])
+        if all("image" in item for item in items):
+            return self.encode(stack(items, "image"))
+        if all("codes" in item for item in items):
+            return stack(items, "codes").to(self.device) + self.noise.image_offset
+        return torch.cat([self.image_ids([item]) for item in items])  # some shards are encoded, some not
 
     def __call__(self, items: dict[str, list]) -> OmniBatch:
         """items: flow → list of items; absent flows have no rows."""
@@ -92,7 +93,7 @@ class BatchBuilder:
             rows.append(self.prompting((texts, masked.input_ids, masked.labels), "t2i"))
             extra |= {"mask_prob": masked.mask_prob, "texts": texts, "codes": ids - self.noise.image_offset}
             if all("image" in item for item in items["t2i"]):
-                extra["pixels"] = torch.stack([item["image"] for item in items["t2i"]])
+                extra["pixels"] = stack(items["t2i"], "image")
         if counts["lm"]:
             rows.append(self.prompting((items["lm"], self.row_length), "lm"))
         if counts["mmu"]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
@@ -27,13 +26,12 @@ class HeldOut:
     Args:
         config: a `TrainingConfig`.
         builder: of the run.
-        flow_arguments: of `build_flows`: process, num_processes, tokenizer, image_processor.
+        flow_arguments: of `build_flows`: process, num_processes, tokenizer, image_processor, text_length.
     """
 
     def __init__(self, config, builder: BatchBuilder, **flow_arguments):
         self.config, self.builder = config, builder
-        self.make_flows = partial(build_flows, config, split="eval", **flow_arguments)
-        self.names = list(self.make_flows())
+        self.flows = build_flows(config, split="eval", **flow_arguments)
 
     def __call__(self, forward: Callable, over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Means over batches and processes: ``eval_loss_{flow}``, ``eval_accuracy/{flow}``, and for each of
@@ -44,7 +42,8 @@ class HeldOut:
             over_processes: sums a tensor over all processes, all of which must call this.
         """
         device, values = self.builder.device, {}
-        for name, flow in self.make_flows().items():
+        for name, flow in self.flows.items():
+            flow.rewind()
             ratios = (self.config.training.eval_mask_ratios if name == "t2i" else None) or [None]
             builders = {ratio: self.builder.for_evaluation(ratio) for ratio in ratios}
             sums = torch.zeros(len(ratios), 4, device=device)  # loss, batches, right tokens, all tokens
@@ -53,7 +52,6 @@ class HeldOut:
                     items = {name: next(flow)}
                     for row, builder in zip(sums, builders.values(), strict=True):
                         row += self._measure(forward, builder, items, name)
-            flow.close()
             for ratio, (loss, batches, right, tokens) in zip(ratios, over_processes(sums).tolist(), strict=True):
                 suffix = "" if ratio is None else f"/mask_{ratio:.2f}"
                 values[f"eval_loss_{name}{suffix}"] = loss / batches

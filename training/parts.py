@@ -140,18 +140,3 @@ def make_builder(
 def enable_gradient_checkpointing(model: Showo) -> None:
     """Under whichever name this version of transformers calls it."""
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-
-
-def read_prompts(file: str) -> list[str]:
-    """Lines of a prompts file.
-
-    Raises:
-        UserError: the file is missing or has no prompt.
-    """
-    path = resolve_path(file)
-    if not path.is_file():
-        raise UserError(f"validation_prompts_file {file!r} does not exist; give a text file with one prompt per line")
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"validation_prompts_file {file!r} is empty; write one prompt per line")
-    return prompts

@@ -3,8 +3,8 @@
     python3 training/plot.py runs=outputs/stage1,outputs/stage2,outputs/stage3 output=curves.png
 
 Several runs stand side by side, such as the stages of a training; `layout=overlay` lays them over each other, to
-compare runs of the same stage. Thin lines are what was logged, thick ones a running mean, dots held-out data. The ending
-of `output` chooses the format (png, svg, pdf).
+compare runs of the same stage. Thin lines are what was logged, thick ones a running mean, dots held-out data. The
+ending of `output` chooses the format (png, svg, pdf).
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from common.errors import UserError
 from common.tracking import Tracker
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config, MAGVITv2Output
 from training.checkpointing import TrainState, find_resume, load_checkpoint, save_checkpoint, save_model
+from training.guards import StopSignals, check_writable, only_run_in
 from training.optimization import WeightAverage, make_optimizer, make_schedule
 from training.perceptual import PerceptualLoss
+from training.processes import Agreement
 from training.tokenizer_data import (
     CachedPictures,
     StreamedPictures,
@@ -49,12 +52,15 @@ class TokenizerTrainer:
         config: a `TokenizerTrainingConfig`.
 
     Raises:
-        UserError: shards are missing or hold no pictures, or sizes do not fit each other.
+        UserError: shards are missing or hold no pictures, sizes do not fit each other, the checkpoint to go on from
+            does not exist, or the output folder cannot be written to.
     """
 
     def __init__(self, config: DictConfig):
         self.config = config
         self.output_dir = Path(config.experiment.output_dir)
+        check_writable(self.output_dir)
+        self.start = find_resume(self.output_dir, config.experiment.resume_from_checkpoint)
         # The schedule is stepped by hand, once per optimiser step: a prepared one would step once per process.
         self.accelerator = Accelerator(
             mixed_precision=config.training.mixed_precision, step_scheduler_with_optimizer=False
@@ -63,8 +69,7 @@ class TokenizerTrainer:
         torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
         set_seed(config.training.seed)
         self.is_main = self.accelerator.is_main_process
-        self.state = TrainState()
-        self.stop_requested = False
+        self.state, self.stop_signals, self.agreement = TrainState(), StopSignals(), Agreement(self.accelerator)
         self._build_model_and_optimizer()
         self._open_data()
 
@@ -106,13 +111,24 @@ class TokenizerTrainer:
             )
 
     def train(self):
-        """Resume if there is something to resume, train to the last step (or SIGTERM), save."""
+        """Resume if there is something to resume, train to the last step (or SIGTERM or SIGUSR1), save.
+
+        Raises:
+            UserError: another run writes to the same folder, or the checkpoint is damaged.
+        """
+        with ExitStack() as stack:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            if self.is_main:
+                stack.enter_context(only_run_in(self.output_dir))
+            self.resume()
+            self._begin_output()
+            stack.callback(self.tracker.finish)
+            stack.enter_context(self.stop_signals)
+            total, hidden = self.config.training.max_train_steps, not self.is_main
+            self._loop(stack.enter_context(tqdm(total=total, initial=self.step, disable=hidden, unit="step")))
+
+    def _loop(self, progress: tqdm):
         every = self.config.experiment
-        self.resume()
-        self._begin_output()
-        progress = tqdm(
-            total=self.config.training.max_train_steps, initial=self.step, disable=not self.is_main, unit="step"
-        )
         for pictures in self._batches():
             metrics = self.train_step(pictures)
             progress.update()
@@ -120,15 +136,13 @@ class TokenizerTrainer:
                 self._log(metrics, progress)
             if self.step % every.eval_every == 0:
                 self._evaluate(progress)
-            stopping = self._someone_asked_to_stop()
+            stopping = self.agreement.any(self.stop_signals.requested)
             if stopping or self.step % every.save_every == 0:
                 self.save()
             if stopping:
                 break
         else:
             self._finish(progress)
-        progress.close()
-        self.tracker.finish()
 
     def train_step(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
         """One optimiser step on (B, 3, R, R) uint8 pictures; returns its losses."""
@@ -232,16 +246,6 @@ class TokenizerTrainer:
         """Finished optimiser steps."""
         return self.state.global_step
 
-    def handle_sigterm(self, *_):
-        """Signal handler: finish the step, save, end."""
-        self.stop_requested = True
-
-    def _someone_asked_to_stop(self) -> bool:
-        if self.accelerator.num_processes == 1:
-            return self.stop_requested
-        asked = torch.tensor([int(self.stop_requested)], device=self.accelerator.device)
-        return bool(self.accelerator.gather(asked).any())
-
     def save(self):
         """Write `checkpoint-{step}` with everything that `resume` needs; drop the oldest beyond the limit."""
         limit = self.config.experiment.checkpoints_total_limit
@@ -251,7 +255,6 @@ class TokenizerTrainer:
 
     def resume(self):
         """Go on from `experiment.resume_from_checkpoint`: weights, average, optimiser, schedule, random state, data."""
-        folder = find_resume(self.output_dir, self.config.experiment.resume_from_checkpoint)
-        if folder is not None:
-            self.state = load_checkpoint(self.accelerator, folder, self.average)
-            self.accelerator.print(f"resuming from {folder} at step {self.step}")
+        if self.start is not None:
+            self.state = load_checkpoint(self.accelerator, self.start, self.average)
+            self.accelerator.print(f"resuming from {self.start} at step {self.step}")

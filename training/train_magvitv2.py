@@ -4,11 +4,10 @@
     accelerate launch --config_file accelerate_configs/1_gpu.yaml training/train_magvitv2.py config=...
 
 `{output_dir}/checkpoint-{step}/` holds all that an exact resume needs, and in `unwrapped_model/` the averaged weights,
-loadable by `MAGVITv2.from_pretrained`; the final ones are written to `output_dir`. SIGTERM finishes the step, saves
-and ends; the same command then goes on from there.
+loadable by `MAGVITv2.from_pretrained`; the final ones are written to `output_dir`. SIGTERM and SIGUSR1 finish the
+step, save and end; the same command then goes on from there.
 """
 
-import signal
 import sys
 from pathlib import Path
 
@@ -23,9 +22,7 @@ def main(argv: list[str]) -> None:
     config = load_config(argv, TokenizerTrainingConfig)
     from training.tokenizer_trainer import TokenizerTrainer  # after the config: its mistakes are told at once
 
-    trainer = TokenizerTrainer(config)
-    signal.signal(signal.SIGTERM, trainer.handle_sigterm)
-    trainer.train()
+    TokenizerTrainer(config).train()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from common.inputs import read_prompts
 from common.tracking import Tracker
 from models import Showo
 from models.modeling_showo import ShowoOutput
@@ -26,7 +27,7 @@ from training.checkpointing import (
     save_checkpoint,
     save_model,
 )
-from training.data.flows import build_flows
+from training.data.flows import build_flows, check_data, check_tokenizer
 from training.evaluation import HeldOut, own_random_numbers
 from training.guards import FiniteLosses, StopSignals, check_writable, only_run_in
 from training.metrics import StepMetrics
@@ -38,7 +39,6 @@ from training.parts import (
     make_model,
     make_prompting,
     make_vq_model,
-    read_prompts,
 )
 from training.processes import Agreement, is_sharded, make_accelerator, whole_weights
 from training.samples import GENERATED_PANEL, PREDICTED_PANEL, draw, predict_masked
@@ -70,15 +70,17 @@ class Trainer:
             "num_processes": self.accelerator.num_processes,
             "image_processor": understanding.image_processor,
         }
-        build_flows(config, **flow_arguments)  # missing data is found before anything is loaded
+        check_data(config)  # before anything is loaded
         self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
         prompting = make_prompting(config)
         flow_arguments["tokenizer"] = prompting.tokenizer
+        flow_arguments["text_length"] = understanding.text_length(config, prompting)
         self.flows = build_flows(config, **flow_arguments)
         if training.overfit_one_batch:
             self.flows = {name: OneBatch(flow) for name, flow in self.flows.items()}
         vq_model = make_vq_model(config).to(device)
         check_sizes(config, vq_model)
+        check_tokenizer(config, vq_model)
         torch.backends.cuda.matmul.allow_tf32 = training.enable_tf32
         if training.seed is not None:
             set_seed(training.seed)  # the same new weights everywhere: FSDP keeps each process's own part
@@ -278,7 +280,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Held-out losses of every flow that has held-out data; all processes take part."""
-        if not self.held_out.names:
+        if not self.held_out.flows:
             return
         self.wrapped.eval()
         try:

@@ -1,6 +1,7 @@
 """What differs between the two understanding branches: how an mmu row is built and what is trainable (SPEC §2, §9)."""
 
 import torch
+from transformers import CLIPVisionConfig
 
 from common.config import resolve_path
 from common.errors import UserError
@@ -8,9 +9,10 @@ from llava import SYSTEM_PROMPT, collate
 from models import OmniMask
 from models.checkpoint_io import resolve_folder
 from models.clip_encoder import image_processor_class
-from models.pipeline_loading import load_clip
+from models.pipeline_loading import load_clip, without_loading_bars
 from models.prompting import Rows
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
+from training.data.batching import stack
 
 # B rows, L row length, N image tokens, F features of one picture
 
@@ -34,6 +36,11 @@ class VqUnderstanding:
         if config.model.showo.w_clip_vit:
             raise UserError("model.showo.w_clip_vit is true; train it with training/train_w_clip_vit.py")
         return cls(config.training.und_mask_ratio, config.dataset.add_system_prompt)
+
+    def text_length(self, config, prompting) -> int:
+        """Tokens that a row has room for behind the picture; raises `UserError` where that is none."""
+        system = system_ids(prompting) if self.system_prompt else []
+        return room_for_text(config, config.model.showo.num_vq_tokens, len(system))
 
     def attach(self, model, device) -> None:
         """All parameters are trained."""
@@ -75,17 +82,26 @@ class ClipVitUnderstanding:
         if self.projector_only and not config.training.batch_size_mmu:
             raise UserError("llava_pretrain trains mm_projector alone, but training.batch_size_mmu is 0; raise it")
         try:
-            self.image_processor = image_processor_class().from_pretrained(resolve_folder(self.clip_vit_name))
+            folder = resolve_folder(self.clip_vit_name)
+            self.image_processor = image_processor_class().from_pretrained(folder)
+            tower = CLIPVisionConfig.from_pretrained(folder)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"model.clip_vit_name={config.model.clip_vit_name}: no image processor ({reason})"
+                f"model.clip_vit_name={config.model.clip_vit_name}: no image processor or settings ({reason})"
             ) from error
+        self.num_features = (tower.image_size // tower.patch_size) ** 2
         self.tower = None
+
+    def text_length(self, config, prompting) -> int:
+        """As in the other branch."""
+        system = [] if self.projector_only else system_ids(prompting)
+        return room_for_text(config, self.num_features, len(system))
 
     def attach(self, model, device) -> None:
         """Loads the frozen tower and chooses what is trained."""
-        self.tower = load_clip(self.clip_vit_name, model.config.clip_feature_size).to(device)
+        with without_loading_bars():
+            self.tower = load_clip(self.clip_vit_name, model.config.clip_feature_size).to(device)
         if self.projector_only:
             model.requires_grad_(False)
             model.mm_projector.requires_grad_(True)
@@ -95,7 +111,7 @@ class ClipVitUnderstanding:
 
     def rows(self, items: list[dict], builder) -> tuple[Rows, torch.Tensor]:
         """Rows ``<mmu>`` system ``<soi>`` −200 … ``<eoi>`` text, and the features (B, F, size) for the −200."""
-        features = self.tower(torch.stack([item["pixel_values"] for item in items]).to(builder.device))
+        features = self.tower(stack(items, "pixel_values").to(builder.device))
         places = torch.full(features.shape[:2], IMAGE_FEATURE_ID, device=builder.device)  # (B, F)
         system = [] if self.projector_only else system_ids(builder.prompting)
         rows, _ = conversation_rows(items, places, system, builder)
@@ -109,6 +125,24 @@ def system_ids(prompting) -> list[int]:
     return prompting.tokenizer(SYSTEM_PROMPT, add_special_tokens=False)["input_ids"]
 
 
+def room_for_text(config, num_image: int, num_system: int) -> int:
+    """Tokens of text in a row of `num_image` image positions and a system prompt.
+
+    Raises:
+        UserError: a row of conversations has no room for any.
+    """
+    max_text_len = config.dataset.preprocessing.max_seq_length
+    if not config.training.batch_size_mmu or not config.dataset.und_type.startswith("llava"):
+        return max_text_len
+    room = max_text_len + config.model.showo.num_vq_tokens - num_image - num_system
+    if room < 1:
+        raise UserError(
+            f"dataset.preprocessing.max_seq_length is {max_text_len}: {num_image} image positions and "
+            f"{num_system} of the system prompt leave no room for text; raise it by more than {-room}"
+        )
+    return room
+
+
 def conversation_rows(items: list[dict], image: torch.Tensor, system: list[int], builder) -> tuple[Rows, int]:
     """Rows of LLaVA samples without their mask, and the index at which their text begins.
 
@@ -116,19 +150,10 @@ def conversation_rows(items: list[dict], image: torch.Tensor, system: list[int],
         items: with `input_ids` and `labels` of `llava.encode_conversation` or `encode_plain`.
         image: (B, ·) int64, what stands between ``<soi>`` and ``<eoi>``.
         system: ids behind ``<mmu>``.
-
-    Raises:
-        UserError: the row has no room for text.
     """
     prompting, vocabulary = builder.prompting, builder.prompting.vocabulary
     text_start = 1 + len(system) + 1 + image.shape[1] + 1
-    room = builder.row_length - text_start
-    if room < 1:
-        raise UserError(
-            f"dataset.preprocessing.max_seq_length is {prompting.max_text_len}: {image.shape[1]} image positions and "
-            f"{len(system)} of the system prompt leave no room for text; raise it by more than {-room}"
-        )
-    text = collate(items, prompting.tokenizer, room)
+    text = collate(items, prompting.tokenizer, builder.row_length - text_start)
     batch_size, device = len(items), image.device
 
     def column(ids: list[int]) -> torch.Tensor:

@@ -212,7 +212,7 @@ def test_llava(world, tmp_path, tokenizer, processor, kind, clip):
     }
     assert {text.replace(" ", "") for text in texts} == {text.replace(" ", "") for text in answers}, "one epoch"
     for item in items:
-        assert item.keys() == {"pixel_values" if clip else "image", "input_ids", "labels"}
+        assert item.keys() == {"pixel_values" if clip else "image", "input_ids", "labels", "key"}
         assert item["labels"].shape == item["input_ids"].shape and (item["labels"] != -100).any()
     assert stack(next(flow), "pixel_values" if clip else "image").shape == ((2, 3, 24, 24) if clip else (2, 3, 32, 32))
 
@@ -263,7 +263,7 @@ def test_shards_of_codes_serve_in_place_of_pixels(world, tmp_path):
     for name, size in (("t2i", 4), ("mmu", 2)):
         batch = next(flows[name])
         assert stack(batch, "codes").tolist() == [list(range(16))] * size
-        assert all(item.keys() == {"codes", "text"} for item in batch)
+        assert all(item.keys() == {"codes", "text", "key"} for item in batch)
 
 
 def test_a_manifest_for_another_resolution_is_a_clear_mistake(world, tmp_path):

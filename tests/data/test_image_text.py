@@ -139,7 +139,7 @@ def test_the_clip_branch_gets_what_its_processor_makes():
     processor = image_processor_class()(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
     item = item_of(sample(CAPTIONS[0]), processor=processor)
     expected = processor(picture(CAPTIONS[0]), return_tensors="pt")["pixel_values"][0]
-    assert item.keys() == {"pixel_values", "text"} and torch.equal(item["pixel_values"], expected)
+    assert item.keys() == {"pixel_values", "text", "key"} and torch.equal(item["pixel_values"], expected)
     assert item["pixel_values"].shape == (3, 24, 24)
 
 
@@ -150,7 +150,7 @@ def test_the_clip_branch_gets_what_its_processor_makes():
 def test_codes_come_in_place_of_the_picture(dtype):
     codes = np.arange(16, dtype=dtype) * 4
     item = item_of({"codes.npy": codes_bytes(codes), "png": b"unread", "txt": b"words"})
-    assert item.keys() == {"codes", "text"}
+    assert item.keys() == {"codes", "text", "key"}
     assert item["codes"].dtype == torch.int64 and item["codes"].tolist() == codes.tolist()
     assert item_of({"image": codes.tolist(), "text": "words"})["codes"].tolist() == codes.tolist(), "of a parquet file"
 
@@ -180,3 +180,9 @@ def test_codes_cannot_be_mirrored_moved_or_shown_to_clip(setting):
         UserError, match="a holds codes in place of a picture; .*give (it )?the shards with the pictures"
     ):
         item_of(raw, **setting)
+
+
+def test_pictures_beside_codes_serve_where_codes_cannot():
+    both = sample(CAPTIONS[0]) | {"codes.npy": codes_bytes(np.arange(16))}
+    assert "codes" in item_of(both)
+    assert "image" in item_of(both, flip=True)

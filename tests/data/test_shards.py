@@ -166,3 +166,4 @@ def test_codes_for_another_model_are_refused(shard):
         check_codes(write_manifest(shard, resolution=64, num_vq_tokens=64, codebook_size=64), EXPECTED)
     with pytest.raises(UserError, match="hold codes; codes cannot be mirrored"):
         check_codes(write_manifest(shard, **EXPECTED), EXPECTED, refused="codes cannot be mirrored")
+    check_codes(write_manifest(shard, keep_images=True, **EXPECTED), EXPECTED, refused="codes cannot be mirrored")

@@ -3,7 +3,11 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import random
+import signal
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 
@@ -193,6 +197,33 @@ def test_workers_that_do_not_persist_end_with_the_epoch():
     assert workers == [2, 2, 2, 0, 2, 2, 2, 0, 2]
     with_end.close()
     assert batches == take(flow(persistent=True), 9)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_the_whole_job_leaves_the_workers_their_work(number):
+    flow = make_flow(num_workers=2)
+    seen = take(flow, 2)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        os.kill(worker.pid, number)
+    seen += take(flow, 30)
+    assert seen == take(make_flow(num_workers=2), 32)
+    flow.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("ending", ["raise RuntimeError", "flow.skipped", "sys.exit(3)"])
+def test_a_run_that_ends_takes_its_workers_along(ending, repository):
+    script = f"""
+import sys
+from tests.data.test_streams import make_flow
+flow = make_flow(num_workers=2)
+next(flow)
+{ending}
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, timeout=100)
+    assert done.returncode == {"raise RuntimeError": 1, "flow.skipped": 0, "sys.exit(3)": 3}[ending], done.stderr
+    assert done.stderr.count("Traceback") == (ending == "raise RuntimeError")
 
 
 def test_another_number_of_workers_is_refused_by_name():

@@ -173,6 +173,16 @@ def test_every_picture_is_on_the_sheet_whatever_its_size_and_mode():
     assert (0, 0, 0) not in found  # the transparent one is paper
 
 
+def test_a_white_picture_has_an_edge_on_white_paper():
+    sheet = contact_sheet([Image.new("L", (64, 32), 255)] * 2, ["mask", "mask"], cell=128)
+    white, frame = Image.new("RGB", (128, 64), "white"), (190, 190, 190)
+    for left in (8, 8 + 128 + 8):
+        picture = sheet.crop((left, 8, left + 128, 8 + 64))
+        assert colours(picture) == colours(white), "the frame lies outside"
+        around = sheet.crop((left - 1, 7, left + 129, 8 + 65))
+        assert colours(around)[frame] == 2 * 130 + 2 * 64
+
+
 def test_captions_take_room_below_their_row_and_long_words_are_cut():
     images = [Image.new("RGB", (32, 32))] * 3
     plain = contact_sheet(images, columns=2)

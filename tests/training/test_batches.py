@@ -128,3 +128,27 @@ def test_understanding_sees_all_of_the_picture_unless_told_otherwise(world, mode
     assert share.max() < 0.85 and share.min() < 0.1
     assert not (hidden.labels == mask).any()
     assert torch.equal(hidden.labels[: len(CAPTIONS)], rows.labels), "what is learnt stays the same"
+
+
+def test_codes_stand_in_for_pixels(builder):
+    vq_model = make_vq_model()
+    pictures = items(*CAPTIONS[:3])
+    codes = vq_model.get_code(torch.stack([item["image"] for item in pictures]))
+    encoded = [{"codes": row, "text": item["text"]} for row, item in zip(codes, pictures, strict=True)]
+    for mixed in (encoded, [pictures[0], encoded[1], pictures[2]]):
+        torch.manual_seed(5)
+        expected = builder({"t2i": pictures, "mmu": pictures})
+        torch.manual_seed(5)
+        batch = builder({"t2i": mixed, "mmu": mixed})
+        assert torch.equal(batch.input_ids, expected.input_ids) and torch.equal(batch.labels, expected.labels)
+        assert torch.equal(batch.codes, codes) and batch.pixels is None
+
+
+def test_samples_are_named_by_their_key_else_by_their_text(builder):
+    named = [item | {"key": f"shard-{n}"} for n, item in enumerate(items(*CAPTIONS[:2]))]
+    batch = builder(
+        {"t2i": named, "lm": ["a text that is rather long, so that it is cut somewhere"], "mmu": THREE["mmu"]}
+    )
+    assert batch.keys[:2] == ["t2i: shard-0", "t2i: shard-1"]
+    assert batch.keys[2] == "lm: 'a text that is rather long, so that it i'"
+    assert batch.keys[3] == f"mmu: {CAPTIONS[5]!r}"

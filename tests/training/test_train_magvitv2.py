@@ -22,6 +22,7 @@ from common.config import load_config
 from common.errors import UserError
 from models import MAGVITv2
 from training.checkpointing import checkpoints
+from training.guards import only_run_in
 from training.perceptual import PerceptualLoss
 from training.tokenizer_config import TokenizerTrainingConfig
 from training.tokenizer_data import CachedPictures, StreamedPictures, augment, find_shards, generator_for, load_pictures
@@ -254,7 +255,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shards, cache):
     def stop_after_three(pictures):
         losses = first.train_step_of(pictures)
         if first.step == 3:
-            first.handle_sigterm()
+            signal.raise_signal(signal.SIGUSR1)
         return losses
 
     first.train_step = stop_after_three
@@ -349,6 +350,19 @@ def test_mistakes_are_named_before_anything_is_written(shards, extra, message):
     with pytest.raises(UserError, match=message):
         trainer(shards, *extra).train()
     assert not (shards / "out").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(shards):
+    (shards / "out").mkdir()
+    with only_run_in(shards / "out"), pytest.raises(UserError, match="another run is writing to"):
+        trainer(shards).train()
+    assert [path.name for path in (shards / "out").iterdir()] == [".lock"]
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(shards):
+    (shards / "out").touch()
+    with pytest.raises(UserError, match="output_dir .*out cannot be written to.*give another folder"):
+        trainer(shards)
 
 
 def test_shards_without_pictures_are_refused(shards):

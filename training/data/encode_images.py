@@ -14,7 +14,6 @@ tokenizer and settings are the same are not made again. Several processes share 
 `{output}-manifest.json`.
 """
 
-import hashlib
 import io
 import os
 import random
@@ -38,7 +37,7 @@ from common.errors import UserError, run_cli
 from models import MAGVITv2
 from models.checkpoint_io import resolve_folder
 from models.pipeline_loading import PUBLISHED_VQ, choose_device, load_magvitv2, without_loading_bars
-from training.data.encoding_records import Encoding, Plan
+from training.data.encoding_records import Encoding, Plan, tokenizer_sha256
 from training.data.image_text import IMAGE_KEYS, Pictures
 from training.data.paths import SHARDS, expand_paths, is_address
 from training.data.shard_writing import in_order, read_prefix, shard_path, write_shard
@@ -196,14 +195,10 @@ def load_tokenizer(config, device: torch.device) -> MAGVITv2:
 
 
 def encoding_of(config, vq_model: MAGVITv2) -> Encoding:
-    """What the codes depend on; the decoder is no part of it."""
-    checksum = hashlib.sha256()
-    for name, tensor in sorted(vq_model.state_dict().items()):
-        if not name.startswith("decoder."):
-            checksum.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    """What the codes depend on."""
     return Encoding(
         tokenizer=config.vq_model_name,
-        tokenizer_sha256=checksum.hexdigest(),
+        tokenizer_sha256=tokenizer_sha256(vq_model),
         resolution=config.resolution,
         num_vq_tokens=(config.resolution // vq_model.downsampling_factor) ** 2,
         codebook_size=vq_model.config.codebook_size,

@@ -4,12 +4,14 @@ While the work goes on, ``.{prefix}.parts/`` holds one record for each finished 
 them there joins them into the manifest and removes the folder.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from models import MAGVITv2
 from training.data.shard_writing import (
     find_shards,
     make_folder,
@@ -20,6 +22,15 @@ from training.data.shard_writing import (
     write_json,
 )
 from training.data.skipping import Tally
+
+
+def tokenizer_sha256(vq_model: MAGVITv2) -> str:
+    """Checksum of the weights that codes depend on; the decoder's are not among them."""
+    checksum = hashlib.sha256()
+    for name, tensor in sorted(vq_model.state_dict().items()):
+        if not name.startswith("decoder."):
+            checksum.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return checksum.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from common.config import resolve_path
+from common.errors import UserError
 from llava import encode_conversation, encode_plain
 from training.data.batching import collate_images, stack
 from training.data.captions import Captions, ExternalCaptions
+from training.data.encoding_records import tokenizer_sha256
 from training.data.flow_paths import LLAVA, FlowPaths, all_or_problems
 from training.data.image_text import ImageTextItem, Pictures
 from training.data.imagenet import ImageFolder
@@ -22,11 +24,11 @@ from training.data.language import Documents, text_item
 from training.data.llava_flow import LlavaItem, LlavaRecords
 from training.data.parquet import IMAGE_COLUMNS, TEXT_COLUMNS, ParquetUnits
 from training.data.paths import JSON, PARQUET, expand_paths, has_suffix
-from training.data.shards import ShardUnits, check_codes, read_shards
+from training.data.shards import ShardUnits, check_codes, manifests, read_shards
 from training.data.sources import Epochs, Resampled, Source
 from training.data.streams import Flow
 
-__all__ = ["build_flows", "check_data", "collate_images", "expand_paths", "read_shards", "stack"]
+__all__ = ["build_flows", "check_data", "check_tokenizer", "collate_images", "expand_paths", "read_shards", "stack"]
 
 
 def build_flows(
@@ -72,6 +74,27 @@ def check_data(config) -> None:
         UserError: paths are not set or missing, all of them in one message.
     """
     all_or_problems(FlowPaths(config, split).check_all for split in ("train", "eval"))
+
+
+def check_tokenizer(config, vq_model) -> None:
+    """Whether shards of codes were made with the image tokenizer of the run, as far as their manifests tell.
+
+    Raises:
+        UserError: with another one.
+    """
+    made_with = {}
+    for split in ("train", "eval"):
+        places = FlowPaths(config, split)
+        for name in set(places.check_all()) - {"lm"}:
+            for file, manifest in manifests(places.files(name)).items():
+                if found := manifest.get("tokenizer_sha256"):
+                    made_with[file] = found
+    own = tokenizer_sha256(vq_model) if made_with else None
+    if wrong := sorted(file for file, found in made_with.items() if found != own):
+        raise UserError(
+            f"{wrong[0]}: these codes were made with another image tokenizer than model.vq_model names; encode the "
+            "pictures again with training/data/encode_images.py, or name that tokenizer"
+        )
 
 
 def end_together(sources: dict[str, Source], batch_sizes: dict[str, int]) -> None:

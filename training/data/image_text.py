@@ -50,9 +50,9 @@ class Pictures:
             UserError: it is codes, and this flow needs pixels.
         """
         name = raw.get("__key__", "")
-        if CODES in raw:
-            return self.from_codes(_load(raw[CODES], name), name)
         found = next((raw[key] for key in IMAGE_KEYS if raw.get(key) is not None), None)
+        if CODES in raw and (found is None or not self.refuses_codes()):
+            return self.from_codes(_load(raw[CODES], name), name)
         if isinstance(found, dict):
             found = found.get("bytes") or found.get("path")
         if isinstance(found, list):
@@ -106,7 +106,7 @@ class ImageTextItem:
 
     def __call__(self, raw: dict, rng: random.Random) -> dict:
         text = self.captions(raw, rng)  # before the picture: what has no text need not be decoded
-        return {**self.pictures.of(raw, rng), "text": text}
+        return {**self.pictures.of(raw, rng), "text": text, "key": raw.get("__key__", "")}
 
 
 def read_picture(encoded: bytes | str | None, name: str) -> Image.Image:

@@ -78,7 +78,7 @@ class LlavaItem:
         if (encoded["labels"][: self.text_length] == IGNORE_INDEX).all():
             raise SkipSample(BAD_CONVERSATION, f"{key}: no answer within {self.text_length} tokens to learn from")
         # A sample of shards brings its picture along; else the record names the file.
-        return {**self.pictures.of({"image": _file_name(record)} | raw, rng), **encoded}
+        return {**self.pictures.of({"image": _file_name(record)} | raw, rng), **encoded, "key": key}
 
 
 def _file_name(record: dict) -> str | None:

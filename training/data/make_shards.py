@@ -51,7 +51,7 @@ from training.data.shard_writing import (
     write_json,
     write_shard,
 )
-from training.data.skipping import EMPTY_TEXT, MISSING_FILE, UNREADABLE_IMAGE, Skipped, Tally
+from training.data.skipping import EMPTY_TEXT, MALFORMED_ITEM, MISSING_FILE, UNREADABLE_IMAGE, Skipped, Tally
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # PIL's name → member; others become PNG
 CAPTIONS_PER_IMAGE = ("each", "join", "first")
@@ -143,15 +143,19 @@ def make_sample(entry: Captioned | Skipped, config) -> dict[str, bytes] | Skippe
     if not entry.captions[0]:
         return Skipped(EMPTY_TEXT, entry.name)
     try:
+        text = entry.captions[0].encode()
+    except UnicodeEncodeError as error:  # half a character, as broken JSON escapes have it
+        return Skipped(MALFORMED_ITEM, f"{entry.name}: {error}")
+    try:
         data = entry.picture if isinstance(entry.picture, bytes) else entry.picture.read_bytes()
-    except OSError as error:
-        return Skipped(MISSING_FILE, f"{entry.name}: {error.strerror}")
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        return Skipped(MISSING_FILE, f"{entry.name}: {getattr(error, 'strerror', error)}")
     try:
         suffix, data = checked_picture(data, config.resize, config.quality)
     except Exception as error:  # decoders of broken files raise almost anything, even SyntaxError
         return Skipped(UNREADABLE_IMAGE, f"{entry.name}: {error}")
-    extra = {"json": json.dumps(entry.extra, ensure_ascii=False, default=str).encode()} if config.metadata else {}
-    return {suffix: data, "txt": entry.captions[0].encode(), **extra}
+    extra = {"json": json.dumps(entry.extra, default=str).encode()} if config.metadata else {}
+    return {suffix: data, "txt": text, **extra}
 
 
 def checked_picture(data: bytes, resize: int, quality: int) -> tuple[str, bytes]:

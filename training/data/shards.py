@@ -117,13 +117,15 @@ def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") ->
 
     Args:
         expected: manifest key → value in this run.
-        refused: why codes cannot be used in this flow at all, if so.
+        refused: why codes cannot be used in this flow at all, if so; then pictures beside them are.
 
     Raises:
         UserError: they do not fit.
     """
     for file, manifest in manifests(urls).items():
         if "num_vq_tokens" not in manifest:
+            continue
+        if refused and manifest.get("keep_images"):
             continue
         if refused:
             raise UserError(f"{file}: these shards hold codes; {refused}")

@@ -4,9 +4,12 @@ Every loader worker reads one stream of a `Source`. A stream is cut into rounds;
 n samples before it are passed over, and none of them is decoded.
 """
 
+import atexit
 import math
 import os
 import random
+import signal
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -181,12 +184,12 @@ class Flow:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = iter(self._loader())
+            _reading.add(self)
         delivery: _Delivery = next(self._iterator)
         self.tally.add(delivery.tally)
-        if delivery.problem:
-            counted = f"; skipped were {self.tally.describe()}" if self.skipped else ""
-            raise UserError(f"{self.name}: {delivery.problem}{counted}; mend the data or its path")
-        self._check_share()
+        if problem := self._problem(delivery):
+            self.close()
+            raise UserError(f"{self.name}: {problem}")
         self.batches += 1
         self.rounds[delivery.stream], self.positions[delivery.stream] = delivery.round, delivery.position
         if not self.persistent_workers and self.num_workers and self._at_epoch_end():
@@ -205,13 +208,18 @@ class Flow:
             generator=torch.Generator().manual_seed(0),
         )
 
-    def _check_share(self) -> None:
+    def _problem(self, delivery: _Delivery) -> str:
+        """Why the run must end here, if it must."""
+        if delivery.problem:
+            counted = f"; skipped were {self.tally.describe()}" if self.skipped else ""
+            return f"{delivery.problem}{counted}; mend the data or its path"
         epoch = math.ceil((self.source.samples or ENOUGH_SEEN) / self.num_processes)
-        if self.seen >= min(ENOUGH_SEEN, epoch) and self.tally.share > self.max_skipped_fraction:
-            raise UserError(
-                f"{self.name}: skipped {self.tally.describe()}; that is more than "
-                f"dataset.params.max_skipped_fraction {self.max_skipped_fraction}; mend the data, or raise the fraction"
-            )
+        if self.seen < min(ENOUGH_SEEN, epoch) or self.tally.share <= self.max_skipped_fraction:
+            return ""
+        return (
+            f"skipped {self.tally.describe()}; that is more than dataset.params.max_skipped_fraction "
+            f"{self.max_skipped_fraction}; mend the data, or raise the fraction"
+        )
 
     def _at_epoch_end(self) -> bool:
         return bool(self.batches_per_epoch) and self.batches % self.batches_per_epoch == 0
@@ -246,3 +254,21 @@ def _as_it_is(delivery: _Delivery) -> _Delivery:
 
 def _begin_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per worker already; else it warns of the fork
+    # Schedulers signal all processes of a job. The run finishes its step and saves; it needs its workers for that.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _pass_over_once)
+
+
+def _pass_over_once(number: int, _) -> None:
+    signal.signal(number, signal.SIG_DFL)  # the loader sends another one to a worker that does not end by itself
+
+
+_reading: "weakref.WeakSet[Flow]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends the workers of a run that fails, before multiprocessing waits for them."""
+    for flow in list(_reading):
+        flow.close()

@@ -1,0 +1,61 @@
+"""More data of the tiny world, one small set of every kind a configuration can name, and a CLIP tower."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PhiConfig, PhiForCausalLM
+
+from tests.training.tiny import CAPTIONS, COLOURS, LLM_VOCAB_SIZE, picture
+from training.data import small_clip
+
+CLIP_WIDTH, NUM_FEATURES = 16, 9
+
+
+def write_imagenet(folder: Path) -> Path:
+    """Class folders ``train/n0000000k/*.JPEG``, one for each colour, with the data set's own file of names."""
+    lines = []
+    for number, colour in enumerate(COLOURS):
+        place = folder / "train" / f"n{number:08d}"
+        place.mkdir(parents=True)
+        lines.append(f"n{number:08d} {colour} square, something {colour}")
+        for index, caption in enumerate(text for text in CAPTIONS if colour in text):
+            picture(caption).save(place / f"{index}.JPEG", "JPEG")
+    (folder / "LOC_synset_mapping.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def turns(caption: str, rounds: int = 1) -> list[dict]:
+    """A conversation in LLaVA's form; the first round names the picture, as LLaVA's pre-training set does."""
+    _, colour, _, _, _, place = caption.split()
+    asked = [("<image>\nWhat is it?", caption), ("Which colour?", colour), ("Where?", place)][:rounds]
+    sides = [({"from": "human", "value": q}, {"from": "gpt", "value": a}) for q, a in asked]
+    return [turn for pair in sides for turn in pair]
+
+
+def write_llava(folder: Path, rounds: int = 1) -> Path:
+    """`images/` and `llava_{rounds}.json`, one record a picture."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    records = []
+    for index, caption in enumerate(CAPTIONS):
+        picture(caption).save(folder / "images" / f"{index}.png")
+        records.append({"id": str(index), "image": f"{index}.png", "conversations": turns(caption, rounds)})
+    file = folder / f"llava_{rounds}.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+def write_clip(folder: Path) -> Path:
+    """A tower that gives 9 features of 16 numbers."""
+    sizes = {"image_size": 24, "patch_size": 8, "hidden_size": CLIP_WIDTH, "layers": 2, "heads": 2}
+    small_clip.main([f"output_dir={folder}", *(f"{key}={value}" for key, value in sizes.items())])
+    return folder
+
+
+def write_phi_weights(folder: Path, spare_rows: int = 30) -> Path:
+    """Weights for the folder of `write_llm` as Phi-1.5 has them: half precision, and more rows than its tokenizer."""
+    config = PhiConfig.from_pretrained(folder, vocab_size=LLM_VOCAB_SIZE + spare_rows, tie_word_embeddings=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        PhiForCausalLM(config).half().save_pretrained(folder)
+    return folder
