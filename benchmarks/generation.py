@@ -2,8 +2,9 @@
 
     python3 benchmarks/generation.py --hidden 512 --layers 8
 
-Prints a table and last one JSON line: machine, date, commit, seconds, ratios. On a GPU (`--device cuda`) ours are also
-timed in bf16, plain and with `torch.compile`.
+Prints a table and last one JSON line: machine, date, commit, seconds, ratios. `--dtype bf16` and `--compile` also time
+ours in that precision and with `torch.compile`, against the published loops in fp32; on a GPU (`--device cuda`) both
+are on. The exit code is 1 if the tokens in fp32 are not the published ones.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from benchmarks import published
 from models import Showo, ShowoConfig, get_mask_schedule
 
 MAX_TEXT = 128  # M
+LOOPS = ("drawing", "answering")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -37,8 +40,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--timesteps", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="of further rows; default: bf16 on a GPU, fp32 elsewhere")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="further rows; default: on a GPU")
     parser.add_argument("--repeats", type=int, default=1, help="the fastest of so many runs counts")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    on_gpu = args.device != "cpu"
+    args.dtype = args.dtype or ("bf16" if on_gpu else "fp32")
+    args.compile = on_gpu if args.compile is None else args.compile
+    return args
 
 
 def make_model(args) -> Showo:
@@ -122,35 +131,55 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def main(argv: list[str]) -> None:
+def compare(theirs, own, args) -> dict:
+    """Both loops in fp32, after one run of each: first calls pay for set-up."""
+    results = {}
+    for name, slow, fast in zip(LOOPS, theirs, own, strict=True):
+        fast(), slow()
+        (fast_seconds, fast_ids), (slow_seconds, slow_ids) = timed(fast, args), timed(slow, args)
+        same, ratio = torch.equal(fast_ids, slow_ids), slow_seconds / fast_seconds
+        results[name] = {"published_s": slow_seconds, "ours_s": fast_seconds, "ratio": ratio, "same_tokens": same}
+        print(f"{name + ' fp32':28}{slow_seconds:12.2f}{fast_seconds:10.2f}{ratio:8.1f}  {same}")
+    return results
+
+
+def time_further(model: Showo, own, args, published_seconds: dict[str, float]) -> dict:
+    """Ours in `args.dtype`, plain (unless that is fp32) and compiled (if asked for)."""
+    results = {}
+    model.to(DTYPES[args.dtype])
+    for compiled in [False] * (args.dtype != "fp32") + [True] * args.compile:
+        if compiled:
+            model.showo.model.compile(dynamic=True)  # lengths change; fixed shapes crash on a CPU
+        for name, run in zip(LOOPS, own, strict=True):
+            label = f"{name} {args.dtype}{' compiled' * compiled}"
+            run()
+            seconds, _ = timed(run, args)
+            ratio = published_seconds[name] / seconds
+            results[label] = {"ours_s": seconds, "ratio": ratio}
+            print(f"{label:28}{'':12}{seconds:10.2f}{ratio:8.1f}")
+    return results
+
+
+def exit_code(results: dict) -> int:
+    """1 if any tokens differ from the published ones."""
+    differing = [name for name, result in results.items() if not result.get("same_tokens", True)]
+    for name in differing:
+        print(f"{name}: the tokens differ from the published ones", file=sys.stderr)
+    return int(bool(differing))
+
+
+def main(argv: list[str]) -> int:
     args = parse(argv)
     model = make_model(args)
     prompts = make_prompts(model, args)
-    theirs, own = baseline(model, args, prompts), ours(model, args, prompts)
-    own[1]()  # first calls pay for set-up
-    results = {}
+    own = ours(model, args, prompts)
     print(f"{'':28}{'published s':>12}{'ours s':>10}{'ratio':>8}  same tokens")
-    for name, slow, fast in zip(("drawing", "answering"), theirs, own, strict=True):
-        fast_seconds, fast_ids = timed(fast, args)
-        slow_seconds, slow_ids = timed(slow, args)
-        same = torch.equal(fast_ids, slow_ids)
-        ratio = slow_seconds / fast_seconds
-        results[name] = {"published_s": slow_seconds, "ours_s": fast_seconds, "ratio": ratio, "same_tokens": same}
-        print(f"{name + ' fp32':28}{slow_seconds:12.2f}{fast_seconds:10.2f}{ratio:8.1f}  {same}")
-    if args.device != "cpu":
-        model.bfloat16()
-        for label, compiled in (("bf16", False), ("bf16 compiled", True)):
-            if compiled:
-                model.showo.model.compile(dynamic=True)  # lengths change; fixed shapes crash on a CPU
-            for name, run in zip(("drawing", "answering"), own, strict=True):
-                run()
-                seconds, _ = timed(run, args)
-                ratio = results[name]["published_s"] / seconds
-                results[f"{name} {label}"] = {"ours_s": seconds, "ratio": ratio}
-                print(f"{f'{name} {label}':28}{'':12}{seconds:10.2f}{ratio:8.1f}")
+    results = compare(baseline(model, args, prompts), own, args)
+    results |= time_further(model, own, args, {name: result["published_s"] for name, result in results.items()})
     facts = {"machine": machine(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
-    print(json.dumps(facts | {"commit": commit(), "settings": vars(args), "results": results}))
+    print(json.dumps(facts | {"commit": commit(), "settings": vars(args), "results": results}), flush=True)
+    return exit_code(results)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

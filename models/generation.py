@@ -9,13 +9,15 @@ from functools import wraps
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache, DynamicLayer
 
+from models.greedy_head import greedy_head
+from models.incremental import incremental
 from models.omni_attention import OmniMask
-from models.sampling import Schedule, get_mask_schedule, maskgit_step, sample_next
+from models.sampling import Schedule, get_mask_schedule, is_greedy, maskgit_step, sample_next
 from models.vocabulary import Vocabulary
 
-# B images or prompts, N image positions, C codes, P prefix length, L row length
+# B images or prompts, N image positions, U unknown ones, C codes, L row length, T new tokens, H hidden size
+GREEDY_HEAD_PAYS = 16  # new tokens that are worth the making of a `GreedyHead`
 
 
 def _inference(method):
@@ -75,17 +77,15 @@ class ShowoGeneration:
         schedule = get_mask_schedule(noise_schedule) if isinstance(noise_schedule, str) else noise_schedule
         vocabulary, mask_id = self.vocabulary, self.vocabulary.mask_token_id
         rows = torch.cat([input_ids, uncond_input_ids]) if guided else input_ids
-        block = _ImageBlock(self, rows)
+        block = _ImageBlock(self, rows, len(input_ids))
 
         image_ids = input_ids[:, block.start + 1 : -1]  # (B, N)
         codes = torch.where(image_ids == mask_id, mask_id, image_ids - vocabulary.image_offset)
         if ((codes < 0) | (codes >= vocabulary.codebook_size) & (codes != mask_id)).any():
             raise ValueError("between <soi> and <eoi> only image ids (code + offset) and the mask token may stand")
         for step in range(timesteps):
-            logits = block.code_logits(codes)  # (B or 2B, N, C)
-            if guided:
-                cond, uncond = logits.chunk(2)
-                logits = (1 + guidance_scale) * cond - guidance_scale * uncond
+            positions = _unknown_positions(codes == mask_id)  # (B, U), all that the rest of the step looks at
+            logits = block.code_logits(codes, positions, guidance_scale)  # (B, U, C)
             ratio = (step + 1) / timesteps
             temperature = temperature * (1.0 - ratio)  # Faithful: compounds, before use (pinned by tests/parity)
             sampled, remaining = maskgit_step(
@@ -95,6 +95,7 @@ class ShowoGeneration:
                 mask_ratio=schedule(torch.tensor(ratio, device=logits.device)),
                 temperature=temperature,
                 generator=generator,
+                positions=positions,
             )
             codes = torch.where(remaining, mask_id, sampled)
             if callback is not None:
@@ -137,87 +138,70 @@ class ShowoGeneration:
         mask = attention_mask.extend(max_new_tokens)
         stops = [eot_token] if isinstance(eot_token, int) else list(eot_token or [])
         stops = torch.tensor(stops, dtype=torch.long, device=input_ids.device)
-        cache = _cache(self, room=length + max_new_tokens)
-        hidden = self.hidden_states(
-            input_ids, mask.rows(0, length), image_features=image_features, past_key_values=cache
-        )
+        transformer = incremental(self, mask)
+        last = torch.full((len(input_ids), 1), length - 1, device=input_ids.device)
+        hidden = transformer.extend(input_ids, image_features=image_features, needed=last)  # (B, 1, H)
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        next_token = self._next_token(len(input_ids), max_new_tokens, generator, **settings)
         finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         new_ids = []
-        for position in range(length, length + max_new_tokens):
-            logits = self.showo.lm_head(hidden[:, -1]).float()  # (B, V)
-            token = sample_next(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            token = token.masked_fill(finished, pad_id)
+        for _ in range(max_new_tokens):
+            token = next_token(hidden[:, -1]).masked_fill(finished, pad_id)  # (B,)
             new_ids.append(token)
             if callback is not None:
                 callback(token)
             finished = finished | torch.isin(token, stops)
             if finished.all() or len(new_ids) == max_new_tokens:
                 break
-            hidden = self.hidden_states(token[:, None], mask.rows(position, position + 1), past_key_values=cache)
+            hidden = transformer.extend(token[:, None])
         return torch.stack(new_ids, dim=1) if new_ids else input_ids[:, :0]
+
+    def _next_token(self, num_rows: int, max_new_tokens: int, generator: torch.Generator | None, **settings):
+        """The function from hidden states (B, H) to new ids (B,) that these settings of `sample_next` ask for."""
+        head = self.showo.lm_head
+        quick = None
+        if is_greedy(**settings) and max_new_tokens >= GREEDY_HEAD_PAYS:
+            quick = greedy_head(head, num_rows)
+        if quick is not None:
+            return quick.argmax
+        return lambda hidden: sample_next(head(hidden).float(), **settings, generator=generator)
 
 
 class _ImageBlock:
     """The rows of `t2i_generate` with their text computed once; each step runs ``<soi>`` + N + ``<eoi>`` only."""
 
-    def __init__(self, model: ShowoGeneration, rows: torch.Tensor):
+    def __init__(self, model: ShowoGeneration, rows: torch.Tensor, batch_size: int):
         vocabulary = model.vocabulary
         self.start = _common_soi(rows, vocabulary)
-        self.model, self.vocabulary = model, vocabulary
+        self.vocabulary = vocabulary
         num_pads = (rows == vocabulary.pad_id).sum(1)
         first = int(num_pads.min())  # common left padding changes nothing: rotary positions are relative
-        length = rows.shape[1] - first
-        prefix_length = self.start - first
-        mask = OmniMask.from_ids(rows[:, first:], vocabulary)
-        self.cache = _cache(model, room=length)
-        model.hidden_states(rows[:, first : self.start], mask.rows(0, prefix_length), past_key_values=self.cache)
-        self.mask = mask.rows(prefix_length, length)
-        if model.showo.config._attn_implementation != "flex_attention":
-            self.mask = self.mask.dense()  # the same at every step
-        self.block_ids = rows[:, self.start :].clone()  # (R, N+2)
+        self.transformer = incremental(model, OmniMask.from_ids(rows[:, first:], vocabulary))
+        self.transformer.extend(
+            rows[:, first : self.start], needed=rows.new_empty(len(rows), 0)
+        )  # keys and values only
+        self.ids = rows[:batch_size, self.start :].clone()  # (B, N+2), the same with and without text
         head, offset = model.showo.lm_head, vocabulary.image_offset
         codes = slice(offset, offset + vocabulary.codebook_size)
         self.head_weight, self.head_bias = head.weight[codes], head.bias[codes]
 
-    def code_logits(self, codes: torch.Tensor) -> torch.Tensor:
-        """Logits (R, N, C) in fp32 of the codes (B, N) or mask tokens; R is B, or 2B with guidance."""
-        image_ids = torch.where(codes == self.vocabulary.mask_token_id, codes, codes + self.vocabulary.image_offset)
-        self.block_ids[:, 1:-1] = image_ids.repeat(len(self.block_ids) // len(codes), 1)
-        hidden = self.model.hidden_states(self.block_ids, self.mask, past_key_values=self.cache)
-        self.cache.crop(-self.block_ids.shape[1])  # transformers takes the number of positions to drop as negative
-        return F.linear(hidden[:, 1:-1], self.head_weight, self.head_bias).float()
+    def code_logits(self, codes: torch.Tensor, positions: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """Logits (B, U, C) in fp32 at the positions (B, U) of the codes (B, N) or mask tokens; guided if scale > 0."""
+        self.ids[:, 1:-1] = torch.where(
+            codes == self.vocabulary.mask_token_id, codes, codes + self.vocabulary.image_offset
+        )
+        hidden = self.transformer.extend(self.ids, needed=positions + 1)  # (B or 2B, U, H)
+        self.transformer.forget(self.ids.shape[1])
+        if guidance_scale > 0:  # (1 + w) cond − w uncond; the head is linear, so this may come before it
+            cond, uncond = hidden.float().chunk(2)
+            hidden = ((1 + guidance_scale) * cond - guidance_scale * uncond).to(hidden.dtype)
+        return F.linear(hidden, self.head_weight, self.head_bias).float()
 
 
-class _RoomyLayer(DynamicLayer):
-    """A layer's keys and values (R, heads, length, head size), written into room that is taken once.
-
-    The library's own layer copies everything whenever a position comes to it.
-    """
-
-    def __init__(self, room: int):
-        super().__init__()
-        self.room, self.length = room, 0
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        if not self.is_initialized:
-            shape = (*key_states.shape[:2], self.room, key_states.shape[3])
-            self.keys, self.values = key_states.new_empty(shape), value_states.new_empty(shape)
-            self.is_initialized = True
-        start, self.length = self.length, self.length + key_states.shape[2]
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        self.length += tokens_to_remove  # negative, as in transformers
-
-
-def _cache(model: ShowoGeneration, room: int) -> Cache:
-    """An empty cache with room for `room` positions."""
-    return Cache(layers=[_RoomyLayer(room) for _ in range(model.showo.config.num_hidden_layers)])
+def _unknown_positions(unknown: torch.Tensor) -> torch.Tensor:
+    """(B, N) bool -> (B, U) int64, ascending; rows with fewer unknown positions are filled up with known ones."""
+    count = int(unknown.sum(1).max())
+    return unknown.int().argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
 
 
 def _common_soi(rows: torch.Tensor, vocabulary: Vocabulary) -> int:

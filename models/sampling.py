@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -61,27 +62,38 @@ def maskgit_step(
     mask_ratio: torch.Tensor,
     temperature: float,
     generator: torch.Generator | None = None,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws all unknown codes, keeps the most confident ones (SPEC §7, steps 2 to 5).
 
     Args:
-        logits: (B, N, C) over the image codes.
+        logits: (B, U, C) over the image codes.
         image_ids: (B, N) codes 0…C−1, or `mask_token_id` where unknown.
         mask_ratio: scalar fp32 tensor, share of positions to leave masked.
         temperature: weight of the Gumbel noise on the confidence.
+        positions: (B, U) int64, ascending, where the logits stand: every unknown position and perhaps some known ones;
+            default: all N.
 
     Returns:
         sampled: (B, N) codes, the draw; known positions keep their value.
         remaining: (B, N) bool, True where the next step must draw again.
-    """
-    batch_size, num_positions, num_codes = logits.shape
-    probabilities = logits.softmax(dim=-1)
-    draw = torch.multinomial(probabilities.reshape(-1, num_codes), 1, generator=generator)
-    unknown = image_ids == mask_token_id
-    sampled = torch.where(unknown, draw.view(batch_size, num_positions), image_ids)
 
-    confidence = probabilities.gather(-1, sampled[..., None])[..., 0]
-    confidence = torch.where(unknown, confidence, torch.finfo(confidence.dtype).max)
+    Raises:
+        RuntimeError: logits that are not finite.
+    """
+    batch_size, num_positions = image_ids.shape
+    if positions is None:
+        positions = torch.arange(num_positions, device=image_ids.device).expand(batch_size, -1)
+    probabilities = logits.softmax(dim=-1)
+    draw = _draw(probabilities, positions, num_positions, generator)  # (B, U)
+    chosen = probabilities.gather(-1, draw[..., None])[..., 0]
+    if not chosen.isfinite().all():
+        raise RuntimeError("the logits of image codes are not all finite")
+    unknown = image_ids == mask_token_id
+    sampled = torch.where(unknown, image_ids.scatter(1, positions, draw), image_ids)
+
+    largest = torch.full(unknown.shape, torch.finfo(chosen.dtype).max, dtype=chosen.dtype, device=chosen.device)
+    confidence = torch.where(unknown, largest.scatter(1, positions, chosen), largest)
     num_masked = (num_positions * mask_ratio).floor()  # in fp32: at a ratio of 2/3 the cosine gives N/2 − 1
     num_masked = torch.minimum(unknown.sum(-1, keepdim=True) - 1, num_masked).clamp(min=1).long()  # (B, 1)
 
@@ -89,6 +101,59 @@ def maskgit_step(
     confidence = confidence.clamp(min=1e-20).log() + temperature * noise
     cut_off = confidence.sort(dim=-1).values.gather(-1, num_masked)
     return sampled, confidence < cut_off
+
+
+def _draw(
+    probabilities: torch.Tensor, positions: torch.Tensor, num_positions: int, generator: torch.Generator | None
+) -> torch.Tensor:
+    """(B, U) what one `torch.multinomial` over all B·N positions draws at the given ones; it takes the same numbers."""
+    batch_size, _, num_codes = probabilities.shape
+    start = num_positions * torch.arange(batch_size, device=positions.device)[:, None]
+    wanted = (start + positions).flatten()  # ascending rows of the whole draw
+    probabilities = probabilities.flatten(0, 1)
+    if probabilities.device.type == "cpu" and probabilities.dtype == torch.float32 and _exponential_is_plain():
+        draw = _draw_on_cpu(probabilities, wanted, batch_size * num_positions, generator)
+    else:
+        whole = probabilities.new_ones(batch_size * num_positions, num_codes).index_copy(0, wanted, probabilities)
+        draw = torch.multinomial(whole, 1, generator=generator)[wanted, 0]
+    return draw.view(positions.shape)
+
+
+def _draw_on_cpu(
+    probabilities: torch.Tensor, wanted: torch.Tensor, num_rows: int, generator: torch.Generator | None, chunk: int = 32
+) -> torch.Tensor:
+    """`torch.multinomial` is the argmax of p / q with exponential q. Here all rows take their random numbers, but only
+    the wanted ones become exponentials, with vectorised logarithms instead of torch's one at a time."""
+    num_codes = probabilities.shape[1]
+    uniform = probabilities.new_empty(chunk, num_codes, dtype=torch.float64)
+    draw = torch.empty_like(wanted)
+    for first in range(0, num_rows, chunk):  # a chunk stays in the processor's cache
+        numbers = uniform[: num_rows - first].uniform_(generator=generator)
+        start, stop = torch.searchsorted(wanted, torch.tensor([first, first + len(numbers)])).tolist()
+        numbers = numbers[wanted[start:stop] - first]
+        minus_exponential = numbers.neg_().add_(1).log_().float()
+        draw[start:stop] = (probabilities[start:stop] / minus_exponential).argmin(-1)
+    return draw
+
+
+@cache
+def _exponential_is_plain() -> bool:
+    """Whether this build of torch makes its exponential numbers as −log(1 − u), u uniform in fp64."""
+    ours, theirs = (torch.Generator().manual_seed(0) for _ in range(2))
+    uniform = torch.empty(4096, dtype=torch.float64).uniform_(generator=ours)
+    same = torch.equal(-(1 - uniform).log().float(), torch.empty(4096).exponential_(generator=theirs))
+    return same and torch.equal(ours.get_state(), theirs.get_state())
+
+
+def is_greedy(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> bool:
+    """Whether these settings of `sample_next` take the likeliest token; a ValueError for one out of its range."""
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}, expected at least 1, or None for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, expected a number in (0, 1], or None")
+    return top_k == 1 or temperature == 0
 
 
 def sample_next(
@@ -112,13 +177,7 @@ def sample_next(
     Raises:
         ValueError: a setting out of its range.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}, expected at least 1, or None for all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, expected a number in (0, 1], or None")
-    if top_k == 1 or temperature == 0:
+    if is_greedy(temperature, top_k, top_p):
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None:

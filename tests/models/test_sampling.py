@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models import get_mask_schedule
+from models import get_mask_schedule, sampling
 from models.sampling import gumbel_noise, maskgit_step, sample_next
 
 MASK = 1000
@@ -101,6 +101,57 @@ def test_step_equals_the_plain_one(seed):
     ]
     for plain, ours in zip(*results, strict=True):
         assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+@pytest.mark.parametrize("seed", range(8))
+def test_logits_at_unknown_positions_are_enough(monkeypatch, seed, emulated):
+    """The same codes from the same random numbers, on both ways to draw; 50 positions are more than one chunk."""
+    monkeypatch.setattr(sampling, "_exponential_is_plain", lambda: emulated)
+    torch.manual_seed(seed)
+    logits, image_ids = 3 * torch.randn(3, 50, 7), torch.randint(0, 7, (3, 50))
+    unknown = torch.rand(3, 50) < (seed + 1) / 10
+    image_ids[unknown] = MASK
+    positions = unknown.int().argsort(dim=1, descending=True, stable=True)[:, : int(unknown.sum(1).max())]
+    positions = positions.sort(1).values
+    generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+    expected = plain_step(logits, image_ids, torch.tensor(0.4), 1.0, generators[0])
+    settings = {"mask_ratio": torch.tensor(0.4), "temperature": 1.0, "positions": positions}
+    at_positions = logits.gather(1, positions[..., None].expand(-1, -1, 7))
+    for plain, ours in zip(
+        expected, maskgit_step(at_positions, image_ids, MASK, **settings, generator=generators[1]), strict=True
+    ):
+        assert torch.equal(ours, plain)
+    follow = [torch.rand(4, generator=generator) for generator in generators]
+    assert torch.equal(*follow)  # as many numbers were taken, so the next draw of a run is the published one, too
+
+
+def test_a_whole_draw_is_the_multinomial_of_torch():
+    """At the published size, bit for bit: an exponential number for every code of every position."""
+    probabilities = (2 * torch.randn(1, 100, 8192)).softmax(-1)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    expected = torch.multinomial(probabilities[0], 1, generator=generators[0])[:, 0]
+    ours = sampling._draw(probabilities, torch.arange(100)[None], 100, generators[1])
+    assert sampling._exponential_is_plain()  # else the test says nothing about this build
+    assert torch.equal(ours[0], expected)
+    assert torch.equal(*(generator.get_state() for generator in generators))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_an_error(value):
+    logits = torch.randn(1, 16, 5)
+    logits[0, 3] = value
+    with pytest.raises(RuntimeError, match="not all finite"):
+        maskgit_step(logits, torch.full((1, 16), MASK), MASK, mask_ratio=torch.tensor(0.5), temperature=1.0)
+
+
+def test_nothing_unknown_draws_nothing_new():
+    image_ids, ours, plain = torch.randint(0, 5, (2, 16)), torch.Generator(), torch.Generator()
+    settings = {"mask_ratio": torch.tensor(0.5), "temperature": 1.0, "positions": torch.zeros(2, 0).long()}
+    sampled, _ = maskgit_step(torch.zeros(2, 0, 5), image_ids, MASK, **settings, generator=ours)
+    assert torch.equal(sampled, image_ids)
+    plain_step(torch.zeros(2, 16, 5), image_ids, torch.tensor(0.5), 1.0, plain)
+    assert torch.equal(ours.get_state(), plain.get_state())
 
 
 def test_known_positions_are_kept_and_never_masked():
