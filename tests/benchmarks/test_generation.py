@@ -1,4 +1,4 @@
-"""The benchmark of both loops runs at any size, reports in full and fails when tokens differ; no test looks at seconds."""
+"""The benchmark of both loops runs at any size, reports in full, and fails when tokens differ."""
 
 import json
 
