@@ -1,5 +1,7 @@
 """The memory calculation: what can be known exactly."""
 
+from omegaconf import OmegaConf
+
 from benchmarks import memory
 from benchmarks.report import ROOT
 
@@ -10,7 +12,7 @@ def terms(name: str) -> memory.Terms:
 
 def test_weights_gradients_and_moments_take_16_bytes_a_parameter():
     states = terms("pretraining_stage1").states
-    # Phi-1.5 with q and k norms, 58,498 rows of embedding and head: 24 (50,354,432) + 2 (58,498 · 2048) + 58,498 + 4,096
+    # Phi-1.5 with q and k norms; 24 layers of 50,354,432, two tables of 58,498 · 2048, and 58,498 + 4,096
     assert states["DDP"] / 16 == 1_448_176_770
     assert states["FSDP2"] * memory.GPUS == states["DDP"]
 
