@@ -17,6 +17,7 @@ moments. Prints a table and last one JSON line: machine, date, commit, ratios.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -39,6 +40,8 @@ from training.parts import enable_gradient_checkpointing
 KINDS = ("published", "ours", "ours, checkpointing")
 COEFFICIENTS = (1.0, 0.1, 1.0)  # t2i, lm, mmu
 TINY = str(report.ROOT / "checkpoints" / "showo-tiny" / "llm")
+# glibc keeps freed blocks of up to 32 MiB, which made half of the peaks; larger ones than this go back at once.
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
 PHI_100M = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048}
 
 
@@ -160,6 +163,13 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
     }
 
 
+def in_own_process(kind: str, argv: list[str]) -> dict:
+    """What `measure` finds in a new process."""
+    command = [sys.executable, __file__, *argv, "--kind", kind]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | RETURN_MEMORY)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("tiny", "100m"), default="tiny")
@@ -181,10 +191,7 @@ def main(argv: list[str]) -> None:
     found = {}
     print(f"{'':22}{'peak MiB':>10}{'activations':>13}{'seconds':>9}  losses t2i, lm, mmu")
     for kind in KINDS:
-        run = subprocess.run(
-            [sys.executable, __file__, *argv, "--kind", kind], stdout=subprocess.PIPE, text=True, check=True
-        )
-        one = found[kind] = json.loads(run.stdout.splitlines()[-1])
+        one = found[kind] = in_own_process(kind, argv)
         losses = ", ".join(f"{loss:.5f}" for loss in one["losses"])
         activations = one["peak_mib"] - one["fixed_mib"]
         print(f"{kind:22}{one['peak_mib']:10.0f}{activations:13.0f}{one['seconds']:9.2f}  {losses}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed.tensor import DTensor
 
 from common.errors import UserError
@@ -42,14 +42,15 @@ def make_accelerator(config, written_by: int | None = None) -> Accelerator:
     accelerator = Accelerator(
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         mixed_precision=config.training.mixed_precision,
-        cpu=config.device == "cpu" and not deepspeed,  # with it, accelerate forgets about DeepSpeed
+        # Without it processes on CPUs would not synchronise; with it, accelerate forgets about DeepSpeed.
+        cpu=(config.device == "cpu" or on_cpus) and not deepspeed,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpus else None,
         step_scheduler_with_optimizer=False,
     )
-    if launched != accelerator.num_processes:
+    if launched != accelerator.num_processes or (launched > 1 and accelerator.distributed_type == DistributedType.NO):
         raise UserError(
-            f"{launched} processes were launched, but this one trains with {accelerator.num_processes}; on CPUs set "
-            "device=cpu or the environment variable ACCELERATE_USE_CPU=true"
+            f"{launched} processes were launched, but this one trains with {accelerator.num_processes} or alone; on "
+            "CPUs set device=cpu or the environment variable ACCELERATE_USE_CPU=true"
         )
     # A word at each saving of a model with tied embeddings, although that is right.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)

@@ -190,9 +190,11 @@ def launched(command: list[str], world: Path, folder: Path) -> subprocess.Comple
     )
 
 
-def test_processes_that_know_of_each_other_join_without_being_told_that_these_are_cpus(world, tmp_path):
+def test_processes_join_without_being_told_that_these_are_cpus(world, tmp_path, whole_runs):
     done = launched(launcher("ddp", 2), world, tmp_path)
     assert done.returncode == 0, done.stderr
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole_runs("ddp"), tmp_path / "out"))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items()), "they must learn together"
     assert json.loads((tmp_path / "out/checkpoint-4/metadata.json").read_text())["num_processes"] == 2
 
 
