@@ -17,7 +17,7 @@ TOKENIZER := outputs/showo-tiny-magvitv2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick test-multiprocess test-all lint format data-emoji train-tiny \
-	train-tiny-resume train-tiny-stages bench clean
+	train-tiny-resume train-tiny-stages bench bench-training clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-18s %s\n", $$1, $$2 }'
@@ -99,6 +99,10 @@ train-tiny-stages: data-emoji ## all stages of both branches with few steps, on 
 
 bench: $(READY) ## both generation loops against the published algorithm
 	$(PY) benchmarks/generation.py --hidden 512 --layers 8
+
+bench-training: $(READY) ## memory and time of a training step, published settings against ours (4 minutes, 8 GB)
+	$(PY) benchmarks/training.py --size tiny
+	$(PY) benchmarks/training.py --size 100m --rows 12
 
 clean: ## remove the demo's results and caches; .venv, data and trainings in outputs/ stay
 	rm -rf $(DEMO) .pytest_cache .ruff_cache

@@ -1,10 +1,11 @@
 """GPU memory of the published stages, by calculation: what each term is, and where the sum fits.
 
     python3 benchmarks/memory.py
+    python3 benchmarks/memory.py --check    # against the measured peak of `benchmarks/training.py --size 100m`
 
-Parameters are counted from the real class without weights; the rest is a sum of tensors that must be alive at the
-same time, in GB (10^9 bytes) per GPU. Not measured: expect the real peak 10 to 20 % higher (fragments, communication
-buffers, the CUDA context).
+Parameters are counted from the real classes without weights; the rest is a sum of tensors that must be alive at the
+same time, in GB (10^9 bytes) per GPU. The real peak of a GPU is higher by fragments, the CUDA context and what its
+libraries keep: leave 10 %.
 """
 
 import sys
@@ -15,23 +16,54 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from w
 
 import torch
 from omegaconf import OmegaConf
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from benchmarks.report import ROOT
+from benchmarks import training
+from benchmarks.report import MIB, ROOT
 from models import MAGVITv2, MAGVITv2Config, Showo, ShowoConfig
+from models.vocabulary import IGNORE_ID
 
 GPUS = 8
-CLIP_PARAMETERS = 304e6  # ViT-L/14 at 336², the vision tower alone
 MEAN_MASK = 2 / torch.pi  # of the cosine schedule
+# ViT-L/14 at 336², the published tower
+CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP |= {"image_size": 336, "patch_size": 14}
 
 
 @dataclass
 class Terms:
-    """Bytes on one GPU."""
+    """Bytes on one GPU; those by way of training are dicts.
 
-    states: dict[str, float]  # weights, gradients and AdamW's moments by way of training
+    A step has three moments that can be its highest: the losses, before gradients have come (`at_loss`); the last layer
+    of the backward pass, when all of them are there (`at_end`); the optimiser, whose square roots of second moments
+    are one more copy of the trained weights (`at_step`).
+    """
+
+    weights: dict[str, float]
+    gradients: dict[str, float]
+    moments: dict[str, float]  # AdamW's two, and the fp32 weights that DeepSpeed keeps beside bf16 ones
+    roots: dict[str, float]
+    buffers: dict[str, float]  # what is gathered to compute or to communicate
     frozen: float  # image tokenizer and CLIP tower, fp32
-    activations: float  # with gradient checkpointing
+    kept: float  # every layer's input, with gradient checkpointing
+    one_layer: float  # recomputed, and its gradients
     loss: float  # head and cross-entropy at supervised positions
+    head_gradient: float
+
+    @property
+    def states(self) -> dict[str, float]:
+        """Weights, gradients and moments."""
+        return {way: self.weights[way] + self.gradients[way] + self.moments[way] for way in self.weights}
+
+    @property
+    def activations(self) -> float:
+        return self.kept + self.one_layer
+
+    def peak(self, way: str) -> float:
+        at_loss = self.weights[way] + self.moments[way] + self.kept + self.loss + self.head_gradient + self.buffers[way]
+        at_end = self.states[way] + self.one_layer + self.buffers[way]
+        at_step = self.states[way] + self.roots[way]
+        return self.frozen + max(at_loss, at_end, at_step)
 
 
 def parameters(model_class, config) -> int:
@@ -39,36 +71,61 @@ def parameters(model_class, config) -> int:
         return sum(p.numel() for p in model_class(config).parameters())
 
 
-def terms_of(config) -> Terms:
-    """The terms of a training YAML of `configs/`."""
-    showo, training = config.model.showo, config.training
-    clip = bool(showo.w_clip_vit)
-    model = ShowoConfig(num_vq_tokens=showo.num_vq_tokens, w_clip_vit=clip)
+def terms(
+    model: ShowoConfig,
+    rows: int,
+    length: int,
+    supervised: list[float],
+    *,
+    trained: int | None = None,
+    frozen: float = 0,
+) -> Terms:
+    """The terms of one training step.
+
+    Args:
+        rows, length: of the batch, all tasks together.
+        supervised: positions of each task that its loss looks at.
+        trained: parameters that are trained; default: all.
+        frozen: parameters of other models on the GPU.
+    """
     phi, count = model.phi_config(), parameters(Showo, model)
-    trained = count
+    trained = count if trained is None else trained
+    head = model.vocab_size * phi.hidden_size
+    layer = (count - 2 * head) / phi.num_hidden_layers
+    positions = rows * length
+    return Terms(
+        weights={"1 GPU": 4 * count, "ZeRO-2": 2 * count, "FSDP2": 4 * count / GPUS},
+        gradients={"1 GPU": 4 * trained, "ZeRO-2": 2 * trained / GPUS, "FSDP2": 4 * trained / GPUS},
+        moments={"1 GPU": 8 * trained, "ZeRO-2": 12 * trained / GPUS, "FSDP2": 8 * trained / GPUS},
+        # DeepSpeed steps on fp32 copies of its bf16 gradients as well.
+        roots={"1 GPU": 4 * trained, "ZeRO-2": 8 * trained / GPUS, "FSDP2": 4 * trained / GPUS},
+        # DeepSpeed reduces 5e8 bf16 gradients at once; FSDP2 puts the head, the embedding and two layers together in
+        # bf16; autocast keeps bf16 copies of what is multiplied.
+        buffers={"1 GPU": 2 * (count - head), "ZeRO-2": 2 * 5e8, "FSDP2": 2 * (2 * head + 2 * layer)},
+        frozen=4 * frozen,
+        kept=4 * phi.num_hidden_layers * positions * phi.hidden_size,
+        # Normed input, q, k, v, attention in fp32 and bf16, the MLP's two widths in the passes of the GELU.
+        one_layer=positions * (4 * phi.hidden_size * 8 + 2 * phi.intermediate_size * 8),
+        # All tasks' log-softmax waits for the backward pass; logits and gradients are one task's at a time.
+        loss=4 * model.vocab_size * (sum(supervised) + 2 * max(supervised)),
+        head_gradient=4 * head,
+    )
+
+
+def terms_of(config) -> Terms:
+    """The terms of a training YAML of `configs/`: mean masking, and every text as long as its room."""
+    showo, batch = config.model.showo, config.training
+    clip, text = bool(showo.w_clip_vit), config.dataset.preprocessing.max_seq_length
+    model = ShowoConfig(num_vq_tokens=showo.num_vq_tokens, w_clip_vit=clip)
+    trained = None
     if clip and config.dataset.und_type == "llava_pretrain":  # the projector alone
         trained = parameters(Showo, model) - parameters(Showo, ShowoConfig(num_vq_tokens=showo.num_vq_tokens))
-    frozen = 4 * (parameters(MAGVITv2, MAGVITv2Config()) + (CLIP_PARAMETERS if clip else 0))
-    rows = training.batch_size_t2i + training.batch_size_lm + training.batch_size_mmu
-    text = config.dataset.preprocessing.max_seq_length
-    positions = rows * (text + showo.num_vq_tokens + 3)
-    # Kept for every layer: its fp32 input. Recomputed for one: normed input, q, k, v, attention, the MLP's two widths
-    # in several elementwise passes of the GELU, and their gradients.
-    kept = 4 * phi.num_hidden_layers * positions * phi.hidden_size
-    one_layer = positions * (4 * phi.hidden_size * 8 + 2 * phi.intermediate_size * 8)
-    supervised = training.batch_size_t2i * (MEAN_MASK * showo.num_vq_tokens + 2)
-    supervised += training.batch_size_lm * (text + showo.num_vq_tokens + 3) + training.batch_size_mmu * text
-    loss = supervised * model.vocab_size * (2 + 4 + 4 + 4)  # bf16 and fp32 logits, log-softmax, gradient
-    return Terms(
-        states={
-            "DDP": 4 * count + 12 * trained,  # fp32 weights; gradients and two moments
-            "ZeRO-2": 2 * count + (2 + 4 + 8) * trained / GPUS,  # bf16 weights; the rest is dealt out
-            "FSDP2": (4 * count + 12 * trained) / GPUS,
-        },
-        frozen=frozen,
-        activations=kept + one_layer,
-        loss=loss,
-    )
+    frozen = parameters(MAGVITv2, MAGVITv2Config())
+    frozen += parameters(CLIPVisionModel, CLIPVisionConfig(**CLIP)) if clip else 0
+    rows, length = batch.batch_size_t2i + batch.batch_size_lm + batch.batch_size_mmu, text + showo.num_vq_tokens + 3
+    drawn = batch.batch_size_t2i * (MEAN_MASK * showo.num_vq_tokens + 2)
+    supervised = [drawn, batch.batch_size_lm * length, batch.batch_size_mmu * text]
+    return terms(model, rows, length, supervised, trained=trained, frozen=frozen)
 
 
 def stages() -> list[Path]:
@@ -83,13 +140,33 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for file in stages():
-        terms = terms_of(OmegaConf.load(file))
-        rest = terms.frozen + terms.activations + terms.loss
-        sums = [f"{(states + rest) / 1e9:.0f}" for states in terms.states.values()]
-        parts = [f"{part / 1e9:.1f}" for part in (terms.frozen, terms.activations, terms.loss)]
+        found = terms_of(OmegaConf.load(file))
+        parts = [f"{part / 1e9:.1f}" for part in (found.frozen, found.activations, found.loss)]
+        sums = [f"{found.peak(way) / 1e9:.0f}" for way in found.weights]
         lines.append(f"| {file.stem.removeprefix('showo_')} | {' | '.join(parts)} | {' | '.join(sums)} |")
     return "\n".join(lines)
 
 
+def calculated_100m(rows: int) -> float:
+    """MiB of the step that `benchmarks/training.py --size 100m --rows N` measures on a CPU: fp32, no copies in bf16."""
+    size = training.sizes("100m")
+    batch = training.make_batch(size, rows)
+    supervised = [int((labels != IGNORE_ID).sum()) for labels in batch.labels.split(batch.counts)]
+    found = terms(size.config, *batch.ids.shape, supervised)
+    found.buffers["1 GPU"] = found.roots["1 GPU"] = 0.0  # AdamW takes one parameter after the other there
+    return found.peak("1 GPU") / MIB
+
+
+def check(rows: int = 12) -> str:
+    """One line: the calculation, the measurement, and how far they lie apart."""
+    arguments = ["--size", "100m", "--rows", str(rows), "--steps", "1"]
+    measured = training.in_own_process("ours, checkpointing", arguments, training.RETURN_MEMORY)["peak_mib"]
+    calculated = calculated_100m(rows)
+    return (
+        f"100 M, {rows} rows, CPU: calculated {calculated:.0f} MiB, measured {measured:.0f} MiB "
+        f"({100 * (calculated / measured - 1):+.1f} %)"
+    )
+
+
 if __name__ == "__main__":
-    print(table())
+    print(check() if "--check" in sys.argv[1:] else table())

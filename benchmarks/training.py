@@ -40,7 +40,8 @@ from training.parts import enable_gradient_checkpointing
 KINDS = ("published", "ours", "ours, checkpointing")
 COEFFICIENTS = (1.0, 0.1, 1.0)  # t2i, lm, mmu
 TINY = str(report.ROOT / "checkpoints" / "showo-tiny" / "llm")
-# glibc keeps freed blocks of up to 32 MiB, which made half of the peaks; larger ones than this go back at once.
+# glibc keeps freed blocks of up to 32 MiB, which made half of the peaks; with this, larger ones go back at once. It
+# costs time, so that is measured without it.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
 PHI_100M = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048}
 
@@ -163,10 +164,10 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
     }
 
 
-def in_own_process(kind: str, argv: list[str]) -> dict:
+def in_own_process(kind: str, argv: list[str], environment: dict[str, str] | None = None) -> dict:
     """What `measure` finds in a new process."""
-    command = [sys.executable, __file__, *argv, "--kind", kind]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | RETURN_MEMORY)
+    command = [sys.executable, str(Path(__file__).resolve()), *argv, "--kind", kind]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | (environment or {}))
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -192,6 +193,8 @@ def main(argv: list[str]) -> None:
     print(f"{'':22}{'peak MiB':>10}{'activations':>13}{'seconds':>9}  losses t2i, lm, mmu")
     for kind in KINDS:
         one = found[kind] = in_own_process(kind, argv)
+        if args.device == "cpu":
+            one["peak_mib"] = in_own_process(kind, [*argv, "--steps", "1"], RETURN_MEMORY)["peak_mib"]
         losses = ", ".join(f"{loss:.5f}" for loss in one["losses"])
         activations = one["peak_mib"] - one["fixed_mib"]
         print(f"{kind:22}{one['peak_mib']:10.0f}{activations:13.0f}{one['seconds']:9.2f}  {losses}")
