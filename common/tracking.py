@@ -76,6 +76,15 @@ class Tracker:
             pictures = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
             self.run.log({panel: pictures}, step=step)
 
+    def log_table(self, panel: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Show a table under a panel name in wandb; pictures may be cells. What is to stay on disk, others write."""
+        if self.run is None or not rows:
+            return
+        import wandb
+
+        cells = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
+        self.run.log({panel: wandb.Table(columns=columns, data=cells)})
+
     def __enter__(self) -> "Tracker":
         return self
 

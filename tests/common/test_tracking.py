@@ -56,6 +56,7 @@ def test_other_processes_write_nothing(tmp_path):
     tracker = Tracker("project", "name", tmp_path / "out", enabled=False)
     tracker.log({"loss": 1}, 0)
     tracker.log_images("panel", [Image.new("RGB", (8, 8))], ["x"], 0)
+    tracker.log_table("panel", ["column"], [[1]])
     tracker.finish()
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,84 @@
+"""Benchmarks of understanding, from the official files to the paper's table (SPEC §16; docs/evaluation.md).
+
+    python3 evaluate.py config=configs/showo_demo_512x512.yaml tasks=pope,mme data_root=/data/benchmarks \
+        output_dir=outputs/evaluation
+    accelerate launch --num_processes 8 evaluate.py config=… tasks=vqav2 data_root=…
+    python3 evaluate.py config=… tasks=pope compare=outputs/evaluation-a,outputs/evaluation-b
+
+Tasks: pope, mme, flickr30k, vqav2, gqa, mmmu. A run that was killed asks only what is missing when it is started again.
+`compare` takes finished output folders or checkpoints; a checkpoint is evaluated first.
+"""
+
+from pathlib import Path
+
+from common.config import load_config
+from common.errors import UserError, run_cli
+from common.inputs import required_path
+from common.results import check_output_dir
+from common.tracking import Tracker
+from evaluation.schema import EvaluationConfig
+
+
+def choose_tasks(config) -> list[type]:
+    """The tasks that are named."""
+    from evaluation.registry import TASKS
+
+    names = [name.strip() for name in (config.tasks or "").split(",") if name.strip()]
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or not names:
+        given = f"tasks holds {unknown[0]!r}" if unknown else "tasks is not given"
+        raise UserError(f"{given}; name one or more of {','.join(TASKS)}, separated by commas")
+    return [TASKS[name] for name in dict.fromkeys(names)]
+
+
+def evaluate(config, output_dir: Path, processes) -> None:
+    """Asks, scores and reports one checkpoint."""
+    from evaluation.report import report, score
+    from evaluation.runner import ask_all
+    from models.pipeline_loading import check_config
+
+    check_config(config)
+    tasks, root = choose_tasks(config), required_path("data_root", config.data_root)
+    runs = ask_all(config, [task(config, root) for task in tasks], output_dir, processes)
+    if not processes.is_main:
+        return
+    scored = [score(run, config.bootstrap_samples, config.seed or 0) for run in runs]
+    name = f"{config.experiment.name}_evaluation"
+    with Tracker(config.experiment.project, name, output_dir, config=config, wandb_config=config.wandb) as tracker:
+        print(report(scored, output_dir, tracker))
+    print(f"all results: {output_dir}")
+
+
+def evaluate_two(config, output_dir: Path, processes) -> None:
+    """Compares two folders of results; a checkpoint among them is evaluated first."""
+    from evaluation.compare import compare
+    from evaluation.report import RESULTS
+
+    names = [name.strip() for name in config.compare.split(",") if name.strip()]
+    if len(names) != 2:
+        raise UserError(f"compare is {config.compare!r}; give two output folders or checkpoints, separated by a comma")
+    folders = []
+    for number, name in enumerate(names, 1):
+        folder = Path(name).expanduser()
+        if not (folder / RESULTS).is_file():
+            folder = output_dir / f"{number}-{Path(name).name}"
+            config.model.showo.pretrained_model_path = name
+            evaluate(config, folder, processes)
+        folders.append(folder)
+    if processes.is_main:
+        tasks = [task(config, Path(config.data_root)) for task in choose_tasks(config)]
+        print(compare(*folders, tasks, output_dir, config.bootstrap_samples, config.seed or 0))
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(argv, EvaluationConfig)
+    output_dir = check_output_dir(config.output_dir or Path(config.experiment.output_dir) / "evaluation")
+
+    from evaluation.processes import joined_processes
+
+    with joined_processes(config) as processes:
+        (evaluate_two if config.compare else evaluate)(config, output_dir, processes)
+
+
+if __name__ == "__main__":
+    run_cli(main)

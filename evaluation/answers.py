@@ -1,0 +1,91 @@
+"""Answers on disk as they are given, so that a run that was killed goes on where it stood.
+
+`{folder}/answers-{rank:03d}.jsonl` gets a line per answer, a batch at a time. Whatever number of processes wrote them,
+all files are read when a run starts.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from evaluation.official_files import write_json
+from evaluation.task import Item
+
+SETTINGS = "settings.json"
+
+
+class AnswerStore:
+    """The answers of one task in one output folder.
+
+    Args:
+        folder: made where it is missing.
+        settings: everything that an answer depends on besides its item; it is written beside the answers.
+    """
+
+    def __init__(self, folder: Path, settings: dict) -> None:
+        self.folder, self.settings = folder, settings
+
+    def check(self) -> None:
+        """Refuses a folder with answers that were given under other settings.
+
+        Raises:
+            UserError: names the setting.
+        """
+        file = self.folder / SETTINGS
+        if not file.exists():
+            return
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{file} is broken; remove {self.folder} or give another output_dir") from None
+        for key in dict.fromkeys([*self.settings, *before]):
+            if before.get(key) != self.settings.get(key):
+                raise UserError(
+                    f"{self.folder} holds answers given with {key}={before.get(key)}, now it is "
+                    f"{self.settings.get(key)}; give another output_dir or remove that folder"
+                )
+
+    def begin(self) -> None:
+        """Note the settings. The main process calls it before any answer is added."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / SETTINGS, self.settings)
+
+    def read(self, items: Sequence[Item]) -> dict[str, str]:
+        """Answers that are there, by key; a last line that was cut off does not count.
+
+        Raises:
+            UserError: an item was asked with another question than now.
+        """
+        prompts = {item.key: item.prompt for item in items}
+        answers = {}
+        for file in sorted(self.folder.glob("answers-*.jsonl")):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    record = json.loads(line)
+                    key, prompt, answer = record["key"], record["prompt"], record["answer"]
+                except (ValueError, TypeError, KeyError):
+                    continue
+                if prompts.get(key, prompt) != prompt:
+                    raise UserError(
+                        f"{file} holds an answer to {prompt!r} for item {key}, which now asks {prompts[key]!r}; "
+                        f"give another output_dir or remove {self.folder}"
+                    )
+                answers[key] = answer
+        return answers
+
+    def add(self, rank: int, items: Sequence[Item], answers: Sequence[str]) -> None:
+        """Append a batch; it is on the disk when this returns."""
+        path = self.folder / f"answers-{rank:03d}.jsonl"
+        records = (
+            {"key": item.key, "image": item.image, "prompt": item.prompt, "answer": answer}
+            for item, answer in zip(items, answers, strict=True)
+        )
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with path.open("ab+") as file:
+            if file.tell() and file.seek(-1, os.SEEK_END) + 1 and file.read(1) != b"\n":
+                text = "\n" + text  # behind a line that was cut off
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,56 @@
+"""The processes of an evaluation as `accelerate launch` or `torchrun` starts them; one process needs neither.
+
+They share nothing but the end of each task: answers travel through files, so gloo serves on GPUs as well, and a process
+may wait for hours while others still answer.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from common.errors import UserError
+
+PATIENCE = timedelta(days=7)  # for the slowest process
+
+
+@dataclass(frozen=True)
+class Processes:
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+@contextmanager
+def joined_processes(config) -> Iterator[Processes]:
+    """The processes that were launched; gives each its own GPU.
+
+    Raises:
+        UserError: several were asked for, but each runs alone.
+    """
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate's MULTI_CPU without MPI
+        raise UserError(
+            "several processes were asked for, but each runs alone; use accelerate_configs/2_cpu_ddp.yaml as an example"
+        )
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        yield Processes()
+        return
+    if config.device in (None, "cuda") and torch.cuda.is_available():
+        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield Processes(torch.distributed.get_rank(), count)
+    finally:
+        torch.distributed.destroy_process_group()

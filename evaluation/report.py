@@ -1,0 +1,170 @@
+"""What an evaluation leaves on disk and in wandb, all made by the main process.
+
+`results.json`, `results.md`, and for each task a folder with `predictions.jsonl`, `submission/`, `counts.json` and the
+sheet `best_worst.png`.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common.contact_sheet import contact_sheet
+from common.tracking import Tracker
+from evaluation.bootstrap import Counts, Estimate, estimates
+from evaluation.official_files import write_json, write_json_lines
+from evaluation.runner import Run
+from evaluation.task import Item, Verdict
+
+COUNTS, RESULTS = "counts.json", "results.json"
+NUM_SHOWN = 8  # best items on the sheet, and as many worst ones
+
+
+@dataclass
+class Scored:
+    """One task with its answers and, where the right ones are known, its scores."""
+
+    run: Run
+    answers: list[str]
+    verdicts: list[Verdict]
+    figures: dict[str, Estimate]
+
+    @property
+    def differs(self) -> str:
+        """What in the protocol differs from the paper's, as far as that is known, and what to know of this run."""
+        run, task = self.run, self.run.task
+        parts = [task.paper.differs] if task.paper else []
+        if len(run.items) < run.size:
+            parts.append(f"{len(run.items)} of {run.size} items")
+        if task.official_size not in (None, run.size):
+            parts.append(f"the files hold {run.size} items, the official ones {task.official_size}")
+        if not task.has_answers:
+            parts.append("no public answers: submit the predictions")
+        return "; ".join(parts + task.notes())
+
+
+def score(run: Run, samples: int, seed: int) -> Scored:
+    """Judges a finished run and writes its folder."""
+    task, folder, answers = run.task, run.store.folder, run.complete()
+    verdicts = task.judge(run.items, answers) if task.has_answers else []
+    figures = {}
+    if verdicts:
+        counts = count(run, verdicts)
+        counts.save(folder / COUNTS)
+        figures = estimates(counts, task.figures, samples, seed)
+    write_json_lines(folder / "predictions.jsonl", records(run.items, answers, verdicts))
+    submission = folder / "submission"
+    submission.mkdir(exist_ok=True)
+    task.write_submission(submission, run.items, answers)
+    return Scored(run, answers, verdicts, figures)
+
+
+def count(run: Run, verdicts: Sequence[Verdict]) -> Counts:
+    """The task's counts, a row for each group."""
+    groups: dict[str, list[int]] = {}
+    for index, item in enumerate(run.items):
+        groups.setdefault(item.resampled_with, []).append(index)
+    rows = [
+        run.task.counts([run.items[index] for index in indices], [verdicts[index] for index in indices])
+        for indices in groups.values()
+    ]
+    return Counts.of(list(groups), [run.items[indices[0]].stratum for indices in groups.values()], rows)
+
+
+def records(items: Sequence[Item], answers: Sequence[str], verdicts: Sequence[Verdict]) -> list[dict]:
+    """A line per item: what was asked and answered and, where it is known, how it was read and what it counts."""
+    lines = [
+        {"key": item.key, "image": item.image, "prompt": item.prompt, "answer": answer}
+        for item, answer in zip(items, answers, strict=True)
+    ]
+    for line, item, verdict in zip(lines, items, verdicts, strict=False):
+        line |= {"expected": item.expected, "parsed": verdict.parsed, "score": verdict.score}
+    return lines
+
+
+def report(scored: Sequence[Scored], folder: Path, tracker: Tracker) -> str:
+    """Writes the results of all tasks; returns the Markdown table."""
+    write_json(folder / RESULTS, {"tasks": {one.run.task.name: summary(one) for one in scored}})
+    text = markdown(scored)
+    (folder / "results.md").write_text(text, encoding="utf-8")
+    for one in scored:
+        show(one, tracker)
+    return text
+
+
+def summary(one: Scored) -> dict:
+    """One task in `results.json`."""
+    task = one.run.task
+    paper = {"vq": task.paper.vq, "clip_vit": task.paper.clip_vit} if task.paper else None
+    return {
+        "items": len(one.run.items),
+        "settings": one.run.store.settings,
+        "headline": task.headline,
+        "unit": task.unit,
+        "figures": {name: asdict(figure) for name, figure in one.figures.items()},
+        "paper": paper,
+        "differs": one.differs,
+    }
+
+
+def markdown(scored: Sequence[Scored]) -> str:
+    """The paper's figures beside ours, and below every figure there is."""
+    lines = [
+        "| task | figure | ours [95 % interval] | paper, 512², VQ | paper, 512², CLIP-ViT | what differs in protocol |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in scored:
+        task = one.run.task
+        paper = [f"{task.paper.vq:.1f}", f"{task.paper.clip_vit:.1f}"] if task.paper else ["", ""]
+        ours = spelled(one.figures[task.headline]) if one.figures else "not scored"
+        lines.append(f"| {' | '.join([task.name, f'{task.headline} ({task.unit})', ours, *paper, one.differs])} |")
+    lines += ["", "| task | figure | value [95 % interval] |", "|---|---|---|"]
+    for one in scored:
+        lines += [f"| {one.run.task.name} | {name} | {spelled(value)} |" for name, value in one.figures.items()]
+    return "\n".join(lines) + "\n"
+
+
+def spelled(figure: Estimate) -> str:
+    return f"{figure.value:.1f} [{figure.low:.1f}, {figure.high:.1f}]"
+
+
+def show(one: Scored, tracker: Tracker) -> None:
+    """The best and the worst items on a sheet, and tables in wandb."""
+    task, run = one.run.task, one.run
+    tracker.log({f"{task.name}/{name}": figure.value for name, figure in one.figures.items()}, step=0)
+    rows = [[name, figure.value, figure.low, figure.high] for name, figure in one.figures.items()]
+    tracker.log_table(f"{task.name} figures", ["figure", "value", "low", "high"], rows)
+    chosen = extremes(run.items, one.verdicts)
+    if not chosen:
+        return
+    images = [run.items[index].open_image() for _, index in chosen]
+    lines = records(run.items, one.answers, one.verdicts)
+    captions = [caption(which, lines[index]) for which, index in chosen]
+    sheet = contact_sheet(images, captions, columns=4, title=f"{task.name}: the best items, then the worst")
+    sheet.save(run.store.folder / "best_worst.png")
+    columns = ["picture", "which", "prompt", "answer", "expected", "parsed", "score"]
+    rows = [
+        [image, which, *(lines[index][name] for name in columns[2:])]
+        for image, (which, index) in zip(images, chosen, strict=True)
+    ]
+    tracker.log_table(f"{task.name} items", columns, rows)
+
+
+def extremes(items: Sequence[Item], verdicts: Sequence[Verdict]) -> list[tuple[str, int]]:
+    """("best" | "worst", index) of items with a picture; among equals an arbitrary choice that stays the same."""
+
+    def rank(index: int) -> tuple[float, str]:
+        return verdicts[index].score, hashlib.sha256(items[index].key.encode()).hexdigest()
+
+    shown = [index for index, item in enumerate(items) if item.open_image and item.preset is None]
+    ranked = sorted(shown, key=rank) if verdicts else []
+    number = min(NUM_SHOWN, len(ranked) // 2)
+    best, worst = ranked[len(ranked) - number :][::-1], ranked[:number]
+    return [("best", index) for index in best] + [("worst", index) for index in worst]
+
+
+def caption(which: str, line: dict) -> str:
+    return (
+        f"{which}: {line['score']:.2f}\nanswer: {line['answer'] or '(nothing)'}\n"
+        f"expected: {line['expected']}\n{line['prompt']}"  # last, since a long one is cut
+    )

@@ -1,0 +1,140 @@
+"""The questions of an evaluation: what has no answer yet is asked, by one or several processes (`evaluate.py`).
+
+Batches are the same whatever number of processes there is and wherever a run was killed: they are cut from the items'
+order, dealt out in turn, and sampled from a generator of their own. So the answers are the same too.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from common.errors import UserError
+from evaluation.answering import Answerer
+from evaluation.answers import AnswerStore
+from evaluation.identity import model_settings
+from evaluation.processes import Processes
+from evaluation.task import Item, Task
+
+READERS = 4  # threads that decode pictures
+Batch = tuple[int, list[Item]]  # its number within the task, and what of it is to be asked
+
+
+@dataclass
+class Run:
+    """One task of one evaluation, with what is asked of it.
+
+    Args:
+        size: items in the files, of which `items` may be a part.
+    """
+
+    task: Task
+    items: list[Item]
+    size: int
+    store: AnswerStore
+
+    @classmethod
+    def of(cls, task: Task, folder: Path, settings: dict) -> "Run":
+        """Reads the task's files; `UserError` where they or earlier answers do not serve."""
+        items = task.read_items()
+        tokens = task.config.max_new_tokens or task.max_new_tokens
+        store = AnswerStore(folder / task.name, settings | {"max_new_tokens": tokens} | task.settings)
+        store.check()
+        return cls(task, thin(items, task.config.max_items), len(items), store)
+
+    def answers(self) -> dict[str, str]:
+        """Those there are, by key."""
+        preset = {item.key: item.preset for item in self.items if item.preset is not None}
+        return self.store.read(self.items) | preset
+
+    def missing(self) -> list[Item]:
+        done = self.answers()
+        return [item for item in self.items if item.key not in done]
+
+    def complete(self) -> list[str]:
+        """All answers in the items' order, once all processes are through."""
+        answers = self.answers()
+        if missing := sum(item.key not in answers for item in self.items):
+            raise UserError(f"{self.store.folder}: {missing} answers are missing; start the same command again")
+        return [answers[item.key] for item in self.items]
+
+
+def thin(items: Sequence[Item], max_items: int | None) -> list[Item]:
+    """At most `max_items`, in whole groups that lie evenly over the files; at least one group."""
+    if max_items is None or len(items) <= max_items:
+        return list(items)
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.resampled_with, []).append(item)
+    listed = list(groups.values())
+    for wanted in range(min(len(listed), max_items), 0, -1):
+        chosen = [listed[number * len(listed) // wanted] for number in range(wanted)]
+        if sum(map(len, chosen)) <= max_items:
+            break
+    kept = {item.key for group in chosen for item in group}
+    return [item for item in items if item.key in kept]
+
+
+def ask_all(config, tasks: Sequence[Task], folder: Path, processes: Processes) -> list[Run]:
+    """Asks everything that has no answer yet; all files are read before any weights are.
+
+    Raises:
+        UserError: files, earlier answers or checkpoints do not serve.
+    """
+    settings = model_settings(config)
+    runs = [Run.of(task, folder, settings) for task in tasks]
+    model = cache(lambda: Answerer.from_config(config))
+    todo = [run.missing() for run in runs]
+    processes.wait()  # nobody writes before all have read
+    for run, missing in zip(runs, todo, strict=True):
+        if processes.is_main:
+            run.store.begin()
+            print(f"{run.task.name}: {len(run.items)} items, {len(missing)} to ask", flush=True)
+        processes.wait()
+        ask(run, missing, model, processes)
+    processes.wait()
+    return runs
+
+
+def ask(run: Run, missing: Sequence[Item], model: Callable[[], Answerer], processes: Processes) -> None:
+    """This process's share of one task."""
+    batches = list(share(run.items, missing, run.task.config.batch_size, processes))
+    if not batches:
+        return
+    pipeline, seed = model(), run.task.config.seed or 0
+    total = sum(len(batch) for _, batch in batches)
+    with tqdm(total=total, desc=run.task.name, disable=None if processes.is_main else True) as bar:
+        for number, batch, images in with_pictures(batches):
+            generator = torch.Generator(pipeline.device).manual_seed((seed * 1_000_003 + number) % 2**63)
+            run.store.add(processes.rank, batch, run.task.predict(pipeline, batch, images, generator))
+            bar.update(len(batch))
+
+
+def share(items: Sequence[Item], missing: Sequence[Item], size: int, processes: Processes) -> Iterator[Batch]:
+    """The batches of this process, less what is answered."""
+    wanted = {item.key for item in missing}
+    for number, start in enumerate(range(0, len(items), size)):
+        batch = [item for item in items[start : start + size] if item.key in wanted]
+        if batch and number % processes.count == processes.rank:
+            yield number, batch
+
+
+def with_pictures(batches: Sequence[Batch]) -> Iterator[tuple[int, list[Item], list[Image.Image]]]:
+    """Each batch with its pictures; those of the next one are read meanwhile, and one that recurs once."""
+    with ThreadPoolExecutor(READERS) as readers:
+
+        def start(batch: list[Item]) -> list:
+            reading = {item.image: item for item in batch}
+            reading = {image: readers.submit(item.open_image) for image, item in reading.items()}
+            return [reading[item.image] for item in batch]
+
+        coming = start(batches[0][1])
+        for index, (number, batch) in enumerate(batches):
+            now = coming
+            coming = start(batches[index + 1][1]) if index + 1 < len(batches) else []
+            yield number, batch, [picture.result() for picture in now]

@@ -1,0 +1,42 @@
+"""What `evaluate.py` reads beside the settings of inference."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from omegaconf import II, DictConfig
+
+from common.config import InferenceConfig
+from common.schema import find_problems
+
+VQAV2_SPLITS = ("val", "test-dev", "test")
+MMMU_SPLITS = ("dev", "validation", "test")
+
+
+@dataclass
+class EvaluationConfig(InferenceConfig):
+    ALIASES: ClassVar[dict[str, str]] = InferenceConfig.ALIASES
+    output_dir: str | None = None  # null: {experiment.output_dir}/evaluation
+    batch_size: int = II("training.batch_size")
+    max_new_tokens: int | None = None  # null: each task's own
+
+    tasks: str | None = None  # names, separated by commas
+    data_root: str = "data/benchmarks"  # holds the official files, laid out as docs/evaluation.md says
+    max_items: int | None = None  # at most so many of each task, spread evenly over its files; null: all
+    compare: str | None = None  # two finished output folders or two checkpoints, separated by a comma
+    bootstrap_samples: int = 1000
+    vqav2_split: str = "val"  # test-dev and test have no public answers: predictions for the server only
+    mmmu_split: str = "validation"
+    flickr30k_prompt: str = "Provide a one-sentence caption for the provided image."
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        found = find_problems(config)
+        for key, allowed in (("vqav2_split", VQAV2_SPLITS), ("mmmu_split", MMMU_SPLITS)):
+            if config[key] not in allowed:
+                found.append(f"{key} is {config[key]!r}; allowed: {', '.join(allowed)}")
+        for key, low in (("max_items", 1), ("bootstrap_samples", 100)):
+            if config[key] is not None and config[key] < low:
+                found.append(f"{key} is {config[key]}; it must be {low} or more")
+        if not config.flickr30k_prompt.strip():
+            found.append("flickr30k_prompt is empty; it is the question asked about every picture")
+        return found

@@ -1,0 +1,165 @@
+"""What a benchmark is: its items, how one is put to the model, what an answer counts, and the official submission.
+
+The runner knows nothing but `Task`. A task whose model does something else than answer (draws, say) subclasses `Task`
+and writes its own `predict`; a benchmark of questions about pictures subclasses `QuestionTask`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from evaluation.answering import Answerer
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to ask.
+
+    Args:
+        key: unique within the task; the official id where there is one.
+        prompt: the question as the model gets it, with the benchmark's suffix.
+        open_image: reads the picture when its turn comes.
+        image: the picture's name, for people.
+        group: items that are resampled together (most often those of one picture); default: each by itself.
+        stratum: part of the benchmark whose size is fixed when groups are resampled.
+        facts: what the official record says, for scoring.
+        expected: the right answer, for people.
+        preset: an answer that the official rule gives without asking the model.
+    """
+
+    key: str
+    prompt: str
+    open_image: Callable[[], Image.Image] | None = None
+    image: str = ""
+    group: str = ""
+    stratum: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    expected: str = ""
+    preset: str | None = None
+
+    @property
+    def resampled_with(self) -> str:
+        """The group's name, the item's own where it has none."""
+        return self.group or self.key
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the official rule makes of one answer: how it reads it, and its score (the higher the better)."""
+
+    parsed: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What the paper reports at 512 x 512 (SPEC §16), and how our protocol differs from what is known of its own."""
+
+    vq: float
+    clip_vit: float
+    differs: str
+
+
+class Task(ABC):
+    """One benchmark.
+
+    Args:
+        config: an `EvaluationConfig`.
+        root: the folder with all benchmarks' files.
+    """
+
+    name: ClassVar[str]
+    headline: ClassVar[str]  # the figure that the paper reports
+    unit: ClassVar[str] = "%"
+    official_size: ClassVar[int | None] = None  # items in the official files
+    max_new_tokens: ClassVar[int] = 16
+    paper: ClassVar[Paper | None] = None
+
+    def __init__(self, config, root: Path) -> None:
+        self.config, self.root = config, root
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether the files hold the right answers; without them there is a submission and no score."""
+        return True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of its own that its answers depend on."""
+        return {}
+
+    @abstractmethod
+    def read_items(self) -> list[Item]:
+        """All items in the files' order.
+
+        Raises:
+            UserError: a file or field is missing or wrong.
+        """
+
+    @abstractmethod
+    def predict(
+        self, model: Answerer, items: Sequence[Item], images: Sequence[Image.Image], generator: torch.Generator
+    ) -> list[str]:
+        """What the model gives for one batch: texts, or names of files it made."""
+
+    @abstractmethod
+    def judge(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
+        """The official rule for single answers; all at once, since some rules look at the whole corpus."""
+
+    @abstractmethod
+    def counts(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, float]:
+        """Additive counts of one group; `figures` is made of their sums over groups."""
+
+    @abstractmethod
+    def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The benchmark's figures from summed counts, elementwise; a count that no group has is 0."""
+
+    @abstractmethod
+    def write_submission(self, folder: Path, items: Sequence[Item], answers: Sequence[str]) -> list[Path]:
+        """Writes the predictions in the benchmark's own form; returns the files."""
+
+    def notes(self) -> list[str]:
+        """What a reader of this run's figures must know beside `paper.differs`."""
+        return []
+
+
+class QuestionTask(Task):
+    """A benchmark that asks about pictures."""
+
+    def predict(self, model, items, images, generator) -> list[str]:
+        config = self.config
+        return model.answer_each(
+            images,
+            [item.prompt for item in items],
+            max_new_tokens=config.max_new_tokens or self.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generator=generator,
+        )
+
+
+def ratio(count: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """count / total, 0 where there is nothing."""
+    count, total = np.asarray(count, float), np.asarray(total, float)
+    return np.divide(count, total, out=np.zeros(np.broadcast(count, total).shape), where=total != 0)
+
+
+def right_by(kinds: Sequence[str], verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """How many items of each kind there are, and the sum of their scores (`{kind} right`)."""
+    found: dict[str, float] = {}
+    for kind, verdict in zip(kinds, verdicts, strict=True):
+        found[kind] = found.get(kind, 0) + 1
+        found[f"{kind} right"] = found.get(f"{kind} right", 0) + verdict.score
+    return found
+
+
+def cell(text: str) -> str:
+    """An answer on one line, without tabs."""
+    return " ".join(text.split())

@@ -1,0 +1,67 @@
+"""GQA: questions made from scene graphs, one right answer each.
+
+`gqa/testdev_balanced_questions.json` and `gqa/images/` of the official site.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.official_files import check_pictures, field, read_json, write_json
+from evaluation.task import Item, Paper, QuestionTask, Verdict, ratio, right_by
+from models.images import load_image
+
+SUFFIX = "\nAnswer the question using a single word or phrase."
+FILE = "testdev_balanced_questions.json"
+KINDS = ("binary", "open")
+
+
+class GQA(QuestionTask):
+    name = "gqa"
+    headline = "accuracy"
+    official_size = 12578
+    paper = Paper(58.0, 61.0, "testdev-balanced; compared in lower case without a final full stop, as LLaVA's script")
+
+    def read_items(self) -> list[Item]:
+        file = self.root / "gqa" / FILE
+        records = read_json(file, dict, "GQA's questions by their ids")
+        items = [self._item(f"{file}, question {key}", key, record) for key, record in records.items()]
+        named = {item.image: item.key for item in reversed(items)}
+        check_pictures(
+            [self._folder / item.image for item in items],
+            lambda path: f"field 'imageId' of question {named[path.name]} in {FILE}",
+            f"GQA's pictures in {self._folder}",
+        )
+        return items
+
+    @property
+    def _folder(self) -> Path:
+        return self.root / "gqa/images"
+
+    def _item(self, place: str, key: str, record: dict) -> Item:
+        question, image, answer = (field(place, record, name, str) for name in ("question", "imageId", "answer"))
+        types = field(place, record, "types", dict)
+        structural = field(f"{place}, field 'types'", types, "structural", str)
+        facts = {"kind": "open" if structural == "query" else "binary"}
+        image = f"{image}.jpg"
+        opened = partial(load_image, self._folder / image)
+        return Item(key, question + SUFFIX, opened, image, image, facts=facts, expected=answer)
+
+    def judge(self, items, answers) -> list[Verdict]:
+        parsed = [answer.rstrip(".").lower() for answer in answers]
+        return [Verdict(p, float(p == item.expected)) for item, p in zip(items, parsed, strict=True)]
+
+    def counts(self, items, verdicts) -> dict[str, float]:
+        return right_by([item.facts["kind"] for item in items], verdicts)
+
+    def figures(self, sums) -> dict[str, np.ndarray]:
+        right, total = (sum(sums[f"{kind}{end}"] for kind in KINDS) for end in (" right", ""))
+        return {"accuracy": 100 * ratio(right, total)} | {k: 100 * ratio(sums[f"{k} right"], sums[k]) for k in KINDS}
+
+    def write_submission(self, folder, items, answers):
+        """`testdev_balanced_predictions.json`, as the official `eval.py` reads it."""
+        file = folder / "testdev_balanced_predictions.json"
+        pairs = zip(items, self.judge(items, answers), strict=True)
+        write_json(file, [{"questionId": item.key, "prediction": verdict.parsed} for item, verdict in pairs])
+        return [file]

@@ -1,0 +1,98 @@
+"""POPE: is a thing in the picture, yes or no, where the wrong things are random, frequent, or likely in such pictures.
+
+`pope/coco_pope_{random,popular,adversarial}.json` of the official repository and COCO's `coco/val2014/`.
+"""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.official_files import check_pictures, field, read_json_lines, unique_keys, write_json_lines
+from evaluation.task import Item, Paper, QuestionTask, Verdict, ratio
+from models.images import load_image
+
+SPLITS = ("random", "popular", "adversarial")
+SUFFIX = "\nAnswer the question using a single word or phrase."  # as LLaVA's evaluation files have it
+
+
+class POPE(QuestionTask):
+    name = "pope"
+    headline = "F1, mean of splits"
+    official_size = 9000
+    paper = Paper(80.0, 84.5, "which figure the paper means is not said; this is the one LLaVA-1.5 reports")
+
+    def read_items(self) -> list[Item]:
+        items = [item for split in SPLITS for item in self._read_split(split)]
+        named = {item.image: item.facts["split"] for item in reversed(items)}
+        check_pictures(
+            [self._folder / item.image for item in items],
+            lambda path: f"field 'image' of coco_pope_{named[path.name]}.json",
+            f"COCO's val2014 pictures in {self._folder}",
+        )
+        return items
+
+    @property
+    def _folder(self) -> Path:
+        return self.root / "coco/val2014"
+
+    def _read_split(self, split: str) -> list[Item]:
+        file = self.root / "pope" / f"coco_pope_{split}.json"
+        items = []
+        for place, record in read_json_lines(file, f"POPE's {split} questions, one JSON object a line"):
+            number = field(place, record, "question_id", int)
+            image, text = (field(place, record, name, str) for name in ("image", "text"))
+            label = field(place, record, "label", str, ("yes", "no"))
+            opened, facts = partial(load_image, self._folder / image), {"split": split, "question": text}
+            # The splits share their pictures, so pictures are resampled, not questions.
+            items.append(Item(f"{split}-{number}", text + SUFFIX, opened, image, image, facts=facts, expected=label))
+        unique_keys([item.key for item in items], file, "question_id")
+        return items
+
+    def judge(self, items, answers) -> list[Verdict]:
+        parsed = [parse_yes_no(answer) for answer in answers]
+        return [Verdict(p, float(p == item.expected)) for item, p in zip(items, parsed, strict=True)]
+
+    def counts(self, items, verdicts) -> dict[str, float]:
+        """Of true and false positives and negatives in each split."""
+        pairs = zip(items, verdicts, strict=True)
+        return Counter(
+            f"{item.facts['split']} {'t' if verdict.score else 'f'}{'p' if verdict.parsed == 'yes' else 'n'}"
+            for item, verdict in pairs
+        )
+
+    def figures(self, sums) -> dict[str, np.ndarray]:
+        found = {}
+        for split in SPLITS:
+            tp, fp, tn, fn = (sums[f"{split} {kind}"] for kind in ("tp", "fp", "tn", "fn"))
+            total = tp + fp + tn + fn
+            found |= {
+                f"{split} accuracy": 100 * ratio(tp + tn, total),
+                f"{split} precision": 100 * ratio(tp, tp + fp),
+                f"{split} recall": 100 * ratio(tp, tp + fn),
+                f"{split} F1": 100 * ratio(2 * tp, 2 * tp + fp + fn),
+                f"{split} yes-ratio": 100 * ratio(tp + fp, total),
+            }
+        means = {
+            f"{what}, mean of splits": sum(found[f"{s} {what}"] for s in SPLITS) / 3 for what in ("F1", "accuracy")
+        }
+        return means | found
+
+    def write_submission(self, folder, items, answers):
+        """The answer files that the official `evaluate.py` reads, one a split, in the order of the questions."""
+        files = []
+        for split in SPLITS:
+            pairs = [pair for pair in zip(items, answers, strict=True) if pair[0].facts["split"] == split]
+            files.append(folder / f"coco_pope_{split}_answers.json")
+            write_json_lines(files[-1], [{"question": item.facts["question"], "answer": text} for item, text in pairs])
+        return files
+
+
+def parse_yes_no(answer: str) -> str:
+    """The official rule: of the first sentence, without commas, `No`, `no` and `not` mean no; all else is yes.
+
+    Faithful: "NO", "Not" and "no!" are read as yes, and an empty answer too (test_pope.py pins it).
+    """
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"

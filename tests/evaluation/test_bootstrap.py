@@ -1,0 +1,62 @@
+"""Intervals and paired differences against what is known in closed form."""
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from evaluation.bootstrap import Counts, differences, estimates
+from evaluation.task import ratio
+
+
+def accuracy(sums) -> dict:
+    return {"accuracy": 100 * ratio(sums["right"], sums["n"])}
+
+
+def counts(right, strata=None) -> Counts:
+    names = [str(n) for n in range(len(right))]
+    return Counts.of(names, strata or [""] * len(right), [{"n": 1, "right": float(value)} for value in right])
+
+
+def test_the_interval_is_that_of_a_mean():
+    right = np.arange(400) % 4 == 0  # 25 %, standard error 100 * sqrt(.25 * .75 / 400) = 2.165
+    found = estimates(counts(right), accuracy, 4000, 0)["accuracy"]
+    assert found.value == 25
+    assert found.low == pytest.approx(25 - 1.96 * 2.165, abs=0.35)
+    assert found.high == pytest.approx(25 + 1.96 * 2.165, abs=0.35)
+
+
+def test_strata_keep_their_sizes():
+    """Two strata, each of one kind: nothing can vary."""
+    right = [1] * 10 + [0] * 30
+    found = estimates(counts(right, ["a"] * 10 + ["b"] * 30), accuracy, 200, 0)["accuracy"]
+    assert found.value == found.low == found.high == 25
+
+
+def test_a_group_counts_as_one():
+    """Ten items that always go together vary as one, not as ten."""
+    one = Counts.of(["a", "b"], ["", ""], [{"n": 10, "right": 10}, {"n": 10}])
+    found = estimates(one, accuracy, 400, 0)["accuracy"]
+    assert (found.low, found.value, found.high) == (0, 50, 100)
+
+
+def test_pairs_are_resampled_together():
+    """The second is right wherever the first is, and on 20 more of 400: the interval is that of these 20 alone."""
+    first, second = np.arange(400) % 2 == 0, (np.arange(400) % 2 == 0) | (np.arange(400) < 40)
+    found = differences(counts(first), counts(second), accuracy, 4000, 0)["accuracy"]
+    assert (found.first, found.second, found.difference.value) == pytest.approx((50, 55, 5))
+    error = 100 * np.sqrt(0.05 * 0.95 / 400)  # 1.09
+    assert found.difference.low == pytest.approx(5 - 1.96 * error, abs=0.3)
+    assert found.p == 2 / 4000
+    same = differences(counts(first), counts(first), accuracy, 200, 0)["accuracy"]
+    assert same.p == 1 and same.difference.low == same.difference.high == 0
+
+
+def test_counts_survive_the_disk(tmp_path):
+    before = counts([1, 0, 0.3], ["x", "y", "x"])
+    before.save(tmp_path / "counts.json")
+    after = Counts.load(tmp_path / "counts.json")
+    assert (after.groups, after.strata) == (before.groups, before.strata)
+    assert all((after.columns[name] == before.columns[name]).all() for name in before.columns)
+    (tmp_path / "counts.json").write_text('{"groups": ["a"], "strata": [], "columns": {}}')
+    with pytest.raises(UserError, match="differ in length"):
+        Counts.load(tmp_path / "counts.json")

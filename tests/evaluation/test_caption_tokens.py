@@ -1,0 +1,71 @@
+"""Penn-Treebank tokens of captions, by Java and by rule, and CIDEr of Flickr30k."""
+
+import json
+import math
+import shutil
+
+import pytest
+
+from evaluation import caption_tokens
+from evaluation.caption_tokens import cider, java_tokens, python_tokens, tokenize
+
+EXPECTED = {
+    "Two young guys , with shaggy hair , look at their hands .": "two young guys with shaggy hair look at their hands",
+    "A man's dog isn't running; it's \"sitting\" (down)... here": "a man 's dog is n't running it 's sitting -lrb- "
+    "down -rrb- here",
+    "The U.S. Army vs. Mr. Smith at 5:30pm, on St. John St.": "the u.s. army vs. mr. smith at 5:30 pm on st. john st.",
+    "He cannot go, she's gonna wanna.": "he can not go she 's gon na wan na",
+    "1,000 people ran 2.5 miles for $3.50 & 50% off #1": "1,000 people ran 2.5 miles for $ 3.50 & 50 % off # 1",
+    "black/white T-shirt up-to-date -- dash - word": "black/white t-shirt up-to-date dash word",
+    "wait...what ?! yes!! no,yes a.b end.": "wait what ?! yes !! no yes a.b end",
+    "a dogs' toys James' car the girl's": "a dogs toys james car the girl 's",
+    "A café – en dash ‘quoted’ “double” it’s": "a café en dash quoted double it 's",
+    "two.three four,five six;seven A. man": "two.three four five six seven a. man",
+    "We're 10 o'clock y'all, they've 4x4s, 1990s, 2nd": "we 're 10 o'clock y' all they 've 4x4s 1990s 2nd",
+    "3 p.m. man 's wo n't 'em": "3 p.m. man 's wo n't 'em",
+    "": "",
+}
+
+
+def test_the_rule_in_python(monkeypatch):
+    monkeypatch.setattr(caption_tokens.shutil, "which", lambda name: None)
+    assert tokenize(list(EXPECTED)) == list(EXPECTED.values())
+    assert "Python" in caption_tokens.tokenizer_name()
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="no Java")
+def test_the_rule_is_that_of_java():
+    library = caption_tokens._library("tokenizer.ptbtokenizer")
+    by_java = java_tokens(list(EXPECTED), library)
+    dropped = set(library.PUNCTUATIONS)
+    for caption, tokens in zip(EXPECTED, by_java, strict=True):
+        ours = [token for token in python_tokens(caption) if token not in dropped]
+        assert ours == [token for token in tokens if token not in dropped], caption
+
+
+def test_cider_by_hand():
+    """Two pictures, so a word of one picture has idf ln 2. "x y" against "x y" is alike in 1- and 2-grams and has no
+    3- and 4-grams: 10 * (1 + 1 + 0 + 0) / 4."""
+    tokens, scores = cider(["X, y!", "p q"], [["x y"], ["p z"]])
+    assert tokens == ["x y", "p q"]
+    assert scores[0] == pytest.approx(5.0)
+    assert scores[1] == pytest.approx(10 * 0.5 / 4)  # unigrams: cosine 1/2, nothing else
+
+
+def test_length_is_punished():
+    """A 2-gram too many: the factor is exp(-1 / (2 * 36))."""
+    _, scores = cider(["x y x", "p"], [["x y"], ["q"]])
+    unigrams = (1 * 1 + 1 * 1) / (math.sqrt(5) * math.sqrt(2))  # counts are clipped to the reference's
+    bigrams = 1 / math.sqrt(2)
+    assert scores[0] == pytest.approx(10 * (unigrams + bigrams) / 4 * math.exp(-1 / 72))
+
+
+def test_flickr30k(evaluation):
+    """Captions equal to the only reference with 4-grams; the figure is the mean over pictures times 100."""
+    captions = {"0": "A brown dog is running fast.", "2": "nothing alike"}
+    figures = evaluation.answer("flickr30k", captions)
+    _, scores = cider(list(captions.values()), [i.facts["captions"] for i in evaluation.prepared("flickr30k").items])
+    assert figures["CIDEr"] == pytest.approx(100 * sum(scores) / 2) and scores[1] == 0 < scores[0]
+    results = json.loads(evaluation.submission("flickr30k", "flickr30k_test_results.json"))
+    assert results[0] == {"image_id": 0, "caption": "A brown dog is running fast."}
+    assert "tokenised by" in (evaluation.folder / "results.md").read_text()

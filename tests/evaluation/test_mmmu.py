@@ -1,0 +1,112 @@
+"""MMMU: the official parsing of letters and open answers, prompts, and figures by hand."""
+
+import json
+import random
+
+import pytest
+
+from evaluation.mmmu_parsing import normalize, open_is_right, parse_letter, parse_open
+
+OPTIONS = {"A": "red apple", "B": "blue sky", "C": "$7"}
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(C)", "C"),
+        ("The answer is B", "B"),
+        ("(A) or (B)", "B"),  # the last one counts
+        ("C (A)", "A"),  # brackets go before bare letters
+        ("A C B", "B"),
+        ("I believe that this is the Red Apple", "A"),  # over five words: the options' texts
+        ("it is a blue sky with a red apple", "A"),
+        ("A: red", None),  # neither in brackets nor between blanks
+        ("red apple", None),  # too short for the texts
+        ("b", None),
+        ("", None),
+    ],
+)
+def test_letters(response, letter):
+    """Where no letter is found one is drawn, the same for the same generator."""
+    drawn = random.Random(5).choice("ABC")
+    assert parse_letter(response, OPTIONS, random.Random(5)) == (letter or drawn)
+
+
+@pytest.mark.parametrize(
+    ("response", "parsed"),
+    [
+        ("42", [42.0]),
+        ("The answer is 3.429.", [3.43]),
+        ("The total is $1,234,567", ["$1,234,567", 1234567.0, 567.0]),  # the official patterns find the end twice
+        ("x = 5", [5.0]),
+        ("It is so red. Thus it is blue", ["blue"]),  # the shortest tail of a line
+        ("yes", ["yes"]),
+        ("so 1.5e3 units", ["1.5e3 units", 1500.0, 1.0, 3.0]),
+        ("A", [" a", "a "]),
+        ("the value is :", ["the value is :"]),  # a trivial tail does not count
+        ("first is one\nfinal two", ["one", "two"]),
+    ],
+)
+def test_open_answers(response, parsed):
+    assert parse_open(response) == parsed
+
+
+@pytest.mark.parametrize(
+    ("expected", "response", "right"),
+    [
+        ("3.43", "The answer is 3.429", True),
+        (["24/7", "3.429"], "it is 24/7", True),
+        (["24/7", "3.429"], "3.43", True),
+        ("cat", "a black cat", True),  # part of the response
+        ("black cat", "cat", False),
+        ("7", "17", False),  # numbers are compared whole
+        ("a", "banana", False),
+        ("a", "is a thing", True),
+        ("1,000", "1000", True),
+    ],
+)
+def test_right_open_answers(expected, response, right):
+    assert open_is_right(expected, parse_open(response)) is right
+
+
+def test_normalize():
+    assert [normalize(text) for text in (" 1,000.128 ", "Cat", "X")] == [[1000.13], ["cat"], [" x", "x "]]
+
+
+ANSWERS = {"validation_Accounting_1": "(B)", "validation_Accounting_2": "about 3.43", "validation_Math_2": "two"}
+
+
+def test_figures_by_hand(evaluation):
+    """A question whose options hold several pictures is not asked but drawn, as in the official example."""
+    run = evaluation.prepared("mmmu")
+    drawn = next(item.preset for item in run.items if item.key == "validation_Math_1")
+    assert drawn in "AB"
+    figures = evaluation.answer("mmmu", ANSWERS | {"validation_Math_2": "B"})
+    drawn_right = 1 if drawn == "A" else 0
+    assert figures == pytest.approx(
+        {
+            "accuracy": 100 * (2 + drawn_right) / 4,
+            "multiple-choice": 100 * (1 + drawn_right) / 3,
+            "open": 100,
+            "Accounting": 100,
+            "Math": 100 * drawn_right / 2,
+        }
+    )
+    predictions = json.loads(evaluation.submission("mmmu", "validation_predictions.json"))
+    assert predictions == {
+        "validation_Accounting_1": "B",
+        "validation_Accounting_2": "about 3.43",
+        "validation_Math_1": drawn,
+        "validation_Math_2": "B",
+    }
+
+
+def test_prompts_and_pictures(evaluation):
+    choice, open_question, *_ = evaluation.prepared("mmmu").items
+    assert choice.prompt == (
+        "<image 1> Which?\n(A) $6\n(B) $7\n(C) $8\n\nAnswer with the option's letter from the given choices directly."
+    )
+    assert open_question.prompt == "How much?\nAnswer the question using a single word or phrase."
+    assert choice.open_image().size == (40, 32) and choice.open_image().mode == "RGB"

@@ -1,0 +1,45 @@
+"""How items are thinned out, dealt to processes, and their pictures read."""
+
+import pytest
+from PIL import Image
+
+from evaluation.processes import Processes
+from evaluation.runner import share, thin, with_pictures
+from evaluation.task import Item
+
+ITEMS = [Item(str(n), f"q{n}", group=f"g{n // 2}") for n in range(20)]
+
+
+def test_thin_takes_whole_groups_evenly():
+    assert thin(ITEMS, None) == thin(ITEMS, 20) == ITEMS
+    assert [item.key for item in thin(ITEMS, 5)] == ["0", "1", "10", "11"]
+    assert [item.key for item in thin(ITEMS, 1)] == ["0", "1"]  # a group at least
+    assert len(thin(ITEMS, 19)) == 18
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_item_is_dealt_once_in_the_same_batches(count):
+    alone = list(share(ITEMS, ITEMS, 3, Processes()))
+    assert [len(batch) for _, batch in alone] == [3] * 6 + [2]
+    dealt = [batch for rank in range(count) for batch in share(ITEMS, ITEMS, 3, Processes(rank, count))]
+    assert sorted(dealt, key=lambda pair: pair[0]) == alone
+
+
+def test_what_is_answered_leaves_the_batches_as_they_were():
+    rest = list(share(ITEMS, ITEMS[4:], 3, Processes()))
+    assert [(number, [item.key for item in batch]) for number, batch in rest[:2]] == [
+        (1, ["4", "5"]),
+        (2, ["6", "7", "8"]),
+    ]
+
+
+def test_a_picture_that_recurs_is_read_once():
+    read = []
+
+    def reader(name: str):
+        return lambda: (read.append(name), Image.new("RGB", (2, 2)))[1]
+
+    items = [Item(str(n), "q", reader(name), name) for n, name in enumerate("aabc")]
+    batches = list(with_pictures([(0, items[:3]), (1, items[3:])]))
+    assert sorted(read) == ["a", "b", "c"]
+    assert batches[0][2][0] is batches[0][2][1] and len(batches[1][2]) == 1

@@ -1,0 +1,87 @@
+"""VQAv2: the official normalisation and the rule of ten answers, by hand."""
+
+import json
+
+import pytest
+
+from evaluation.vqa_normalization import CONTRACTIONS, normalize, vqa_accuracy
+from tests.evaluation.conftest import Evaluation
+from tests.evaluation.official import write_vqav2
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The Dog", "dog"),
+        ("a an the", ""),
+        ("two", "2"),
+        ("None", "0"),
+        ("ten", "10"),
+        ("eleven", "eleven"),
+        ("dont", "don't"),
+        ("Im", "im"),  # the table's capitals are never met
+        ("its", "its"),
+        ("somebody'd", "somebodyd"),  # a slip of the official table
+        ("red,white", "red white"),  # a mark within a word becomes a blank
+        ("red, white", "red white"),  # one beside a blank is removed
+        ("red/ white/blue", "red whiteblue"),  # wherever it stands, once it touches a blank anywhere
+        ("1,000", "1000"),
+        ("1,000-ish", "1000ish"),  # a comma between digits removes all marks
+        ("yes.", "yes"),
+        ("3.", "3"),
+        ("3.5", "3.5"),
+        ("p.m.", "pm"),
+        (".5", ".5"),
+        ("e-mail", "e mail"),
+        ("what?!", "what"),
+        ("'quoted'", "'quoted'"),
+        ("  two   dogs ", "2 dogs"),
+    ],
+)
+def test_normalisation(text, normal):
+    assert normalize(text) == normal
+
+
+def test_the_table_of_contractions_is_whole():
+    assert len(CONTRACTIONS) == 120 and CONTRACTIONS["y'all'dve"] == "y'all'd've"
+
+
+@pytest.mark.parametrize(
+    ("answer", "humans", "score"),
+    [
+        ("2", ["2"] * 3 + ["3"] * 7, (3 * 2 / 3 + 7 * 1) / 10),  # who says 2 is left out of its own comparison
+        ("2", ["2"] * 4 + ["3"] * 6, 1.0),
+        ("2", ["2"] * 2 + ["3"] * 8, (2 * 1 / 3 + 8 * 2 / 3) / 10),
+        ("2", ["2"] + ["3"] * 9, 9 * (1 / 3) / 10),
+        ("4", ["2"] * 3 + ["3"] * 7, 0.0),
+        ("Two.", ["2"] * 9 + ["3"], 1.0),
+        ("the cat", ["a cat"] * 5 + ["dog"] * 5, 1.0),
+        ("yes", ["yes"] * 10, 1.0),
+        ("Yes", ["yes"] * 10, 0.0),  # where all agree, nothing is normalised
+        ("yes\n", ["yes"] * 10, 1.0),
+    ],
+)
+def test_ten_answers(answer, humans, score):
+    assert vqa_accuracy(answer, humans)[1] == pytest.approx(score)
+
+
+def test_figures_by_hand(evaluation):
+    figures = evaluation.answer("vqav2", {"9001": "two", "9002": "yes", "9003": "dont know"})
+    parts = {"number": 90, "yes/no": 100, "other": 100 * (2 / 3 * 8 + 1 / 3 * 2) / 10}
+    assert figures == pytest.approx(parts | {"accuracy": sum(parts.values()) / 3})
+    results = json.loads(evaluation.submission("vqav2", "v2_OpenEnded_mscoco_val2014_showo_results.json"))
+    assert results[0] == {"question_id": 9001, "answer": "two"} and len(results) == 3
+
+
+def test_test_dev_is_for_the_server(places, tmp_path):
+    write_vqav2(tmp_path / "data", "test-dev2015", "test2015")
+    evaluation = Evaluation(places["demo"], tmp_path / "data", tmp_path / "out")
+    assert evaluation.answer("vqav2", {"9001": "a", "9002": "b", "9003": "c"}, "vqav2_split=test-dev") == {}
+    results = json.loads(evaluation.submission("vqav2", "v2_OpenEnded_mscoco_test-dev2015_showo_results.json"))
+    assert [one["answer"] for one in results] == ["a", "b", "c"]
+    assert "| not scored |" in (tmp_path / "out/results.md").read_text()
+
+
+def test_the_prompt(evaluation):
+    prompt = evaluation.prepared("vqav2").items[0].prompt
+    assert prompt == "What is 9001?\nAnswer the question using a single word or phrase."
