@@ -8,21 +8,16 @@ are on. The exit code is 1 if the tokens in fp32 are not the published ones.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # the repository, from whatever folder this is run
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
 
 import torch
 
-from benchmarks import published
+from benchmarks import published, report
 from models import Showo, ShowoConfig, get_mask_schedule
 
 MAX_TEXT = 128  # M
@@ -117,20 +112,6 @@ def baseline(model: Showo, args, prompts):
     return draw, lambda: published.mmu_generate(model, question, max_new_tokens=args.new_tokens)
 
 
-def machine() -> dict:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
 def compare(theirs, own, args) -> dict:
     """Both loops in fp32, after one run of each: first calls pay for set-up."""
     results = {}
@@ -176,8 +157,7 @@ def main(argv: list[str]) -> int:
     print(f"{'':28}{'published s':>12}{'ours s':>10}{'ratio':>8}  same tokens")
     results = compare(baseline(model, args, prompts), own, args)
     results |= time_further(model, own, args, {name: result["published_s"] for name, result in results.items()})
-    facts = {"machine": machine(), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
-    print(json.dumps(facts | {"commit": commit(), "settings": vars(args), "results": results}), flush=True)
+    print(json.dumps(report.facts() | {"settings": vars(args), "results": results}), flush=True)
     return exit_code(results)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "InferenceConfig",
     "ShowoScriptConfig",
     "TrainingConfig",
+    "leaves",
     "load_config",
     "read_settings",
     "mask_schedule_of",
@@ -95,11 +96,11 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
     return config
 
 
-def _values(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every dotted key of nested groups, with its value."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _values(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -200,7 +201,7 @@ def _describe(hint: Any) -> str:
 def _resolve(config: DictConfig, path: Path, unread: list[str]) -> None:
     """Replace every `${…}` by its value; an unset environment variable in a key of `unread` leaves it null."""
     unset: dict[str, list[str]] = {}
-    for key, value in _values(OmegaConf.to_container(config, resolve=False)):
+    for key, value in leaves(OmegaConf.to_container(config, resolve=False)):
         names = [name for name in ENVIRONMENT.findall(str(value)) if not os.environ.get(name)]
         if names and key in unread:
             OmegaConf.update(config, key, None)

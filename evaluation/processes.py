@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch
 
-from common.errors import UserError
+from common.launch import launched_processes
 
 PATIENCE = timedelta(days=7)  # for the slowest process
 
@@ -39,11 +39,7 @@ def joined_processes(config) -> Iterator[Processes]:
     Raises:
         UserError: several were asked for, but each runs alone.
     """
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate's MULTI_CPU without MPI
-        raise UserError(
-            "several processes were asked for, but each runs alone; use accelerate_configs/2_cpu_ddp.yaml as an example"
-        )
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = launched_processes()
     if count == 1:
         yield Processes()
         return

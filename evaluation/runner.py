@@ -15,11 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.errors import UserError
-from evaluation.answering import Answerer
 from evaluation.answers import AnswerStore
 from evaluation.identity import model_settings
 from evaluation.processes import Processes
 from evaluation.task import Item, Task
+from models import ShowoPipeline
 
 READERS = 4  # threads that decode pictures
 Batch = tuple[int, list[Item]]  # its number within the task, and what of it is to be asked
@@ -88,7 +88,7 @@ def ask_all(config, tasks: Sequence[Task], folder: Path, processes: Processes) -
     """
     settings = model_settings(config)
     runs = [Run.of(task, folder, settings) for task in tasks]
-    model = cache(lambda: Answerer.from_config(config))
+    model = cache(lambda: ShowoPipeline.from_config(config))
     todo = [run.missing() for run in runs]
     processes.wait()  # nobody writes before all have read
     for run, missing in zip(runs, todo, strict=True):
@@ -101,7 +101,7 @@ def ask_all(config, tasks: Sequence[Task], folder: Path, processes: Processes) -
     return runs
 
 
-def ask(run: Run, missing: Sequence[Item], model: Callable[[], Answerer], processes: Processes) -> None:
+def ask(run: Run, missing: Sequence[Item], model: Callable[[], ShowoPipeline], processes: Processes) -> None:
     """This process's share of one task."""
     batches = list(share(run.items, missing, run.task.config.batch_size, processes))
     if not batches:

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.answering import Answerer
+from models import ShowoPipeline
+
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # as LLaVA's evaluation files have it
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Task(ABC):
 
     @abstractmethod
     def predict(
-        self, model: Answerer, items: Sequence[Item], images: Sequence[Image.Image], generator: torch.Generator
+        self, model: ShowoPipeline, items: Sequence[Item], images: Sequence[Image.Image], generator: torch.Generator
     ) -> list[str]:
         """What the model gives for one batch: texts, or names of files it made."""
 
@@ -158,6 +160,12 @@ def right_by(kinds: Sequence[str], verdicts: Sequence[Verdict]) -> dict[str, flo
         found[kind] = found.get(kind, 0) + 1
         found[f"{kind} right"] = found.get(f"{kind} right", 0) + verdict.score
     return found
+
+
+def accuracies(sums: Mapping[str, np.ndarray], kinds: Sequence[str]) -> dict[str, np.ndarray]:
+    """Figures in percent from the sums of `right_by`: over all items, and of each kind."""
+    right, total = (sum(sums[f"{kind}{end}"] for kind in kinds) for end in (" right", ""))
+    return {"accuracy": 100 * ratio(right, total)} | {k: 100 * ratio(sums[f"{k} right"], sums[k]) for k in kinds}
 
 
 def cell(text: str) -> str:

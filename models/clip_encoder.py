@@ -1,5 +1,7 @@
 """The frozen CLIP vision tower of the `w_clip_vit` branch (SPEC §4)."""
 
+from pathlib import Path
+
 import torch
 import transformers
 from torch import nn
@@ -13,6 +15,16 @@ def image_processor_class() -> type:
     if not is_torchvision_available() and hasattr(transformers, "CLIPImageProcessorPil"):
         return transformers.CLIPImageProcessorPil
     return transformers.CLIPImageProcessor
+
+
+def read_clip_config(folder: str | Path) -> transformers.CLIPVisionConfig:
+    """Settings of the vision tower in a CLIP folder, without its weights."""
+    return transformers.CLIPVisionConfig.from_pretrained(folder)
+
+
+def num_features(config: transformers.CLIPVisionConfig) -> int:
+    """Features per image, 576 for ViT-L/14 at 336²."""
+    return (config.image_size // config.patch_size) ** 2
 
 
 class CLIPVisionTower(nn.Module):
@@ -36,9 +48,8 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Features per image, 576 for ViT-L/14 at 336²."""
-        config = self.vision_tower.config
-        return (config.image_size // config.patch_size) ** 2
+        """Features per image."""
+        return num_features(self.vision_tower.config)
 
     def preprocess(self, images: list) -> torch.Tensor:
         """PIL images → (B, 3, S, S) float32, CLIP's own resize, crop and normalisation."""

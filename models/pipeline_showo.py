@@ -315,32 +315,58 @@ class ShowoPipeline:
         """
         pairs = [(image, question) for image in range(len(images)) for question in range(len(questions))]
         for batch in _batches(pairs, batch_size):
-            shown = sorted({image for image, _ in batch})
-            inputs = self._question_rows(
-                [images[image] for image in shown],
-                [shown.index(image) for image, _ in batch],
-                [questions[question] for _, question in batch],
-            )
             streams = [_Words(self.prompting.tokenizer, callback, pair) for pair in batch] if callback else []
 
             def put(ids: torch.Tensor, streams=streams) -> None:
                 for stream, one in zip(streams, ids.cpu().split(1), strict=True):
                     stream.put(one)
 
-            new_ids = self.model.mmu_generate(
-                **inputs,
+            texts = self.answer_each(
+                [images[image] for image, _ in batch],
+                [questions[question] for _, question in batch],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
-                eot_token=self.prompting.eos_id,
                 generator=generator,
                 callback=put if streams else None,
             )
             for stream in streams:
                 stream.end()
-            texts = self.prompting.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-            yield from ((*pair, text.strip()) for pair, text in zip(batch, texts, strict=True))
+            yield from ((*pair, text) for pair, text in zip(batch, texts, strict=True))
+
+    def answer_each(
+        self,
+        images: Sequence[Picture],
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_k: int | None = 1,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        callback: Callable[[torch.Tensor], None] | None = None,
+    ) -> list[str]:
+        """One batch of answers without outer blanks, to one question about each picture.
+
+        Args:
+            images: a picture for each question; one and the same object is encoded once.
+            callback: called with the (B,) new ids after each token.
+        """
+        assert len(images) == len(questions), f"{len(images)} pictures, {len(questions)} questions"
+        shown = list({id(image): image for image in images}.values())
+        place = {id(image): index for index, image in enumerate(shown)}
+        new_ids = self.model.mmu_generate(
+            **self._question_rows(shown, [place[id(image)] for image in images], list(questions)),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eot_token=self.prompting.eos_id,
+            generator=generator,
+            callback=callback,
+        )
+        return [text.strip() for text in self.prompting.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
 
     def _question_rows(self, images: list[Picture], index: list[int], questions: list[str]) -> dict:
         """Inputs of `mmu_generate`: questions, each about `images[index]`, seen as codes or as CLIP features."""

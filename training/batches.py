@@ -7,9 +7,10 @@ import torch
 
 from models import OmniMask, UniversalPrompting
 from training.data.batching import stack
+from training.data.flow_paths import FLOWS
 from training.masking import MaskingNoise
 
-TASKS = ("t2i", "lm", "mmu")
+TASKS = FLOWS  # one flow feeds one task
 
 
 @dataclass

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
+from common.config import leaves
 from common.errors import UserError
 from models.checkpoint_io import read_json
 from models.pipeline_loading import without_loading_bars
@@ -21,7 +22,8 @@ from training.processes import readable_by_any_number, whole_weights
 
 # What differs from run to run without changing what is learnt; any other change under a continued run is reported.
 FREE_KEYS = re.compile(
-    r"wandb\.|experiment\.|(seed|output_dir|validation_prompts_file|device|dtype|compile|attn_implementation)$|lr_scheduler\.params\.learning"
+    r"wandb\.|experiment\.|lr_scheduler\.params\.learning"
+    r"|(seed|output_dir|validation_prompts_file|device|dtype|compile|attn_implementation)$"
     r"|dataset\.params\.(validation_prompts_file|pin_memory|persistent_workers|eval_|batch_size$)"
     r"|training\.(guidance_scale|generation_|batch_size$|eval_mask_ratios|enable_tf32|max_nonfinite_batches)"
 )
@@ -243,7 +245,7 @@ def check_same_config(folder: Path, config) -> None:
     file = folder / "config.yaml"
     if not file.is_file():
         return
-    before, now = (dict(_leaves(OmegaConf.to_container(c))) for c in (OmegaConf.load(file), config))
+    before, now = (dict(leaves(OmegaConf.to_container(c))) for c in (OmegaConf.load(file), config))
     changed = [
         f"{key} {before.get(key, 'unset')} → {now[key]}"
         for key in sorted(now)
@@ -255,11 +257,3 @@ def check_same_config(folder: Path, config) -> None:
             "another output_dir (with experiment.init_from to keep the weights), or allow them with "
             "experiment.accept_config_changes=true"
         )
-
-
-def _leaves(tree: dict, prefix: str = ""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

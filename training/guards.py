@@ -93,7 +93,8 @@ class FiniteLosses:
         """
         if self.limit is None:
             return True
-        bad = [name for name, loss in losses.items() if not torch.isfinite(loss)]
+        finite = torch.stack(list(losses.values())).isfinite().tolist()  # one wait for the GPU, not one a task
+        bad = [name for name, is_finite in zip(losses, finite, strict=True) if not is_finite]
         if not self.agree(bool(bad)):
             return True
         self.dropped += 1

@@ -22,14 +22,16 @@ class StepMetrics:
 
     pad_id: int
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    batches: int = 0
+    tokens: int = 0
     steps: int = 0
     samples: int = 0
     data_time: float = 0.0
     batch_time: float = 0.0
 
     def add_batch(self, batch: OmniBatch, out: ShowoOutput) -> None:
-        self._add("batches", torch.ones((), device=batch.input_ids.device))
-        self._add("tokens", torch.tensor(float(batch.input_ids.numel()), device=batch.input_ids.device))
+        self.batches += 1
+        self.tokens += batch.input_ids.numel()
         self._add("pads", (batch.input_ids == self.pad_id).sum())
         nothing = torch.zeros((), device=batch.input_ids.device)
         for task in TASKS:
@@ -63,7 +65,8 @@ class StepMetrics:
         Args:
             over_processes: sums a tensor over all processes.
         """
-        flat = {name: total.to(device, torch.float32).flatten() for name, total in self.sums.items()}
+        counted = {"batches": torch.tensor(self.batches), "tokens": torch.tensor(self.tokens)}
+        flat = {name: total.to(device, torch.float32).flatten() for name, total in (self.sums | counted).items()}
         summed = over_processes(torch.cat(list(flat.values()))).cpu().split([len(v) for v in flat.values()])
         sums = dict(zip(flat, summed, strict=True))
         batches = sums["batches"].item()
@@ -80,7 +83,7 @@ class StepMetrics:
             "data_time": self.data_time / self.steps,
             "batch_time": self.batch_time / self.steps,
             "samples/sec/gpu": self.samples / self.batch_time,
-            "tokens/sec/gpu": self.sums["tokens"].item() / self.batch_time,
+            "tokens/sec/gpu": self.tokens / self.batch_time,
             "memory_gib": memory_in_use(device) / 2**30,
         }
 

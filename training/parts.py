@@ -7,7 +7,8 @@ from transformers import AutoTokenizer
 from common.config import mask_schedule_of, resolve_path
 from common.errors import UserError
 from models import MAGVITv2, Showo, ShowoConfig, UniversalPrompting, get_mask_schedule
-from models.checkpoint_io import read_json, resolve_folder
+from models.checkpoint_io import resolve_folder
+from models.clip_encoder import read_clip_config
 from models.modeling_showo import read_llm_config
 from models.pipeline_loading import load_magvitv2, without_loading_bars
 from training.batches import BatchBuilder
@@ -60,8 +61,7 @@ def _feature_size(config) -> dict[str, int]:
     if not config.model.showo.w_clip_vit:
         return {}
     folder = resolve_folder(resolve_path(config.model.clip_vit_name))
-    settings = read_json(folder / "config.json")
-    return {"clip_feature_size": (settings.get("vision_config") or settings).get("hidden_size", 1024)}
+    return {"clip_feature_size": read_clip_config(folder).hidden_size}
 
 
 def make_vq_model(config) -> MAGVITv2:

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed.tensor import DTensor
 
 from common.errors import UserError
+from common.launch import launched_processes
 
 
 def make_accelerator(config, written_by: int | None = None) -> Accelerator:
@@ -33,11 +34,7 @@ def make_accelerator(config, written_by: int | None = None) -> Accelerator:
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise UserError("the launch file asks for DeepSpeed, which is not installed: pip install 'deepspeed>=0.19'")
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate's MULTI_CPU without MPI
-        raise UserError(
-            "several processes were asked for, but each runs alone; use accelerate_configs/2_cpu_ddp.yaml as an example"
-        )
+    launched = launched_processes()
     on_cpus = launched > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,

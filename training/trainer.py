@@ -65,16 +65,16 @@ class Trainer:
         device = self.accelerator.device
         if self.start and not self.start.weights and not config.experiment.accept_config_changes:
             check_same_config(self.start.folder, config)
+        check_data(config)  # before anything is loaded
+        self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
+        prompting = make_prompting(config)
         flow_arguments = {
             "process": self.accelerator.process_index,
             "num_processes": self.accelerator.num_processes,
             "image_processor": understanding.image_processor,
+            "tokenizer": prompting.tokenizer,
+            "text_length": understanding.text_length(config, prompting),
         }
-        check_data(config)  # before anything is loaded
-        self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
-        prompting = make_prompting(config)
-        flow_arguments["tokenizer"] = prompting.tokenizer
-        flow_arguments["text_length"] = understanding.text_length(config, prompting)
         self.flows = build_flows(config, **flow_arguments)
         if training.overfit_one_batch:
             self.flows = {name: OneBatch(flow) for name, flow in self.flows.items()}

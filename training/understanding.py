@@ -1,14 +1,13 @@
 """What differs between the two understanding branches: how an mmu row is built and what is trainable (SPEC §2, §9)."""
 
 import torch
-from transformers import CLIPVisionConfig
 
 from common.config import resolve_path
 from common.errors import UserError
 from llava import SYSTEM_PROMPT, collate
 from models import OmniMask
 from models.checkpoint_io import resolve_folder
-from models.clip_encoder import image_processor_class
+from models.clip_encoder import image_processor_class, num_features, read_clip_config
 from models.pipeline_loading import load_clip, without_loading_bars
 from models.prompting import Rows
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
@@ -84,13 +83,12 @@ class ClipVitUnderstanding:
         try:
             folder = resolve_folder(self.clip_vit_name)
             self.image_processor = image_processor_class().from_pretrained(folder)
-            tower = CLIPVisionConfig.from_pretrained(folder)
+            self.num_features = num_features(read_clip_config(folder))
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"model.clip_vit_name={config.model.clip_vit_name}: no image processor or settings ({reason})"
             ) from error
-        self.num_features = (tower.image_size // tower.patch_size) ** 2
         self.tower = None
 
     def text_length(self, config, prompting) -> int:

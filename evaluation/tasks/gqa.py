@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.official_files import check_pictures, field, read_json, write_json
-from evaluation.task import Item, Paper, QuestionTask, Verdict, ratio, right_by
+from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, accuracies, right_by
 from models.images import load_image
 
-SUFFIX = "\nAnswer the question using a single word or phrase."
 FILE = "testdev_balanced_questions.json"
 KINDS = ("binary", "open")
 
@@ -46,7 +45,7 @@ class GQA(QuestionTask):
         facts = {"kind": "open" if structural == "query" else "binary"}
         image = f"{image}.jpg"
         opened = partial(load_image, self._folder / image)
-        return Item(key, question + SUFFIX, opened, image, image, facts=facts, expected=answer)
+        return Item(key, question + SHORT_ANSWER, opened, image, image, facts=facts, expected=answer)
 
     def judge(self, items, answers) -> list[Verdict]:
         parsed = [answer.rstrip(".").lower() for answer in answers]
@@ -56,8 +55,7 @@ class GQA(QuestionTask):
         return right_by([item.facts["kind"] for item in items], verdicts)
 
     def figures(self, sums) -> dict[str, np.ndarray]:
-        right, total = (sum(sums[f"{kind}{end}"] for kind in KINDS) for end in (" right", ""))
-        return {"accuracy": 100 * ratio(right, total)} | {k: 100 * ratio(sums[f"{k} right"], sums[k]) for k in KINDS}
+        return accuracies(sums, KINDS)
 
     def write_submission(self, folder, items, answers):
         """`testdev_balanced_predictions.json`, as the official `eval.py` reads it."""

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.official_files import check_pictures, field, read_json_lines, unique_keys, write_json_lines
-from evaluation.task import Item, Paper, QuestionTask, Verdict, ratio
+from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, ratio
 from models.images import load_image
 
 SPLITS = ("random", "popular", "adversarial")
-SUFFIX = "\nAnswer the question using a single word or phrase."  # as LLaVA's evaluation files have it
 
 
 class POPE(QuestionTask):
@@ -46,7 +45,9 @@ class POPE(QuestionTask):
             label = field(place, record, "label", str, ("yes", "no"))
             opened, facts = partial(load_image, self._folder / image), {"split": split, "question": text}
             # The splits share their pictures, so pictures are resampled, not questions.
-            items.append(Item(f"{split}-{number}", text + SUFFIX, opened, image, image, facts=facts, expected=label))
+            items.append(
+                Item(f"{split}-{number}", text + SHORT_ANSWER, opened, image, image, facts=facts, expected=label)
+            )
         unique_keys([item.key for item in items], file, "question_id")
         return items
 

@@ -10,11 +10,10 @@ import numpy as np
 
 from common.errors import UserError
 from evaluation.official_files import check_pictures, field, read_json, unique_keys, write_json
-from evaluation.task import Item, Paper, QuestionTask, Verdict, ratio, right_by
+from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, accuracies, right_by
 from evaluation.vqa_normalization import one_line, vqa_accuracy
 from models.images import load_image
 
-SUFFIX = "\nAnswer the question using a single word or phrase."
 SPLITS = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
 SIZES = {"val": 214354, "test-dev": 107394, "test": 447793}
 KINDS = ("yes/no", "number", "other")
@@ -82,7 +81,7 @@ class VQAv2(QuestionTask):
         facts = annotations.get(key, {"most": ""})
         image = f"{pictures}/COCO_{pictures}_{image_id:012d}.jpg"
         opened = partial(load_image, self.root / "coco" / image)
-        return Item(str(key), question + SUFFIX, opened, image, image, facts=facts, expected=facts["most"])
+        return Item(str(key), question + SHORT_ANSWER, opened, image, image, facts=facts, expected=facts["most"])
 
     def judge(self, items, answers) -> list[Verdict]:
         pairs = zip(items, answers, strict=True)
@@ -92,8 +91,7 @@ class VQAv2(QuestionTask):
         return right_by([item.facts["kind"] for item in items], verdicts)
 
     def figures(self, sums) -> dict[str, np.ndarray]:
-        right, total = (sum(sums[f"{kind}{end}"] for kind in KINDS) for end in (" right", ""))
-        return {"accuracy": 100 * ratio(right, total)} | {k: 100 * ratio(sums[f"{k} right"], sums[k]) for k in KINDS}
+        return accuracies(sums, KINDS)
 
     def write_submission(self, folder, items, answers):
         """`v2_OpenEnded_mscoco_{split}_showo_results.json`, as the official code and the server read it."""

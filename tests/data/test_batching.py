@@ -2,7 +2,7 @@
 
 import torch
 
-from training.data.batching import Batch, collate_images, pack, stack, unpack
+from training.data.batching import Batch, pack, stack, unpack
 
 
 def items() -> list[dict]:
@@ -44,7 +44,7 @@ def test_texts_and_batches_of_mixed_items_stay_as_they_are():
 
 def test_stacking_takes_what_is_stacked_already():
     batch = unpack(pack(items()))
-    pixels, texts = collate_images(batch)
+    pixels, texts = stack(batch, "image"), [item["text"] for item in batch]
     assert pixels is batch.stacked["image"]
     assert texts == ["text 0", "text 1", "text 2"]
     assert torch.equal(stack(batch[:2], "image"), pixels[:2]), "a part of a batch is a plain list"

@@ -17,8 +17,9 @@ from common.errors import UserError
 from models.clip_encoder import image_processor_class
 from models.images import preprocess
 from tests.training.tiny import CAPTIONS, config_of, image_bytes, picture, sample, write_shard, write_texts, write_world
+from training.data.batching import stack
 from training.data.captions import CAPTION_INSTRUCTIONS
-from training.data.flows import build_flows, check_data, collate_images, end_together, stack
+from training.data.flows import build_flows, check_data, end_together
 from training.data.sources import Resampled
 from training.data.streams import Flow
 
@@ -123,7 +124,8 @@ def test_captions_from_elsewhere_need_the_key_that_turns_them_on(world):
 def test_shards(world):
     flows = flows_of(world, {f"{PREPROCESSING}.resolution": 16})
     assert list(flows) == list(FLOWS)
-    pixels, texts = collate_images(next(flows["t2i"]))
+    batch = next(flows["t2i"])
+    pixels, texts = stack(batch, "image"), [item["text"] for item in batch]
     assert pixels.shape == (4, 3, 16, 16) and -1 <= pixels.min() < pixels.max() <= 1
     assert set(texts) <= set(CAPTIONS)
     assert all("\n" not in text for text in next(flows["lm"])) and len(next(flows["lm"])) == 1

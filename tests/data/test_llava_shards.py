@@ -7,8 +7,8 @@ import pytest
 
 from common.errors import UserError
 from tests.training.tiny import CAPTIONS, image_bytes, picture
-from training.data.flows import read_shards
 from training.data.llava_shards import main, questions_and_answers
+from training.data.shards import read_shards
 
 
 def turns(*texts: str, first: str = "human") -> list[dict]:

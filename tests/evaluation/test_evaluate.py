@@ -15,7 +15,6 @@ from PIL import Image
 
 import evaluate
 from common.errors import UserError
-from evaluation.answering import Answerer
 from evaluation.registry import TASKS
 from models import CLIPVisionTower, ShowoPipeline
 from tests.evaluation.conftest import Evaluation
@@ -93,17 +92,17 @@ def test_what_is_answered_is_not_asked_again(evaluation, monkeypatch):
     whole = file.read_text().splitlines(keepends=True)
     file.write_text(whole[0] + whole[1][:20])
     asked = []
-    answer_each = Answerer.answer_each
+    answer_each = ShowoPipeline.answer_each
 
     def counted(self, images, questions, **settings):
         asked.extend(questions)
         return answer_each(self, images, questions, **settings)
 
-    monkeypatch.setattr(Answerer, "answer_each", counted)
+    monkeypatch.setattr(ShowoPipeline, "answer_each", counted)
     evaluation.run("gqa,flickr30k", "batch_size=1")
     assert [question.split("?")[0] for question in asked] == ["What 202", "What 203"]
     assert (evaluation.folder / "results.md").read_text() == table
-    monkeypatch.setattr(Answerer, "from_config", None)  # when nothing is missing no weights are read
+    monkeypatch.setattr(ShowoPipeline, "from_config", None)  # when nothing is missing no weights are read
     evaluation.run("gqa,flickr30k")
     assert (evaluation.folder / "results.md").read_text() == table
 

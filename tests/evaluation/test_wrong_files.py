@@ -9,7 +9,7 @@ import pytest
 
 import evaluate
 from common.errors import UserError
-from evaluation.answering import Answerer
+from models import ShowoPipeline
 from tests.evaluation.conftest import Evaluation
 from tests.evaluation.official import MMMU_ROWS, WRITERS
 
@@ -17,7 +17,7 @@ from tests.evaluation.official import MMMU_ROWS, WRITERS
 @pytest.fixture
 def refused(places, tmp_path, monkeypatch):
     """Writes a benchmark, damages it, and returns the one line of the refusal."""
-    monkeypatch.setattr(Answerer, "from_config", None)
+    monkeypatch.setattr(ShowoPipeline, "from_config", None)
     evaluation = Evaluation(places["demo"], tmp_path / "data", tmp_path / "out")
     evaluation.root.mkdir()
 

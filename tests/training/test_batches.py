@@ -5,16 +5,11 @@ import torch
 
 from models import OmniMask
 from models.images import preprocess
-from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, config_of, make_vq_model, picture, write_world
+from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, config_of, make_vq_model, picture
 from training.parts import make_builder, make_model, make_prompting
 from training.understanding import VqUnderstanding
 
 LENGTH = MAX_TEXT + 1 + NUM_TOKENS + 2
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world") / "tiny")
 
 
 def items(*captions: str) -> list[dict]:

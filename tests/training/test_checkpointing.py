@@ -19,13 +19,6 @@ FILES |= {"random_states_0.pkl", "streams_0.json", "unwrapped_model"}
 STREAMS = {"t2i": StreamState(7, [28, 31]), "lm": StreamState(7, [7, 7])}
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 def tiny_showo() -> Showo:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     llm = {"model_type": "phi", "vocab_size": 20, "tie_word_embeddings": True, **sizes}

@@ -43,13 +43,6 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 def settings(world, und_type="llava_pretrain", **changes) -> dict:
     """What the CLIP-ViT branch needs beyond the tiny world's own settings."""
     rounds = 1 if und_type == "llava_pretrain" else 2

@@ -9,23 +9,11 @@ from accelerate.state import AcceleratorState
 
 from common.errors import UserError
 from models import Showo
-from tests.training.tiny import config_of, metrics_of, write_world
+from tests.training.tiny import config_of, metrics_of
 from training.checkpointing import checkpoints
 from training.guards import FiniteLosses, check_writable, only_run_in
 from training.trainer import Trainer
 from training.understanding import VqUnderstanding
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def make_trainer(world, output_dir, overrides=None) -> Trainer:

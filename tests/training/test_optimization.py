@@ -7,13 +7,8 @@ import torch
 from torch import nn
 
 from models import Showo, ShowoConfig
-from tests.training.tiny import config_of, write_world
+from tests.training.tiny import config_of
 from training.optimization import WeightAverage, gradient_norms, make_optimizer, make_schedule, parameter_groups
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world") / "tiny")
 
 
 def tiny_showo(**settings) -> Showo:

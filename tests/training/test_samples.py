@@ -5,18 +5,13 @@ import pytest
 import torch
 
 from models.images import to_pil
-from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, config_of, make_vq_model, write_world
+from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, config_of, make_vq_model
 from training.data.flows import build_flows
 from training.parts import make_builder, make_model, make_prompting
 from training.samples import draw, predict_masked
 from training.understanding import VqUnderstanding
 
 IMAGE = slice(MAX_TEXT + 2, MAX_TEXT + 2 + NUM_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world") / "tiny")
 
 
 def make(world, **training):

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from models.images import preprocess
-from tests.training.tiny import CAPTIONS, arguments, metrics_of, picture, write_world
+from tests.training.tiny import CAPTIONS, arguments, metrics_of, picture
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
@@ -31,11 +31,6 @@ SETTINGS = {
     "dataset.params.num_workers": 1,
     "model.gradient_checkpointing": True,
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world") / "tiny")
 
 
 def launcher(kind: str, processes: int) -> list[str]:

@@ -24,7 +24,6 @@ from tests.training.tiny import (
     config_of,
     metrics_of,
     write_llm,
-    write_world,
 )
 from training.checkpointing import checkpoints
 from training.trainer import Trainer
@@ -32,18 +31,6 @@ from training.understanding import VqUnderstanding
 
 ROOT = Path(__file__).resolve().parents[2]
 PANELS = ("generated-images", "original-images-v-s-reconstructed-images-v-s-predicted-images")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def make_trainer(world, output_dir=None, overrides=None) -> Trainer:
@@ -241,7 +228,7 @@ def test_the_rate_follows_optimiser_steps_under_accumulation(world, tmp_path):
     assert trainer.schedule.get_last_lr()[0] == pytest.approx(1e-3 * (1 + math.cos(math.pi / 4)))
     assert [flow.batches for flow in trainer.flows.values()] == [6, 6, 6]
     assert trainer.average.updates == trainer.state.global_step == 3
-    assert trainer.metrics.sums["batches"] == 6 and trainer.metrics.samples == 6 * 7
+    assert trainer.metrics.batches == 6 and trainer.metrics.samples == 6 * 7
 
 
 def test_accumulating_equals_one_large_batch(world, tmp_path):

@@ -65,11 +65,6 @@ def _pinned(column: torch.Tensor | tuple | list) -> torch.Tensor | tuple | list:
     return column.pin_memory() if isinstance(column, torch.Tensor) else column
 
 
-def collate_images(items: list[dict]) -> tuple[torch.Tensor, list[str]]:
-    """(B, 3, res, res) pixels and B texts."""
-    return stack(items, "image"), [item["text"] for item in items]
-
-
 def stack(items: list[dict], key: str) -> torch.Tensor:
     """The items' tensors of one key as (B, …); without copying them again where they came as one."""
     stacked = items.stacked if isinstance(items, Batch) else {}

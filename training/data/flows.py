@@ -13,7 +13,6 @@ from typing import Any
 from common.config import resolve_path
 from common.errors import UserError
 from llava import encode_conversation, encode_plain
-from training.data.batching import collate_images, stack
 from training.data.captions import Captions, ExternalCaptions
 from training.data.encoding_records import tokenizer_sha256
 from training.data.flow_paths import LLAVA, FlowPaths, all_or_problems
@@ -23,12 +22,10 @@ from training.data.json_records import JsonTable
 from training.data.language import Documents, text_item
 from training.data.llava_flow import LlavaItem, LlavaRecords
 from training.data.parquet import IMAGE_COLUMNS, TEXT_COLUMNS, ParquetUnits
-from training.data.paths import JSON, PARQUET, expand_paths, has_suffix
+from training.data.paths import JSON, PARQUET, has_suffix
 from training.data.shards import ShardUnits, check_codes, manifests, read_shards
 from training.data.sources import Epochs, Resampled, Source
 from training.data.streams import Flow
-
-__all__ = ["build_flows", "check_data", "check_tokenizer", "collate_images", "expand_paths", "read_shards", "stack"]
 
 
 def build_flows(

@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from models.clip_encoder import image_processor_class
+from models.clip_encoder import image_processor_class, num_features
 from models.pipeline_loading import without_loading_bars
 
 
@@ -68,8 +68,7 @@ def main(argv: list[str]) -> None:
         make_tower(config).save_pretrained(config.output_dir)
     processor = image_processor_class()(size={"shortest_edge": config.image_size}, crop_size=side)
     processor.save_pretrained(config.output_dir)
-    num_features = (config.image_size // config.patch_size) ** 2
-    print(f"{config.output_dir}: {num_features} features of {config.hidden_size} numbers")
+    print(f"{config.output_dir}: {num_features(config)} features of {config.hidden_size} numbers")
 
 
 if __name__ == "__main__":
