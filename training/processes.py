@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.errors import UserError
 from common.launch import launched_processes
@@ -53,6 +54,8 @@ def make_accelerator(config, written_by: int | None = None) -> Accelerator:
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if accelerator.state.deepspeed_plugin is not None:
         _configure_deepspeed(accelerator.state.deepspeed_plugin, config)
+        # Under ZeRO-3 transformers would shard every model it loads, the frozen ones, too, which nobody gathers.
+        unset_hf_deepspeed_config()
         if written_by not in (None, launched):
             accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
     return accelerator

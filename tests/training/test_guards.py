@@ -1,5 +1,6 @@
 """What protects a run: folders, locks, signals, configurations, and losses that are no numbers."""
 
+import json
 import resource
 import shutil
 
@@ -231,3 +232,35 @@ def test_held_out_losses_are_the_same_every_time_and_disturb_nothing(world, tmp_
 
 def test_without_held_out_data_nothing_is_evaluated(finished):
     assert not [line for line in metrics_of(finished) if any("eval" in key for key in line)]
+
+
+# ---- checkpoints and launches that do not serve ----
+
+
+def test_an_incomplete_checkpoint_is_refused(world, tmp_path):
+    folder = tmp_path / "out" / "checkpoint-4"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"metadata\.json is missing"):
+        make_trainer(world, tmp_path / "out")
+    (folder / "metadata.json").write_text('{"global_step": 4}')
+    with pytest.raises(UserError, match="checkpoint-4 is incomplete .*remove it or copy it again"):
+        make_trainer(world, tmp_path / "out")
+
+
+def test_a_checkpoint_of_another_shape_is_refused(world, tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "out")
+    shutil.copytree(world / "llm", tmp_path / "llm")
+    settings = json.loads((tmp_path / "llm" / "config.json").read_text())
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(settings | {"hidden_size": 16, "intermediate_size": 32}))
+    changes = {"model.showo.llm_model_path": tmp_path / "llm", "experiment.accept_config_changes": True}
+    with pytest.raises(UserError, match="checkpoint-6 cannot be continued from") as error:
+        run(world, tmp_path / "out", changes | {"training.max_train_steps": 7})
+    assert "\n" not in str(error.value)
+
+
+def test_a_launch_with_deepspeed_needs_it_installed(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("training.processes.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="asks for DeepSpeed, which is not installed: pip install"):
+        make_trainer(world, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
