@@ -14,6 +14,8 @@ QUESTIONS := What is this? *** Describe the picture.
 WORLD := data/emoji_world
 LLM := outputs/showo-tiny-llm
 TOKENIZER := outputs/showo-tiny-magvitv2
+# bf16 is twice as fast on processors that have it, and twenty times slower on others.
+PRECISION ?= $(shell grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo bf16 || echo no)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick test-multiprocess test-all lint format data-emoji train-tiny \
@@ -78,11 +80,12 @@ train-tiny: data-emoji ## train the small default from nothing into outputs/ (ho
 
 # Two processes with one thread each train faster on two cores than one process with two.
 train-tiny-resume: $(READY) ## the same without making the data again
-	$(PY) training/train_magvitv2.py config=configs/showo_tiny_magvitv2.yaml experiment.output_dir=$(TOKENIZER)
+	$(PY) training/train_magvitv2.py config=configs/showo_tiny_magvitv2.yaml experiment.output_dir=$(TOKENIZER) \
+		training.mixed_precision=$(PRECISION)
 	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(VENV)/bin/accelerate launch --config_file accelerate_configs/2_cpu_ddp.yaml \
 		training/train.py config=configs/showo_tiny_train.yaml \
 		model.showo.llm_model_path=$(LLM) model.vq_model.vq_model_name=$(TOKENIZER) \
-		training.batch_size_t2i=11 training.batch_size_lm=1 training.batch_size_mmu=4
+		training.batch_size_t2i=11 training.batch_size_lm=1 training.batch_size_mmu=4 training.mixed_precision=$(PRECISION)
 
 # Each stage starts from the one before; a stage that has ended is passed over, one that was stopped goes on.
 TUNINGS := instruction_tuning_1 instruction_tuning_2
