@@ -10,13 +10,16 @@ from functools import wraps
 import torch
 import torch.nn.functional as F
 
-from models.greedy_head import greedy_head
+from models.decoding import PromptLookup, Prompts
+from models.greedy_head import greedy_head, is_plain_linear
 from models.incremental import incremental
 from models.omni_attention import OmniMask
 from models.sampling import Schedule, get_mask_schedule, is_greedy, maskgit_step, sample_next
+from models.thin import product
 from models.vocabulary import Vocabulary
 
 # B images or prompts, N image positions, U unknown ones, C codes, L row length, T new tokens, H hidden size
+MAX_DRAFT = 15  # tokens
 GREEDY_HEAD_PAYS = 16  # new tokens that are worth the making of a `GreedyHead`
 
 
@@ -116,6 +119,7 @@ class ShowoGeneration:
         generator: torch.Generator | None = None,
         attention_mask: OmniMask | None = None,
         callback: Callable[[torch.Tensor], None] | None = None,
+        max_draft: int | None = None,
     ) -> torch.Tensor:
         """Text after a prompt, one token at a time over a key/value cache.
 
@@ -126,45 +130,81 @@ class ShowoGeneration:
             eot_token: id or ids that end a row; each row stops by itself and is filled with the pad id.
             attention_mask: mask of the prompts; default: read off the ids.
             callback: called with the (B,) new ids after each token.
+            max_draft: most tokens of a single row that are guessed from its earlier text and checked in one pass; the
+                tokens stay the same. Default: `MAX_DRAFT` in fp32; 0 in half precision, whose rounding may differ.
 
         Returns:
             (B, T) int64 new ids, T <= max_new_tokens, the end token included.
         """
-        pad_id = self.vocabulary.pad_id
         if attention_mask is None:
-            input_ids = _align_right(input_ids, pad_id)
-            attention_mask = OmniMask.from_ids(input_ids, self.vocabulary)
-        length = input_ids.shape[1]
-        mask = attention_mask.extend(max_new_tokens)
+            prompts = Prompts.of(input_ids, self.vocabulary, max_new_tokens, image_features)
+        else:
+            lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
+            mask = attention_mask.extend(max_new_tokens)
+            prompts = Prompts(input_ids, lengths, mask, image_features=image_features)
         stops = [eot_token] if isinstance(eot_token, int) else list(eot_token or [])
         stops = torch.tensor(stops, dtype=torch.long, device=input_ids.device)
-        transformer = incremental(self, mask)
-        last = torch.full((len(input_ids), 1), length - 1, device=input_ids.device)
-        hidden = transformer.extend(input_ids, image_features=image_features, needed=last)  # (B, 1, H)
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        next_token = self._next_token(len(input_ids), max_new_tokens, generator, **settings)
         finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         new_ids = []
-        for _ in range(max_new_tokens):
-            token = next_token(hidden[:, -1]).masked_fill(finished, pad_id)  # (B,)
+        for token in self._new_tokens(prompts, max_new_tokens, max_draft, settings, generator):
+            token = token.masked_fill(finished, self.vocabulary.pad_id)
             new_ids.append(token)
             if callback is not None:
                 callback(token)
             finished = finished | torch.isin(token, stops)
-            if finished.all() or len(new_ids) == max_new_tokens:
+            if finished.all():
                 break
-            hidden = transformer.extend(token[:, None])
         return torch.stack(new_ids, dim=1) if new_ids else input_ids[:, :0]
 
-    def _next_token(self, num_rows: int, max_new_tokens: int, generator: torch.Generator | None, **settings):
-        """The function from hidden states (B, H) to new ids (B,) that these settings of `sample_next` ask for."""
-        head = self.showo.lm_head
-        quick = None
-        if is_greedy(**settings) and max_new_tokens >= GREEDY_HEAD_PAYS:
-            quick = greedy_head(head, num_rows)
-        if quick is not None:
-            return quick.argmax
-        return lambda hidden: sample_next(head(hidden).float(), **settings, generator=generator)
+    def _new_tokens(self, prompts: Prompts, count: int, max_draft: int | None, settings: dict, generator):
+        """Yields (B,) new ids, `count` times; each is computed when it is asked for, or with the guess it confirms."""
+        transformer, hidden = prompts.read(self)  # (B, 1, H)
+        choose = self._chooser(len(hidden), count, settings, generator)
+        lookup, guess = self._lookup(prompts.input_ids, max_draft), []
+        while count:
+            for right, token in enumerate(choose(hidden)):  # behind the ids that were known, then behind each guess
+                yield token
+                count -= 1
+                if lookup is not None:
+                    lookup.add(int(token))
+                if right == len(guess) or int(token) != guess[right] or not count:
+                    break
+            if not count:
+                return
+            if lookup is not None:
+                transformer.forget(len(guess) - right)
+                lookup.learn(len(guess), right)
+                guess = lookup.guess(count - 1)
+            piece = torch.cat([token, token.new_tensor(guess)])[None] if guess else token[:, None]
+            hidden = transformer.extend(piece)  # (B, 1 + guesses, H)
+
+    def _lookup(self, input_ids: torch.Tensor, max_draft: int | None) -> PromptLookup | None:
+        if max_draft is None:  # in half precision the rounding of a pass depends on the number of its positions
+            max_draft = MAX_DRAFT if self.showo.lm_head.weight.dtype == torch.float32 else 0
+        return PromptLookup(input_ids[0].tolist(), max_draft) if max_draft and len(input_ids) == 1 else None
+
+    def _chooser(self, num_rows: int, max_new_tokens: int, settings: dict, generator: torch.Generator | None):
+        """The function from hidden states (B, n, H) to n new ids (B,), drawn one after the other as they are needed."""
+        head, greedy = self.showo.lm_head, is_greedy(**settings)
+        quick = greedy_head(head, num_rows) if greedy and max_new_tokens >= GREEDY_HEAD_PAYS else None
+
+        def choose(hidden: torch.Tensor):
+            if quick is not None:
+                yield from quick.argmax(hidden.flatten(0, 1)).view(hidden.shape[:2]).unbind(1)
+                return
+            logits = _run_head(head, hidden).float()
+            for position in logits.unbind(1):
+                yield sample_next(position, **settings, generator=generator)
+
+        return choose
+
+
+def _run_head(head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (B, n, V)."""
+    if not is_plain_linear(head):
+        return head(hidden)
+    return product(hidden.flatten(0, 1), head.weight, head.bias).unflatten(0, hidden.shape[:2])
 
 
 class _ImageBlock:
@@ -214,11 +254,3 @@ def _common_soi(rows: torch.Tensor, vocabulary: Vocabulary) -> int:
             "build them with UniversalPrompting 't2i_gen'"
         )
     return int(index[0])
-
-
-def _align_right(input_ids: torch.Tensor, pad_id: int) -> torch.Tensor:
-    """Moves padding to the left and drops what all rows share, so that every prompt ends at the last position."""
-    is_text = input_ids != pad_id
-    order = is_text.int().sort(dim=1, stable=True).indices  # pads first, text in its order
-    longest = int(is_text.sum(1).max())
-    return input_ids.gather(1, order)[:, input_ids.shape[1] - longest :]

@@ -8,8 +8,9 @@ the answer is the argmax of the whole head.
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from models.thin import product
 
 # V tokens, H hidden size, B rows, K candidates
 SMALLEST = 2**22  # weights; below, one plain product is as fast
@@ -36,11 +37,11 @@ class GreedyHead:
             self.norm = max(self.norm, float(block.norm(dim=1).max()))
             self.error = max(self.error, float((block - rounded.mul_(scale)).norm(dim=1).max()))
         self.probe = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
-        self.seen = F.linear(self.probe, weight)
+        self.seen = product(self.probe, weight)
 
     def is_copy_of(self, head: nn.Linear) -> bool:
         """Whether the weights still are what was copied: all products with one random row are the same."""
-        return torch.equal(F.linear(self.probe, head.weight), self.seen) and torch.equal(_bias(head), self.bias)
+        return torch.equal(product(self.probe, head.weight), self.seen) and torch.equal(_bias(head), self.bias)
 
     def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, H) fp32 -> (B,) int64: ``(hidden @ weight.T + bias).argmax(1)``."""
@@ -52,7 +53,7 @@ class GreedyHead:
         rough += self.bias
         can_win = rough >= (rough.amax(1) - 2 * bound)[:, None]
         candidates = can_win.any(0).nonzero()[:, 0]  # (K,), ascending, so equal logits are resolved as by argmax
-        logits = F.linear(hidden, self.weight[candidates], self.bias[candidates])
+        logits = product(hidden, self.weight[candidates], self.bias[candidates])
         return candidates[logits.argmax(-1)]
 
 
@@ -60,13 +61,17 @@ def _bias(head: nn.Linear) -> torch.Tensor:
     return torch.zeros(head.out_features) if head.bias is None else head.bias.detach()
 
 
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether weight and bias alone say what the module computes."""
+    return type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+
+
 def greedy_head(head: nn.Linear, num_rows: int) -> GreedyHead | None:
     """The head's `GreedyHead`, made at the first call and again when the weights have changed; None where a plain
     product is better (small heads, many rows, other devices and precisions)."""
     weight = head.weight
-    is_plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
     is_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not is_plain or not is_cpu or weight.numel() < SMALLEST or num_rows > MOST_ROWS:
+    if not is_plain_linear(head) or not is_cpu or weight.numel() < SMALLEST or num_rows > MOST_ROWS:
         return None
     if head not in _copies or not _copies[head].is_copy_of(head):
         _copies[head] = GreedyHead(head)

@@ -14,13 +14,18 @@ from transformers.activations import NewGELUActivation
 from transformers.cache_utils import Cache, DynamicLayer
 
 from models.omni_attention import OmniMask
+from models.thin import ThinLayers, is_thin, rotate
 
 # R rows, B distinct rows of ids (R is a multiple), n positions of a piece, U needed ones, H hidden size, d head size
 
 
-def incremental(model, mask: OmniMask) -> "PlainPhi | ModulePhi":
-    """A runner for rows with the attention of `mask`, which covers all positions that will come."""
-    return PlainPhi(model, mask) if _is_plain(model.showo) else ModulePhi(model, mask)
+def incremental(model, mask: OmniMask, positions: torch.Tensor | None = None) -> "PlainPhi | ModulePhi":
+    """A runner for rows with the attention of `mask`, which covers all positions that will come.
+
+    Args:
+        positions: (R, room) int64 rotary positions; default: 0, 1, … in every row.
+    """
+    return (PlainPhi if _is_plain(model.showo) else ModulePhi)(model, mask, positions)
 
 
 class PlainPhi:
@@ -30,17 +35,27 @@ class PlainPhi:
     the positions that are asked for.
     """
 
-    def __init__(self, model, mask: OmniMask):
-        phi = model.showo.model
+    def __init__(self, model, mask: OmniMask, positions: torch.Tensor | None = None):
+        self.phi = phi = model.showo.model
         self.embed, self.embed_tokens, self.final_norm = model.embed, phi.embed_tokens, _norm(phi.final_layernorm)
-        self.mask, self.length = mask, 0
-        num_rows, _, _, room = mask.shape
-        self.layers = [_PlainLayer(layer, num_rows, room) for layer in phi.layers]
-        position = torch.arange(room, device=mask.device)
-        cos, sin = phi.rotary_emb(phi.embed_tokens.weight, position[None])  # (1, room, r), both halves equal
+        self.layers = [_PlainLayer(layer) for layer in phi.layers]
+        self.length, self.thin = 0, None
+        self._lay_out(mask, positions)
+
+    def _lay_out(self, mask: OmniMask, positions: torch.Tensor | None) -> None:
+        """Room for rows of this mask, and the rotation of every position."""
+        self.mask, self.bias_of, self.bias = mask, None, None
+        for layer in self.layers:
+            layer.make_room(mask.shape[0], mask.shape[3])
+        if positions is None:
+            positions = torch.arange(mask.shape[3], device=mask.device)[None]
+        cos, sin = self.phi.rotary_emb(self.embed_tokens.weight, positions)  # (1 or R, room, r), both halves equal
         half = cos.shape[-1] // 2
-        self.cos, self.sin = cos[0, :, None, :half], sin[0, :, None, :half]  # (room, 1, r / 2)
-        self.bias_of, self.bias = None, None
+        self.cos, self.sin = cos[:, :, None, :half], sin[:, :, None, :half]  # (1 or R, room, 1, r / 2)
+
+    def spread(self, mask: OmniMask, positions: torch.Tensor | None = None) -> None:
+        """What has been read, as one row, becomes the beginning of all rows of another mask."""
+        self._lay_out(mask, positions)
 
     def extend(
         self,
@@ -59,7 +74,10 @@ class PlainPhi:
         hidden = self.embed_tokens(input_ids) if self.length else self.embed(input_ids, image_features)
         start, self.length = self.length, self.length + input_ids.shape[1]
         new = slice(start, self.length)
-        rotation, bias = (self.cos[new], self.sin[new]), self._bias(start, hidden)
+        rotation, bias = (self.cos[:, new], self.sin[:, new]), self._bias(start, hidden)
+        if needed is None and start and is_thin(hidden):
+            self.thin = self.thin or ThinLayers.of(self.phi, self.layers)
+            return F.layer_norm(self.thin.run(hidden, self.layers, new, rotation, bias), *self.final_norm)
         for layer in self.layers[:-1]:
             hidden = layer.run(hidden, new, rotation, bias)
         hidden = self.layers[-1].run(hidden, new, rotation, bias, needed)
@@ -83,10 +101,10 @@ class PlainPhi:
 class _PlainLayer:
     """The weights of a layer, and its keys and values (R, room, heads, d)."""
 
-    def __init__(self, layer: nn.Module, num_rows: int, room: int):
+    def __init__(self, layer: nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
-        self.shape = num_rows, room, attention.q_proj.out_features // attention.head_dim, attention.head_dim
-        self.keys = self.values = None
+        self.heads = attention.q_proj.out_features // attention.head_dim, attention.head_dim
+        self.shape, self.keys, self.values = (), None, None
         self.norm, self.query_norm, self.key_norm = map(
             _norm, (layer.input_layernorm, attention.q_layernorm, attention.k_layernorm)
         )
@@ -95,6 +113,14 @@ class _PlainLayer:
         # transformers spells Phi's GELU out in seven passes over memory; torch has the same formula in one
         is_tanh_gelu = isinstance(mlp.activation_fn, NewGELUActivation)
         self.activation = partial(F.gelu, approximate="tanh") if is_tanh_gelu else mlp.activation_fn
+
+    def make_room(self, num_rows: int, room: int) -> None:
+        """For keys and values of so many rows and positions; what one row holds already is where all of them begin."""
+        before, self.shape = (self.keys, self.values), (num_rows, room, *self.heads)
+        self.keys = self.values = None
+        if before[0] is not None:
+            self.keys, self.values = (old.new_empty(self.shape) for old in before)
+            self.keys[:, : before[0].shape[1]], self.values[:, : before[0].shape[1]] = before
 
     def run(
         self,
@@ -110,10 +136,11 @@ class _PlainLayer:
         keys, values = self._keep(normed, new, rotation)
         if needed is not None:
             needed = needed.repeat(len(hidden) // len(needed), 1)
-            normed, hidden, rotation = _pick(normed, needed), _pick(hidden, needed), [x[needed] for x in rotation]
+            row = torch.arange(len(needed), device=needed.device)[:, None] if len(rotation[0]) > 1 else 0
+            normed, hidden, rotation = _pick(normed, needed), _pick(hidden, needed), [x[row, needed] for x in rotation]
             if bias is not None and bias.shape[2] > 1:
                 bias = _pick(bias[:, 0], needed.repeat(groups, 1))[:, None]
-        query = _rotate(F.layer_norm(self._heads(normed, self.query), *self.query_norm), *rotation).transpose(1, 2)
+        query = rotate(F.layer_norm(self._heads(normed, self.query), *self.query_norm), *rotation).transpose(1, 2)
         own = hidden + F.linear(self.activation(F.linear(normed, *self.fc1)), *self.fc2)
         if groups > 1:
             query, own = query.repeat(groups, 1, 1, 1), own.repeat(groups, 1, 1)
@@ -121,9 +148,12 @@ class _PlainLayer:
         return own + F.linear(mixed.transpose(1, 2).flatten(2), *self.dense)
 
     def _keep(self, normed: torch.Tensor, new: slice, rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the new keys and values; returns all so far, (R, heads, length, d)."""
-        key = _rotate(F.layer_norm(self._heads(normed, self.key), *self.key_norm), *rotation)
-        value = self._heads(normed, self.value)
+        """The new keys and values, written; all so far."""
+        key = rotate(F.layer_norm(self._heads(normed, self.key), *self.key_norm), *rotation)
+        return self.keep(key, self._heads(normed, self.value), new)
+
+    def keep(self, key: torch.Tensor, value: torch.Tensor, new: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes (rows, n, heads, d) of the new positions; returns all so far, (R, heads, length, d)."""
         if self.keys is None:
             self.keys, self.values = key.new_empty(self.shape), value.new_empty(self.shape)
         groups = self.shape[0] // len(key)
@@ -133,14 +163,14 @@ class _PlainLayer:
 
     def _heads(self, normed: torch.Tensor, projection: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """(rows, n, H) -> (rows, n, heads, d)"""
-        return F.linear(normed, *projection).view(*normed.shape[:2], *self.shape[2:])
+        return F.linear(normed, *projection).view(*normed.shape[:2], *self.heads)
 
 
 class ModulePhi:
     """The same through transformers' modules and cache."""
 
-    def __init__(self, model, mask: OmniMask):
-        self.model, self.mask, self.length = model, mask, 0
+    def __init__(self, model, mask: OmniMask, positions: torch.Tensor | None = None):
+        self.model, self.mask, self.positions, self.length = model, mask, positions, 0
         num_layers = model.showo.config.num_hidden_layers
         self.cache = Cache(layers=[_RoomyLayer(mask.shape[3]) for _ in range(num_layers)])
 
@@ -158,6 +188,7 @@ class ModulePhi:
             input_ids.repeat(groups, 1),
             self.mask.rows(start, self.length),
             image_features=image_features,
+            position_ids=None if self.positions is None else self.positions[:, start : self.length],
             past_key_values=self.cache,
         )
         return hidden if needed is None else _pick(hidden, needed.repeat(groups, 1))
@@ -166,6 +197,12 @@ class ModulePhi:
         """Drops the last `count` positions."""
         self.length -= count
         self.cache.crop(-count)  # transformers takes the number of positions to drop as negative
+
+    def spread(self, mask: OmniMask, positions: torch.Tensor | None = None) -> None:
+        """As `PlainPhi.spread`."""
+        self.mask, self.positions = mask, positions
+        for layer in self.cache.layers:
+            layer.spread(mask.shape[0], mask.shape[3])
 
 
 class _RoomyLayer(DynamicLayer):
@@ -187,6 +224,14 @@ class _RoomyLayer(DynamicLayer):
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def spread(self, num_rows: int, room: int) -> None:
+        """What one row holds becomes the beginning of so many rows, with room for so many positions."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(num_rows, old.shape[1], room, old.shape[3])
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -214,16 +259,6 @@ def _is_changed(module: nn.Module) -> bool:
 def _norm(norm: nn.LayerNorm) -> tuple:
     """The arguments of `F.layer_norm` after the first."""
     return norm.normalized_shape, norm.weight, norm.bias, norm.eps
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions, in place on the first two halves of a head (rows, n, heads, d); the rest is left alone."""
-    half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
-    crossed = first * sin
-    first.mul_(cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).add_(crossed)
-    return x
 
 
 def _pick(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

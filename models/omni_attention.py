@@ -137,6 +137,14 @@ class OmniMask:
             torch.cat([until, torch.full_like(new, length + count)], dim=1),
         )
 
+    def keys(self, count: int) -> "OmniMask":
+        """The first `count` positions alone, keys and queries both; what comes behind them must not be seen there."""
+        return OmniMask(self.visible_from[:, :count], self.visible_until[:, :count])
+
+    def hide(self, keys: torch.Tensor) -> "OmniMask":
+        """Without the keys where the (B, L) bool tensor is True: no row sees them (pads before an answer)."""
+        return OmniMask(self.visible_from, self.visible_until.masked_fill(keys, 0), self.query_start, self.num_queries)
+
     def select(self, index) -> "OmniMask":
         """Some rows of the batch, by index, slice or boolean tensor."""
         return OmniMask(self.visible_from[index], self.visible_until[index], self.query_start, self.num_queries)

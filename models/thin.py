@@ -1,0 +1,132 @@
+"""A few rows through Phi's layers on a CPU: decode steps and the checking of guessed tokens (SPEC §8).
+
+With few rows the time goes into reading the weights and into starting many small operations. So a layer's weights are
+read by the product that reads them fastest, and in small models they are joined to two matrices per layer: what takes
+the normed input (q, k, v, first half of the MLP), and what is added to the residual (attention output, second half).
+"""
+
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# R rows, n positions of a piece, M = R n, H hidden size, d head size
+
+FEW_ROWS = 32  # M up to which `product` is faster than `F.linear`
+JOINED_SIZE = 2**28  # weights in all layers; beyond, a copy costs much memory and saves little time
+
+Pair = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
+_copies: "WeakKeyDictionary[nn.Module, ThinLayers]" = WeakKeyDictionary()
+
+
+def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` of (M, K), for a few rows in fp32 on a CPU as the product of the weights and the transposed rows.
+
+    BLAS reads the weights at up to twice the speed that way. A single row is given twice: its kernel is the slowest.
+    """
+    num_rows = len(rows)
+    if not is_thin(rows):
+        return F.linear(rows, weight, bias)
+    columns = (torch.cat([rows, rows]) if num_rows == 1 else rows.contiguous()).t()
+    thin = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return thin.t()[:num_rows].contiguous()
+
+
+def is_thin(x: torch.Tensor) -> bool:
+    """Whether (…, size) are so few rows, of a kind that `product` serves."""
+    few = 0 < x.shape[:-1].numel() <= FEW_ROWS
+    return few and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+class ThinLayers:
+    """The layers' weights as few rows run through them.
+
+    Args:
+        layers: the `_PlainLayer`s of a model (`models/incremental.py`).
+    """
+
+    def __init__(self, layers: list):
+        self.inner = [(x.query, x.key, x.value, x.fc1) for x in layers]
+        self.outer = [(x.dense, x.fc2) for x in layers]
+        self.norms = [_joined_norms(x) for x in layers]
+        self.seen = None
+        if sum(weight.numel() for weight, _ in self._pairs()) <= JOINED_SIZE:
+            self.seen = self._products(layers)
+            self.inner = [(_joined(pairs),) for pairs in self.inner]
+            self.outer = [((torch.cat([a, b], dim=1), c + d),) for (a, c), (b, d) in self.outer]
+
+    @classmethod
+    def of(cls, phi: nn.Module, layers: list) -> "ThinLayers":
+        """Those of a model; joined weights are kept from call to call, and made again when the model's have changed."""
+        kept = _copies.get(phi)
+        if kept is None or not kept.is_copy_of(layers):
+            kept = cls(layers)
+            if kept.seen is not None:
+                _copies[phi] = kept
+        return kept
+
+    def is_copy_of(self, layers: list) -> bool:
+        """Whether the weights still are what was copied: their products with one random row are the same."""
+        return all(map(torch.equal, self.seen, self._products(layers)))
+
+    @staticmethod
+    def _products(layers: list) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for x in layers:
+            for weight, bias in (x.query, x.key, x.value, x.fc1, x.dense, x.fc2):
+                found.append(product(torch.randn(1, weight.shape[1], generator=generator), weight, bias))
+            found += [*x.query_norm[1:3], *x.key_norm[1:3]]
+        return [tensor.clone() for tensor in found]
+
+    def _pairs(self) -> list[Pair]:
+        return [pair for pairs in (*self.inner, *self.outer) for pair in pairs]
+
+    def run(self, hidden: torch.Tensor, layers: list, new: slice, rotation, bias: torch.Tensor | None) -> torch.Tensor:
+        """(R, n, H) -> (R, n, H); writes the keys and values of the positions `new`.
+
+        Args:
+            rotation: cos and sin (1 or R, n, 1, r / 2).
+            bias: (R, 1, n or 1, length) or None.
+        """
+        shape = hidden.shape
+        hidden = hidden.flatten(0, 1)  # (M, H)
+        rotation = [x[:, :, None] for x in rotation]  # for queries and keys together
+        for number, layer in enumerate(layers):
+            size = hidden.shape[1]
+            normed = F.layer_norm(hidden, *layer.norm)
+            mixed = [product(normed, *pair) for pair in self.inner[number]]
+            mixed = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)  # (M, 3H + MLP)
+            scale, shift = self.norms[number]
+            both = mixed[:, : 2 * size].reshape(*shape[:2], 2, *layer.heads)
+            both = rotate(F.layer_norm(both, both.shape[-1:], eps=layer.query_norm[3]) * scale + shift, *rotation)
+            value = mixed[:, 2 * size : 3 * size].reshape(*shape[:2], *layer.heads)
+            keys, values = layer.keep(both[:, :, 1], value, new)
+            attended = F.scaled_dot_product_attention(both[:, :, 0].transpose(1, 2), keys, values, attn_mask=bias)
+            parts = attended.transpose(1, 2).reshape(-1, size), layer.activation(mixed[:, 3 * size :])
+            if len(self.outer[number]) == 1:
+                parts = (torch.cat(parts, dim=1),)
+            for part, pair in zip(parts, self.outer[number], strict=True):
+                hidden = hidden + product(part, *pair)
+        return hidden.view(shape)
+
+
+def _joined(pairs: tuple[Pair, ...]) -> Pair:
+    return torch.cat([weight for weight, _ in pairs]), torch.cat([bias for _, bias in pairs])
+
+
+def _joined_norms(layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift (2, 1, d) of the norms of queries and keys."""
+    pairs = zip(layer.query_norm[1:3], layer.key_norm[1:3], strict=True)
+    return tuple(torch.stack(pair)[:, None] for pair in pairs)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions, in place on the first two halves of a head (…, d); the rest is left alone (SPEC §4)."""
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    crossed = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).add_(crossed)
+    return x
