@@ -290,3 +290,16 @@ def test_vectors_must_fit():
 def test_moving_keeps_the_slice():
     mask = OmniMask.lm(1, 6).rows(3, 5).to("meta")
     assert mask.device.type == "meta" and mask.shape == (1, 1, 2, 5)
+
+
+def test_hidden_keys_are_seen_by_nobody():
+    mask = OmniMask.lm(2, 6)
+    hidden = torch.tensor([[False, True, False, False, True, False], [False] * 6])
+    assert torch.equal(mask.hide(hidden).dense(), mask.dense() & ~hidden[:, None, None])
+    assert torch.equal(mask.rows(3, 5).hide(hidden[:, :5]).dense(), mask.hide(hidden).rows(3, 5).dense())
+    assert not mask.hide(hidden).extend(2).dense()[0, 0, :, 1].any()  # nor by text that comes later
+
+
+def test_the_first_keys_alone():
+    mask = OmniMask.lm(1, 9)
+    assert torch.equal(mask.keys(4).dense(), mask.dense()[:, :, :4, :4])
