@@ -10,9 +10,10 @@ from functools import wraps
 import torch
 import torch.nn.functional as F
 
+from models.decode_graph import DecodeGraph
 from models.decoding import PromptLookup, Prompts
 from models.greedy_head import greedy_head, is_plain_linear
-from models.incremental import incremental
+from models.incremental import PlainPhi, incremental
 from models.omni_attention import OmniMask
 from models.sampling import Schedule, get_mask_schedule, is_greedy, maskgit_step, sample_next
 from models.thin import product
@@ -120,6 +121,7 @@ class ShowoGeneration:
         attention_mask: OmniMask | None = None,
         callback: Callable[[torch.Tensor], None] | None = None,
         max_draft: int | None = None,
+        cuda_graph: bool = False,
     ) -> torch.Tensor:
         """Text after a prompt, one token at a time over a key/value cache.
 
@@ -132,6 +134,7 @@ class ShowoGeneration:
             callback: called with the (B,) new ids after each token.
             max_draft: most tokens of a single row that are guessed from its earlier text and checked in one pass; the
                 tokens stay the same. Default: `MAX_DRAFT` in fp32; 0 in half precision, whose rounding may differ.
+            cuda_graph: on a GPU, replay one captured graph for every token; pays from a few dozen tokens on.
 
         Returns:
             (B, T) int64 new ids, T <= max_new_tokens, the end token included.
@@ -147,7 +150,7 @@ class ShowoGeneration:
         finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         new_ids = []
-        for token in self._new_tokens(prompts, max_new_tokens, max_draft, settings, generator):
+        for token in self._new_tokens(prompts, max_new_tokens, max_draft, cuda_graph, settings, generator):
             token = token.masked_fill(finished, self.vocabulary.pad_id)
             new_ids.append(token)
             if callback is not None:
@@ -157,11 +160,13 @@ class ShowoGeneration:
                 break
         return torch.stack(new_ids, dim=1) if new_ids else input_ids[:, :0]
 
-    def _new_tokens(self, prompts: Prompts, count: int, max_draft: int | None, settings: dict, generator):
+    def _new_tokens(self, prompts: Prompts, count: int, max_draft: int | None, cuda_graph: bool, settings, generator):
         """Yields (B,) new ids, `count` times; each is computed when it is asked for, or with the guess it confirms."""
         transformer, hidden = prompts.read(self)  # (B, 1, H)
         choose = self._chooser(len(hidden), count, settings, generator)
         lookup, guess = self._lookup(prompts.input_ids, max_draft), []
+        graphed = cuda_graph and hidden.is_cuda and isinstance(transformer, PlainPhi)
+        extend_one = DecodeGraph(transformer).extend if graphed and count > 1 else transformer.extend
         while count:
             for right, token in enumerate(choose(hidden)):  # behind the ids that were known, then behind each guess
                 yield token
@@ -176,8 +181,10 @@ class ShowoGeneration:
                 transformer.forget(len(guess) - right)
                 lookup.learn(len(guess), right)
                 guess = lookup.guess(count - 1)
-            piece = torch.cat([token, token.new_tensor(guess)])[None] if guess else token[:, None]
-            hidden = transformer.extend(piece)  # (B, 1 + guesses, H)
+            if guess:
+                hidden = transformer.extend(torch.cat([token, token.new_tensor(guess)])[None])  # (1, 1 + guesses, H)
+            else:
+                hidden = extend_one(token[:, None])  # (B, 1, H)
 
     def _lookup(self, input_ids: torch.Tensor, max_draft: int | None) -> PromptLookup | None:
         if max_draft is None:  # in half precision the rounding of a pass depends on the number of its positions

@@ -152,13 +152,24 @@ class _PlainLayer:
         key = rotate(F.layer_norm(self._heads(normed, self.key), *self.key_norm), *rotation)
         return self.keep(key, self._heads(normed, self.value), new)
 
-    def keep(self, key: torch.Tensor, value: torch.Tensor, new: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes (rows, n, heads, d) of the new positions; returns all so far, (R, heads, length, d)."""
+    def keep(
+        self, key: torch.Tensor, value: torch.Tensor, new: slice | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes (rows, n, heads, d) of the new positions; returns all so far, (R, heads, length, d).
+
+        Args:
+            new: their slice, or their indices (n,) as a tensor; then the whole room is returned.
+        """
         if self.keys is None:
             self.keys, self.values = key.new_empty(self.shape), value.new_empty(self.shape)
         groups = self.shape[0] // len(key)
-        self.keys[:, new] = key.repeat(groups, 1, 1, 1) if groups > 1 else key
-        self.values[:, new] = value.repeat(groups, 1, 1, 1) if groups > 1 else value
+        if groups > 1:
+            key, value = key.repeat(groups, 1, 1, 1), value.repeat(groups, 1, 1, 1)
+        if isinstance(new, torch.Tensor):
+            self.keys.index_copy_(1, new, key)
+            self.values.index_copy_(1, new, value)
+            return self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        self.keys[:, new], self.values[:, new] = key, value
         return self.keys[:, : new.stop].transpose(1, 2), self.values[:, : new.stop].transpose(1, 2)
 
     def _heads(self, normed: torch.Tensor, projection: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -83,10 +83,13 @@ class ThinLayers:
     def _pairs(self) -> list[Pair]:
         return [pair for pairs in (*self.inner, *self.outer) for pair in pairs]
 
-    def run(self, hidden: torch.Tensor, layers: list, new: slice, rotation, bias: torch.Tensor | None) -> torch.Tensor:
+    def run(
+        self, hidden: torch.Tensor, layers: list, new: slice | torch.Tensor, rotation, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """(R, n, H) -> (R, n, H); writes the keys and values of the positions `new`.
 
         Args:
+            new: see `_PlainLayer.keep`.
             rotation: cos and sin (1 or R, n, 1, r / 2).
             bias: (R, 1, n or 1, length) or None.
         """
