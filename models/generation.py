@@ -116,7 +116,7 @@ class ShowoGeneration:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        eot_token: int | Sequence[int] | None = None,
+        eot_token: int | Sequence[int] | torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         attention_mask: OmniMask | None = None,
         callback: Callable[[torch.Tensor], None] | None = None,
@@ -145,8 +145,7 @@ class ShowoGeneration:
             lengths = torch.full((len(input_ids),), input_ids.shape[1], device=input_ids.device)
             mask = attention_mask.extend(max_new_tokens)
             prompts = Prompts(input_ids, lengths, mask, image_features=image_features)
-        stops = [eot_token] if isinstance(eot_token, int) else list(eot_token or [])
-        stops = torch.tensor(stops, dtype=torch.long, device=input_ids.device)
+        stops = torch.as_tensor([] if eot_token is None else eot_token, dtype=torch.long, device=input_ids.device)
         finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         new_ids = []

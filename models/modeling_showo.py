@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, PhiConfig, PhiForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PhiConfig, PhiForCausalLM, PhiModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from models.checkpoint_io import (
@@ -23,6 +24,8 @@ from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID, Vocabulary
 
 # B rows, L positions, H hidden size, V vocabulary, S supervised positions
 PHI_1_5 = "microsoft/phi-1_5"
+# renamed in transformers 5.24, which warns of the old name and will drop it in 5.40
+CACHE_ARGUMENT = "cache" if "cache" in signature(PhiModel.forward).parameters else "past_key_values"
 
 
 class ShowoConfig(PreTrainedConfig):
@@ -249,8 +252,8 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
             inputs_embeds=self.embed(input_ids, image_features),
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=past_key_values is not None,
+            **({} if past_key_values is None else {CACHE_ARGUMENT: past_key_values}),
         ).last_hidden_state
 
     def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:

@@ -274,10 +274,11 @@ def test_rows_stop_by_themselves(model, answers):
     assert new_ids.tolist() == [row + [PAD] * (longest - len(row)) for row in expected]
 
 
-@pytest.mark.parametrize("eot_token", ["int", "list", "tensor-like"])
+@pytest.mark.parametrize("eot_token", ["int", "list", "tuple", "tensor", "scalar tensor"])
 def test_all_stopped_ends_the_loop(model, answers, eot_token):
     stop = answers[0][2]
-    eot = {"int": stop, "list": [stop], "tensor-like": (1, stop)}[eot_token]
+    eot = {"int": stop, "list": [stop], "tuple": (1, stop)}.get(eot_token, torch.tensor([stop]))
+    eot = eot[0] if eot_token == "scalar tensor" else eot
     expected = plain_answer(model, PROMPTS[0], 12, [stop])
     seen = []
     new_ids = model.mmu_generate(

@@ -191,6 +191,15 @@ def test_cached_prefix_and_decode_rows_equal_the_whole(model, batch, rows, prefi
     same(torch.cat(parts, dim=1), model.hidden_states(ids, mask))
 
 
+@torch.no_grad()
+def test_nothing_is_called_by_a_name_that_transformers_will_drop(model, batch):
+    ids, mask = batch[0], batch[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model(ids, mask)
+        model.hidden_states(ids, mask, past_key_values=DynamicCache(config=model.showo.config))
+
+
 def test_train_mode_has_no_dropout(batch):
     ids, _, mask = batch
     model = tiny_showo()

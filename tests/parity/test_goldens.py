@@ -34,6 +34,13 @@ def joined(rows):
     return ids, labels, OmniMask.cat([part.attention_mask for part in parts])
 
 
+def test_sizes():
+    """Every number of golden.json follows from the three sizes of the vocabulary and the rows' lengths."""
+    vocabulary, f = tiny_showo().vocabulary, facts()
+    assert (vocabulary.vocab_size, vocabulary.mask_token_id) == (f["vocab_size"], f["mask_token_id"])
+    assert vocabulary.image_offset == f["text_token_offset"]
+
+
 def test_special_token_ids():
     build, published = prompting(), facts()["special_token_ids"]
     ours = build.special_token_ids | {"<|sot|>": build.bos_id, "<|eot|>": build.eos_id}
@@ -76,8 +83,9 @@ def test_clip_mask_on_embeddings(model):
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_logits(rows, attn_implementation):
-    ids, _, mask = joined(rows)
+    ids, labels, mask = joined(rows)
     assert torch.equal(ids, tensors()["forward.input_ids"])
+    assert torch.equal(labels, tensors()["forward.labels"])
     logits = tiny_showo(attn_implementation=attn_implementation)(ids, mask).logits
     visible = ids != facts()["special_token_ids"]["<|pad|>"]
     torch.testing.assert_close(logits[visible], tensors()["forward.logits"][visible], atol=2e-5, rtol=1e-5)
@@ -122,6 +130,8 @@ def test_drawing(model, rows, case):
 @pytest.mark.parametrize("case", range(2))
 def test_answering(model, case):
     ids = tensors()[f"mmu.{case}.input_ids"]
+    image_ids = ids[:, 2:18]
+    assert torch.equal(prompting()((image_ids, [facts()["mmu_question"]]), "mmu_gen").input_ids, ids)
     new_ids = model.mmu_generate(ids, max_new_tokens=24, top_k=1, eot_token=117)
     assert torch.equal(new_ids[0], tensors()[f"mmu.{case}.new_ids"])
 
@@ -154,19 +164,16 @@ def clip_model():
 @pytest.mark.parametrize("case", ["tuning", "pretrain"])
 def test_clip_branch(clip_model, case):
     golden = tensors("clip")
-    # one generator serves both cases in order: features, system ids, text ids
-    generator = torch.Generator().manual_seed(12)
+    generator = torch.Generator().manual_seed(12)  # serves both cases in order: features, system ids, text ids
     for name, batch, system_length in (("tuning", 2, 28), ("pretrain", 1, 0)):
         features = torch.randn(batch, 576, 1024, generator=generator)
         system = torch.randint(0, 117, (batch, system_length), generator=generator)
         text = torch.randint(0, 117, (batch, 7), generator=generator)
         if name == case:
             break
-    if not torch.equal(features[:, :2], golden[f"{case}.features_head"]):
-        generator = torch.Generator().manual_seed(12)  # …or each case has its own
-        features = torch.randn(batch, 576, 1024, generator=generator)
+    assert features.shape == tuple(golden[f"{case}.features_seed_order"])
     assert torch.equal(features[:, :2], golden[f"{case}.features_head"])
-    system, text = golden[f"{case}.system_ids"], golden[f"{case}.text_ids"]
+    assert torch.equal(system, golden[f"{case}.system_ids"]) and torch.equal(text, golden[f"{case}.text_ids"])
 
     def column(token, width=1):
         return torch.full((batch, width), token)

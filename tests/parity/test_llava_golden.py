@@ -34,6 +34,7 @@ def test_system_prompt(tokenizer):
     ids = tokenizer(SYSTEM_PROMPT).input_ids
     assert len(ids) == SYSTEM_LENGTH
     assert ids == GOLDEN["system_prompt_ids"]
+    assert all(case["system_ids"] == ids for case in GOLDEN["conversations"])
 
 
 @pytest.mark.parametrize("case", GOLDEN["conversations"])
