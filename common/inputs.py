@@ -44,7 +44,7 @@ def read_prompts(value: str) -> list[str]:
     """
     path = required_path("validation_prompts_file", value)
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"validation_prompts_file={value} cannot be read as text ({error})") from None
     if not lines:

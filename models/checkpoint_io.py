@@ -2,10 +2,13 @@
 
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
 
@@ -149,6 +152,17 @@ def _some(names: list[str], limit: int = 6) -> str:
     return f"{len(names)} ({', '.join(names[:limit])}{more})"
 
 
+@contextmanager
+def without_key_report() -> Iterator[None]:
+    """Keeps transformers' table of missing and unexpected keys away: we compare them, and what is wrong raises."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
 def resize_rows(tensor: torch.Tensor, rows: int, std: float) -> torch.Tensor:
     """First `rows` rows of an embedding, head or head bias; new rows are normal with `std` (0 for a bias)."""
     if len(tensor) >= rows:
@@ -195,7 +209,8 @@ class CheckpointMixin:
         check_state_dict(
             str(name_or_path), {k: v for k, v in expected.items() if k not in tied}, state_dict, allow_missing
         )
-        model = super().from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype, **kwargs)
+        with without_key_report():
+            model = super().from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype, **kwargs)
         model.config.name_or_path = str(name_or_path)
         return model
 

@@ -7,6 +7,8 @@ import transformers
 from torch import nn
 from transformers.utils import is_torchvision_available
 
+from models.checkpoint_io import without_key_report
+
 CLIP_VIT_L_336 = "openai/clip-vit-large-patch14-336"
 
 
@@ -33,13 +35,21 @@ class CLIPVisionTower(nn.Module):
     Args:
         name_or_path: hub name or folder of a CLIP (vision) model with its image processor.
         layer: hidden state to take; −2 as published. The CLS position is dropped.
+
+    Raises:
+        ValueError: weights of the tower are missing (those of a text half may be there, and are passed over).
     """
 
     def __init__(self, name_or_path: str = CLIP_VIT_L_336, layer: int = -2):
         super().__init__()
         self.layer = layer
         self.image_processor = image_processor_class().from_pretrained(name_or_path)
-        self.vision_tower = transformers.CLIPVisionModel.from_pretrained(name_or_path, dtype=torch.float32)
+        with without_key_report():
+            self.vision_tower, report = transformers.CLIPVisionModel.from_pretrained(
+                name_or_path, dtype=torch.float32, output_loading_info=True
+            )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{name_or_path} lacks {len(missing)} weights of the vision tower, first {missing[0]}")
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "CLIPVisionTower":

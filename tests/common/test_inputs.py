@@ -11,6 +11,12 @@ def test_lines_stand_as_they_are_and_a_blank_one_is_the_empty_prompt(tmp_path):
     assert read_prompts(str(tmp_path / "prompts.txt")) == ["a dog", "", "  a cat"]
 
 
+def test_a_file_from_another_editor_gives_the_same_prompts(tmp_path):
+    """A byte order mark and line ends of Windows are no part of a prompt."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffein Hund\r\nкот\r\n".encode())
+    assert read_prompts(str(tmp_path / "prompts.txt")) == ["ein Hund", "кот"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(b"", "is empty"), (b" \n\n", "is empty"), (b"\xff\xfe\x00", "cannot be read as text")]
 )

@@ -202,6 +202,13 @@ def test_pictures(refused, loads_nothing, places, broken_picture, role):
     assert expected in message and "broken.png" in message
 
 
+def test_the_one_picture_of_a_question(refused, loads_nothing, broken_picture):
+    path, expected = broken_picture
+    if not path.is_dir():  # a folder holds pictures here
+        expected = expected if path.exists() else "broken.png does not exist"
+        assert expected in refused("question=w1", f"mmu_image_root={path}", script=inference_mmu)
+
+
 @pytest.mark.parametrize("role", ["image_path", "inpainting_mask_path"])
 def test_pictures_not_given(refused, loads_nothing, places, role):
     good = {"image_path": places["image"], "inpainting_mask_path": places["mask"]}

@@ -1,8 +1,11 @@
 """`CLIPVisionTower` on a tiny random CLIP: which features it gives, and that it stays frozen (SPEC §4)."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from models import CLIPVisionTower
@@ -84,18 +87,28 @@ def test_preprocess_crops_the_centre(tower):
     assert (pixels > 1.5).all()
 
 
-def test_a_whole_clip_folder_works_too(tmp_path, tower):
-    """The published folder holds the text half as well."""
+def test_a_whole_clip_folder_works_too(tmp_path, tower, transformers_log):
+    """The published folder holds the text half as well; no table of its keys is printed."""
     torch.manual_seed(2)
     whole = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8))
     whole.save_pretrained(tmp_path)
     tower.image_processor.save_pretrained(tmp_path)
     loaded = CLIPVisionTower(str(tmp_path))
     assert loaded.num_features == 16
+    assert "UNEXPECTED" not in transformers_log.text
     pixels = torch.randn(1, 3, SIZE, SIZE)
     with torch.no_grad():
         states = whole.eval().vision_model(pixels, output_hidden_states=True).hidden_states
     assert torch.equal(loaded(pixels), states[-2][:, 1:])
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path, folder):
+    copy = shutil.copytree(folder, tmp_path / "clip")
+    weights = load_file(copy / "model.safetensors")
+    del weights[next(key for key in sorted(weights) if "layers.1" in key)]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights of the vision tower, first .*layers.1"):
+        CLIPVisionTower(str(copy))
 
 
 @pytest.mark.parametrize("name", ["no/such", "openai/clip-none-such"])
