@@ -307,6 +307,14 @@ def test_sampled_answers_follow_the_seed(pipeline):
     assert first == again != other
 
 
+def test_pictures_are_encoded_one_at_a_time(pipeline, monkeypatch):
+    """However many a batch of questions shows, memory stays that of one."""
+    seen, get_code = [], pipeline.vq_model.get_code
+    monkeypatch.setattr(pipeline.vq_model, "get_code", lambda pixels: seen.append(len(pixels)) or get_code(pixels))
+    assert pipeline.encode([noise(number) for number in range(3)]).shape == (3, WINDOW**2)
+    assert seen == [1, 1, 1]
+
+
 def test_pictures_may_be_paths(pipeline, tmp_path):
     noise(0).save(tmp_path / "a.png")
     assert pipeline.answer(tmp_path / "a.png", "w1", max_new_tokens=4) == pipeline.answer(
