@@ -52,7 +52,7 @@ class Evaluation:
     def prepared(self, task: str, *more: str) -> Run:
         """The task as the runner would begin it."""
         config = load_config(self.arguments(task, *more), EvaluationConfig)
-        return Run.of(TASKS[task](config, self.root), self.folder, model_settings(config))
+        return Run.of(TASKS[task](config, self.root, self.folder / task), model_settings(config))
 
     def answer(self, task: str, answers: dict[str, str], *more: str) -> dict:
         """Figures of the task when these are the model's answers, by key; the rest of the run is the real one."""

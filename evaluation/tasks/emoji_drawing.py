@@ -1,0 +1,193 @@
+"""How well a model draws the emoji world: is a drawing nearest to real pictures of the thing that was asked for?
+
+Each caption is drawn once. Drawings are compared with all pictures that training saw (the gallery): in the features of
+a frozen EfficientNet-Lite0 and pixel by pixel. The names are ranked by their nearest picture; a drawing counts if the
+right one is among the first 1 or 5. A held-out picture is not in the gallery, so its drawing must resemble the same
+thing in other styles. The same is done with the real pictures and with what the image tokenizer makes of them: no
+drawing can be expected to do better. Both spaces, since those features punish blur that pixels do not.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from evaluation import efficientnet
+from evaluation.drawing import DrawingTask, save, side_by_side, square
+from evaluation.emoji import KINDS, SPLITS, read_world
+from evaluation.frechet import frechet_figures
+from evaluation.task import Item, Verdict, ratio
+from models.images import load_image, preprocess
+from models.pipeline_loading import choose_device
+from training.data.emoji_text import caption
+
+DRAWN, RECONSTRUCTED, REAL = "drawings", "reconstructions", "real pictures"
+SOURCES = (DRAWN, RECONSTRUCTED, REAL)
+SPACES = ("features", "pixels")
+TOPS = (1, 5)
+FEATURES = "features.pt"  # what the Fréchet distance is made of, for `compare`
+
+
+class EmojiDrawing(DrawingTask):
+    name = "emoji_drawing"
+    headline = "held-out top-1, features"
+    ceilings = (RECONSTRUCTED, REAL)
+
+    def __init__(self, config, root, folder) -> None:
+        super().__init__(config, root, folder)
+        efficientnet.check_packages()
+
+    def read_items(self) -> list[Item]:
+        self.world = read_world(self.root / self.config.emoji_world)
+        return [
+            Item(
+                picture.key,
+                caption(picture.name, picture.style),
+                image=picture.path.name,
+                stratum=picture.split,
+                facts={"picture": picture},
+                expected=picture.name,
+            )
+            for picture in self.world
+        ]
+
+    def file_of(self, item) -> str:
+        return f"{DRAWN}/{item.key}.png"
+
+    def predict(self, model, items, images, generator) -> list[str]:
+        """Draws, and keeps beside the drawings what the image tokenizer makes of the real pictures."""
+        real = [load_image(item.facts["picture"].path) for item in items]
+        for item, image in zip(items, model.decode(model.encode(real)), strict=True):
+            save(self.folder, f"{RECONSTRUCTED}/{item.key}.png", image)
+        return super().predict(model, items, images, generator)
+
+    def judge(self, items, answers) -> list[Verdict]:
+        self.size = self.config.dataset.preprocessing.resolution
+        gallery = [picture for picture in self.world if picture.split == SPLITS[0]]
+        kept = {picture.key: square(load_image(picture.path), self.size) for picture in self.world}
+        shown = {
+            DRAWN: self.drawings(answers),
+            RECONSTRUCTED: self.drawings([f"{RECONSTRUCTED}/{item.key}.png" for item in items]),
+            REAL: [kept[item.key] for item in items],
+        }
+        spaces = {space: self._vectors(space, shown, [kept[picture.key] for picture in gallery]) for space in SPACES}
+        ranks = self._ranks(items, gallery, spaces)
+        vectors = spaces["features"][0]
+        torch.save(vectors | {"splits": [item.stratum for item in items]}, self.folder / FEATURES)
+        quality = psnr(shown[RECONSTRUCTED], shown[REAL])
+        near = (vectors[DRAWN] * vectors[REAL]).sum(-1) / (vectors[DRAWN].norm(dim=-1) * vectors[REAL].norm(dim=-1))
+        verdicts = []
+        for number, similarity in enumerate(near.tolist()):
+            facts = {f"{source} {space} rank": rank[number][0] for (source, space), rank in ranks.items()}
+            nearest = ", ".join(f"{ranks[DRAWN, space][number][1]} ({space})" for space in SPACES)
+            verdicts.append(Verdict(f"nearest: {nearest}", similarity, facts | {"PSNR": quality[number]}))
+        return verdicts
+
+    def _vectors(
+        self, space: str, shown: dict[str, list], gallery: list
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """(N, F) of each source, and (G, F) of the gallery."""
+        sources = shown | {"gallery": gallery}
+        if space == "pixels":
+            found = {
+                name: torch.stack([preprocess(i, self.size).flatten() for i in images])
+                for name, images in sources.items()
+            }
+        else:
+            model = efficientnet.load(choose_device(self.config.device))
+            found = {name: efficientnet.features(model, images, name) for name, images in sources.items()}
+        return {source: found[source] for source in SOURCES}, found["gallery"]
+
+    def _ranks(self, items, gallery, spaces) -> dict[tuple[str, str], list[tuple[int, str]]]:
+        """By source and space, for each item: the rank of the right name (0 = first), and the name that is first."""
+        names = [picture.name for picture in gallery]
+        wanted = [item.expected for item in items]
+        found = {}
+        for space, (vectors, gallery_vectors) in spaces.items():
+            cosine = space == "features"
+            for source in SOURCES:
+                found[source, space] = name_ranks(vectors[source], gallery_vectors, names, wanted, cosine=cosine)
+        return found
+
+    def counts(self, items, verdicts) -> dict[str, float]:
+        (item,), (verdict,) = items, verdicts
+        found: dict[str, float] = {}
+        for kind in item.facts["picture"].kinds:
+            found |= {kind: 1, f"{kind} PSNR": verdict.facts["PSNR"]}
+            for source in SOURCES:
+                for space in SPACES:
+                    rank = verdict.facts[f"{source} {space} rank"]
+                    found |= {f"{kind} {source} {space} {top}": float(rank < top) for top in TOPS}
+        return found
+
+    def figures(self, sums) -> dict[str, np.ndarray]:
+        found = {}
+        for kind in (kind for kind in KINDS if kind in sums):
+            for space in SPACES:
+                for top in TOPS:
+                    for source in SOURCES:
+                        name = f"{kind} top-{top}, {space}{'' if source == DRAWN else f': {source}'}"
+                        found[name] = 100 * ratio(sums[f"{kind} {source} {space} {top}"], sums[kind])
+        for kind in (kind for kind in SPLITS if kind in sums):
+            found[f"{kind} PSNR of the reconstructions, dB"] = ratio(sums[f"{kind} PSNR"], sums[kind])
+        return found
+
+    def set_figures(self, folder, samples, seed) -> dict[str, np.ndarray]:
+        """Fréchet distances to the real pictures of the same split."""
+        kept = torch.load(folder / FEATURES, weights_only=True)
+        found = {}
+        for split in SPLITS:
+            rows = torch.tensor([one == split for one in kept["splits"]])
+            if rows.sum() > 1:
+                for source in (DRAWN, RECONSTRUCTED):
+                    name = f"{split} Fréchet distance (EfficientNet-Lite0){'' if source == DRAWN else f': {source}'}"
+                    found[name] = frechet_figures(kept[source][rows], kept[REAL][rows], samples, seed)
+        return found
+
+    def notes(self) -> list[str]:
+        count = {split: sum(picture.split == split for picture in self.world) for split in SPLITS}
+        names = len({picture.name for picture in self.world})
+        return [
+            f"{names} names, {count['seen']} pictures seen and {count['held-out']} held out; guidance "
+            f"{self.config.guidance_scale:g}, {self.config.generation_timesteps} steps"
+        ]
+
+    def picture(self, item, answer) -> Image.Image:
+        """The drawing and, right of it, the real picture."""
+        return side_by_side(super().picture(item, answer), load_image(item.facts["picture"].path))
+
+
+def name_ranks(
+    queries: torch.Tensor, gallery: torch.Tensor, names: Sequence[str], wanted: Sequence[str], *, cosine: bool
+) -> list[tuple[int, str]]:
+    """Names ranked by their nearest gallery picture.
+
+    Args:
+        queries: (Q, F). gallery: (G, F), of `names`. wanted: Q names.
+        cosine: compare directions instead of distances.
+
+    Returns:
+        for each query the rank of its name (0 = first; the last where the gallery lacks it), and the first name.
+    """
+    if cosine:
+        queries, gallery = (torch.nn.functional.normalize(each, dim=-1) for each in (queries, gallery))
+    listed = list(dict.fromkeys(names))
+    place = {name: index for index, name in enumerate(listed)}
+    index = torch.tensor([place[name] for name in names]).expand(len(queries), -1)
+    distances = torch.full((len(queries), len(listed)), torch.inf)
+    distances = distances.scatter_reduce(1, index, torch.cdist(queries, gallery), "amin")  # (Q, names)
+    found = []
+    for row, name in zip(distances, wanted, strict=True):
+        rank = int((row < row[place[name]]).sum()) if name in place else len(listed)
+        found.append((rank, listed[int(row.argmin())]))
+    return found
+
+
+def psnr(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[float]:
+    """Peak signal-to-noise ratio of 8-bit pictures, dB; 100 at most."""
+    found = []
+    for image, other in zip(images, others, strict=True):
+        error = np.square(np.asarray(image, float) - np.asarray(other, float)).mean() / 255**2
+        found.append(float(-10 * np.log10(max(error, 1e-10))))
+    return found
