@@ -68,6 +68,11 @@ def square(image: Image.Image, size: int) -> Image.Image:
     return Image.fromarray(as_bytes(image.convert("RGB"), size).permute(1, 2, 0).numpy())
 
 
+def psnr(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(N,) peak signal-to-noise ratio in dB of (N, F) pixels in [0, 1]; 100 at most."""
+    return -10 * (values - others).square().mean(dim=-1).clamp(min=1e-10).log10()
+
+
 def side_by_side(*images: Image.Image) -> Image.Image:
     """Pictures of one size in a row."""
     width, height = images[0].size

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from common.config import resolve_path
 from common.errors import UserError
-from evaluation.drawing import as_bytes
+from evaluation.drawing import as_bytes, psnr
 from models.pipeline_loading import choose_device
 
 BATCH = 50
@@ -152,8 +152,7 @@ def psnr_and_ssim(images: Sequence[Image.Image], others: Sequence[Image.Image]) 
     found = []
     for image, other in zip(images, others, strict=True):
         one, two = (as_bytes(picture, min(picture.size))[None].double() / 255 for picture in (image, other))
-        error = (one - two).square().mean().clamp(min=1e-10)
-        found.append((float(-10 * error.log10()), float(ssim(one, two, data_range=1.0))))
+        found.append((float(psnr(one.flatten(1), two.flatten(1))), float(ssim(one, two, data_range=1.0))))
     return found
 
 

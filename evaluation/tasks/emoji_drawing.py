@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from evaluation import efficientnet
-from evaluation.drawing import DrawingTask, save, side_by_side, square
+from evaluation.drawing import DrawingTask, as_bytes, psnr, save, side_by_side, square
 from evaluation.emoji import KINDS, SPLITS, read_world
 from evaluation.frechet import frechet_figures
 from evaluation.task import Item, Verdict, ratio
-from models.images import load_image, preprocess
+from models.images import load_image
 from models.pipeline_loading import choose_device
 from training.data.emoji_text import caption
 
@@ -63,52 +63,33 @@ class EmojiDrawing(DrawingTask):
         return super().predict(model, items, images, generator)
 
     def judge(self, items, answers) -> list[Verdict]:
-        self.size = self.config.dataset.preprocessing.resolution
-        gallery = [picture for picture in self.world if picture.split == SPLITS[0]]
-        kept = {picture.key: square(load_image(picture.path), self.size) for picture in self.world}
-        shown = {
-            DRAWN: self.drawings(answers),
-            RECONSTRUCTED: self.drawings([f"{RECONSTRUCTED}/{item.key}.png" for item in items]),
-            REAL: [kept[item.key] for item in items],
-        }
-        spaces = {space: self._vectors(space, shown, [kept[picture.key] for picture in gallery]) for space in SPACES}
-        ranks = self._ranks(items, gallery, spaces)
-        vectors = spaces["features"][0]
-        torch.save(vectors | {"splits": [item.stratum for item in items]}, self.folder / FEATURES)
-        quality = psnr(shown[RECONSTRUCTED], shown[REAL])
-        near = (vectors[DRAWN] * vectors[REAL]).sum(-1) / (vectors[DRAWN].norm(dim=-1) * vectors[REAL].norm(dim=-1))
+        size = self.config.dataset.preprocessing.resolution
+        real = {picture.key: square(load_image(picture.path), size) for picture in self.world}
+        restored = self.drawings([f"{RECONSTRUCTED}/{item.key}.png" for item in items])
+        shown = {DRAWN: self.drawings(answers), RECONSTRUCTED: restored, REAL: list(real.values())}
+        vectors = {"features": self._features(shown), "pixels": {s: pixels(shown[s]) for s in SOURCES}}
+        rows = [list(real).index(item.key) for item in items]
+        seen = [number for number, picture in enumerate(self.world) if picture.split == SPLITS[0]]
+        names, wanted = [self.world[number].name for number in seen], [item.expected for item in items]
+        ranks = {}
+        for space in SPACES:
+            gallery = vectors[space][REAL][seen]
+            vectors[space][REAL] = vectors[space][REAL][rows]
+            for source in SOURCES:
+                ranks[source, space] = name_ranks(vectors[space][source], gallery, names, wanted, space == "features")
+        torch.save(vectors["features"] | {"splits": [item.stratum for item in items]}, self.folder / FEATURES)
+        near = torch.cosine_similarity(vectors["features"][DRAWN], vectors["features"][REAL]).tolist()
+        quality = psnr(vectors["pixels"][RECONSTRUCTED], vectors["pixels"][REAL]).tolist()
         verdicts = []
-        for number, similarity in enumerate(near.tolist()):
-            facts = {f"{source} {space} rank": rank[number][0] for (source, space), rank in ranks.items()}
+        for number, similarity in enumerate(near):
+            facts = {f"{source} {space} rank": found[number][0] for (source, space), found in ranks.items()}
             nearest = ", ".join(f"{ranks[DRAWN, space][number][1]} ({space})" for space in SPACES)
             verdicts.append(Verdict(f"nearest: {nearest}", similarity, facts | {"PSNR": quality[number]}))
         return verdicts
 
-    def _vectors(
-        self, space: str, shown: dict[str, list], gallery: list
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """(N, F) of each source, and (G, F) of the gallery."""
-        sources = shown | {"gallery": gallery}
-        if space == "pixels":
-            found = {
-                name: torch.stack([preprocess(i, self.size).flatten() for i in images])
-                for name, images in sources.items()
-            }
-        else:
-            model = efficientnet.load(choose_device(self.config.device))
-            found = {name: efficientnet.features(model, images, name) for name, images in sources.items()}
-        return {source: found[source] for source in SOURCES}, found["gallery"]
-
-    def _ranks(self, items, gallery, spaces) -> dict[tuple[str, str], list[tuple[int, str]]]:
-        """By source and space, for each item: the rank of the right name (0 = first), and the name that is first."""
-        names = [picture.name for picture in gallery]
-        wanted = [item.expected for item in items]
-        found = {}
-        for space, (vectors, gallery_vectors) in spaces.items():
-            cosine = space == "features"
-            for source in SOURCES:
-                found[source, space] = name_ranks(vectors[source], gallery_vectors, names, wanted, cosine=cosine)
-        return found
+    def _features(self, shown: dict[str, list[Image.Image]]) -> dict[str, torch.Tensor]:
+        model = efficientnet.load(choose_device(self.config.device))
+        return {source: efficientnet.features(model, images, source) for source, images in shown.items()}
 
     def counts(self, items, verdicts) -> dict[str, float]:
         (item,), (verdict,) = items, verdicts
@@ -159,12 +140,14 @@ class EmojiDrawing(DrawingTask):
 
 
 def name_ranks(
-    queries: torch.Tensor, gallery: torch.Tensor, names: Sequence[str], wanted: Sequence[str], *, cosine: bool
+    queries: torch.Tensor, gallery: torch.Tensor, names: Sequence[str], wanted: Sequence[str], cosine: bool
 ) -> list[tuple[int, str]]:
     """Names ranked by their nearest gallery picture.
 
     Args:
-        queries: (Q, F). gallery: (G, F), of `names`. wanted: Q names.
+        queries: (Q, F).
+        gallery: (G, F), of G `names`, which may recur.
+        wanted: Q names.
         cosine: compare directions instead of distances.
 
     Returns:
@@ -184,10 +167,6 @@ def name_ranks(
     return found
 
 
-def psnr(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[float]:
-    """Peak signal-to-noise ratio of 8-bit pictures, dB; 100 at most."""
-    found = []
-    for image, other in zip(images, others, strict=True):
-        error = np.square(np.asarray(image, float) - np.asarray(other, float)).mean() / 255**2
-        found.append(float(-10 * np.log10(max(error, 1e-10))))
-    return found
+def pixels(images: Sequence[Image.Image]) -> torch.Tensor:
+    """(N, 3 * H * W) float32 in [0, 1]."""
+    return torch.stack([as_bytes(image, image.width).flatten() for image in images]).float() / 255

@@ -42,6 +42,8 @@ class Evaluation:
 
     def arguments(self, tasks: str, *more: str) -> list[str]:
         given = [f"config={self.yaml}", f"tasks={tasks}", f"data_root={self.root}", f"output_dir={self.folder}"]
+        given += [f"fid_features={self.root / 'inception.pt'}", f"clip_score_model={self.root / 'clip'}"]
+        given += [f"reconstruction_images={self.root / 'pictures'}", "fid_size=16"]
         return [*given, "bootstrap_samples=200", "max_new_tokens=4", "seed=1", *more]
 
     def run(self, tasks: str, *more: str) -> dict:
