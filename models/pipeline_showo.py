@@ -370,7 +370,7 @@ class ShowoPipeline:
 
     @torch.inference_mode()
     def answer_loss(self, image: Picture, question: str, answer: str) -> tuple[float, bool]:
-        """Mean negative log-likelihood of an answer's tokens, without the end token; whether they are the greedy ones."""
+        """Mean negative log-likelihood of an answer's tokens (no end token), and whether they are the greedy ones."""
         rows = self._question_rows([image], [0], [question])
         ids = self.prompting.tokenizer(f" {answer.strip()}", add_special_tokens=False, return_tensors="pt")["input_ids"]
         ids = ids.to(self.device)

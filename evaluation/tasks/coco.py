@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
 from evaluation.drawing import DrawingTask
 from evaluation.image_scores import FID, check_clip, check_fid, clip_scores
 from evaluation.official_files import check_pictures, field, read_json, unique_keys, write_json
@@ -43,7 +44,8 @@ class COCO(DrawingTask):
         for number, record in enumerate(field(str(file), tree, "annotations", list)):
             place = f"{file}, annotation {number}"
             text, key = field(place, record, "caption", str), field(place, record, "id", int)
-            image = field(place, record, "image_id", int, tuple(names) if len(names) < 50 else None)
+            if (image := field(place, record, "image_id", int)) not in names:
+                raise UserError(f"{place}: field 'image_id' is {image}; expected the 'id' of one of the file's images")
             captions.setdefault(image, []).append((key, " ".join(text.split())))
         self.real = [self.root / "coco/val2014" / name for name in names.values()]
         check_pictures(
@@ -51,11 +53,13 @@ class COCO(DrawingTask):
             lambda path: f"field 'file_name' ({path.name}) of {file.name}",
             f"COCO's val2014 pictures in {self.root / 'coco/val2014'}",
         )
+        if not captions:
+            raise UserError(f"{file}: field 'annotations' is empty; expected COCO's captions of val2014")
         rng = random.Random(f"captions {self.config.seed}")
         chosen = rng.sample(sorted(captions), min(CAPTIONS, len(captions)))
         pairs = [(image, *rng.choice(captions[image])) for image in chosen]
         unique_keys([str(key) for _, key, _ in pairs], file, "id")
-        return [Item(str(key), text, image=names.get(image, str(image)), expected=text) for image, key, text in pairs]
+        return [Item(str(key), text, image=names[image], expected=text) for image, key, text in pairs]
 
     def file_of(self, item) -> str:
         return f"images/{int(item.key):012d}.png"

@@ -77,7 +77,7 @@ def made(plugin, places, more: str = "", batch_size: int = 2):
 
 
 def test_generate_until(plugin, places):
-    """Requests in their order, whatever they are batched with; pictures, marks and endings as the harness gives them."""
+    """Requests in their order, whatever they are batched with; pictures and marks as the harness gives them."""
     model = made(plugin, places)
     questions = ["What is it?", "<image>\nWhy?", "How many?"]
     short, long = {"max_new_tokens": 3, "temperature": 0, "until": ["\n\n"]}, {"max_new_tokens": 6}
