@@ -121,7 +121,9 @@ def markdown(scored: Sequence[Scored]) -> str:
     for one in scored:
         task = one.run.task
         both = (task.paper.vq, task.paper.clip_vit) if task.paper else (None, None)
-        paper = ["" if value is None else f"{value:g}" for value in both]
+        paper = [
+            "" if value is None else f"{value:.1f}" if value == round(value, 1) else f"{value:g}" for value in both
+        ]
         ours = spelled(one.figures[task.headline]) if task.headline in one.figures else "not scored"
         lines.append(f"| {' | '.join([task.name, f'{task.headline} ({task.unit})', ours, *paper, one.differs])} |")
     plain = [one for one in scored if one.figures and not one.run.task.ceilings]

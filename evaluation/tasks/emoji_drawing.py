@@ -45,7 +45,7 @@ class EmojiDrawing(DrawingTask):
                 picture.key,
                 caption(picture.name, picture.style),
                 image=picture.path.name,
-                stratum=picture.split,
+                stratum=picture.kinds[1],
                 facts={"picture": picture},
                 expected=picture.name,
             )
@@ -77,7 +77,9 @@ class EmojiDrawing(DrawingTask):
             vectors[space][REAL] = vectors[space][REAL][rows]
             for source in SOURCES:
                 ranks[source, space] = name_ranks(vectors[space][source], gallery, names, wanted, space == "features")
-        torch.save(vectors["features"] | {"splits": [item.stratum for item in items]}, self.folder / FEATURES)
+        torch.save(
+            vectors["features"] | {"splits": [item.facts["picture"].split for item in items]}, self.folder / FEATURES
+        )
         near = torch.cosine_similarity(vectors["features"][DRAWN], vectors["features"][REAL]).tolist()
         quality = psnr(vectors["pixels"][RECONSTRUCTED], vectors["pixels"][REAL]).tolist()
         verdicts = []

@@ -86,14 +86,14 @@ class EmojiYesNo(EmojiQuestions):
 
 
 def ask(picture: Picture, question: str, right: str, end: str = "") -> Item:
-    """A question about a picture; all about one picture are resampled together, each split by itself."""
+    """A question about a picture; all about one are resampled together, within its split and style."""
     return Item(
         f"{picture.key}{end}",
         question,
         partial(load_image, picture.path),
         picture.path.name,
         picture.key,
-        picture.split,
+        picture.kinds[1],
         {"split": picture.split, "kinds": picture.kinds},
         right,
     )

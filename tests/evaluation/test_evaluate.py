@@ -48,7 +48,7 @@ def test_every_task_with_both_branches(evaluation, places, demo):
     seen = set()
     for name in TASKS:
         predictions = lines(evaluation.folder / name / "predictions.jsonl")
-        run = evaluation.prepared(name)
+        run = evaluation.prepared(name, "batch_size=3")
         items, questions = run.items, isinstance(run.task, QuestionTask)
         assert [line["key"] for line in predictions] == [item.key for item in items]
         for line, item in list(zip(predictions, items, strict=True))[::7]:

@@ -33,7 +33,7 @@ def test_geneval_by_hand(evaluation):
     evaluation.run("geneval", "batch_size=3")
     folder = evaluation.folder / "geneval"
     table = (evaluation.folder / "results.md").read_text()
-    assert "not scored | 68 |" in table and "the detector (mmdet) is not installed here" in table
+    assert "not scored | 68.0 |" in table and "the detector (mmdet) is not installed here" in table
     names = sorted(str(path.relative_to(folder / "images")) for path in (folder / "images").rglob("*.*"))
     one = ["grid.png", "metadata.jsonl", *(f"samples/000{n}.png" for n in range(4))]
     assert names == [f"{prompt}/{name}" for prompt in ("00000", "00001") for name in one]
