@@ -1,12 +1,14 @@
-"""Benchmarks of understanding, from the official files to the paper's table (SPEC §16; docs/evaluation.md).
+"""Benchmarks of reading and drawing, from the official files to the paper's table (SPEC §16; docs/evaluation.md).
 
     python3 evaluate.py config=configs/showo_demo_512x512.yaml tasks=pope,mme data_root=/data/benchmarks \
         output_dir=outputs/evaluation
     accelerate launch --num_processes 8 evaluate.py config=… tasks=vqav2 data_root=…
     python3 evaluate.py config=… tasks=pope compare=outputs/evaluation-a,outputs/evaluation-b
+    python3 evaluate.py config=configs/showo_tiny_demo.yaml tasks=emoji data_root=data
 
-Tasks: pope, mme, flickr30k, vqav2, gqa, mmmu. A run that was killed asks only what is missing when it is started again.
-`compare` takes finished output folders or checkpoints; a checkpoint is evaluated first.
+Tasks: pope, mme, flickr30k, vqav2, gqa, mmmu; geneval, coco, reconstruction; emoji, which is four. A run that was
+killed asks only what is missing when it is started again. `compare` takes finished output folders or checkpoints; a
+checkpoint is evaluated first.
 """
 
 from pathlib import Path
@@ -20,15 +22,16 @@ from evaluation.schema import EvaluationConfig
 
 
 def choose_tasks(config) -> list[type]:
-    """The tasks that are named."""
-    from evaluation.registry import TASKS
+    """The tasks that are named, by themselves or by their group."""
+    from evaluation.registry import GROUPS, TASKS
 
     names = [name.strip() for name in (config.tasks or "").split(",") if name.strip()]
-    unknown = [name for name in names if name not in TASKS]
+    unknown = [name for name in names if name not in TASKS and name not in GROUPS]
     if unknown or not names:
         given = f"tasks holds {unknown[0]!r}" if unknown else "tasks is not given"
-        raise UserError(f"{given}; name one or more of {','.join(TASKS)}, separated by commas")
-    return [TASKS[name] for name in dict.fromkeys(names)]
+        raise UserError(f"{given}; name one or more of {','.join([*TASKS, *GROUPS])}, separated by commas")
+    listed = [one for name in names for one in GROUPS.get(name, (name,))]
+    return [TASKS[name] for name in dict.fromkeys(listed)]
 
 
 def evaluate(config, output_dir: Path, processes) -> None:
@@ -39,7 +42,7 @@ def evaluate(config, output_dir: Path, processes) -> None:
 
     check_config(config)
     tasks, root = choose_tasks(config), required_path("data_root", config.data_root)
-    runs = ask_all(config, [task(config, root) for task in tasks], output_dir, processes)
+    runs = ask_all(config, [task(config, root, output_dir / task.name) for task in tasks], processes)
     if not processes.is_main:
         return
     scored = [score(run, config.bootstrap_samples, config.seed or 0) for run in runs]
@@ -66,7 +69,7 @@ def evaluate_two(config, output_dir: Path, processes) -> None:
             evaluate(config, folder, processes)
         folders.append(folder)
     if processes.is_main:
-        tasks = [task(config, Path(config.data_root)) for task in choose_tasks(config)]
+        tasks = [task(config, Path(config.data_root), output_dir / task.name) for task in choose_tasks(config)]
         print(compare(*folders, tasks, output_dir, config.bootstrap_samples, config.seed or 0))
 
 

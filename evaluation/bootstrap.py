@@ -1,5 +1,6 @@
 """95 % intervals: whole groups of items are drawn again, within strata whose sizes stay (percentile bootstrap)."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,11 +71,11 @@ def _sums(columns: dict[str, np.ndarray], shape: tuple[int, ...]) -> Mapping[str
 
 @dataclass
 class Estimate:
-    """A figure with its 95 % interval."""
+    """A figure with its 95 % interval; `low` and `high` are None where there is none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
 def estimates(counts: Counts, figures: Figures, samples: int, seed: int) -> dict[str, Estimate]:
@@ -88,13 +89,13 @@ class Difference:
     """A figure of two runs, and what the second has more.
 
     Args:
-        p: two-sided, from the share of resamples on the other side of 0.
+        p: two-sided, from the share of resamples on the other side of 0; None where nothing was resampled.
     """
 
     first: float
     second: float
     difference: Estimate
-    p: float
+    p: float | None
 
 
 def differences(first: Counts, second: Counts, figures: Figures, samples: int, seed: int) -> dict[str, Difference]:
@@ -115,6 +116,30 @@ def differences(first: Counts, second: Counts, figures: Figures, samples: int, s
             float(one[name]), float(two[name]), Estimate(float(two[name] - one[name]), *_interval(drawn)), p
         )
     return found
+
+
+def set_estimate(values: np.ndarray) -> Estimate:
+    """A figure of a whole set (`Task.set_figures`) with the interval of 1.96 standard deviations of its resamples.
+
+    Not their percentiles: a resample holds fewer different items, which moves such figures all to one side.
+
+    Args:
+        values: (1 + R,), the figure and its resampled values.
+    """
+    value, resampled = float(values[0]), values[1:]
+    if len(resampled) < 2:
+        return Estimate(value)
+    spread = 1.96 * float(resampled.std(ddof=1))
+    return Estimate(value, value - spread, value + spread)
+
+
+def set_difference(first: np.ndarray, second: np.ndarray) -> Difference:
+    """What the second has more of a figure of a whole set; p is that of a normal distribution."""
+    difference = set_estimate(second - first)
+    spread = difference.high - difference.value if difference.high is not None else None
+    shift = abs(difference.value)
+    p = None if spread is None else math.erfc(1.96 * shift / spread / math.sqrt(2)) if spread else float(not shift)
+    return Difference(float(first[0]), float(second[0]), difference, p)
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

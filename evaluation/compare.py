@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from evaluation.bootstrap import Counts, Difference, differences
+from evaluation.bootstrap import Counts, Difference, differences, set_difference
 from evaluation.official_files import field, read_json, write_json
 from evaluation.report import COUNTS, RESULTS, spelled
 from evaluation.task import Task
@@ -28,6 +28,8 @@ def compare(first: Path, second: Path, tasks: Sequence[Task], folder: Path, samp
             one, two = (load_counts(evaluation, task) for evaluation in (first, second))
             two = in_order_of(one, two, task.name, first, second)
             found[task.name] = differences(one, two, task.figures, samples, seed)
+            sets = [task.set_figures(evaluation / task.name, samples, seed) for evaluation in (first, second)]
+            found[task.name] |= {name: set_difference(values, sets[1][name]) for name, values in sets[0].items()}
     tree = {name: {key: asdict(value) for key, value in figures.items()} for name, figures in found.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "compare.json", {"first": str(first), "second": str(second), "tasks": tree})
@@ -70,6 +72,7 @@ def markdown(first: Path, second: Path, found: dict[str, dict[str, Difference]])
     ]
     for task, figures in found.items():
         for name, value in figures.items():
-            cells = [f"{value.first:.1f}", f"{value.second:.1f}", spelled(value.difference), f"{value.p:.3f}"]
+            cells = [f"{value.first:.1f}", f"{value.second:.1f}", spelled(value.difference)]
+            cells.append("" if value.p is None else f"{value.p:.3f}")
             lines.append(f"| {' | '.join([task, name, *cells])} |")
     return "\n".join(lines) + "\n"

@@ -13,7 +13,7 @@ NUM_BLOCKS, BLOCK = 16, 1 << 16  # of a large file, this much is read
 
 
 def model_settings(config) -> dict[str, Any]:
-    """Checkpoints by name and fingerprint, precision and sampling.
+    """Checkpoints by name and fingerprint, resolution and precision.
 
     Raises:
         UserError: a checkpoint is not there.
@@ -24,12 +24,9 @@ def model_settings(config) -> dict[str, Any]:
     parts = {part: f"{Path(name).name} ({fingerprint(_folder(name))})" for part, name in names.items()}
     if file := config.model.vq_model.pretrained_model_path:
         parts["image_tokenizer"] += f" with {Path(file).name}"
-    sampling = {"top_k": config.top_k}
-    if config.top_k != 1:
-        sampling |= {"top_p": config.top_p, "temperature": config.temperature, "seed": config.seed}
     dtype = choose_dtype(config.dtype, choose_device(config.device))
     resolution = config.dataset.preprocessing.resolution
-    return parts | {"dtype": str(dtype).removeprefix("torch."), "resolution": resolution} | sampling
+    return parts | {"dtype": str(dtype).removeprefix("torch."), "resolution": resolution}
 
 
 def fingerprint(folder: Path) -> str:

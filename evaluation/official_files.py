@@ -7,7 +7,14 @@ from typing import Any
 
 from common.errors import UserError
 
-KINDS = {str: "text", int: "a whole number", list: "a list", dict: "a group of fields", bool: "true or false"}
+KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "a group of fields",
+    bool: "true or false",
+}
 
 
 def existing(path: Path, what: str) -> Path:

@@ -5,13 +5,14 @@ sheet `best_worst.png`.
 """
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.contact_sheet import contact_sheet
 from common.tracking import Tracker
-from evaluation.bootstrap import Counts, Estimate, estimates
+from evaluation.bootstrap import Counts, Estimate, estimates, set_estimate
 from evaluation.official_files import write_json, write_json_lines
 from evaluation.runner import Run
 from evaluation.task import Item, Verdict
@@ -52,10 +53,14 @@ def score(run: Run, samples: int, seed: int) -> Scored:
         counts = count(run, verdicts)
         counts.save(folder / COUNTS)
         figures = estimates(counts, task.figures, samples, seed)
+        figures |= {name: set_estimate(values) for name, values in task.set_figures(folder, samples, seed).items()}
     write_json_lines(folder / "predictions.jsonl", records(run.items, answers, verdicts))
     submission = folder / "submission"
-    submission.mkdir(exist_ok=True)
+    shutil.rmtree(submission, ignore_errors=True)
+    submission.mkdir()
     task.write_submission(submission, run.items, answers)
+    if not any(submission.iterdir()):
+        submission.rmdir()
     return Scored(run, answers, verdicts, figures)
 
 
@@ -78,7 +83,7 @@ def records(items: Sequence[Item], answers: Sequence[str], verdicts: Sequence[Ve
         for item, answer in zip(items, answers, strict=True)
     ]
     for line, item, verdict in zip(lines, items, verdicts, strict=False):
-        line |= {"expected": item.expected, "parsed": verdict.parsed, "score": verdict.score}
+        line |= {"expected": item.expected, "parsed": verdict.parsed, "score": verdict.score, **verdict.facts}
     return lines
 
 
@@ -115,17 +120,40 @@ def markdown(scored: Sequence[Scored]) -> str:
     ]
     for one in scored:
         task = one.run.task
-        paper = [f"{task.paper.vq:.1f}", f"{task.paper.clip_vit:.1f}"] if task.paper else ["", ""]
-        ours = spelled(one.figures[task.headline]) if one.figures else "not scored"
+        both = (task.paper.vq, task.paper.clip_vit) if task.paper else (None, None)
+        paper = [
+            "" if value is None else f"{value:.1f}" if value == round(value, 1) else f"{value:g}" for value in both
+        ]
+        ours = spelled(one.figures[task.headline]) if task.headline in one.figures else "not scored"
         lines.append(f"| {' | '.join([task.name, f'{task.headline} ({task.unit})', ours, *paper, one.differs])} |")
-    lines += ["", "| task | figure | value [95 % interval] |", "|---|---|---|"]
-    for one in scored:
+    plain = [one for one in scored if one.figures and not one.run.task.ceilings]
+    lines += ["", "| task | figure | value [95 % interval] |", "|---|---|---|"] if plain else []
+    for one in plain:
         lines += [f"| {one.run.task.name} | {name} | {spelled(value)} |" for name, value in one.figures.items()]
+    for one in scored:
+        lines += beside_ceilings(one) if one.figures and one.run.task.ceilings else []
     return "\n".join(lines) + "\n"
 
 
+def beside_ceilings(one: Scored) -> list[str]:
+    """A table of its own for a task with ceilings: a row a figure."""
+    ceilings = one.run.task.ceilings
+    lines = [
+        "",
+        f"| {one.run.task.name} | ours [95 % interval] | {' | '.join(ceilings)} |",
+        "|---|---|" + "---|" * len(ceilings),
+    ]
+    for name, value in one.figures.items():
+        if not any(name.endswith(f": {ceiling}") for ceiling in ceilings):
+            beside = [one.figures.get(f"{name}: {ceiling}") for ceiling in ceilings]
+            cells = [spelled(value), *("" if figure is None else spelled(figure) for figure in beside)]
+            lines.append(f"| {' | '.join([name, *cells])} |")
+    return lines
+
+
 def spelled(figure: Estimate) -> str:
-    return f"{figure.value:.1f} [{figure.low:.1f}, {figure.high:.1f}]"
+    interval = "" if figure.low is None else f" [{figure.low:.1f}, {figure.high:.1f}]"
+    return f"{figure.value:.1f}{interval}"
 
 
 def show(one: Scored, tracker: Tracker) -> None:
@@ -135,9 +163,9 @@ def show(one: Scored, tracker: Tracker) -> None:
     rows = [[name, figure.value, figure.low, figure.high] for name, figure in one.figures.items()]
     tracker.log_table(f"{task.name} figures", ["figure", "value", "low", "high"], rows)
     chosen = extremes(run.items, one.verdicts)
-    if not chosen:
+    images = [task.picture(run.items[index], one.answers[index]) for _, index in chosen]
+    if not chosen or images[0] is None:
         return
-    images = [run.items[index].open_image() for _, index in chosen]
     lines = records(run.items, one.answers, one.verdicts)
     captions = [caption(which, lines[index]) for which, index in chosen]
     sheet = contact_sheet(images, captions, columns=4, title=f"{task.name}: the best items, then the worst")
@@ -151,12 +179,12 @@ def show(one: Scored, tracker: Tracker) -> None:
 
 
 def extremes(items: Sequence[Item], verdicts: Sequence[Verdict]) -> list[tuple[str, int]]:
-    """("best" | "worst", index) of items with a picture; among equals an arbitrary choice that stays the same."""
+    """("best" | "worst", index) of items; among equals an arbitrary choice that stays the same."""
 
     def rank(index: int) -> tuple[float, str]:
         return verdicts[index].score, hashlib.sha256(items[index].key.encode()).hexdigest()
 
-    shown = [index for index, item in enumerate(items) if item.open_image and item.preset is None]
+    shown = [index for index, item in enumerate(items) if item.preset is None]
     ranked = sorted(shown, key=rank) if verdicts else []
     number = min(NUM_SHOWN, len(ranked) // 2)
     best, worst = ranked[len(ranked) - number :][::-1], ranked[:number]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -22,7 +21,7 @@ from evaluation.task import Item, Task
 from models import ShowoPipeline
 
 READERS = 4  # threads that decode pictures
-Batch = tuple[int, list[Item]]  # its number within the task, and what of it is to be asked
+Batch = tuple[int, list[Item], list[Item]]  # its number within the task, its items, and those without an answer
 
 
 @dataclass
@@ -39,11 +38,10 @@ class Run:
     store: AnswerStore
 
     @classmethod
-    def of(cls, task: Task, folder: Path, settings: dict) -> "Run":
+    def of(cls, task: Task, settings: dict) -> "Run":
         """Reads the task's files; `UserError` where they or earlier answers do not serve."""
         items = task.read_items()
-        tokens = task.config.max_new_tokens or task.max_new_tokens
-        store = AnswerStore(folder / task.name, settings | {"max_new_tokens": tokens} | task.settings)
+        store = AnswerStore(task.folder, settings | task.settings)
         store.check()
         return cls(task, thin(items, task.config.max_items), len(items), store)
 
@@ -80,14 +78,14 @@ def thin(items: Sequence[Item], max_items: int | None) -> list[Item]:
     return [item for item in items if item.key in kept]
 
 
-def ask_all(config, tasks: Sequence[Task], folder: Path, processes: Processes) -> list[Run]:
+def ask_all(config, tasks: Sequence[Task], processes: Processes) -> list[Run]:
     """Asks everything that has no answer yet; all files are read before any weights are.
 
     Raises:
         UserError: files, earlier answers or checkpoints do not serve.
     """
     settings = model_settings(config)
-    runs = [Run.of(task, folder, settings) for task in tasks]
+    runs = [Run.of(task, settings) for task in tasks]
     model = cache(lambda: ShowoPipeline.from_config(config))
     todo = [run.missing() for run in runs]
     processes.wait()  # nobody writes before all have read
@@ -103,38 +101,50 @@ def ask_all(config, tasks: Sequence[Task], folder: Path, processes: Processes) -
 
 def ask(run: Run, missing: Sequence[Item], model: Callable[[], ShowoPipeline], processes: Processes) -> None:
     """This process's share of one task."""
-    batches = list(share(run.items, missing, run.task.config.batch_size, processes))
+    task = run.task
+    batches = list(share(run.items, missing, task.config.batch_size, processes))
     if not batches:
         return
-    pipeline, seed = model(), run.task.config.seed or 0
-    total = sum(len(batch) for _, batch in batches)
-    with tqdm(total=total, desc=run.task.name, disable=None if processes.is_main else True) as bar:
-        for number, batch, images in with_pictures(batches):
+    pipeline, seed = model(), task.config.seed or 0
+    if not task.is_random:
+        batches = [(number, wanted, wanted) for number, _, wanted in batches]
+    total = sum(len(wanted) for _, _, wanted in batches)
+    with tqdm(total=total, desc=task.name, disable=None if processes.is_main else True) as bar:
+        for (number, batch, wanted), images in zip(batches, pictures_of(task, batches), strict=True):
             generator = torch.Generator(pipeline.device).manual_seed((seed * 1_000_003 + number) % 2**63)
-            run.store.add(processes.rank, batch, run.task.predict(pipeline, batch, images, generator))
-            bar.update(len(batch))
+            answers = task.predict(pipeline, batch, images, generator)
+            by_key = {item.key: answer for item, answer in zip(batch, answers, strict=True)}
+            run.store.add(processes.rank, wanted, [by_key[item.key] for item in wanted])
+            bar.update(len(wanted))
 
 
 def share(items: Sequence[Item], missing: Sequence[Item], size: int, processes: Processes) -> Iterator[Batch]:
-    """The batches of this process, less what is answered."""
-    wanted = {item.key for item in missing}
+    """The batches of this process of which something is missing."""
+    keys = {item.key for item in missing}
     for number, start in enumerate(range(0, len(items), size)):
-        batch = [item for item in items[start : start + size] if item.key in wanted]
-        if batch and number % processes.count == processes.rank:
-            yield number, batch
+        batch = [item for item in items[start : start + size] if item.preset is None]
+        wanted = [item for item in batch if item.key in keys]
+        if wanted and number % processes.count == processes.rank:
+            yield number, batch, wanted
 
 
-def with_pictures(batches: Sequence[Batch]) -> Iterator[tuple[int, list[Item], list[Image.Image]]]:
-    """Each batch with its pictures; those of the next one are read meanwhile, and one that recurs once."""
+def pictures_of(task: Task, batches: Sequence[Batch]) -> Iterator[list[Image.Image]]:
+    """The pictures of each batch; none for a task whose model gets none."""
+    asked = [batch for _, batch, _ in batches]
+    return with_pictures(asked) if task.reads_pictures else iter([[] for _ in asked])
+
+
+def with_pictures(batches: Sequence[Sequence[Item]]) -> Iterator[list[Image.Image]]:
+    """Those of the next batch are read meanwhile, and one that recurs within a batch once."""
     with ThreadPoolExecutor(READERS) as readers:
 
-        def start(batch: list[Item]) -> list:
+        def start(batch: Sequence[Item]) -> list:
             reading = {item.image: item for item in batch}
             reading = {image: readers.submit(item.open_image) for image, item in reading.items()}
             return [reading[item.image] for item in batch]
 
-        coming = start(batches[0][1])
-        for index, (number, batch) in enumerate(batches):
+        coming = start(batches[0])
+        for index in range(len(batches)):
             now = coming
-            coming = start(batches[index + 1][1]) if index + 1 < len(batches) else []
-            yield number, batch, [picture.result() for picture in now]
+            coming = start(batches[index + 1]) if index + 1 < len(batches) else []
+            yield [picture.result() for picture in now]

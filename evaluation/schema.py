@@ -26,6 +26,17 @@ class EvaluationConfig(InferenceConfig):
     bootstrap_samples: int = 1000
     vqav2_split: str = "val"  # test-dev and test have no public answers: predictions for the server only
     mmmu_split: str = "validation"
+    geneval_repository: str | None = None  # a clone of the official one; runs its script where mmdet is installed
+    geneval_detector: str | None = None  # folder with that detector's weights
+    coco_captions: str | None = None  # within data_root, in the form of captions_val2014.json, which is the default
+    coco_scores: str = "fid,clip"
+    clip_score_model: str = "openai/clip-vit-large-patch14"  # hub name or folder
+    fid_features: str | None = None  # a TorchScript network in place of torchmetrics' Inception
+    fid_weights: str | None = None  # a file with that Inception's weights; null: from the hub
+    fid_size: int = 256  # pixels per side of the pictures that FID and rFID compare
+    reconstruction_images: str | None = None  # a folder of pictures
+    reconstruction_fid: bool = True
+    emoji_world: str = "emoji_world"  # the folder in data_root that `make data-emoji` wrote
     flickr30k_prompt: str = "Provide a one-sentence caption for the provided image."
 
     @staticmethod
@@ -34,7 +45,9 @@ class EvaluationConfig(InferenceConfig):
         for key, allowed in (("vqav2_split", VQAV2_SPLITS), ("mmmu_split", MMMU_SPLITS)):
             if config[key] not in allowed:
                 found.append(f"{key} is {config[key]!r}; allowed: {', '.join(allowed)}")
-        for key, low in (("max_items", 1), ("bootstrap_samples", 100)):
+        if not set(scores := config.coco_scores.split(",")) <= {"fid", "clip"} or len(set(scores)) < len(scores):
+            found.append(f"coco_scores is {config.coco_scores!r}; allowed: fid, clip or fid,clip")
+        for key, low in (("max_items", 1), ("bootstrap_samples", 100), ("fid_size", 8)):
             if config[key] is not None and config[key] < low:
                 found.append(f"{key} is {config[key]}; it must be {low} or more")
         if not config.flickr30k_prompt.strip():

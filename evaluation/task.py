@@ -1,7 +1,7 @@
 """What a benchmark is: its items, how one is put to the model, what an answer counts, and the official submission.
 
-The runner knows nothing but `Task`. A task whose model does something else than answer (draws, say) subclasses `Task`
-and writes its own `predict`; a benchmark of questions about pictures subclasses `QuestionTask`.
+The runner knows nothing but `Task`. A benchmark of questions about pictures subclasses `QuestionTask`, one that has the
+model draw `DrawingTask` (drawing.py); a task that does something else writes its own `predict`.
 """
 
 from abc import ABC, abstractmethod
@@ -53,18 +53,29 @@ class Item:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the official rule makes of one answer: how it reads it, and its score (the higher the better)."""
+    """What the official rule makes of one answer.
+
+    Args:
+        parsed: how it reads it.
+        score: the higher the better.
+        facts: what else was found about it, for `Task.counts` and `predictions.jsonl`.
+    """
 
     parsed: str
     score: float
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Paper:
-    """What the paper reports at 512 x 512 (SPEC §16), and how our protocol differs from what is known of its own."""
+    """What the paper reports at 512 x 512 (SPEC §16), and how our protocol differs from what is known of its own.
+
+    Args:
+        vq, clip_vit: by branch; drawing is the same in both, so its figures stand under `vq` alone.
+    """
 
     vq: float
-    clip_vit: float
+    clip_vit: float | None
     differs: str
 
 
@@ -74,17 +85,19 @@ class Task(ABC):
     Args:
         config: an `EvaluationConfig`.
         root: the folder with all benchmarks' files.
+        folder: this run's own, for what the task makes.
     """
 
     name: ClassVar[str]
     headline: ClassVar[str]  # the figure that the paper reports
     unit: ClassVar[str] = "%"
     official_size: ClassVar[int | None] = None  # items in the official files
-    max_new_tokens: ClassVar[int] = 16
     paper: ClassVar[Paper | None] = None
+    reads_pictures: ClassVar[bool] = True  # whether the model is given `Item.open_image()`
+    ceilings: ClassVar[tuple[str, ...]] = ()  # beside the figure "x" stand "x: ceiling", each in a column of its own
 
-    def __init__(self, config, root: Path) -> None:
-        self.config, self.root = config, root
+    def __init__(self, config, root: Path, folder: Path) -> None:
+        self.config, self.root, self.folder = config, root, folder
 
     @property
     def has_answers(self) -> bool:
@@ -93,8 +106,13 @@ class Task(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of its own that its answers depend on."""
+        """What its answers depend on beside the checkpoints and the items."""
         return {}
+
+    @property
+    def is_random(self) -> bool:
+        """Whether answers are drawn at random; a batch, which has one generator, is then asked whole or not at all."""
+        return False
 
     @abstractmethod
     def read_items(self) -> list[Item]:
@@ -122,9 +140,23 @@ class Task(ABC):
     def figures(self, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The benchmark's figures from summed counts, elementwise; a count that no group has is 0."""
 
-    @abstractmethod
-    def write_submission(self, folder: Path, items: Sequence[Item], answers: Sequence[str]) -> list[Path]:
-        """Writes the predictions in the benchmark's own form; returns the files."""
+    def set_figures(self, folder: Path, samples: int, seed: int) -> dict[str, np.ndarray]:
+        """Figures of a judged run that are no sums over its items, such as a Fréchet distance.
+
+        Args:
+            folder: the run's; with the same seed two runs' values are resampled alike.
+
+        Returns:
+            (1 + R,) each: the figure, and its values in R resamples; R may be 0 where that would take too long.
+        """
+        return {}
+
+    def write_submission(self, folder: Path, items: Sequence[Item], answers: Sequence[str]) -> None:  # noqa: B027
+        """Writes the predictions in the benchmark's own form into an empty folder; by default there is none."""
+
+    def picture(self, item: Item, answer: str) -> Image.Image | None:
+        """What is shown of an item on the contact sheet."""
+        return item.open_image() if item.open_image else None
 
     def notes(self) -> list[str]:
         """What a reader of this run's figures must know beside `paper.differs`."""
@@ -133,6 +165,19 @@ class Task(ABC):
 
 class QuestionTask(Task):
     """A benchmark that asks about pictures."""
+
+    max_new_tokens: ClassVar[int] = 16
+
+    @property
+    def is_random(self) -> bool:
+        return self.config.top_k != 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        config = self.config
+        found = {"max_new_tokens": config.max_new_tokens or self.max_new_tokens, "top_k": config.top_k}
+        sampled = ("top_p", "temperature", "seed", "batch_size") if self.is_random else ()
+        return found | {name: config[name] for name in sampled}
 
     def predict(self, model, items, images, generator) -> list[str]:
         config = self.config

@@ -369,6 +369,16 @@ class ShowoPipeline:
         )
         return [text.strip() for text in self.prompting.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
 
+    @torch.inference_mode()
+    def answer_loss(self, image: Picture, question: str, answer: str) -> tuple[float, bool]:
+        """Mean negative log-likelihood of an answer's tokens (no end token), and whether they are the greedy ones."""
+        rows = self._question_rows([image], [0], [question])
+        ids = self.prompting.tokenizer(f" {answer.strip()}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = ids.to(self.device)
+        input_ids = torch.cat([rows.pop("input_ids"), ids], dim=1)
+        logits = self.model(input_ids, **rows).logits[0, -ids.shape[1] - 1 : -1].float()  # (answer, vocabulary)
+        return float(F.cross_entropy(logits, ids[0])), bool((logits.argmax(dim=-1) == ids[0]).all())
+
     def _question_rows(self, images: list[Picture], index: list[int], questions: list[str]) -> dict:
         """Inputs of `mmu_generate`: questions, each about `images[index]`, seen as codes or as CLIP features."""
         if not self.model.config.w_clip_vit:

@@ -25,8 +25,8 @@ class Flickr30k(QuestionTask):
     max_new_tokens = 64
     paper = Paper(62.5, 67.6, "the paper's prompt is unknown (flickr30k_prompt sets ours); Karpathy's test split")
 
-    def __init__(self, config, root: Path) -> None:
-        super().__init__(config, root)
+    def __init__(self, config, root: Path, folder: Path) -> None:
+        super().__init__(config, root, folder)
         tokenizer_name()  # a library that is not there is seen before anything is asked
 
     def read_items(self) -> list[Item]:
@@ -79,4 +79,3 @@ class Flickr30k(QuestionTask):
         file = folder / "flickr30k_test_results.json"
         pairs = zip(items, answers, strict=True)
         write_json(file, [{"image_id": int(item.key), "caption": cell(answer)} for item, answer in pairs])
-        return [file]

@@ -62,4 +62,3 @@ class GQA(QuestionTask):
         file = folder / "testdev_balanced_predictions.json"
         pairs = zip(items, self.judge(items, answers), strict=True)
         write_json(file, [{"questionId": item.key, "prediction": verdict.parsed} for item, verdict in pairs])
-        return [file]

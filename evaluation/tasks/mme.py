@@ -69,16 +69,13 @@ class MME(QuestionTask):
 
     def write_submission(self, folder, items, answers):
         """`{subtask}.txt` as the official `calculation.py` reads them: picture, question, answer, prediction."""
-        files = []
         for subtask in SUBTASKS:
             lines = [
                 "\t".join((Path(item.image).name, item.prompt, item.expected, cell(answer))) + "\n"
                 for item, answer in zip(items, answers, strict=True)
                 if item.stratum == subtask
             ]
-            files.append(folder / f"{subtask}.txt")
-            files[-1].write_text("".join(lines), encoding="utf-8")
-        return files
+            (folder / f"{subtask}.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def _read_pair(subtask: str, file: Path, pictures: Path) -> list[Item]:

@@ -45,7 +45,7 @@ class MMMU(QuestionTask):
 
     @property
     def settings(self) -> dict:
-        return {"split": self.config.mmmu_split}
+        return super().settings | {"split": self.config.mmmu_split}
 
     def read_items(self) -> list[Item]:
         what = f"MMMU's subjects, each a folder with {self.config.mmmu_split}-*.parquet"
@@ -126,7 +126,6 @@ class MMMU(QuestionTask):
         file = folder / f"{self.config.mmmu_split}_predictions.json"
         pairs = zip(items, answers, strict=True)
         write_json(file, {i.key: answer if i.facts["kind"] == OPEN else self._parsed(i, answer) for i, answer in pairs})
-        return [file]
 
 
 def prompt_of(question: str, options: dict[str, str], kind: str) -> str:

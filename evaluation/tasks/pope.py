@@ -4,6 +4,7 @@
 """
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -56,25 +57,10 @@ class POPE(QuestionTask):
         return [Verdict(p, float(p == item.expected)) for item, p in zip(items, parsed, strict=True)]
 
     def counts(self, items, verdicts) -> dict[str, float]:
-        """Of true and false positives and negatives in each split."""
-        pairs = zip(items, verdicts, strict=True)
-        return Counter(
-            f"{item.facts['split']} {'t' if verdict.score else 'f'}{'p' if verdict.parsed == 'yes' else 'n'}"
-            for item, verdict in pairs
-        )
+        return yes_no_counts(items, verdicts)
 
     def figures(self, sums) -> dict[str, np.ndarray]:
-        found = {}
-        for split in SPLITS:
-            tp, fp, tn, fn = (sums[f"{split} {kind}"] for kind in ("tp", "fp", "tn", "fn"))
-            total = tp + fp + tn + fn
-            found |= {
-                f"{split} accuracy": 100 * ratio(tp + tn, total),
-                f"{split} precision": 100 * ratio(tp, tp + fp),
-                f"{split} recall": 100 * ratio(tp, tp + fn),
-                f"{split} F1": 100 * ratio(2 * tp, 2 * tp + fp + fn),
-                f"{split} yes-ratio": 100 * ratio(tp + fp, total),
-            }
+        found = yes_no_figures(sums, SPLITS)
         means = {
             f"{what}, mean of splits": sum(found[f"{s} {what}"] for s in SPLITS) / 3 for what in ("F1", "accuracy")
         }
@@ -82,12 +68,35 @@ class POPE(QuestionTask):
 
     def write_submission(self, folder, items, answers):
         """The answer files that the official `evaluate.py` reads, one a split, in the order of the questions."""
-        files = []
         for split in SPLITS:
             pairs = [pair for pair in zip(items, answers, strict=True) if pair[0].facts["split"] == split]
-            files.append(folder / f"coco_pope_{split}_answers.json")
-            write_json_lines(files[-1], [{"question": item.facts["question"], "answer": text} for item, text in pairs])
-        return files
+            records = [{"question": item.facts["question"], "answer": text} for item, text in pairs]
+            write_json_lines(folder / f"coco_pope_{split}_answers.json", records)
+
+
+def yes_no_counts(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Of true and false positives and negatives in each split (the items' fact `split`)."""
+    pairs = zip(items, verdicts, strict=True)
+    return Counter(
+        f"{item.facts['split']} {'t' if verdict.score else 'f'}{'p' if verdict.parsed == 'yes' else 'n'}"
+        for item, verdict in pairs
+    )
+
+
+def yes_no_figures(sums: Mapping[str, np.ndarray], splits: Sequence[str]) -> dict[str, np.ndarray]:
+    """POPE's figures of each split in percent, from the sums of `yes_no_counts`."""
+    found = {}
+    for split in splits:
+        tp, fp, tn, fn = (sums[f"{split} {kind}"] for kind in ("tp", "fp", "tn", "fn"))
+        total = tp + fp + tn + fn
+        found |= {
+            f"{split} accuracy": 100 * ratio(tp + tn, total),
+            f"{split} precision": 100 * ratio(tp, tp + fp),
+            f"{split} recall": 100 * ratio(tp, tp + fn),
+            f"{split} F1": 100 * ratio(2 * tp, 2 * tp + fp + fn),
+            f"{split} yes-ratio": 100 * ratio(tp + fp, total),
+        }
+    return found
 
 
 def parse_yes_no(answer: str) -> str:

@@ -36,7 +36,7 @@ class VQAv2(QuestionTask):
 
     @property
     def settings(self) -> dict:
-        return {"split": self.config.vqav2_split}
+        return super().settings | {"split": self.config.vqav2_split}
 
     def read_items(self) -> list[Item]:
         split = SPLITS[self.config.vqav2_split]
@@ -98,4 +98,3 @@ class VQAv2(QuestionTask):
         file = folder / f"v2_OpenEnded_mscoco_{SPLITS[self.config.vqav2_split]}_showo_results.json"
         pairs = zip(items, answers, strict=True)
         write_json(file, [{"question_id": int(item.key), "answer": one_line(answer)} for item, answer in pairs])
-        return [file]

@@ -42,6 +42,8 @@ class Evaluation:
 
     def arguments(self, tasks: str, *more: str) -> list[str]:
         given = [f"config={self.yaml}", f"tasks={tasks}", f"data_root={self.root}", f"output_dir={self.folder}"]
+        given += [f"fid_features={self.root / 'inception.pt'}", f"clip_score_model={self.root / 'clip'}"]
+        given += [f"reconstruction_images={self.root / 'pictures'}", "fid_size=16"]
         return [*given, "bootstrap_samples=200", "max_new_tokens=4", "seed=1", *more]
 
     def run(self, tasks: str, *more: str) -> dict:
@@ -52,7 +54,7 @@ class Evaluation:
     def prepared(self, task: str, *more: str) -> Run:
         """The task as the runner would begin it."""
         config = load_config(self.arguments(task, *more), EvaluationConfig)
-        return Run.of(TASKS[task](config, self.root), self.folder, model_settings(config))
+        return Run.of(TASKS[task](config, self.root, self.folder / task), model_settings(config))
 
     def answer(self, task: str, answers: dict[str, str], *more: str) -> dict:
         """Figures of the task when these are the model's answers, by key; the rest of the run is the real one."""

@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from evaluation.tasks.mme import SUBTASKS
+from models.clip_encoder import image_processor_class
+from tests.parity.goldens import fill_
 
 
 def picture(seed: int) -> Image.Image:
@@ -152,6 +156,100 @@ def write_flickr30k(root: Path) -> None:
     write_json(root / "flickr30k/dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
 
 
+def solid(path: Path, colour: int | tuple[int, int, int], side: int = 32) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (side, side), (colour,) * 3 if isinstance(colour, int) else colour).save(path)
+
+
+EMOJI = [  # name, group, style, colour, held out
+    ("red apple", "food & drink", "noto", (255, 0, 0), False),
+    ("red apple", "food & drink", "twemoji", (245, 0, 0), True),
+    ("leaf", "animals & nature", "noto", (0, 255, 0), False),
+    ("leaf", "animals & nature", "fluent 3d", (0, 200, 0), False),
+]
+
+
+def emoji_key(name: str, style: str) -> str:
+    return f"{name}_{style}".replace(" ", "-")
+
+
+def write_emoji(root: Path) -> None:
+    """The manifest as training/data/emoji_world.py writes it, as far as the evaluation reads it."""
+    names = {name: {"name": name, "group": group, "tags": []} for name, group, *_ in EMOJI}
+    pictures = [
+        {"key": emoji_key(name, style), "name": name, "style": style, "held_out": held_out}
+        for name, _, style, _, held_out in EMOJI
+    ]
+    for name, _, style, colour, _ in EMOJI:
+        solid(root / f"emoji_world/images/{emoji_key(name, style)}.png", colour)
+    write_json(root / "emoji_world/manifest.json", {"names": list(names.values()), "pictures": pictures})
+
+
+GENEVAL = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {
+        "tag": "counting",
+        "include": [{"class": "clock", "count": 2}],
+        "exclude": [{"class": "clock", "count": 3}],
+        "prompt": "a photo of two clocks",
+    },
+]
+
+
+def write_geneval(root: Path) -> None:
+    (root / "geneval").mkdir()
+    lines = "".join(json.dumps(record) + "\n" for record in GENEVAL)
+    (root / "geneval/evaluation_metadata.jsonl").write_text(lines)
+
+
+COCO_GREYS = {11: 0, 12: 100, 13: 200}
+
+
+class MeanColour(torch.nn.Module):
+    """One feature, in the place of Inception."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.float().mean(dim=(1, 2, 3))[:, None]
+
+
+def write_networks(root: Path) -> None:
+    """`inception.pt` and `clip/`, tiny ones of the classes that the real ones have."""
+    torch.jit.script(MeanColour()).save(root / "inception.pt")
+    (root / "clip").mkdir(exist_ok=True)
+    words = ["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    words += [chr(ord("a") + number) for number in range(26)]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    write_json(root / "clip/vocab.json", vocabulary)
+    (root / "clip/merges.txt").write_text("#version: 0.2\n")
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 24}
+    config = CLIPConfig(text_config=text | ids, vision_config=text | {"image_size": 24, "patch_size": 8})
+    config.projection_dim = 8
+    fill_(CLIPModel(config)).save_pretrained(root / "clip")
+    side = {"height": 24, "width": 24}
+    image_processor = image_processor_class()(size={"shortest_edge": 24}, crop_size=side)
+    tokenizer = CLIPTokenizer(str(root / "clip/vocab.json"), str(root / "clip/merges.txt"))
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(root / "clip")
+
+
+def write_coco(root: Path) -> None:
+    images, annotations = [], []
+    for number, grey in COCO_GREYS.items():
+        name = coco_name(number)
+        solid(root / "coco/val2014" / name, grey)
+        images.append({"id": number, "file_name": name, "height": 32, "width": 32})
+        for caption in ("a b", "c d\n"):
+            annotations.append({"image_id": number, "id": len(annotations) + 1, "caption": f"{caption} {number}"})
+    write_json(root / "coco/annotations/captions_val2014.json", {"images": images, "annotations": annotations})
+    write_networks(root)
+
+
+def write_reconstruction(root: Path) -> None:
+    solid(root / "pictures/a.png", 100)
+    solid(root / "pictures/more/b.JPG", 200)
+    write_networks(root)
+
+
 WRITERS = {
     "pope": write_pope,
     "mme": write_mme,
@@ -159,4 +257,8 @@ WRITERS = {
     "gqa": write_gqa,
     "mmmu": write_mmmu,
     "flickr30k": write_flickr30k,
+    "geneval": write_geneval,
+    "coco": write_coco,
+    "reconstruction": write_reconstruction,
+    "emoji": write_emoji,
 }

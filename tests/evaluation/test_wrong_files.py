@@ -22,8 +22,8 @@ def refused(places, tmp_path, monkeypatch):
     evaluation.root.mkdir()
 
     def run(task: str, damage, *more: str) -> str:
-        if task in WRITERS:
-            WRITERS[task](evaluation.root)
+        if (writer := WRITERS.get("emoji" if task.startswith("emoji") else task)) is not None:
+            writer(evaluation.root)
         damage(evaluation.root)
         with pytest.raises(UserError) as error:
             evaluate.main(evaluation.arguments(task, *more))
@@ -71,6 +71,9 @@ GQA = "gqa/testdev_balanced_questions.json"
 QUESTIONS = "vqav2/v2_OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "vqav2/v2_mscoco_val2014_annotations.json"
 FLICKR = "flickr30k/dataset_flickr30k.json"
+GENEVAL = "geneval/evaluation_metadata.jsonl"
+COCO = "coco/annotations/captions_val2014.json"
+EMOJI = "emoji_world/manifest.json"
 MME = "mme/MME_Benchmark_release_version"
 
 
@@ -125,6 +128,47 @@ MME = "mme/MME_Benchmark_release_version"
         ("flickr30k", removed("flickr30k/flickr30k-images/3.jpg"), ["3.jpg, named by field 'filename' of imgid 2"]),
         ("mmmu", lambda root: (root / "mmmu").rename(root / "x"), ["mmmu does not exist; expected MMMU's subjects"]),
         ("mmmu", written("mmmu/Math/validation-00000-of-00001.parquet", "x"), ["cannot be read as parquet"]),
+        ("geneval", removed(GENEVAL), [GENEVAL, "does not exist; expected GenEval's prompts"]),
+        (
+            "geneval",
+            line_edited(GENEVAL, 1, tag="colour"),
+            ["line 2: field 'tag' is \"colour\"; expected 'single_object'"],
+        ),
+        ("geneval", line_edited(GENEVAL, 0, include=None), ["line 1: field 'include' is missing", "expected a list"]),
+        ("geneval", written(GENEVAL, ""), ["evaluation_metadata.jsonl is empty; expected GenEval's prompts"]),
+        ("coco", removed(COCO), [COCO, "does not exist; expected COCO's captions of val2014"]),
+        (
+            "coco",
+            edited(COCO, lambda t: t["annotations"][1].pop("caption")),
+            ["annotation 1: field 'caption' is missing"],
+        ),
+        (
+            "coco",
+            edited(COCO, lambda t: t["annotations"][0].update(image_id=9)),
+            ["annotation 0: field 'image_id' is 9"],
+        ),
+        ("coco", edited(COCO, lambda t: t["images"][0].pop("file_name")), ["image 0: field 'file_name' is missing"]),
+        (
+            "coco",
+            removed("coco/val2014/COCO_val2014_000000000012.jpg"),
+            ["1 of 3 pictures are missing", "named by field 'file_name' (COCO_val2014_000000000012.jpg)"],
+        ),
+        (
+            "reconstruction",
+            lambda root: [path.unlink() for path in (root / "pictures").rglob("*.*")],
+            ["pictures holds no picture; expected .png, .jpg"],
+        ),
+        ("emoji_naming", removed(EMOJI), [EMOJI, "does not exist; expected the manifest", "make data-emoji"]),
+        ("emoji_naming", edited(EMOJI, lambda t: t.pop("pictures")), ["field 'pictures' is missing"]),
+        ("emoji_style", edited(EMOJI, lambda t: t["pictures"][1].update(style="oil")), ["picture 1: field 'style' is"]),
+        ("emoji_yes_no", edited(EMOJI, lambda t: t["names"][0].update(group="x")), ["name 0: field 'group' is \"x\""]),
+        (
+            "emoji_drawing",
+            edited(EMOJI, lambda t: t["pictures"][0].update(name="y")),
+            ["field 'name' is 'y'; expected"],
+        ),
+        ("emoji_drawing", edited(EMOJI, lambda t: t["pictures"][0].update(held_out=1)), ["expected true or false"]),
+        ("emoji_drawing", removed("emoji_world/images/leaf_noto.png"), ["1 of 4 pictures are missing", "leaf_noto"]),
         ("unknown", lambda root: None, ["tasks holds 'unknown'; name one or more of pope,mme"]),
     ],
 )

@@ -1,0 +1,82 @@
+"""Benchmarks that have the model draw: the pictures lie in the task's folder, an answer is the name of one."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from common.config import mask_schedule_of
+from evaluation.task import Item, Task
+from models.images import load_image, preprocess
+
+
+class DrawingTask(Task):
+    """A benchmark whose prompts are drawn."""
+
+    reads_pictures = False
+
+    @property
+    def is_random(self) -> bool:
+        return True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        names = ("guidance_scale", "generation_timesteps", "generation_temperature", "seed", "batch_size")
+        name, parameters = mask_schedule_of(self.config)
+        schedule = " ".join([name, *(f"{key}={value}" for key, value in parameters.items())])
+        return super().settings | {key: self.config[key] for key in names} | {"mask_schedule": schedule}
+
+    @abstractmethod
+    def file_of(self, item: Item) -> str:
+        """Where an item's drawing lies, seen from the task's folder."""
+
+    def predict(self, model, items, images, generator) -> list[str]:
+        drawn = model.text_to_image(
+            [item.prompt for item in items],
+            guidance_scale=self.config.guidance_scale,
+            timesteps=self.config.generation_timesteps,
+            temperature=self.config.generation_temperature,
+            generator=generator,
+        )
+        return [save(self.folder, self.file_of(item), image) for item, image in zip(items, drawn, strict=True)]
+
+    def picture(self, item, answer) -> Image.Image:
+        return load_image(self.folder / answer)
+
+    def drawings(self, answers: Sequence[str]) -> list[Image.Image]:
+        return [load_image(self.folder / answer) for answer in answers]
+
+
+def save(folder: Path, name: str, image: Image.Image) -> str:
+    """Writes a picture; returns its name."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return name
+
+
+def as_bytes(image: Image.Image, size: int) -> torch.Tensor:
+    """(3, size, size) uint8: the shorter side to `size` (bicubic), the centre cropped, as the model sees a picture."""
+    return (preprocess(image, size, normalize=False) * 255).round().byte()
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The same as a picture."""
+    return Image.fromarray(as_bytes(image.convert("RGB"), size).permute(1, 2, 0).numpy())
+
+
+def psnr(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(N,) peak signal-to-noise ratio in dB of (N, F) pixels in [0, 1]; 100 at most."""
+    return -10 * (values - others).square().mean(dim=-1).clamp(min=1e-10).log10()
+
+
+def side_by_side(*images: Image.Image) -> Image.Image:
+    """Pictures of one size in a row."""
+    width, height = images[0].size
+    row = Image.new("RGB", (width * len(images), height))
+    for number, image in enumerate(images):
+        row.paste(image.resize((width, height)), (number * width, 0))
+    return row

@@ -1,0 +1,64 @@
+"""The emoji world as a benchmark: which pictures there are, and which of them training saw.
+
+`{data_root}/{emoji_world}/` as `make data-emoji` writes it: `manifest.json` and `images/`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from evaluation.official_files import check_pictures, field, read_json, unique_keys
+from training.data.emoji_text import GROUPS, STYLES
+
+SPLITS = ("seen", "held-out")
+WHAT = "the manifest of an emoji world, which `make data-emoji` writes"
+
+
+@dataclass(frozen=True)
+class Picture:
+    key: str
+    name: str
+    style: str
+    group: str
+    split: str  # seen in training, or held out: its name was seen in other styles only
+    path: Path
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """What its figures are counted under."""
+        return self.split, f"{self.split}, {self.style}"
+
+
+KINDS = tuple(kind for split in SPLITS for kind in (split, *(f"{split}, {style}" for style in STYLES)))
+
+
+def read_world(folder: Path) -> list[Picture]:
+    """All pictures in the manifest's order.
+
+    Raises:
+        UserError: a file or field is missing or wrong.
+    """
+    file = folder / "manifest.json"
+    manifest = read_json(file, dict, WHAT)
+    groups = {}
+    for number, record in enumerate(field(str(file), manifest, "names", list)):
+        place = f"{file}, name {number}"
+        groups[field(place, record, "name", str)] = field(place, record, "group", str, tuple(GROUPS.values()))
+    pictures = []
+    for number, record in enumerate(field(str(file), manifest, "pictures", list)):
+        place = f"{file}, picture {number}"
+        key, name = (field(place, record, part, str) for part in ("key", "name"))
+        if name not in groups:
+            raise UserError(f"{place}: field 'name' is {name!r}; expected one of the {len(groups)} names of the file")
+        style = field(place, record, "style", str, STYLES)
+        split = SPLITS[field(place, record, "held_out", bool)]
+        pictures.append(Picture(key, name, style, groups[name], split, folder / "images" / f"{key}.png"))
+    if not pictures:
+        raise UserError(f"{file}: field 'pictures' is empty; expected {WHAT}")
+    unique_keys([picture.key for picture in pictures], file, "key")
+    check_pictures(
+        [picture.path for picture in pictures],
+        lambda path: f"field 'key' of manifest.json ({path.stem})",
+        f"the pictures of the emoji world in {folder / 'images'}",
+    )
+    return pictures

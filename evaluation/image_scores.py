@@ -1,0 +1,161 @@
+"""Scores of pictures by torchmetrics: FID, CLIPScore, PSNR and SSIM, with networks from local files or the hub."""
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from common.config import resolve_path
+from common.errors import UserError
+from evaluation.drawing import as_bytes, psnr
+from models.pipeline_loading import choose_device
+
+BATCH = 50
+INCEPTION = "torch-fidelity's Inception (FID's own weights)"
+
+
+def need(library: str, what: str, remedy: str) -> None:
+    """`UserError` where a library is not installed."""
+    if find_spec(library.replace("-", "_")) is None:
+        raise UserError(f"{what} needs {library}, which is not installed; {remedy}")
+
+
+def check_fid(config) -> str:
+    """Which network FID will look through; `UserError` where that cannot work."""
+    need("torchmetrics", "FID", "pip install 'torchmetrics>=1.4'")
+    for key in ("fid_features", "fid_weights"):
+        if config[key] and not resolve_path(config[key]).is_file():
+            raise UserError(f"{key}={config[key]} does not exist; give a file (docs/evaluation.md says which)")
+    if config.fid_features:
+        return f"the network in {Path(config.fid_features).name}"
+    need(
+        "torch-fidelity",
+        "FID",
+        "pip install torch-fidelity (it brings torchvision), or give fid_features=FILE, an Inception as TorchScript",
+    )
+    return INCEPTION
+
+
+class FID:
+    """Fréchet Inception distance of two sets of pictures of any size.
+
+    Args:
+        config: `fid_features` (a TorchScript network: (B, 3, H, W) uint8 → (B, F)), or null for torchmetrics' own with
+            `fid_weights`, a local file, or null for the hub; `fid_size`, the side of both sets' pictures.
+    """
+
+    def __init__(self, config) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        self.size, device = config.fid_size, choose_device(config.device)
+        if config.fid_features:
+            settings = {"feature": _scripted(config.fid_features)}
+        else:
+            weights = config.fid_weights and str(resolve_path(config.fid_weights))
+            settings = {"feature": 2048, "feature_extractor_weights_path": weights}
+        self.metric = FrechetInceptionDistance(**settings).to(device)
+
+    @torch.inference_mode()
+    def add(self, count: int, opened: Callable[[int], Image.Image], *, real: bool) -> None:
+        """Counts `count` pictures in, of which `opened` reads the n-th."""
+        what = "real pictures" if real else "ours"
+        for batch in _batches(range(count), f"FID, {what}"):
+            pixels = torch.stack([as_bytes(opened(number), self.size) for number in batch])
+            self.metric.update(pixels.to(self.metric.device), real=real)
+
+    def value(self) -> float:
+        return float(self.metric.compute())
+
+
+class _Scripted(torch.nn.Module):
+    """A TorchScript network as torchmetrics wants one."""
+
+    def __init__(self, network: torch.jit.ScriptModule, num_features: int) -> None:
+        super().__init__()
+        self.network, self.num_features = network, num_features
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.network(pixels)
+
+
+def _scripted(file: str) -> _Scripted:
+    try:
+        network = torch.jit.load(str(resolve_path(file)), map_location="cpu").eval()
+        found = network(torch.zeros(2, 3, 299, 299, dtype=torch.uint8))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1][:160]
+        raise UserError(
+            f"fid_features={file} is no TorchScript network that takes (B, 3, H, W) uint8 ({reason})"
+        ) from None
+    if not isinstance(found, torch.Tensor) or found.dim() != 2:
+        raise UserError(f"fid_features={file} does not give (B, F) features; take the layer before the classifier")
+    return _Scripted(network, found.shape[1])
+
+
+def check_clip(config) -> None:
+    need("torchmetrics", "CLIPScore", "pip install 'torchmetrics>=1.4'")
+
+
+def clip_scores(config, images: Iterator[Image.Image], texts: Sequence[str]) -> list[float]:
+    """CLIPScore of each picture with its text: 100 times the cosine, 0 at least.
+
+    Args:
+        config: `clip_score_model`, a folder or a hub name.
+
+    Raises:
+        UserError: there is no usable CLIP model under that name.
+    """
+    from torchmetrics.multimodal.clip_score import CLIPScore
+
+    metric = CLIPScore(model_name_or_path=lambda: _clip(config.clip_score_model)).to(choose_device(config.device))
+    found = []
+    with torch.inference_mode():
+        for image, text in tqdm(zip(images, texts, strict=True), total=len(texts), desc="CLIPScore", disable=None):
+            metric.update(as_bytes(image, min(image.size)).to(metric.device), text)
+            found.append(float(metric.compute()))
+            metric.reset()
+    return found
+
+
+def _clip(name: str) -> tuple:
+    """Model and processor; torchmetrics expects features, transformers 5 gives them inside an output."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    class Features(CLIPModel):
+        def get_image_features(self, *args, **settings):
+            return _pooled(super().get_image_features(*args, **settings))
+
+        def get_text_features(self, *args, **settings):
+            return _pooled(super().get_text_features(*args, **settings))
+
+    located = str(resolve_path(name)) if resolve_path(name).exists() else name
+    try:
+        return Features.from_pretrained(located).eval(), CLIPProcessor.from_pretrained(located)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(
+            f"clip_score_model={name} holds no usable CLIP model with its processor ({reason}); give the folder of one"
+        ) from None
+
+
+def _pooled(output) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def psnr_and_ssim(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[tuple[float, float]]:
+    """(dB, [-1, 1]) of each pair of 8-bit pictures of one size; 100 dB at most, SSIM with the usual 11 x 11 window."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    found = []
+    for image, other in zip(images, others, strict=True):
+        one, two = (as_bytes(picture, min(picture.size))[None].double() / 255 for picture in (image, other))
+        found.append((float(psnr(one.flatten(1), two.flatten(1))), float(ssim(one, two, data_range=1.0))))
+    return found
+
+
+def _batches(numbers: range, what: str) -> Iterator[range]:
+    starts = range(0, len(numbers), BATCH)
+    return (numbers[start : start + BATCH] for start in tqdm(starts, desc=what, leave=False, disable=None))

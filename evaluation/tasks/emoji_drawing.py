@@ -1,0 +1,174 @@
+"""How well a model draws the emoji world: is a drawing nearest to real pictures of the thing that was asked for?
+
+Each caption is drawn once. Drawings are compared with all pictures that training saw (the gallery): in the features of
+a frozen EfficientNet-Lite0 and pixel by pixel. The names are ranked by their nearest picture; a drawing counts if the
+right one is among the first 1 or 5. A held-out picture is not in the gallery, so its drawing must resemble the same
+thing in other styles. The same is done with the real pictures and with what the image tokenizer makes of them: no
+drawing can be expected to do better. Both spaces, since those features punish blur that pixels do not.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from evaluation import efficientnet
+from evaluation.drawing import DrawingTask, as_bytes, psnr, save, side_by_side, square
+from evaluation.emoji import KINDS, SPLITS, read_world
+from evaluation.frechet import frechet_figures
+from evaluation.task import Item, Verdict, ratio
+from models.images import load_image
+from models.pipeline_loading import choose_device
+from training.data.emoji_text import caption
+
+DRAWN, RECONSTRUCTED, REAL = "drawings", "reconstructions", "real pictures"
+SOURCES = (DRAWN, RECONSTRUCTED, REAL)
+SPACES = ("features", "pixels")
+TOPS = (1, 5)
+FEATURES = "features.pt"  # what the Fréchet distance is made of, for `compare`
+
+
+class EmojiDrawing(DrawingTask):
+    name = "emoji_drawing"
+    headline = "held-out top-1, features"
+    ceilings = (RECONSTRUCTED, REAL)
+
+    def __init__(self, config, root, folder) -> None:
+        super().__init__(config, root, folder)
+        efficientnet.check_packages()
+
+    def read_items(self) -> list[Item]:
+        self.world = read_world(self.root / self.config.emoji_world)
+        return [
+            Item(
+                picture.key,
+                caption(picture.name, picture.style),
+                image=picture.path.name,
+                stratum=picture.kinds[1],
+                facts={"picture": picture},
+                expected=picture.name,
+            )
+            for picture in self.world
+        ]
+
+    def file_of(self, item) -> str:
+        return f"{DRAWN}/{item.key}.png"
+
+    def predict(self, model, items, images, generator) -> list[str]:
+        """Draws, and keeps beside the drawings what the image tokenizer makes of the real pictures."""
+        real = [load_image(item.facts["picture"].path) for item in items]
+        for item, image in zip(items, model.decode(model.encode(real)), strict=True):
+            save(self.folder, f"{RECONSTRUCTED}/{item.key}.png", image)
+        return super().predict(model, items, images, generator)
+
+    def judge(self, items, answers) -> list[Verdict]:
+        size = self.config.dataset.preprocessing.resolution
+        real = {picture.key: square(load_image(picture.path), size) for picture in self.world}
+        restored = self.drawings([f"{RECONSTRUCTED}/{item.key}.png" for item in items])
+        shown = {DRAWN: self.drawings(answers), RECONSTRUCTED: restored, REAL: list(real.values())}
+        vectors = {"features": self._features(shown), "pixels": {s: pixels(shown[s]) for s in SOURCES}}
+        rows = [list(real).index(item.key) for item in items]
+        seen = [number for number, picture in enumerate(self.world) if picture.split == SPLITS[0]]
+        names, wanted = [self.world[number].name for number in seen], [item.expected for item in items]
+        ranks = {}
+        for space in SPACES:
+            gallery = vectors[space][REAL][seen]
+            vectors[space][REAL] = vectors[space][REAL][rows]
+            for source in SOURCES:
+                ranks[source, space] = name_ranks(vectors[space][source], gallery, names, wanted, space == "features")
+        torch.save(
+            vectors["features"] | {"splits": [item.facts["picture"].split for item in items]}, self.folder / FEATURES
+        )
+        near = torch.cosine_similarity(vectors["features"][DRAWN], vectors["features"][REAL]).tolist()
+        quality = psnr(vectors["pixels"][RECONSTRUCTED], vectors["pixels"][REAL]).tolist()
+        verdicts = []
+        for number, similarity in enumerate(near):
+            facts = {f"{source} {space} rank": found[number][0] for (source, space), found in ranks.items()}
+            nearest = ", ".join(f"{ranks[DRAWN, space][number][1]} ({space})" for space in SPACES)
+            verdicts.append(Verdict(f"nearest: {nearest}", similarity, facts | {"PSNR": quality[number]}))
+        return verdicts
+
+    def _features(self, shown: dict[str, list[Image.Image]]) -> dict[str, torch.Tensor]:
+        model = efficientnet.load(choose_device(self.config.device))
+        return {source: efficientnet.features(model, images, source) for source, images in shown.items()}
+
+    def counts(self, items, verdicts) -> dict[str, float]:
+        (item,), (verdict,) = items, verdicts
+        found: dict[str, float] = {}
+        for kind in item.facts["picture"].kinds:
+            found |= {kind: 1, f"{kind} PSNR": verdict.facts["PSNR"]}
+            for source in SOURCES:
+                for space in SPACES:
+                    rank = verdict.facts[f"{source} {space} rank"]
+                    found |= {f"{kind} {source} {space} {top}": float(rank < top) for top in TOPS}
+        return found
+
+    def figures(self, sums) -> dict[str, np.ndarray]:
+        found = {}
+        for kind in (kind for kind in KINDS if kind in sums):
+            for space in SPACES:
+                for top in TOPS:
+                    for source in SOURCES:
+                        name = f"{kind} top-{top}, {space}{'' if source == DRAWN else f': {source}'}"
+                        found[name] = 100 * ratio(sums[f"{kind} {source} {space} {top}"], sums[kind])
+        for kind in (kind for kind in SPLITS if kind in sums):
+            found[f"{kind} PSNR of the reconstructions, dB"] = ratio(sums[f"{kind} PSNR"], sums[kind])
+        return found
+
+    def set_figures(self, folder, samples, seed) -> dict[str, np.ndarray]:
+        """Fréchet distances to the real pictures of the same split."""
+        kept = torch.load(folder / FEATURES, weights_only=True)
+        found = {}
+        for split in SPLITS:
+            rows = torch.tensor([one == split for one in kept["splits"]])
+            if rows.sum() > 1:
+                for source in (DRAWN, RECONSTRUCTED):
+                    name = f"{split} Fréchet distance (EfficientNet-Lite0){'' if source == DRAWN else f': {source}'}"
+                    found[name] = frechet_figures(kept[source][rows], kept[REAL][rows], samples, seed)
+        return found
+
+    def notes(self) -> list[str]:
+        count = {split: sum(picture.split == split for picture in self.world) for split in SPLITS}
+        names = len({picture.name for picture in self.world})
+        return [
+            f"{names} names, {count['seen']} pictures seen and {count['held-out']} held out; guidance "
+            f"{self.config.guidance_scale:g}, {self.config.generation_timesteps} steps"
+        ]
+
+    def picture(self, item, answer) -> Image.Image:
+        """The drawing and, right of it, the real picture."""
+        return side_by_side(super().picture(item, answer), load_image(item.facts["picture"].path))
+
+
+def name_ranks(
+    queries: torch.Tensor, gallery: torch.Tensor, names: Sequence[str], wanted: Sequence[str], cosine: bool
+) -> list[tuple[int, str]]:
+    """Names ranked by their nearest gallery picture.
+
+    Args:
+        queries: (Q, F).
+        gallery: (G, F), of G `names`, which may recur.
+        wanted: Q names.
+        cosine: compare directions instead of distances.
+
+    Returns:
+        for each query the rank of its name (0 = first; the last where the gallery lacks it), and the first name.
+    """
+    if cosine:
+        queries, gallery = (torch.nn.functional.normalize(each, dim=-1) for each in (queries, gallery))
+    listed = list(dict.fromkeys(names))
+    place = {name: index for index, name in enumerate(listed)}
+    index = torch.tensor([place[name] for name in names]).expand(len(queries), -1)
+    distances = torch.full((len(queries), len(listed)), torch.inf)
+    distances = distances.scatter_reduce(1, index, torch.cdist(queries, gallery), "amin")  # (Q, names)
+    found = []
+    for row, name in zip(distances, wanted, strict=True):
+        rank = int((row < row[place[name]]).sum()) if name in place else len(listed)
+        found.append((rank, listed[int(row.argmin())]))
+    return found
+
+
+def pixels(images: Sequence[Image.Image]) -> torch.Tensor:
+    """(N, 3 * H * W) float32 in [0, 1]."""
+    return torch.stack([as_bytes(image, image.width).flatten() for image in images]).float() / 255
