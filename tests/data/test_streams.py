@@ -316,6 +316,60 @@ def test_what_a_reader_skips_is_counted_too():
     assert flow.skipped == {"missing_file": 11} and flow.seen == 23
 
 
+def with_shards(bad: set[int], size: int = 50, count: int = 40):
+    """Endless reader of shards of `size` samples, drawn with replacement; of the `bad` ones nothing can be read."""
+
+    def read(seed: int):
+        rng = random.Random(seed)
+        while True:
+            if (shard := rng.randrange(count)) in bad:
+                yield Skipped("missing_file", f"{shard}.tar", size)
+            else:
+                yield from ((shard, number) for number in range(size))
+
+    return Resampled(read, 10**6)
+
+
+def test_lost_shards_count_as_the_samples_lost_with_them(monkeypatch):
+    """A fifth of the shards is gone: 0.4 % of what a reader yields, but a fifth of the data."""
+    monkeypatch.setattr(sources, "ROUND", 10**6)
+    flow = make_flow(source=with_shards(set(range(8))), using=as_pairs, batch_size=10, max_skipped_fraction=0.15)
+    with pytest.raises(UserError, match=r"missing_file \(such as \d+\.tar\)"):
+        take(flow, 2000)
+    assert flow.skipped["missing_file"] % 50 == 0 and flow.skipped["missing_file"] > 0.15 * flow.seen
+    allowed = make_flow(source=with_shards(set(range(8))), using=as_pairs, batch_size=10, max_skipped_fraction=0.4)
+    take(allowed, 2000)
+    assert allowed.tally.share == pytest.approx(0.2, abs=0.05)
+
+
+def test_one_lost_shard_of_many_ends_no_run_however_early_it_is_read(monkeypatch):
+    monkeypatch.setattr(sources, "ROUND", 10**6)
+
+    def bad_first(seed: int):
+        yield Skipped("truncated_shard", "0.tar", 10_000)
+        yield from ((1, number) for number in range(10**6))
+
+    flow = make_flow(source=Resampled(bad_first, 10**6), using=as_pairs, max_skipped_fraction=0.1)
+    take(flow, 100)
+    assert flow.skipped == {"truncated_shard": 10_000} and flow.state_dict().largest == 10_000
+    continued = make_flow(source=Resampled(bad_first, 10**6), using=as_pairs, max_skipped_fraction=0.1)
+    continued.load_state_dict(StreamState(**json.loads(json.dumps(dataclasses.asdict(flow.state_dict())))))
+    take(continued, 100)  # nor after a restart
+
+
+def test_a_single_shard_that_is_mostly_lost_ends_the_run_when_it_is_read_again(monkeypatch):
+    monkeypatch.setattr(sources, "ROUND", 10**6)
+
+    def one_shard(seed: int):
+        while True:
+            yield from ((0, number) for number in range(30))
+            yield Skipped("truncated_shard", "0.tar", 970)
+
+    flow = make_flow(source=Resampled(one_shard, 10**6), using=as_pairs, max_skipped_fraction=0.1)
+    with pytest.raises(UserError, match="1940 of 2000 samples"):
+        take(flow, 100)
+
+
 def as_pairs(raw, rng):
     return raw, None
 

@@ -37,7 +37,8 @@ class StreamState:
     Args:
         batches: handed out.
         positions, rounds: of each worker's stream: the round it stands in, and raw samples used of that round.
-        seen, skipped: raw samples used so far in all rounds, and those of them that could not be used, by kind.
+        seen, skipped, largest: raw samples used so far in all rounds, those of them that could not be used, by kind,
+            and the most that were lost at once.
     """
 
     batches: int = 0
@@ -45,6 +46,7 @@ class StreamState:
     rounds: list[int] = field(default_factory=list)
     seen: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    largest: int = 1
 
 
 @dataclass
@@ -83,20 +85,21 @@ class _Batches(IterableDataset):
             yield _Delivery(problem=str(error))
 
     def _deliveries(self, stream: int, num_workers: int) -> Iterator[_Delivery]:
-        items, tally, limit = [], Tally(), self.patience
+        items, tally, tried, limit = [], Tally(), 0, self.patience
         for raw, index, position, seed in self._raw_samples(stream, num_workers):
-            tally.seen += 1
+            tally.seen, tried = tally.seen + 1, tried + 1
             try:
                 if isinstance(raw, Skipped):
-                    raise SkipSample(raw.kind, raw.detail)
-                items.append(self.transform(raw, random.Random(seed)))
-                limit = max(GIVE_UP, 100 * self.batch_size)
+                    tally.skip(raw.kind, raw.detail, raw.count)
+                else:
+                    items.append(self.transform(raw, random.Random(seed)))
+                    limit = max(GIVE_UP, 100 * self.batch_size)
             except SkipSample as skipped:
                 tally.skip(skipped.kind, skipped.detail)
             if len(items) == self.batch_size:
                 yield _Delivery(pack(items), stream, index, position + 1, tally)
-                items, tally = [], Tally()
-            elif tally.seen >= limit:
+                items, tally, tried = [], Tally(), 0
+            elif tried >= limit:
                 yield _Delivery(tally=tally, problem="hardly any sample can be used")
                 return
 
@@ -214,7 +217,7 @@ class Flow:
             counted = f"; skipped were {self.tally.describe()}" if self.skipped else ""
             return f"{delivery.problem}{counted}; mend the data or its path"
         epoch = math.ceil((self.source.samples or ENOUGH_SEEN) / self.num_processes)
-        if self.seen < min(ENOUGH_SEEN, epoch) or self.tally.share <= self.max_skipped_fraction:
+        if self.seen < min(ENOUGH_SEEN, epoch) or not self.tally.exceeds(self.max_skipped_fraction):
             return ""
         return (
             f"skipped {self.tally.describe()}; that is more than dataset.params.max_skipped_fraction "
@@ -229,7 +232,8 @@ class Flow:
         self._iterator = None
 
     def state_dict(self) -> StreamState:
-        return StreamState(self.batches, list(self.positions), list(self.rounds), self.seen, dict(self.skipped))
+        places = list(self.positions), list(self.rounds)
+        return StreamState(self.batches, *places, self.seen, dict(self.skipped), self.tally.largest)
 
     def load_state_dict(self, state: StreamState) -> None:
         """Continues after the batches that `state` counts.
@@ -244,7 +248,7 @@ class Flow:
             )
         self.batches, self.positions = state.batches, list(state.positions)
         self.rounds = list(state.rounds) or [0] * len(self.positions)
-        self.tally = Tally(state.seen, Counter(state.skipped))
+        self.tally = Tally(state.seen, Counter(state.skipped), state.largest)
         self._iterator = None
 
 
