@@ -1,13 +1,18 @@
 """Checkpoints (SPEC §12): hub name or folder, published and own names, checked key by key, never executing code."""
 
 import json
+import logging
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from common.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 INDEX_NAMES = (
     "model.safetensors.index.json",
@@ -157,6 +162,18 @@ def resize_rows(tensor: torch.Tensor, rows: int, std: float) -> torch.Tensor:
     return torch.cat([tensor, new.to(tensor.dtype)])
 
 
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers' table of keys; they have been checked, and what may be missing is told in one line."""
+    reporter = logging.getLogger("transformers.modeling_utils")
+    level = reporter.level
+    reporter.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        reporter.setLevel(level)
+
+
 class CheckpointMixin:
     """`from_pretrained` for published and own folders, on top of transformers' loading.
 
@@ -195,7 +212,10 @@ class CheckpointMixin:
         check_state_dict(
             str(name_or_path), {k: v for k, v in expected.items() if k not in tied}, state_dict, allow_missing
         )
-        model = super().from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype, **kwargs)
+        with _without_load_report():
+            model = super().from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype, **kwargs)
+        if new := [k for k in expected if k not in state_dict and k not in tied]:
+            logger.warning("%s does not hold %s: new, with random weights", name_or_path, ", ".join(new))
         model.config.name_or_path = str(name_or_path)
         return model
 

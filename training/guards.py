@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from common.errors import UserError
 
 LOCK = ".lock"  # in the output folder
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "deepspeed")  # programs, and modules behind `python -m`
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
@@ -84,8 +85,7 @@ def follow_launcher() -> None:
     """
     parent = psutil.Process().parent()
     with suppress(psutil.Error, OSError, AttributeError):  # no parent, or not Linux
-        names = {Path(word).name for word in parent.cmdline()[:4]}
-        if names & {"accelerate", "torchrun", "torch.distributed.run", "deepspeed"}:
+        if any(Path(word).name.startswith(LAUNCHERS) for word in parent.cmdline()[:4]):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
             if not parent.is_running():
                 os.kill(os.getpid(), signal.SIGTERM)
