@@ -60,7 +60,7 @@ def checked_text(text: object, name: str) -> str:
 class Tally:
     """How many raw samples were seen and how many of them, by kind, were skipped; one example of each kind.
 
-    Samples lost with a file count as seen, too. `largest` is what one such file has cost.
+    Samples lost with a file count as seen, too. `largest` is the most that one file has cost.
     """
 
     seen: int = 0
@@ -75,6 +75,25 @@ class Tally:
         self.largest = max(self.largest, count)
         self.examples.setdefault(kind, detail)
 
+    def lose(self, lost: Skipped, owed: Counter) -> None:
+        """Notes one sample of a lost file as skipped; the others are owed: they are noted bit by bit by `collect`."""
+        self.skip(lost.kind, lost.detail)
+        self.largest = max(self.largest, lost.count)
+        owed[lost.kind] += lost.count - 1
+
+    def collect(self, owed: Counter, most: int) -> None:
+        """Notes up to `most` of the samples that are owed.
+
+        A lost file costs no time, while a whole one is read for long: noted at once, a hundredth of the files could
+        look like half of the data for as long as the first ones are being read.
+        """
+        for kind in list(owed):
+            count = min(most, owed[kind])
+            self.skipped[kind] += count
+            self.seen, most, owed[kind] = self.seen + count, most - count, owed[kind] - count
+            if not owed[kind]:
+                del owed[kind]
+
     def add(self, other: "Tally") -> None:
         self.seen += other.seen
         self.skipped.update(other.skipped)
@@ -85,14 +104,15 @@ class Tally:
     def share(self) -> float:
         return self.skipped.total() / self.seen if self.seen else 0.0
 
-    def exceeds(self, fraction: float) -> bool:
-        """Whether too much is skipped, the costliest file counted as one sample.
+    def exceeds(self, fraction: float, enough: int) -> bool:
+        """Whether too much is skipped, judged from `enough` samples on, the costliest file counted as one sample.
 
-        It may be the first of a thousand files that is read, and says nothing of the others. Where it is a large part
-        of the data, it is soon read again and counts.
+        It may be the only bad one of a thousand and says nothing of the others. Where it is a large part of the data,
+        it is soon read again and counts.
         """
-        beyond_one = self.largest - 1
-        return self.skipped.total() - beyond_one > fraction * (self.seen - beyond_one)
+        left_out = max(0, min(self.largest, self.skipped.total()) - 1)
+        skipped, seen = self.skipped.total() - left_out, self.seen - left_out
+        return seen >= enough and skipped > fraction * seen
 
     def describe(self) -> str:
         """``12 of 200 samples (6.0%): 9 unreadable_image (such as a/b.jpg: …), 3 empty_text (such as …)``."""
