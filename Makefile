@@ -54,7 +54,7 @@ test: lint ## ruff and the CPU tests, under 15 minutes on 2 cores; what .ci/run 
 test-quick: lint ## the fast ones of them, under 2 minutes
 	$(PYTEST) -m 'not slow and not gpu and not multiprocess'
 
-test-multiprocess: $(READY) ## those with several processes (DDP, ZeRO-2, FSDP2), one after another, under 10 minutes
+test-multiprocess: $(READY) ## those with several processes (DDP, ZeRO-2, FSDP2), one after another, under 15 minutes
 	$(PY) -m pytest -m multiprocess
 
 test-all: test test-multiprocess ## every test, those with several processes and, where there is one, on the GPU too

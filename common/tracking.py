@@ -1,6 +1,7 @@
 """Metrics and pictures of a run: in wandb (online, offline or not at all) and always on disk as well."""
 
 import json
+import math
 import netrc
 import os
 import re
@@ -25,6 +26,8 @@ class Tracker:
         output_dir: gets `metrics.jsonl` (one line per `log`, appended), `images/` and wandb's own `wandb/`.
         config: the run's settings, shown in wandb.
         wandb_config: the section `wandb` of a config: `entity`, `resume`, `run_id`, `mode`.
+        last_step: of a training run, where it goes on; what `metrics.jsonl` holds of later steps is taken away, since
+            they are taken again.
         enabled: False on all processes but the main one; then every method does nothing.
     """
 
@@ -36,6 +39,7 @@ class Tracker:
         *,
         config: DictConfig | dict | None = None,
         wandb_config: DictConfig | dict | None = None,
+        last_step: int | None = None,
         enabled: bool = True,
     ) -> None:
         self.enabled = enabled
@@ -43,6 +47,8 @@ class Tracker:
         self.run = None
         if enabled:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            if last_step is not None:
+                _forget_after(last_step, self.output_dir / "metrics.jsonl")
             self.run = _start_run(project, name, self.output_dir, _plain(config), _plain(wandb_config))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -96,6 +102,30 @@ class Tracker:
         if self.run is not None:
             self.run.finish()
             self.run = None
+
+
+def _forget_after(last_step: int, file: Path) -> None:
+    """Rewrites the file without the lines of later steps and without a line that a crash has cut in two.
+
+    It is written aside and then put in place, so that a crash leaves the old file or the new one.
+    """
+    before = file.read_bytes() if file.exists() else b""
+    lines = [line + b"\n" for line in before.split(b"\n") if _step_of(line) <= last_step]
+    if (kept := b"".join(lines)) == before:
+        return
+    aside = file.with_name(f".{file.name}.partial")
+    with aside.open("wb") as stream:
+        stream.write(kept)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError):
+        return math.inf
 
 
 def _plain(config: DictConfig | dict | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Checkpoints (SPEC §12): hub name or folder, published and own names, checked key by key, never executing code."""
 
 import json
+import logging
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 INDEX_NAMES = (
     "model.safetensors.index.json",
@@ -155,12 +157,13 @@ def _some(names: list[str], limit: int = 6) -> str:
 @contextmanager
 def without_key_report() -> Iterator[None]:
     """Keeps transformers' table of missing and unexpected keys away: we compare them, and what is wrong raises."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    reporter = logging.getLogger("transformers.modeling_utils")
+    level = reporter.level
+    reporter.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        reporter.setLevel(level)
 
 
 def resize_rows(tensor: torch.Tensor, rows: int, std: float) -> torch.Tensor:
@@ -211,6 +214,8 @@ class CheckpointMixin:
         )
         with without_key_report():
             model = super().from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype, **kwargs)
+        if new := [k for k in expected if k not in state_dict and k not in tied]:
+            logger.warning("%s does not hold %s: new, with random weights", name_or_path, ", ".join(new))
         model.config.name_or_path = str(name_or_path)
         return model
 

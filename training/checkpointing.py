@@ -1,10 +1,12 @@
 """Checkpoints of a run: whole or absent, and everything that must survive a crash (SPEC §12)."""
 
 import json
+import os
 import pickle
 import re
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -36,10 +38,12 @@ class TrainState:
     Args:
         global_step: optimiser steps taken.
         streams: how far this process has read each flow.
+        counts: what this process has counted for the next log line, for JSON.
     """
 
     global_step: int = 0
     streams: dict[str, StreamState] = field(default_factory=dict)
+    counts: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -134,15 +138,11 @@ def save_checkpoint(
         UserError: it cannot be written (a full disk, say); the checkpoints before it are still there.
     """
     final = output_dir / f"checkpoint-{state.global_step}"
-    aside = output_dir / f".incomplete-{final.name}"
-    try:
-        if accelerator.is_main_process:
-            for left_over in output_dir.glob(".incomplete-checkpoint-*"):
-                shutil.rmtree(left_over)
-        accelerator.wait_for_everyone()
+    with _written_aside(accelerator, final) as aside:
         accelerator.save_state(str(aside))
         streams = {name: asdict(stream) for name, stream in state.streams.items()}
-        (aside / _streams_name(accelerator)).write_text(json.dumps(streams))
+        (aside / _name("streams", accelerator)).write_text(json.dumps(streams))
+        (aside / _name("counts", accelerator)).write_text(json.dumps(state.counts))
         save_model(accelerator, model, aside / "unwrapped_model", wrapped=wrapped, average=average)
         average_state = average.state_dict() if average is not None else None
         accelerator.wait_for_everyone()  # the others write their states into it
@@ -154,19 +154,49 @@ def save_checkpoint(
             metadata = {"global_step": state.global_step, "num_processes": accelerator.num_processes}
             (aside / "metadata.json").write_text(json.dumps(metadata))
             _put_in_place(aside, final, limit)
-    except DAMAGED as error:
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-        kept = checkpoints(output_dir)
-        remains = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
-        raise UserError(
-            f"{final} could not be written ({_reason(error)}); {remains}. Make room on the disk and start again"
-        ) from error
     accelerator.wait_for_everyone()
     return final
 
 
+@contextmanager
+def _written_aside(accelerator: Accelerator, final: Path) -> Iterator[Path]:
+    """Where to write what is to stand at `final`; half-written things of before are cleared away first.
+
+    Raises:
+        UserError: it cannot be written; says which checkpoint is left, and takes away what was half written.
+    """
+    aside = final.with_name(f".incomplete-{final.name}")
+    try:
+        if accelerator.is_main_process:
+            for left_over in final.parent.glob(".incomplete-*"):
+                shutil.rmtree(left_over)
+        accelerator.wait_for_everyone()
+        yield aside
+    except DAMAGED as error:
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+        reason = f"could not be written ({_reason(error)}); {what_remains(final.parent)}"
+        raise UserError(f"{final} {reason}. Make room on the disk and start again") from error
+
+
+def what_remains(output_dir: Path) -> str:
+    """For a message: the newest checkpoint."""
+    kept = checkpoints(output_dir)
+    return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+
+
+def _flush(folder: Path) -> None:
+    """Sees to it that the files are on the disk, not only on their way there, before they get their name."""
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _put_in_place(aside: Path, final: Path, limit: int | None) -> None:
+    _flush(aside)
     doomed = [hide(final)] if final.exists() else []
     aside.rename(final)
     others = [folder for folder in checkpoints(final.parent) if folder != final]
@@ -180,8 +210,27 @@ def hide(folder: Path) -> Path:
     return folder.rename(folder.with_name(f".incomplete-{folder.name}-removed"))
 
 
-def _streams_name(accelerator: Accelerator) -> str:
-    return f"streams_{accelerator.process_index}.json"
+def _name(what: str, accelerator: Accelerator) -> str:
+    """File of what each process keeps for itself."""
+    return f"{what}_{accelerator.process_index}.json"
+
+
+def save_final_model(accelerator: Accelerator, model, output_dir: Path, *, wrapped=None, average=None) -> None:
+    """The model of a finished run, in `output_dir` itself: written aside, then put there, `config.json` last.
+
+    All processes call it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with _written_aside(accelerator, output_dir / "model") as aside:
+        save_model(accelerator, model, aside, wrapped=wrapped, average=average)
+        if accelerator.is_main_process:
+            _flush(aside)
+            for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(output_dir / file.name)
+            aside.rmdir()
+    accelerator.wait_for_everyone()
 
 
 def save_model(accelerator: Accelerator, model, folder: Path, *, wrapped=None, average=None) -> None:
@@ -220,8 +269,9 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
         with nullcontext(folder) if same else readable_by_any_number(accelerator, folder) as readable:
             accelerator.load_state(str(readable))
         if same:
-            streams = json.loads((folder / _streams_name(accelerator)).read_text())
+            streams = json.loads((folder / _name("streams", accelerator)).read_text())
             state.streams = {name: StreamState(**stream) for name, stream in streams.items()}
+            state.counts = json.loads((folder / _name("counts", accelerator)).read_text())
         else:
             accelerator.print(
                 f"{folder} was written by {before} processes, now there are {accelerator.num_processes}: weights, "

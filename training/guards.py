@@ -1,15 +1,23 @@
 """What protects a run: its output folder, its lock, its signals, and losses that are no numbers."""
 
+import ctypes
+import errno
+import os
 import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 
 from common.errors import UserError
+
+LOCK = ".lock"  # in the output folder
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "deepspeed")  # programs, and modules behind `python -m`
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 def check_writable(folder: Path) -> None:
@@ -35,7 +43,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run holds it.
     """
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -48,8 +56,45 @@ def only_run_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def full_disk_as_user_error(remains: Callable[[], str]) -> Iterator[None]:
+    """Whatever finds the disk full, be it a log line or a picture, ends the run with one line.
+
+    Args:
+        remains: says what is left to continue from.
+
+    Raises:
+        UserError: no room is left for a file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"experiment.output_dir is full ({error.strerror}: {error.filename or 'a file'}); {remains()}. Make room "
+            "on the disk and start again"
+        ) from error
+
+
+def follow_launcher() -> None:
+    """Has Linux send this process SIGTERM when its launcher is gone.
+
+    `accelerate launch` with one process hands no signal on: it would end and leave the training running alone. Without
+    a launcher nothing is changed: a shell that ends does not end what it has started.
+    """
+    parent = psutil.Process().parent()
+    with suppress(psutil.Error, OSError, AttributeError):  # no parent, or not Linux
+        if any(Path(word).name.startswith(LAUNCHERS) for word in parent.cmdline()[:4]):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if not parent.is_running():
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
 class StopSignals:
-    """SIGTERM and SIGUSR1 (pre-emption) ask for an end after the step; a context manager.
+    """SIGTERM and SIGUSR1 (pre-emption), and the end of the launcher, ask for an end after the step.
+
+    A context manager.
 
     Attributes:
         requested: whether this process was asked.
@@ -62,6 +107,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self._request) for number in self.numbers}
+        follow_launcher()
         return self
 
     def _request(self, *_) -> None:

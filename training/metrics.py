@@ -1,7 +1,7 @@
 """What a step tells of itself, summed up between two log lines (SPEC §15)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import psutil
 import torch
@@ -58,6 +58,16 @@ class StepMetrics:
         self.steps += 1
         self.data_time += data_time
         self.batch_time += batch_time
+
+    def state_dict(self) -> dict:
+        """For JSON; floats keep every bit."""
+        return asdict(self) | {"sums": {name: total.tolist() for name, total in self.sums.items()}}
+
+    def load_state_dict(self, state: dict, device) -> None:
+        """Goes on summing up from `state`, on a device."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.sums = {name: torch.tensor(total, device=device) for name, total in state["sums"].items()}
 
     def means(self, over_processes: Callable[[torch.Tensor], torch.Tensor], device) -> dict[str, float]:
         """Losses per batch and shares over all processes; times of this process in seconds per step.

@@ -76,7 +76,7 @@ class WeightAverage:
 
     def restart(self, model: nn.Module) -> None:
         """Forgets the past; the average is the model as it stands."""
-        self.updates = 0
+        self.updates, self.displaced = 0, {}
         self.shadow = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
@@ -91,9 +91,15 @@ class WeightAverage:
         """Exchanges the model's weights with the average; a second call exchanges them back."""
         for name, parameter in model.named_parameters():
             weight, average = local(parameter), local(self.shadow[name])
-            kept = weight.detach().float().clone()
+            if name in self.displaced:
+                weight.copy_(self.displaced.pop(name))
+                continue
+            kept = weight.detach().clone()
             weight.copy_(average)
-            average.copy_(kept)
+            if weight.dtype == average.dtype:
+                average.copy_(kept)
+            else:  # DeepSpeed's bf16 weights, through which the average would come back rounded
+                self.displaced[name] = kept
 
     @contextmanager
     def applied_to(self, model: nn.Module):

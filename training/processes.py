@@ -141,6 +141,15 @@ class Agreement:
         several = accelerator.num_processes > 1
         self.group = torch.distributed.new_group(backend="gloo") if several else None
 
+    def check_same(self, value: str, otherwise: str) -> None:
+        """Raises `UserError` with the message `otherwise` on all processes if they differ in a value."""
+        values = [value]
+        if self.group is not None:
+            values = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(values, value, group=self.group)
+        if len(set(values)) > 1:
+            raise UserError(otherwise)
+
     def any(self, value: bool) -> bool:
         """Whether any process says so: all must leave a loop at the same step, or the others wait forever."""
         if self.group is None:

@@ -17,7 +17,7 @@ from common.config import resolve_path
 from common.errors import UserError
 from common.tracking import Tracker
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config, MAGVITv2Output
-from training.checkpointing import TrainState, find_resume, load_checkpoint, save_checkpoint, save_model
+from training.checkpointing import TrainState, find_resume, load_checkpoint, save_checkpoint, save_final_model
 from training.guards import StopSignals, check_writable, only_run_in
 from training.optimization import WeightAverage, make_optimizer, make_schedule
 from training.perceptual import PerceptualLoss
@@ -197,6 +197,7 @@ class TokenizerTrainer:
             self.output_dir,
             config=config,
             wandb_config=config.wandb,
+            last_step=self.step,
             enabled=self.is_main,
         )
         if self.is_main:
@@ -236,8 +237,7 @@ class TokenizerTrainer:
     def _finish(self, progress: tqdm):
         if self.step % self.config.experiment.eval_every:
             self._evaluate(progress)
-        if self.is_main:
-            save_model(self.accelerator, self.model, self.output_dir, average=self.average)
+        save_final_model(self.accelerator, self.model, self.output_dir, average=self.average)
 
     # stopping and going on
 

@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.inputs import read_prompts
 from common.tracking import Tracker
 from models import Showo
@@ -25,11 +26,14 @@ from training.checkpointing import (
     find_start,
     load_checkpoint,
     save_checkpoint,
-    save_model,
+    save_final_model,
+    what_remains,
 )
 from training.data.flows import build_flows, check_data, check_tokenizer
+from training.data.skipping import KINDS
+from training.data.streams import StreamState
 from training.evaluation import HeldOut, own_random_numbers
-from training.guards import FiniteLosses, StopSignals, check_writable, only_run_in
+from training.guards import LOCK, FiniteLosses, StopSignals, check_writable, full_disk_as_user_error, only_run_in
 from training.metrics import StepMetrics
 from training.optimization import WeightAverage, gradient_norms, make_optimizer, make_schedule
 from training.parts import (
@@ -62,6 +66,12 @@ class Trainer:
         check_writable(self.output_dir)
         self.start = find_start(self.output_dir, config.experiment.resume_from_checkpoint)
         self.accelerator = make_accelerator(config, self.start.written_by if self.start else None)
+        self.agreement = Agreement(self.accelerator)
+        self.agreement.check_same(
+            str(self.start and self.start.folder.name),
+            f"the processes see other checkpoints in experiment.output_dir {self.output_dir}; give a folder that all "
+            "machines share",
+        )
         device = self.accelerator.device
         if self.start and not self.start.weights and not config.experiment.accept_config_changes:
             check_same_config(self.start.folder, config)
@@ -101,7 +111,6 @@ class Trainer:
         self.accelerator.register_for_checkpointing(self.schedule)
         self.average = WeightAverage(self.model, training.ema_decay) if training.ema_decay else None
         self.held_out = HeldOut(config, self.builder, **flow_arguments)
-        self.agreement = Agreement(self.accelerator)
         self.finite = FiniteLosses(self.agreement.any, training.max_nonfinite_batches, tqdm.write)
         self.state, self.metrics, self.gradient_norms = TrainState(), self.new_metrics(), {}
         self.stop_signals = StopSignals()
@@ -110,8 +119,10 @@ class Trainer:
         """Runs from where the run stands to `max_train_steps`, then saves the final model in `output_dir`."""
         with ExitStack() as stack:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(full_disk_as_user_error(lambda: what_remains(self.output_dir)))
             if self.accelerator.is_main_process:
                 stack.enter_context(only_run_in(self.output_dir))
+            self.check_shared_folder()
             self.resume()
             self.start_tracking()
             stack.callback(self.finish)
@@ -125,7 +136,7 @@ class Trainer:
                 self.after_step(batch, bar, stopping)
             if self.state.global_step >= self.config.training.max_train_steps:
                 kept = {"wrapped": self.wrapped, "average": self.average}
-                save_model(self.accelerator, self.model, self.output_dir, **kept)
+                save_final_model(self.accelerator, self.model, self.output_dir, **kept)
         self.accelerator.wait_for_everyone()
 
     def after_step(self, batch: OmniBatch, bar: tqdm, stopping: bool) -> None:
@@ -138,7 +149,7 @@ class Trainer:
             self.evaluate()
         if step % every.generate_every == 0:
             self.draw_samples(batch)
-        if step % every.save_every == 0 or stopping:
+        if step % every.save_every == 0 or stopping or step == self.config.training.max_train_steps:
             self.save()
 
     def step(self) -> OmniBatch:
@@ -155,7 +166,8 @@ class Trainer:
                 self.optimizer.step()  # this and the next do nothing while gradients accumulate
                 self.optimizer.zero_grad(set_to_none=True)
             self.metrics.add_batch(batch, out)
-        self.schedule.step()
+        if not self.accelerator.optimizer_step_was_skipped:  # as with fp16, while its scale is sought
+            self.schedule.step()
         if self.average is not None:
             self.average.update(self.model)
         self.state.global_step += 1
@@ -191,12 +203,24 @@ class Trainer:
 
     # ---- continuing ----
 
+    def check_shared_folder(self) -> None:
+        """Raises `UserError` where a machine does not see what the main process has put into the output folder."""
+        self.accelerator.wait_for_everyone()
+        if self.agreement.any(not (self.output_dir / LOCK).exists()):
+            raise UserError(
+                f"experiment.output_dir {self.output_dir} is not the same folder for all processes; give one that all "
+                "machines share"
+            )
+
     def resume(self) -> None:
         """Continues from the checkpoint the configuration names, if there is one."""
         if self.start is None:
             return
         if self.start.weights is None:
             self.state = load_checkpoint(self.accelerator, self.start.folder, self.average, self.model)
+            if counts := self.state.counts:
+                self.metrics.load_state_dict(counts["metrics"], self.accelerator.device)
+                self.finite.dropped = counts["nonfinite_batches"]
             for name, flow in self.flows.items():
                 if name in self.state.streams:
                     flow.load_state_dict(self.state.streams[name])
@@ -210,6 +234,7 @@ class Trainer:
 
     def save(self) -> None:
         self.state.streams = {name: flow.state_dict() for name, flow in self.flows.items()}
+        self.state.counts = {"metrics": self.metrics.state_dict(), "nonfinite_batches": self.finite.dropped}
         save_checkpoint(
             self.accelerator,
             self.output_dir,
@@ -238,6 +263,7 @@ class Trainer:
             self.output_dir,
             config=OmegaConf.to_container(self.config, resolve=True),
             wandb_config=self.config.wandb,
+            last_step=self.state.global_step,
             enabled=self.accelerator.is_main_process,
         )
 
@@ -257,16 +283,16 @@ class Trainer:
         if self.finite.dropped:
             values["nonfinite_batches"] = self.finite.dropped
         self.tracker.log(values, self.state.global_step)
-        bar.set_postfix({k.removeprefix("step_loss_"): f"{v:.3f}" for k, v in values.items() if "step_loss" in k})
+        losses = {k.removeprefix("step_loss_"): f"{v:.3f}" for k, v in values.items() if "step_loss" in k}
+        bar.set_postfix(losses, refresh=False)
         self.metrics = self.new_metrics()
 
     def skipped_data(self) -> dict[str, int]:
-        """``data/skipped/{flow}/{kind}``: samples of this process passed over since the beginning of the run."""
-        return {
-            f"data/skipped/{name}/{kind}": count
-            for name, flow in self.flows.items()
-            for kind, count in flow.skipped.items()
-        }
+        """``data/skipped/{flow}/{kind}``: samples that all processes have passed over since the run began."""
+        names = [(name, kind) for name in self.flows for kind in KINDS]
+        counts = torch.tensor([self.flows[name].skipped[kind] for name, kind in names], device=self.accelerator.device)
+        summed = zip(names, self.sum_over_processes(counts).tolist(), strict=True)
+        return {f"data/skipped/{name}/{kind}": count for (name, kind), count in summed if count}
 
     def log_gradient_norms(self) -> None:
         if self.accelerator.is_main_process and self.gradient_norms:
@@ -330,11 +356,19 @@ class Trainer:
 
 
 class OneBatch:
-    """A flow that gives its first batch again and again (`training.overfit_one_batch`)."""
+    """A flow that gives its first batch again and again (`training.overfit_one_batch`), also in a continued run."""
 
     def __init__(self, flow):
-        self.flow = flow
+        self.flow, self.start = flow, flow.state_dict()
         self.batches = None
+
+    def state_dict(self) -> StreamState:
+        """Where the batch begins."""
+        return self.start
+
+    def load_state_dict(self, state: StreamState) -> None:
+        self.flow.load_state_dict(state)
+        self.start, self.batches = state, None
 
     def __next__(self) -> list:
         if self.batches is None:

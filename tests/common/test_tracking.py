@@ -38,6 +38,39 @@ def test_metrics_are_appended_line_by_line(tmp_path):
     assert not (tmp_path / "wandb").exists()
 
 
+def test_a_continued_run_logs_each_step_once(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    kept = '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n{"step": 2, "eval_loss": 1.0}\n'
+    for rest in ('{"step": 3, "loss": 0.3}\n', '{"step": 3, "lo', "\n[]\n"):  # lost steps, a line cut in two, no lines
+        file.write_text(kept + rest)
+        before = file.stat().st_ino
+        Tracker("project", "name", tmp_path, wandb_config={"mode": "disabled"}, last_step=2)
+        assert file.read_text() == kept and file.stat().st_ino != before, "put in place whole"
+    before = file.stat()
+    with Tracker("project", "name", tmp_path, wandb_config={"mode": "disabled"}, last_step=2) as tracker:
+        assert file.stat() == before, "what needs no change is left alone"
+        tracker.log({"loss": 0.3}, 3)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 2, 3]
+    file.write_text(kept.rstrip("\n"))  # the last line end was not written
+    with Tracker("project", "name", tmp_path, wandb_config={"mode": "disabled"}, last_step=2) as tracker:
+        tracker.log({"loss": 0.3}, 3)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 2, 3]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_crash_while_lost_steps_are_taken_away_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        Tracker("project", "name", tmp_path, wandb_config={"mode": "disabled"}, last_step=1)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
 def test_pictures_are_saved_as_one_sheet(tmp_path):
     tracker = Tracker("project", "name", tmp_path)
     panel = "Original images v.s. Reconstructed images v.s. Predicted images"

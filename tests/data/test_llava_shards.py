@@ -38,7 +38,7 @@ def arguments(source, **settings) -> list[str]:
 def written(source) -> list[dict]:
     """Every sample once, whatever the order of reading."""
     urls = sorted(map(str, (source / "out").glob("qa-*.tar")))
-    found = {raw["__key__"]: raw for raw in islice(read_shards(urls, 0, 0), 60)}
+    found = {raw["__key__"]: raw for raw in islice(read_shards(urls, 0, {}, 0), 60)}
     return [found[key] for key in sorted(found)]
 
 

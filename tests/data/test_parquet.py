@@ -82,6 +82,7 @@ def test_a_file_without_an_end_counts_once_and_the_others_are_read(tmp_path):
     assert len(units) == 2 and units.samples == 2
     read = read_all(units)
     assert len(read) == 3 and read[2].kind == "truncated_shard" and "b.parquet" in read[2].detail
+    assert read[2].count == 2, "as many as the other file holds"
     with pytest.raises(UserError, match=r"b\.parquet and 0 more hold not a single row: .*b\.parquet"):
         texts_of(cut)
 
@@ -95,6 +96,6 @@ def test_a_damaged_or_lost_row_group_counts_once(tmp_path):
     path.write_bytes(bytes(data))
     read = read_all(units)
     assert [raw.kind for raw in read if isinstance(raw, Skipped)] == ["truncated_shard"]
-    assert len(read) == 301
+    assert len(read) == 301 and sum(raw.count for raw in read if isinstance(raw, Skipped)) == 100, "its hundred rows"
     path.unlink()
-    assert {raw.kind for raw in read_all(units)} == {"missing_file"}
+    assert [(raw.kind, raw.count) for raw in read_all(units)] == [("missing_file", 100)] * 4

@@ -12,7 +12,7 @@ import pytest
 
 from common.errors import UserError
 from tests.training.tiny import CAPTIONS, sample, write_shard
-from training.data.shards import ShardUnits, check_codes, manifests, read_shard, read_shards
+from training.data.shards import ShardUnits, check_codes, manifests, promised_samples, read_shard, read_shards
 from training.data.skipping import Skipped
 
 SAMPLES = [sample(text) for text in CAPTIONS[:4]]
@@ -43,7 +43,7 @@ def test_shards_are_drawn_endlessly_in_an_order_of_the_seed(tmp_path):
     ]
 
     def drawn(seed, buffer_size=4):
-        return keys(islice(read_shards(urls, buffer_size, seed), 60))
+        return keys(islice(read_shards(urls, buffer_size, {}, seed), 60))
 
     assert drawn(1) == drawn(1) != drawn(2)
     assert len(set(drawn(1))) == len(CAPTIONS)
@@ -126,15 +126,44 @@ def test_two_members_of_one_name_keep_the_first(tmp_path):
 def test_broken_shards_do_not_stop_the_whole_ones(tmp_path, shard):
     (tmp_path / "noise.tar").write_bytes(b"noise" * 300)
     urls = [str(shard), str(tmp_path / "noise.tar"), str(tmp_path / "gone.tar")]
-    read = list(islice(read_shards(urls, 3, 5), 200))
+    read = list(islice(read_shards(urls, 3, {}, 5), 200))
     assert set(keys(read)) == {f"train-000000-{i:03d}" for i in range(4)}
     counts = Counter(skipped(read))
     assert counts.keys() == {"truncated_shard", "missing_file"} and min(counts.values()) > 10
 
 
+def losses(samples) -> list[int]:
+    return [raw.count for raw in samples if isinstance(raw, Skipped)]
+
+
+def test_what_a_damaged_shard_has_lost_is_what_its_manifest_promises_beyond_what_was_read(tmp_path, shard):
+    urls = write_manifest(shard, shards=[{"file": shard.name, "samples": 4}, {"other": "tool"}])
+    promised = promised_samples(urls)
+    assert promised == {str(shard): 4}
+    assert losses(read_shard(str(shard), 4)) == []
+    shard.write_bytes(shard.read_bytes()[: member(shard, 1, "png") + 600])
+    assert losses(read_shard(str(shard), promised[str(shard)])) == [3]
+    assert losses(read_shard(str(shard))) == [1], "nothing is known of it"
+    assert losses(islice(read_shards(urls, 0, promised, 5), 4)) == [3, 3]
+    assert losses(ShardUnits(urls, promised).read(0, random.Random(0))) == [3]
+
+
+def test_without_a_manifest_a_damaged_shard_should_have_held_what_whole_ones_held(tmp_path):
+    for index in range(6):
+        write_shard(tmp_path / f"{index}.tar", [sample(text) for text in CAPTIONS])
+    cut, gone = tmp_path / "0.tar", tmp_path / "1.tar"
+    cut.write_bytes(cut.read_bytes()[: member(cut, 2, "png") + 600])
+    gone.unlink()
+    urls = [str(tmp_path / f"{index}.tar") for index in range(6)]
+    read = list(islice(read_shards(urls, 0, {}, 3), 600))
+    first_whole = next(i for i, raw in enumerate(read) if not isinstance(raw, Skipped) and raw["__url__"] > str(gone))
+    found = {(raw.kind, raw.count) for raw in read[first_whole:] if isinstance(raw, Skipped)}
+    assert found == {("truncated_shard", 10), ("missing_file", 12)}
+
+
 def test_held_out_shards_come_in_order(tmp_path, shard):
     other = write_shard(tmp_path / "b.tar", SAMPLES[:2])
-    units = ShardUnits([str(shard), str(other)])
+    units = ShardUnits([str(shard), str(other)], {})
     assert len(units) == 2 and units.samples is None
     assert keys(units.read(1, random.Random(0))) == ["b-000", "b-001"]
 

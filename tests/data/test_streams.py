@@ -17,7 +17,7 @@ import torch
 from common.errors import UserError
 from tests.data.test_sources import Parts
 from training.data import sources, streams
-from training.data.skipping import Skipped, SkipSample
+from training.data.skipping import Skipped, SkipSample, Tally
 from training.data.sources import Epochs, Resampled
 from training.data.streams import Flow, StreamState
 
@@ -314,6 +314,87 @@ def test_what_a_reader_skips_is_counted_too():
     flow = make_flow(source=Resampled(with_a_hole), using=as_pairs)
     take(flow, 4)
     assert flow.skipped == {"missing_file": 11} and flow.seen == 23
+
+
+def with_shards(bad: set[int], size: int = 50, count: int = 40):
+    """Endless reader of shards of `size` samples, drawn with replacement; of the `bad` ones nothing can be read."""
+
+    def read(seed: int):
+        rng = random.Random(seed)
+        while True:
+            if (shard := rng.randrange(count)) in bad:
+                yield Skipped("missing_file", f"{shard}.tar", size)
+            else:
+                yield from ((shard, number) for number in range(size))
+
+    return Resampled(read, 10**6)
+
+
+def test_lost_shards_count_as_the_samples_lost_with_them(monkeypatch):
+    """A fifth of the shards is gone: 0.4 % of what a reader yields, but a fifth of the data."""
+    monkeypatch.setattr(sources, "ROUND", 10**6)
+    flow = make_flow(source=with_shards(set(range(8))), using=as_pairs, batch_size=10, max_skipped_fraction=0.15)
+    with pytest.raises(UserError, match=r"missing_file \(such as \d+\.tar\)"):
+        take(flow, 2000)
+    assert flow.skipped["missing_file"] > 0.15 * flow.seen
+    allowed = make_flow(source=with_shards(set(range(8))), using=as_pairs, batch_size=10, max_skipped_fraction=0.4)
+    take(allowed, 2000)
+    assert allowed.tally.share == pytest.approx(0.2, abs=0.05)
+
+
+def test_one_lost_shard_of_many_ends_no_run_however_early_it_is_read(monkeypatch):
+    monkeypatch.setattr(sources, "ROUND", 10**6)
+
+    def bad_first(seed: int):
+        yield Skipped("truncated_shard", "0.tar", 10_000)
+        yield from ((1, number) for number in range(10**6))
+
+    flow = make_flow(source=Resampled(bad_first, 10**6), using=as_pairs, max_skipped_fraction=0.1)
+    take(flow, 100)
+    state = flow.state_dict()
+    assert state.largest == 10_000 and state.skipped["truncated_shard"] + state.owed[0]["truncated_shard"] == 10_000
+    continued = make_flow(source=Resampled(bad_first, 10**6), using=as_pairs, max_skipped_fraction=0.1)
+    continued.load_state_dict(StreamState(**json.loads(json.dumps(dataclasses.asdict(state)))))
+    take(flow, 3000), take(continued, 3000)
+    assert continued.state_dict() == flow.state_dict(), "nor after a restart"
+    assert flow.skipped == {"truncated_shard": 10_000} and not flow.state_dict().owed
+
+
+def test_files_lost_at_the_start_of_many_workers_do_not_outweigh_what_is_still_being_read():
+    """Two of 32 first shards are gone, 1 % of all: noted at once they would be nearly all that was seen."""
+    tally, owed = Tally(), [Counter() for _ in range(32)]
+    for step in range(300):
+        for worker in range(32):
+            tally.seen += 1
+            if step == 0 and worker < 2:
+                tally.lose(Skipped("missing_file", "gone.tar", 10_000), owed[worker])
+            tally.collect(owed[worker], 2)
+            assert not tally.exceeds(0.15, 200)
+    assert tally.skipped == {"missing_file": 2 * 601}
+
+
+@pytest.mark.parametrize(("fraction", "lost"), [(0.0, 1), (0.1, 25), (0.1, 5000)])
+def test_samples_that_are_skipped_one_by_one_are_judged_as_they_come(fraction, lost):
+    tally = Tally(seen=100)
+    for _ in range(lost):
+        tally.seen += 1
+        tally.skip("empty_text", "a")
+    assert tally.exceeds(fraction, 100)
+    assert not tally.exceeds(fraction, 10**6) and not tally.exceeds(1.0, 100)
+
+
+def test_a_single_shard_that_is_mostly_lost_ends_the_run_when_it_is_read_again(monkeypatch):
+    monkeypatch.setattr(sources, "ROUND", 10**6)
+
+    def one_shard(seed: int):
+        while True:
+            yield from ((0, number) for number in range(30))
+            yield Skipped("truncated_shard", "0.tar", 970)
+
+    flow = make_flow(source=Resampled(one_shard, 10**6), using=as_pairs, max_skipped_fraction=0.1)
+    with pytest.raises(UserError, match=r"truncated_shard \(such as 0.tar\)"):
+        take(flow, 400)
+    assert flow.batches > 100
 
 
 def as_pairs(raw, rng):

@@ -15,7 +15,7 @@ from training.data.streams import StreamState
 from training.optimization import WeightAverage
 
 FILES = {"average.pt", "custom_checkpoint_0.pkl", "metadata.json", "model.safetensors", "optimizer.bin"}
-FILES |= {"random_states_0.pkl", "streams_0.json", "unwrapped_model"}
+FILES |= {"random_states_0.pkl", "streams_0.json", "counts_0.json", "unwrapped_model"}
 STREAMS = {"t2i": StreamState(7, [28, 31]), "lm": StreamState(7, [7, 7])}
 
 
@@ -206,6 +206,7 @@ def cut(file) -> None:
         ("metadata.json", lambda f: f.write_text('{"global_step": "many"}')),
         ("streams_0.json", lambda f: f.write_text('{"lm": {"row": 3}}')),
         ("streams_0.json", lambda f: f.unlink()),
+        ("counts_0.json", lambda f: f.unlink()),
         ("model.safetensors", cut),
         ("model.safetensors", lambda f: f.unlink()),
         ("optimizer.bin", cut),

@@ -1,5 +1,6 @@
 """What protects a run: folders, locks, signals, configurations, and losses that are no numbers."""
 
+import errno
 import json
 import resource
 import shutil
@@ -12,7 +13,8 @@ from common.errors import UserError
 from models import Showo
 from tests.training.tiny import config_of, metrics_of
 from training.checkpointing import checkpoints
-from training.guards import FiniteLosses, check_writable, only_run_in
+from training.guards import FiniteLosses, check_writable, full_disk_as_user_error, only_run_in
+from training.processes import Agreement
 from training.trainer import Trainer
 from training.understanding import VqUnderstanding
 
@@ -81,6 +83,78 @@ def test_a_disk_that_is_full_keeps_the_last_good_checkpoint(world, tmp_path):
     assert [folder.name for folder in checkpoints(tmp_path / "out")] == ["checkpoint-3"]
     assert not list((tmp_path / "out").glob(".incomplete*"))
     assert run(world, tmp_path / "out").state.global_step == 6
+
+
+@pytest.mark.parametrize("where", ["model.safetensors", "metrics.jsonl"])
+def test_a_disk_that_is_full_says_so_wherever_it_is_noticed(world, tmp_path, monkeypatch, where):
+    trainer = make_trainer(world, tmp_path / "out")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", where)
+
+    def fill_the_disk():
+        target = (trainer.model, "save_pretrained") if where == "model.safetensors" else (trainer.tracker, "log")
+        monkeypatch.setattr(*target, full)
+
+    step = trainer.step
+    trainer.step = lambda: (trainer.state.global_step == 4 and fill_the_disk(), step())[1]
+    with pytest.raises(UserError, match="No space left.*last good checkpoint is .*checkpoint-3. Make room") as error:
+        trainer.train()
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").glob(".incomplete*"))
+
+
+def test_other_failures_keep_their_traceback():
+    with pytest.raises(FileNotFoundError):
+        with full_disk_as_user_error(str):
+            open("/nowhere/at/all")
+
+
+def test_a_folder_that_not_all_machines_share_is_refused(world, tmp_path):
+    trainer = make_trainer(world, tmp_path / "out")
+    trainer.agreement.any = lambda missing: True  # as another machine says
+    with pytest.raises(UserError, match="is not the same folder for all processes; give one that all machines share"):
+        trainer.train()
+    agreement = Agreement(trainer.accelerator)
+    agreement.check_same("checkpoint-4", "they differ")
+    agreement.group = object()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        patch.setattr(torch.distributed, "all_gather_object", lambda values, value, group: values.__setitem__(0, value))
+        with pytest.raises(UserError, match="they differ"):
+            agreement.check_same("checkpoint-4", "they differ")
+
+
+# ---- the final model ----
+
+
+def test_the_final_model_is_put_in_place_whole(world, tmp_path, finished, monkeypatch):
+    shutil.copytree(finished, tmp_path / "out")
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    trainer = make_trainer(world, tmp_path / "out")
+
+    def half(folder, **_):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.model, "save_pretrained", half)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+    run(world, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+    assert not list((tmp_path / "out").glob(".incomplete*"))
+
+
+def test_the_last_step_has_a_checkpoint_whatever_save_every_is(world, tmp_path):
+    settings = {"training.max_train_steps": 3, "experiment.save_every": 2}
+    run(world, tmp_path / "out", settings)
+    assert [folder.name for folder in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-3"]
+    again = make_trainer(world, tmp_path / "out", settings)
+    again.step = lambda: pytest.fail("the run had ended")
+    again.train()
 
 
 # ---- a configuration that changed ----
@@ -193,6 +267,15 @@ def test_all_processes_drop_what_one_must_drop():
     assert said == ["step 1: batch dropped, on another process"]
 
 
+def test_a_continued_run_goes_on_counting_dropped_batches(world, tmp_path):
+    settings = {"training.max_train_steps": 4, "experiment.save_every": 2}
+    first = make_trainer(world, tmp_path / "out", settings)
+    poison(first, {2})
+    first.train()
+    shutil.rmtree(tmp_path / "out/checkpoint-4")
+    assert run(world, tmp_path / "out", settings).finite.dropped == 1
+
+
 # ---- settings that must do what they say ----
 
 
@@ -201,8 +284,35 @@ def test_overfit_one_batch_sees_one_batch(world, tmp_path):
     first, second = trainer.step(), trainer.step()
     assert first.texts == second.texts and torch.equal(first.codes, second.codes)
     assert first.keys == second.keys
-    ordinary = make_trainer(world, tmp_path / "out")
+    trainer.save()
+    settings = {"training.overfit_one_batch": True, "experiment.accept_config_changes": True}
+    continued = make_trainer(world, tmp_path / "out", settings)
+    continued.resume()
+    assert continued.step().keys == first.keys, "the same one in a continued run"
+    ordinary = make_trainer(world, tmp_path / "other")
     assert ordinary.step().keys != ordinary.step().keys
+
+
+def test_the_rate_stays_where_no_optimiser_step_was_taken(world, tmp_path, monkeypatch):
+    """As fp16 does while its scale is sought."""
+    trainer = make_trainer(world, tmp_path / "out")
+    rates = []
+    for skipped in (True, False, True, False):
+        monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", skipped)
+        trainer.step()
+        rates.append(trainer.schedule.get_last_lr()[0])
+    assert rates == pytest.approx([0, 1e-3, 1e-3, 2e-3])
+
+
+def test_skipped_samples_of_all_processes_are_logged(world, tmp_path):
+    trainer = make_trainer(world, tmp_path / "out")
+    trainer.flows["t2i"].tally.skip("unreadable_image", "a.png")
+    trainer.flows["lm"].tally.skip("truncated_shard", "b.parquet", 40)
+    trainer.sum_over_processes = lambda values: values * 2
+    assert trainer.skipped_data() == {
+        "data/skipped/t2i/unreadable_image": 2,
+        "data/skipped/lm/truncated_shard": 80,
+    }
 
 
 def test_scale_lr_multiplies_the_rate_by_the_rows_of_a_step(world, tmp_path):

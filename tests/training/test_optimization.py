@@ -120,6 +120,20 @@ def test_swapping_twice_restores_both_and_once_exchanges_them():
     assert all(torch.equal(p, shadow[n]) for n, p in average.shadow.items())
 
 
+def test_weights_of_lower_precision_do_not_round_the_average():
+    """As DeepSpeed's are with bf16."""
+    model = nn.Linear(4, 4).to(torch.bfloat16)
+    average = WeightAverage(model, 0.999)
+    average.shadow = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
+    shadow = {name: tensor.clone() for name, tensor in average.shadow.items()}
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(2):
+        with average.applied_to(model):
+            assert torch.equal(model.weight, shadow["weight"].to(torch.bfloat16))
+        assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+        assert all(torch.equal(tensor, shadow[name]) for name, tensor in average.shadow.items())
+
+
 def test_the_average_is_kept_in_fp32():
     model = nn.Linear(4, 4).to(torch.bfloat16)
     average = WeightAverage(model, 0.999)

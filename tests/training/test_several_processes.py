@@ -1,6 +1,7 @@
 """DDP, DeepSpeed ZeRO-2 and FSDP2 with two processes on the CPU: the same losses as one, and exact continuation."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -88,20 +89,19 @@ def without_the_last_checkpoint(whole: Path, parts: Path) -> None:
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoint-4")
     (parts / "model.safetensors").unlink()
-    lines = (parts / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (parts / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 2))
 
 
 @pytest.fixture(scope="module")
 def whole_runs(world, tmp_path_factory):
-    """Kind → a whole run of it, made when first asked for."""
+    """Kind and number of processes → a whole run, made when first asked for."""
     runs = {}
 
-    def get(kind: str) -> Path:
-        if kind not in runs:
-            runs[kind] = tmp_path_factory.mktemp(kind) / "whole"
-            run(kind, world, runs[kind])
-        return runs[kind]
+    def get(kind: str, processes: int = 2) -> Path:
+        key = kind, processes
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp(kind) / "whole"
+            run(kind, world, runs[key], processes=processes)
+        return runs[key]
 
     return get
 
@@ -179,14 +179,19 @@ def test_two_processes_learn_what_one_learns_from_the_same_global_batch(world, t
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
-def test_another_number_of_processes_keeps_weights_optimiser_and_schedule(world, tmp_path, whole_runs, kind):
-    parts = tmp_path / "parts"
-    without_the_last_checkpoint(whole_runs(kind), parts)
-    output = run(kind, world, parts, {"training.max_train_steps": 4}, processes=1)
-    assert "was written by 2 processes, now there are 1" in output and "the data begins anew" in output
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [*((kind, *numbers) for kind in KINDS for numbers in ((2, 1), (1, 2), (2, 4))), ("zero3", 2, 1)],
+)
+def test_another_number_of_processes_keeps_weights_optimiser_and_schedule(
+    world, tmp_path, whole_runs, kind, before, after
+):
+    parts, first = tmp_path / "parts", whole_runs(kind, before)
+    without_the_last_checkpoint(first, parts)
+    output = run(kind, world, parts, processes=after)
+    assert f"was written by {before} processes, now there are {after}" in output and "the data begins anew" in output
     lines = [line for line in metrics_of(parts) if "lr" in line]
-    whole = [line for line in metrics_of(whole_runs(kind)) if "lr" in line]
+    whole = [line for line in metrics_of(first) if "lr" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line["lr"] for line in lines] == [line["lr"] for line in whole]
     start, end = (load_file(parts / f"checkpoint-{step}/unwrapped_model/model.safetensors") for step in (2, 4))
@@ -194,6 +199,18 @@ def test_another_number_of_processes_keeps_weights_optimiser_and_schedule(world,
     if kind == "ddp":
         state = torch.load(parts / "checkpoint-4/optimizer.bin", weights_only=True)["state"]
         assert {int(s["step"]) for s in state.values()} == {4}, "the moments went on, they did not begin anew"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_loss_of_one_process_is_dropped_by_all_and_none_waits(world, tmp_path, kind):
+    """At the second of two accumulated batches, when gradients are about to be exchanged."""
+    run(kind, world, tmp_path / "out", {"experiment.generate_every": 99}, TEST_NAN="1:4")
+    lines = [line for line in metrics_of(tmp_path / "out") if "lr" in line]
+    assert [line.get("nonfinite_batches") for line in lines] == [None, 1, 1, 1]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    read = [json.loads((tmp_path / f"out/checkpoint-4/streams_{n}.json").read_text()) for n in range(2)]
+    assert [streams["mmu"]["batches"] for streams in read] == [9, 9], "eight to learn from, and the dropped one"
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "out/model.safetensors").values())
 
 
 def launched(command: list[str], world: Path, folder: Path) -> subprocess.CompletedProcess:

@@ -26,6 +26,7 @@ from tests.training.tiny import (
     write_llm,
 )
 from training.checkpointing import checkpoints
+from training.guards import only_run_in
 from training.trainer import Trainer
 from training.understanding import VqUnderstanding
 
@@ -195,20 +196,21 @@ def test_it_learns_one_batch_by_heart(world, tmp_path):
         {},
         {"training.gradient_accumulation_steps": 2, "training.max_grad_norm": 1.0, "dataset.params.num_workers": 2},
         {"training.mixed_precision": "bf16", "model.gradient_checkpointing": True, "training.und_mask_ratio": 0.4},
+        {"experiment.log_every": 2},  # the stop is between two log lines
     ],
-    ids=["plain", "accumulation-clipping-workers", "bf16-checkpointing"],
+    ids=["plain", "accumulation-clipping-workers", "bf16-checkpointing", "log-every-2"],
 )
 def test_a_continued_run_equals_an_uninterrupted_one_to_the_last_bit(world, tmp_path, monkeypatch, settings):
     monkeypatch.setattr("training.data.sources.ROUND", 7)
     run(world, tmp_path / "whole", settings)
     stopped = make_trainer(world, tmp_path / "parts", settings)
-    log = stopped.log
+    step = stopped.step
 
-    def stop_after_three(bar):
-        log(bar)
+    def stop_in_the_third():
         stopped.stop_signals.requested = stopped.state.global_step == 2
+        return step()
 
-    stopped.log = stop_after_three  # the request is honoured at the end of the next step
+    stopped.step = stop_in_the_third
     stopped.train()
     assert [folder.name for folder in checkpoints(tmp_path / "parts")] == ["checkpoint-3"]
     assert not (tmp_path / "parts" / "model.safetensors").exists(), "only a finished run has a final model"
@@ -332,9 +334,6 @@ def test_two_processes_continue_exactly_and_stop_together(world, tmp_path):
     finish(launch(world, tmp_path / "whole", settings, folder=tmp_path, launcher=torchrun))
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
-    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line)["step"] <= 2]
-    (tmp_path / "parts" / "metrics.jsonl").write_text("".join(kept))
     finish(launch(world, tmp_path / "parts", settings, folder=tmp_path, launcher=torchrun))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -346,6 +345,35 @@ def test_two_processes_continue_exactly_and_stop_together(world, tmp_path):
     finish(process)
     (folder,) = checkpoints(tmp_path / "out")
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= {path.name for path in folder.iterdir()}
+
+
+def has_ended(output_dir: Path) -> bool:
+    """Whether no process holds the folder's lock any more."""
+    try:
+        with only_run_in(output_dir):
+            return True
+    except UserError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("launch_file", ["1_cpu", "2_cpu_ddp"])
+def test_a_signal_to_the_launcher_saves_too(world, tmp_path, launch_file, number):
+    """It hands SIGTERM on to several processes; else the training notices that it is gone."""
+    accelerate = Path(sys.executable).with_name("accelerate")
+    launcher = [str(accelerate), "launch", "--config_file", str(ROOT / f"accelerate_configs/{launch_file}.yaml")]
+    endless = {"training.max_train_steps": 100000, "experiment.save_every": 100000, "experiment.generate_every": 100000}
+    process = launch(world, tmp_path / "out", endless, folder=tmp_path, launcher=launcher)
+    wait_for_a_step(process, tmp_path / "out")
+    process.send_signal(number)
+    process.communicate(timeout=120)
+    deadline = time.monotonic() + 120
+    while not has_ended(tmp_path / "out") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    (folder,) = checkpoints(tmp_path / "out")
+    assert metrics_of(tmp_path / "out")[-1]["step"] == json.loads((folder / "metadata.json").read_text())["global_step"]
 
 
 # ---- other settings that must work ----

@@ -3,10 +3,12 @@
 - ``TEST_FSDP2=1``: accelerate does not reach FSDP2 on CPUs as shipped; this makes it.
 - ``TEST_BATCHES=file``: all processes together take the batches of that file in turn, so that a run of one process and
   a run of two learn from the same global batches.
+- ``TEST_NAN=process:call``: the mmu loss of that process is NaN at that call of the model.
 """
 
 import os
 import sys
+from itertools import count
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -46,7 +48,24 @@ def main(argv: list[str]) -> None:
         batches, accelerator = torch.load(file, weights_only=True), trainer.accelerator
         dealt = {"start": accelerator.process_index, "every": accelerator.num_processes}
         trainer.flows = {name: Dealt(flow, batches[name], **dealt) for name, flow in trainer.flows.items()}
+    if place := os.environ.get("TEST_NAN"):
+        process, call = map(int, place.split(":"))
+        if trainer.accelerator.process_index == process:
+            trainer.forward = poisoned(trainer.forward, call)
     trainer.train()
+
+
+def poisoned(forward, at: int):
+    """`forward` with a NaN loss at one call."""
+    calls = count(1)
+
+    def called(**arguments):
+        out = forward(**arguments)
+        if next(calls) == at:
+            out.loss_mmu = out.loss_mmu * float("nan")
+        return out
+
+    return called
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from training.data.encoding_records import Encoding, Plan, tokenizer_sha256
 from training.data.image_text import IMAGE_KEYS, Pictures
 from training.data.paths import SHARDS, expand_paths, is_address
 from training.data.shard_writing import in_order, read_prefix, shard_path, write_shard
-from training.data.shards import CODES, manifests, read_shard
+from training.data.shards import CODES, promised_samples, read_shard
 from training.data.skipping import Skipped, SkipSample, Tally
 
 # Latents this close to 0, as a share of their mean size, may change sign with the batch size: sums are then taken in
@@ -118,7 +118,7 @@ def _only_good(decoded: Iterable[tuple | Skipped], tally: Tally) -> Iterator[tup
     for item in decoded:
         tally.seen += 1
         if isinstance(item, Skipped):
-            tally.skip(item.kind, item.detail)
+            tally.skip(item.kind, item.detail, item.count)
         else:
             yield item
 
@@ -141,8 +141,8 @@ def encode_shards(plan: Plan, encoder: ImageEncoder, config, rank: int, world_si
         what was seen and skipped.
     """
     share, total = plan.unfinished(rank, world_size), Tally()
-    sizes = {entry["file"]: entry["samples"] for m in manifests(plan.sources).values() for entry in m.get("shards", [])}
-    known = [sizes.get(Path(plan.sources[index]).name) for index in share]
+    promised = promised_samples(plan.sources)
+    known = [promised.get(plan.sources[index]) for index in share]
     bar = tqdm(
         total=None if None in known else sum(known),
         unit=" images",
@@ -152,8 +152,9 @@ def encode_shards(plan: Plan, encoder: ImageEncoder, config, rank: int, world_si
     )
     with bar:
         for index in share:
-            tally = Tally()
-            samples = encoded_samples(read_shard(plan.sources[index]), encoder, config, tally, bar)
+            tally, source = Tally(), plan.sources[index]
+            raws = read_shard(source, promised.get(source, 0))
+            samples = encoded_samples(raws, encoder, config, tally, bar)
             plan.record(index, write_shard(shard_path(plan.prefix, index), samples), tally)
             total.add(tally)
     return total

@@ -23,7 +23,7 @@ from training.data.language import Documents, text_item
 from training.data.llava_flow import LlavaItem, LlavaRecords
 from training.data.parquet import IMAGE_COLUMNS, TEXT_COLUMNS, ParquetUnits
 from training.data.paths import JSON, PARQUET, has_suffix
-from training.data.shards import ShardUnits, check_codes, manifests, read_shards
+from training.data.shards import ShardUnits, check_codes, manifests, promised_samples, read_shards
 from training.data.sources import Epochs, Resampled, Source
 from training.data.streams import Flow
 
@@ -124,9 +124,10 @@ class _Setup:
         if kind in LLAVA and has_suffix(paths[0], JSON):
             return Epochs(LlavaRecords(paths), samples)
         check_codes(paths, self.code_sizes(), self.pictures(name).refuses_codes())
+        promised = promised_samples(paths)
         if not self.training:
-            return Epochs(ShardUnits(paths))
-        return Resampled(partial(read_shards, paths, params.shuffle_buffer_size), samples)
+            return Epochs(ShardUnits(paths, promised))
+        return Resampled(partial(read_shards, paths, params.shuffle_buffer_size, promised), samples)
 
     def columns(self, name: str) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         """Parquet columns of a flow, and the keys that name them."""

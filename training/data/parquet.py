@@ -59,15 +59,20 @@ class ParquetUnits:
         self.file_of = np.repeat(np.arange(len(paths)), [len(footer.rows) for footer in footers])
         self.group_of = np.concatenate([np.arange(len(footer.rows)) for footer in footers])
         self.samples = sum(sum(footer.rows) for footer in footers)
+        whole = [sum(footer.rows) for footer in footers if not footer.error]
+        mean = max(1, round(sum(whole) / len(whole)))  # what a file without a readable end may have held
+        rows = [[mean] if footer.error else footer.rows for footer in footers]
+        self.rows_of = np.concatenate(rows)
 
     def __len__(self) -> int:
         return len(self.file_of)
 
     def read(self, index: int, rng: random.Random) -> Iterator[dict | Skipped]:
         """Rows of one group, mixed; one `Skipped` where it cannot be read on."""
-        return mixed(self._rows(int(self.file_of[index]), int(self.group_of[index])), self.buffer_size, rng)
+        place = int(self.file_of[index]), int(self.group_of[index])
+        return mixed(self._rows(*place, int(self.rows_of[index])), self.buffer_size, rng)
 
-    def _rows(self, file: int, group: int) -> Iterator[dict | Skipped]:
+    def _rows(self, file: int, group: int, rows: int) -> Iterator[dict | Skipped]:
         path, names, number = self.paths[file], self.columns[file], 0
         try:
             with pyarrow.parquet.ParquetFile(path) as content:
@@ -78,9 +83,9 @@ class ParquetUnits:
                         yield {"__key__": f"{path}: row group {group}, row {number}", "__url__": path, **sample}
                         number += 1
         except FileNotFoundError:
-            yield Skipped(MISSING_FILE, path)
+            yield Skipped(MISSING_FILE, path, rows - number)
         except (OSError, pyarrow.ArrowException) as error:
-            yield Skipped(TRUNCATED_SHARD, f"{path}: row group {group}: {error}")
+            yield Skipped(TRUNCATED_SHARD, f"{path}: row group {group}: {error}", max(1, rows - number))
 
 
 def _read_footer(path: str) -> _Footer:

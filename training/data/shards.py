@@ -4,11 +4,13 @@ A raw sample is a dictionary: ``__key__``, ``__url__``, and the undecoded member
 """
 
 import json
+import os
 import random
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import webdataset
@@ -22,26 +24,52 @@ from training.data.sources import mixed
 CODES = "codes.npy"
 
 
-def read_shards(urls: list[str], buffer_size: int, seed: int) -> Iterator[dict | Skipped]:
-    """Samples of shards drawn with replacement, mixed in a buffer; endless."""
+def read_shards(urls: list[str], buffer_size: int, promised: dict[str, int], seed: int) -> Iterator[dict | Skipped]:
+    """Samples of shards drawn with replacement, mixed in a buffer; endless.
+
+    Args:
+        promised: samples of the shards whose manifest says how many; of others the mean of the whole shards read so far
+            is expected.
+    """
     shards = webdataset.ResampledShards(urls, seed=seed, worker_seed=lambda: 0, deterministic=True)
-    samples = (sample for shard in shards for sample in read_shard(shard["url"]))
-    return mixed(samples, buffer_size, random.Random(seed))
+    return mixed(_in_turn((shard["url"] for shard in shards), promised), buffer_size, random.Random(seed))
 
 
-def read_shard(url: str) -> Iterator[dict | Skipped]:
+def _in_turn(urls: Iterable[str], promised: dict[str, int]) -> Iterator[dict | Skipped]:
+    whole: list[int] = [0, 0]  # shards, samples
+    for url in urls:
+        mean = round(whole[1] / whole[0]) if whole[0] else 0
+        read, is_whole = 0, True
+        for sample in read_shard(url, promised.get(url, mean)):
+            if isinstance(sample, Skipped):
+                is_whole &= sample.kind == MALFORMED_ITEM
+            read += 1
+            yield sample
+        if is_whole:
+            whole = [whole[0] + 1, whole[1] + read]
+
+
+def read_shard(url: str, expected: int = 0) -> Iterator[dict | Skipped]:
     """The samples of one shard in order, then, where it could not be read to its end, one `Skipped`.
 
     A sample that the end cuts in two comes with the members it has.
+
+    Args:
+        expected: how many samples it should hold, to tell how many are lost; 0 where that is not known.
     """
     problems: list[Skipped] = []
+    read = 0
 
     def note(error: Exception) -> bool:
         problems.append(Skipped(MALFORMED_ITEM, f"{url}: {error.args[0]}"))
         return True  # of two members of one name the first is kept
 
-    yield from group_by_keys(_members(url, problems), handler=note)
-    yield from problems
+    for sample in group_by_keys(_members(url, problems), handler=note):
+        yield sample
+        read += 1
+    for problem in problems:
+        lost = 1 if problem.kind == MALFORMED_ITEM else max(1, expected - read)
+        yield replace(problem, count=lost)
 
 
 def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
@@ -81,14 +109,14 @@ class ShardUnits:
 
     samples = None
 
-    def __init__(self, urls: list[str]):
-        self.urls = urls
+    def __init__(self, urls: list[str], promised: dict[str, int]):
+        self.urls, self.promised = urls, promised
 
     def __len__(self) -> int:
         return len(self.urls)
 
     def read(self, index: int, rng: random.Random) -> Iterator[dict | Skipped]:
-        return read_shard(self.urls[index])
+        return read_shard(self.urls[index], self.promised.get(self.urls[index], 0))
 
 
 # ---- manifests ----
@@ -109,6 +137,17 @@ def manifests(urls: list[str]) -> dict[str, dict]:
                 found[file] = dict(json.loads(Path(file).read_text(encoding="utf-8")))
             except ValueError as error:
                 raise UserError(f"{file} is no valid manifest ({error}); write the shards again") from None
+    return found
+
+
+def promised_samples(urls: list[str]) -> dict[str, int]:
+    """Shard → how many samples it holds, where a manifest says so."""
+    found = {}
+    for file, manifest in manifests(urls).items():
+        entries = manifest.get("shards")
+        for entry in entries if isinstance(entries, list) else ():  # another tool's manifest may say something else
+            if isinstance(entry, dict) and isinstance(entry.get("samples"), int):
+                found[os.path.join(os.path.dirname(file), str(entry.get("file")))] = entry["samples"]
     return found
 
 

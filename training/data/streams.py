@@ -37,7 +37,9 @@ class StreamState:
     Args:
         batches: handed out.
         positions, rounds: of each worker's stream: the round it stands in, and raw samples used of that round.
-        seen, skipped: raw samples used so far in all rounds, and those of them that could not be used, by kind.
+        seen, skipped, largest: raw samples used so far in all rounds, those of them that could not be used, by kind,
+            and the most that were lost at once.
+        owed: of each worker's stream: samples lost with files that are not among the skipped ones yet, by kind.
     """
 
     batches: int = 0
@@ -45,6 +47,8 @@ class StreamState:
     rounds: list[int] = field(default_factory=list)
     seen: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    largest: int = 1
+    owed: list[dict[str, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -56,6 +60,7 @@ class _Delivery:
     round: int = 0
     position: int = 0
     tally: Tally = field(default_factory=Tally)
+    owed: dict[str, int] = field(default_factory=dict)
     problem: str = ""  # in place of a batch: why there is none
 
     def pin_memory(self) -> "_Delivery":
@@ -68,7 +73,9 @@ class _Batches(IterableDataset):
     def __init__(self, flow: "Flow", state: StreamState):
         self.source, self.transform, self.batch_size = flow.source, flow.transform, flow.batch_size
         self.seed, self.process, self.num_processes = flow.seed, flow.process, flow.num_processes
-        self.patience = ENOUGH_SEEN if flow.max_skipped_fraction < 1 else GIVE_UP
+        allowed = flow.max_skipped_fraction
+        self.patience = ENOUGH_SEEN if allowed < 1 else GIVE_UP
+        self.collected = math.ceil(1 / (1 - allowed)) if allowed < 1 else 1  # a sample; enough to pass what is allowed
         self.state = state
 
     def __iter__(self) -> Iterator[_Delivery]:
@@ -83,20 +90,23 @@ class _Batches(IterableDataset):
             yield _Delivery(problem=str(error))
 
     def _deliveries(self, stream: int, num_workers: int) -> Iterator[_Delivery]:
-        items, tally, limit = [], Tally(), self.patience
+        items, tally, tried, limit = [], Tally(), 0, self.patience
+        owed = Counter(self.state.owed[stream] if self.state.owed else {})
         for raw, index, position, seed in self._raw_samples(stream, num_workers):
-            tally.seen += 1
+            tally.seen, tried = tally.seen + 1, tried + 1
             try:
                 if isinstance(raw, Skipped):
-                    raise SkipSample(raw.kind, raw.detail)
-                items.append(self.transform(raw, random.Random(seed)))
-                limit = max(GIVE_UP, 100 * self.batch_size)
+                    tally.lose(raw, owed)
+                else:
+                    items.append(self.transform(raw, random.Random(seed)))
+                    limit = max(GIVE_UP, 100 * self.batch_size)
             except SkipSample as skipped:
                 tally.skip(skipped.kind, skipped.detail)
+            tally.collect(owed, self.collected)
             if len(items) == self.batch_size:
-                yield _Delivery(pack(items), stream, index, position + 1, tally)
-                items, tally = [], Tally()
-            elif tally.seen >= limit:
+                yield _Delivery(pack(items), stream, index, position + 1, tally, dict(owed))
+                items, tally, tried = [], Tally(), 0
+            elif tried >= limit:
                 yield _Delivery(tally=tally, problem="hardly any sample can be used")
                 return
 
@@ -192,6 +202,7 @@ class Flow:
             raise UserError(f"{self.name}: {problem}")
         self.batches += 1
         self.rounds[delivery.stream], self.positions[delivery.stream] = delivery.round, delivery.position
+        self.owed[delivery.stream] = delivery.owed
         if not self.persistent_workers and self.num_workers and self._at_epoch_end():
             self.close()
         return unpack(delivery.packed)
@@ -214,7 +225,7 @@ class Flow:
             counted = f"; skipped were {self.tally.describe()}" if self.skipped else ""
             return f"{delivery.problem}{counted}; mend the data or its path"
         epoch = math.ceil((self.source.samples or ENOUGH_SEEN) / self.num_processes)
-        if self.seen < min(ENOUGH_SEEN, epoch) or self.tally.share <= self.max_skipped_fraction:
+        if not self.tally.exceeds(self.max_skipped_fraction, min(ENOUGH_SEEN, epoch)):
             return ""
         return (
             f"skipped {self.tally.describe()}; that is more than dataset.params.max_skipped_fraction "
@@ -229,7 +240,9 @@ class Flow:
         self._iterator = None
 
     def state_dict(self) -> StreamState:
-        return StreamState(self.batches, list(self.positions), list(self.rounds), self.seen, dict(self.skipped))
+        places = list(self.positions), list(self.rounds)
+        owed = [dict(of_stream) for of_stream in self.owed] if any(self.owed) else []
+        return StreamState(self.batches, *places, self.seen, dict(self.skipped), self.tally.largest, owed)
 
     def load_state_dict(self, state: StreamState) -> None:
         """Continues after the batches that `state` counts.
@@ -244,7 +257,8 @@ class Flow:
             )
         self.batches, self.positions = state.batches, list(state.positions)
         self.rounds = list(state.rounds) or [0] * len(self.positions)
-        self.tally = Tally(state.seen, Counter(state.skipped))
+        self.owed = [dict(owed) for owed in state.owed] or [{} for _ in self.positions]
+        self.tally = Tally(state.seen, Counter(state.skipped), state.largest)
         self._iterator = None
 
 
