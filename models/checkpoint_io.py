@@ -156,14 +156,17 @@ def _some(names: list[str], limit: int = 6) -> str:
 
 @contextmanager
 def without_key_report() -> Iterator[None]:
-    """Keeps transformers' table of missing and unexpected keys away: we compare them, and what is wrong raises."""
-    reporter = logging.getLogger("transformers.modeling_utils")
-    level = reporter.level
-    reporter.setLevel(logging.ERROR)
+    """Keeps transformers' table of keys and its list of unsharded layers away: keys are compared here."""
+    names = ("modeling_utils", "distributed.tensor_parallel")
+    reporters = [logging.getLogger(f"transformers.{name}") for name in names]
+    levels = [reporter.level for reporter in reporters]
+    for reporter in reporters:
+        reporter.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        reporter.setLevel(level)
+        for reporter, level in zip(reporters, levels, strict=True):
+            reporter.setLevel(level)
 
 
 def resize_rows(tensor: torch.Tensor, rows: int, std: float) -> torch.Tensor:
