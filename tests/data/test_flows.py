@@ -437,7 +437,8 @@ def test_bad_data_are_counted_by_kind_and_capped(world, tmp_path, num_workers):
     data = write_shard(tmp_path / "a-001.tar", good).read_bytes()
     (tmp_path / "a-001.tar").write_bytes(data[: len(data) // 2])
     settings = {path_of("t2i"): tmp_path / "a-{000..001}.tar", f"{PARAMS}.num_workers": num_workers}
-    flow = flow_of(world, "t2i", settings | {f"{PARAMS}.max_skipped_fraction": 0.5})
+    # a lost shard counts as many samples as whole ones have; here it was smaller, so more than half seem to be lost
+    flow = flow_of(world, "t2i", settings | {f"{PARAMS}.max_skipped_fraction": 0.9})
     assert len(take(flow, 300)) == 1200
     assert set(flow.skipped) == {"unreadable_image", "empty_text", "malformed_item", "truncated_shard"}
     assert flow.seen == 1200 + flow.skipped.total()
@@ -450,7 +451,7 @@ def test_bad_data_are_counted_by_kind_and_capped(world, tmp_path, num_workers):
 def test_a_shard_that_goes_during_the_run_is_counted(world, tmp_path):
     for number in range(2):
         write_shard(tmp_path / f"a-{number}.tar", [sample(text) for text in CAPTIONS])
-    settings = {path_of("t2i"): tmp_path / "a-{0..1}.tar", f"{PARAMS}.max_skipped_fraction": 0.5}
+    settings = {path_of("t2i"): tmp_path / "a-{0..1}.tar", f"{PARAMS}.max_skipped_fraction": 0.9}
     flow = flow_of(world, "t2i", settings)
     next(flow)
     (tmp_path / "a-1.tar").unlink()
