@@ -1,21 +1,28 @@
-"""What `mmu_generate` runs before and between its tokens: prompts of any lengths, read once, and drafts (SPEC §8).
+"""What is behind `mmu_generate`: prompts of any lengths, read once, guesses, and the loop over new tokens (SPEC §8).
 
 `Prompts` lays the rows of a batch out so that what they begin with in common (one picture, many questions) is computed
 once. `PromptLookup` guesses the next tokens from what the row has said before; the transformer checks all of them in
 one pass, which costs hardly more than one token, so an answer that repeats itself comes faster and stays the same.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from models.incremental import incremental
+from models.decode_graph import DecodeGraph
+from models.greedy_head import greedy_head, is_plain_linear
+from models.incremental import PlainPhi, incremental, is_compiled
 from models.omni_attention import OmniMask
+from models.sampling import is_greedy, sample_next
+from models.thin import product
 from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
 
 # B rows, L longest prompt, T most new tokens, P common first positions, H hidden size
 
 NGRAMS = (3, 2)  # lengths of what must have been said before, the surer one first
+MAX_DRAFT = 15  # tokens
+GREEDY_HEAD_PAYS = GRAPH_PAYS = 16  # new tokens that are worth the making of a `GreedyHead`, of a `DecodeGraph`
 
 
 @dataclass
@@ -131,3 +138,65 @@ class PromptLookup:
             self.length = min(self.most, 2 * self.length)
         elif right < guessed:
             self.length = max(1, right)
+
+
+def new_tokens(
+    model, prompts: Prompts, count: int, sampling: dict, max_draft: int | None = None
+) -> Iterator[torch.Tensor]:
+    """Yields (B,) new ids, `count` times, each computed when it is asked for or with the guess that it confirms.
+
+    Args:
+        sampling: keyword arguments of `sample_next`.
+        max_draft: see `mmu_generate`.
+    """
+    transformer, hidden = prompts.read(model)  # (B, 1, H)
+    choose = _chooser(model.showo.lm_head, len(hidden), count, sampling)
+    lookup, guess = _lookup(model, prompts.input_ids, max_draft), []
+    graphed = hidden.is_cuda and is_compiled(model.showo) and isinstance(transformer, PlainPhi) and count >= GRAPH_PAYS
+    extend_one = DecodeGraph(transformer).extend if graphed else transformer.extend
+    while count:
+        for right, token in enumerate(choose(hidden)):  # behind the ids that were known, then behind each guess
+            yield token
+            count -= 1
+            if lookup is not None:
+                lookup.add(int(token))
+            if not count:
+                return
+            if right == len(guess) or int(token) != guess[right]:
+                break
+        if lookup is not None:
+            transformer.forget(len(guess) - right)  # what was run behind a wrong guess
+            lookup.learn(len(guess), right)
+            guess = lookup.guess(count - 1)
+        if guess:
+            hidden = transformer.extend(torch.cat([token, token.new_tensor(guess)])[None])  # (1, 1 + guesses, H)
+        else:
+            hidden = extend_one(token[:, None])  # (B, 1, H)
+
+
+def _lookup(model, input_ids: torch.Tensor, max_draft: int | None) -> PromptLookup | None:
+    if max_draft is None:  # in half precision the rounding of a pass depends on the number of its positions
+        max_draft = MAX_DRAFT if model.showo.lm_head.weight.dtype == torch.float32 else 0
+    return PromptLookup(input_ids[0].tolist(), max_draft) if max_draft and len(input_ids) == 1 else None
+
+
+def _chooser(head: torch.nn.Module, num_rows: int, count: int, sampling: dict):
+    """The function from hidden states (B, n, H) to n new ids (B,), drawn one after the other as they are needed."""
+    settings = {name: value for name, value in sampling.items() if name != "generator"}
+    quick = greedy_head(head, num_rows) if is_greedy(**settings) and count >= GREEDY_HEAD_PAYS else None
+
+    def choose(hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        if quick is not None:
+            yield from quick.argmax(hidden.flatten(0, 1)).view(hidden.shape[:2]).unbind(1)
+            return
+        for logits in _run_head(head, hidden).float().unbind(1):
+            yield sample_next(logits, **sampling)
+
+    return choose
+
+
+def _run_head(head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (B, n, V)."""
+    if not is_plain_linear(head):
+        return head(hidden)
+    return product(hidden.flatten(0, 1), head.weight, head.bias).unflatten(0, hidden.shape[:2])

@@ -10,19 +10,14 @@ from functools import cache, wraps
 import torch
 
 from models.compiled_block import CompiledBlock
-from models.decode_graph import DecodeGraph
-from models.decoding import PromptLookup, Prompts
+from models.decoding import Prompts, new_tokens
 from models.drawing_options import DrawingOptions, halton_order
-from models.greedy_head import greedy_head, is_plain_linear
 from models.image_block import ImageBlock, common_soi
-from models.incremental import PlainPhi, is_compiled, is_plain
+from models.incremental import is_compiled, is_plain
 from models.omni_attention import OmniMask
-from models.sampling import Schedule, get_mask_schedule, is_greedy, maskgit_step, sample_next
-from models.thin import product
+from models.sampling import Schedule, get_mask_schedule, maskgit_step
 
 # B images or prompts, N image positions, U unknown ones, C codes, L row length, T new tokens, H hidden size
-MAX_DRAFT = 15  # tokens
-GREEDY_HEAD_PAYS = 16  # new tokens that are worth the making of a `GreedyHead`
 
 
 def _inference(method):
@@ -133,7 +128,6 @@ class ShowoGeneration:
         attention_mask: OmniMask | None = None,
         callback: Callable[[torch.Tensor], None] | None = None,
         max_draft: int | None = None,
-        cuda_graph: bool = False,
     ) -> torch.Tensor:
         """Text after a prompt, one token at a time over a key/value cache.
 
@@ -146,7 +140,6 @@ class ShowoGeneration:
             callback: called with the (B,) new ids after each token.
             max_draft: most tokens of a single row that are guessed from its earlier text and checked in one pass; the
                 tokens stay the same. Default: `MAX_DRAFT` in fp32; 0 in half precision, whose rounding may differ.
-            cuda_graph: on a GPU, replay one captured graph for every token; pays from a few dozen tokens on.
 
         Returns:
             (B, T) int64 new ids, T <= max_new_tokens, the end token included.
@@ -159,9 +152,9 @@ class ShowoGeneration:
             prompts = Prompts(input_ids, lengths, mask, image_features=image_features)
         stops = torch.as_tensor([] if eot_token is None else eot_token, dtype=torch.long, device=input_ids.device)
         finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         new_ids = []
-        for token in self._new_tokens(prompts, max_new_tokens, max_draft, cuda_graph, settings, generator):
+        for token in new_tokens(self, prompts, max_new_tokens, sampling, max_draft):
             token = token.masked_fill(finished, self.vocabulary.pad_id)
             new_ids.append(token)
             if callback is not None:
@@ -170,56 +163,3 @@ class ShowoGeneration:
             if finished.all():
                 break
         return torch.stack(new_ids, dim=1) if new_ids else input_ids[:, :0]
-
-    def _new_tokens(self, prompts: Prompts, count: int, max_draft: int | None, cuda_graph: bool, settings, generator):
-        """Yields (B,) new ids, `count` times; each is computed when it is asked for, or with the guess it confirms."""
-        transformer, hidden = prompts.read(self)  # (B, 1, H)
-        choose = self._chooser(len(hidden), count, settings, generator)
-        lookup, guess = self._lookup(prompts.input_ids, max_draft), []
-        graphed = cuda_graph and hidden.is_cuda and isinstance(transformer, PlainPhi)
-        extend_one = DecodeGraph(transformer).extend if graphed and count > 1 else transformer.extend
-        while count:
-            for right, token in enumerate(choose(hidden)):  # behind the ids that were known, then behind each guess
-                yield token
-                count -= 1
-                if lookup is not None:
-                    lookup.add(int(token))
-                if right == len(guess) or int(token) != guess[right] or not count:
-                    break
-            if not count:
-                return
-            if lookup is not None:
-                transformer.forget(len(guess) - right)
-                lookup.learn(len(guess), right)
-                guess = lookup.guess(count - 1)
-            if guess:
-                hidden = transformer.extend(torch.cat([token, token.new_tensor(guess)])[None])  # (1, 1 + guesses, H)
-            else:
-                hidden = extend_one(token[:, None])  # (B, 1, H)
-
-    def _lookup(self, input_ids: torch.Tensor, max_draft: int | None) -> PromptLookup | None:
-        if max_draft is None:  # in half precision the rounding of a pass depends on the number of its positions
-            max_draft = MAX_DRAFT if self.showo.lm_head.weight.dtype == torch.float32 else 0
-        return PromptLookup(input_ids[0].tolist(), max_draft) if max_draft and len(input_ids) == 1 else None
-
-    def _chooser(self, num_rows: int, max_new_tokens: int, settings: dict, generator: torch.Generator | None):
-        """The function from hidden states (B, n, H) to n new ids (B,), drawn one after the other as they are needed."""
-        head, greedy = self.showo.lm_head, is_greedy(**settings)
-        quick = greedy_head(head, num_rows) if greedy and max_new_tokens >= GREEDY_HEAD_PAYS else None
-
-        def choose(hidden: torch.Tensor):
-            if quick is not None:
-                yield from quick.argmax(hidden.flatten(0, 1)).view(hidden.shape[:2]).unbind(1)
-                return
-            logits = _run_head(head, hidden).float()
-            for position in logits.unbind(1):
-                yield sample_next(position, **settings, generator=generator)
-
-        return choose
-
-
-def _run_head(head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (B, n, V)."""
-    if not is_plain_linear(head):
-        return head(hidden)
-    return product(hidden.flatten(0, 1), head.weight, head.bias).unflatten(0, hidden.shape[:2])

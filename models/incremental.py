@@ -29,7 +29,8 @@ def incremental(
         positions: (R, room) int64 rotary positions; default: 0, 1, … in every row.
         ids_recur: few ids will come that did not come before, which saves most of the first layer.
     """
-    if is_plain(model.showo) and not is_compiled(model.showo):
+    # Compiled, a GPU replays a decode step as a graph (models/decode_graph.py); a CPU runs the compiled modules.
+    if is_plain(model.showo) and (mask.device.type == "cuda" or not is_compiled(model.showo)):
         return PlainPhi(model, mask, positions, ids_recur=ids_recur)
     return ModulePhi(model, mask, positions)
 
