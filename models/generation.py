@@ -5,19 +5,19 @@ keys and values are cached; common left padding is dropped; the head runs on the
 """
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 
 import torch
-import torch.nn.functional as F
 
 from models.decode_graph import DecodeGraph
 from models.decoding import PromptLookup, Prompts
+from models.drawing_options import DrawingOptions, halton_order
 from models.greedy_head import greedy_head, is_plain_linear
-from models.incremental import PlainPhi, incremental
+from models.image_block import ImageBlock, common_soi
+from models.incremental import PlainPhi
 from models.omni_attention import OmniMask
 from models.sampling import Schedule, get_mask_schedule, is_greedy, maskgit_step, sample_next
 from models.thin import product
-from models.vocabulary import Vocabulary
 
 # B images or prompts, N image positions, U unknown ones, C codes, L row length, T new tokens, H hidden size
 MAX_DRAFT = 15  # tokens
@@ -55,6 +55,7 @@ class ShowoGeneration:
         noise_schedule: str | Schedule = "cosine",
         generator: torch.Generator | None = None,
         callback: Callable[[int, torch.Tensor], None] | None = None,
+        options: DrawingOptions | None = None,
     ) -> torch.Tensor:
         """Image codes by masked-token diffusion. The same CPU seed gives the published tokens.
 
@@ -66,6 +67,7 @@ class ShowoGeneration:
             temperature: start of the Gumbel temperature.
             noise_schedule: name or function of a scalar tensor, see `get_mask_schedule`.
             callback: called as ``callback(step, codes)`` after each step, codes (B, N) as drawn.
+            options: what is faster and not published, see `DrawingOptions`; default: nothing.
 
         Returns:
             (B, N) int64 codes in [0, codebook_size).
@@ -79,17 +81,23 @@ class ShowoGeneration:
         if guided and (uncond_input_ids is None or uncond_input_ids.shape != input_ids.shape):
             raise ValueError("guidance_scale > 0 needs uncond_input_ids of the shape of input_ids")
         schedule = get_mask_schedule(noise_schedule) if isinstance(noise_schedule, str) else noise_schedule
+        options = options or DrawingOptions()
         vocabulary, mask_id = self.vocabulary, self.vocabulary.mask_token_id
-        rows = torch.cat([input_ids, uncond_input_ids]) if guided else input_ids
-        block = _ImageBlock(self, rows, len(input_ids))
-
-        image_ids = input_ids[:, block.start + 1 : -1]  # (B, N)
+        image_ids = input_ids[:, common_soi(input_ids, vocabulary) + 1 : -1]  # (B, N)
         codes = torch.where(image_ids == mask_id, mask_id, image_ids - vocabulary.image_offset)
         if ((codes < 0) | (codes >= vocabulary.codebook_size) & (codes != mask_id)).any():
             raise ValueError("between <soi> and <eoi> only image ids (code + offset) and the mask token may stand")
+        order = halton_order(codes.shape[1]).to(codes.device) if options.order == "halton" else None
+
+        @cache  # with guidance in a part of the steps there are two
+        def block_of(scale: float) -> ImageBlock:
+            rows = torch.cat([input_ids, uncond_input_ids]) if scale > 0 else input_ids
+            return ImageBlock(self, rows, len(input_ids), scale, options.refresh_every)
+
         for step in range(timesteps):
-            positions = _unknown_positions(codes == mask_id)  # (B, U), all that the rest of the step looks at
-            logits = block.code_logits(codes, positions, guidance_scale)  # (B, U, C)
+            block = block_of(guidance_scale if options.guides(step, timesteps) else 0.0)
+            positions = block.positions(step, codes == mask_id)  # (B, U), all that the rest of the step looks at
+            logits = block.code_logits(codes, positions)  # (B, U, C)
             ratio = (step + 1) / timesteps
             temperature = temperature * (1.0 - ratio)  # Faithful: compounds, before use (pinned by tests/parity)
             sampled, remaining = maskgit_step(
@@ -100,6 +108,7 @@ class ShowoGeneration:
                 temperature=temperature,
                 generator=generator,
                 positions=positions,
+                order=order,
             )
             codes = torch.where(remaining, mask_id, sampled)
             if callback is not None:
@@ -211,52 +220,3 @@ def _run_head(head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     if not is_plain_linear(head):
         return head(hidden)
     return product(hidden.flatten(0, 1), head.weight, head.bias).unflatten(0, hidden.shape[:2])
-
-
-class _ImageBlock:
-    """The rows of `t2i_generate` with their text computed once; each step runs ``<soi>`` + N + ``<eoi>`` only."""
-
-    def __init__(self, model: ShowoGeneration, rows: torch.Tensor, batch_size: int):
-        vocabulary = model.vocabulary
-        self.start = _common_soi(rows, vocabulary)
-        self.vocabulary = vocabulary
-        num_pads = (rows == vocabulary.pad_id).sum(1)
-        first = int(num_pads.min())  # common left padding changes nothing: rotary positions are relative
-        self.transformer = incremental(model, OmniMask.from_ids(rows[:, first:], vocabulary))
-        self.transformer.extend(
-            rows[:, first : self.start], needed=rows.new_empty(len(rows), 0)
-        )  # keys and values only
-        self.ids = rows[:batch_size, self.start :].clone()  # (B, N+2), the same with and without text
-        head, offset = model.showo.lm_head, vocabulary.image_offset
-        codes = slice(offset, offset + vocabulary.codebook_size)
-        self.head_weight, self.head_bias = head.weight[codes], head.bias[codes]
-
-    def code_logits(self, codes: torch.Tensor, positions: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-        """Logits (B, U, C) in fp32 at the positions (B, U) of the codes (B, N) or mask tokens; guided if scale > 0."""
-        self.ids[:, 1:-1] = torch.where(
-            codes == self.vocabulary.mask_token_id, codes, codes + self.vocabulary.image_offset
-        )
-        hidden = self.transformer.extend(self.ids, needed=positions + 1)  # (B or 2B, U, H)
-        self.transformer.forget(self.ids.shape[1])
-        if guidance_scale > 0:  # (1 + w) cond − w uncond; the head is linear, so this may come before it
-            cond, uncond = hidden.float().chunk(2)
-            hidden = ((1 + guidance_scale) * cond - guidance_scale * uncond).to(hidden.dtype)
-        return F.linear(hidden, self.head_weight, self.head_bias).float()
-
-
-def _unknown_positions(unknown: torch.Tensor) -> torch.Tensor:
-    """(B, N) bool -> (B, U) int64, ascending; rows with fewer unknown positions are filled up with known ones."""
-    count = int(unknown.sum(1).max())
-    return unknown.int().argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
-
-
-def _common_soi(rows: torch.Tensor, vocabulary: Vocabulary) -> int:
-    """Index of ``<soi>``, the same in all rows of a t2i batch."""
-    is_soi = rows == vocabulary.soi_id
-    index = is_soi.int().argmax(1)
-    if not is_soi.any(1).all() or (index != index[0]).any() or (rows[:, -1] != vocabulary.eoi_id).any():
-        raise ValueError(
-            "t2i rows must hold <soi> at one common position and end in <eoi>; "
-            "build them with UniversalPrompting 't2i_gen'"
-        )
-    return int(index[0])

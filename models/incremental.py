@@ -10,22 +10,27 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import NewGELUActivation
 from transformers.cache_utils import Cache, DynamicLayer
 
 from models.omni_attention import OmniMask
-from models.thin import ThinLayers, is_thin, rotate
+from models.plain_layer import Buffers, Place, PlainLayer, TokenMemo, norm_of, pick
+from models.thin import ThinLayers, is_thin
 
-# R rows, B distinct rows of ids (R is a multiple), n positions of a piece, U needed ones, H hidden size, d head size
+# R rows, B distinct rows of ids (R is a multiple), n positions of a piece, U needed ones, H hidden size
 
 
-def incremental(model, mask: OmniMask, positions: torch.Tensor | None = None) -> "PlainPhi | ModulePhi":
+def incremental(
+    model, mask: OmniMask, positions: torch.Tensor | None = None, *, ids_recur: bool = False
+) -> "PlainPhi | ModulePhi":
     """A runner for rows with the attention of `mask`, which covers all positions that will come.
 
     Args:
         positions: (R, room) int64 rotary positions; default: 0, 1, … in every row.
+        ids_recur: few ids will come that did not come before, which saves most of the first layer.
     """
-    return (PlainPhi if _is_plain(model.showo) else ModulePhi)(model, mask, positions)
+    if _is_plain(model.showo):
+        return PlainPhi(model, mask, positions, ids_recur=ids_recur)
+    return ModulePhi(model, mask, positions)
 
 
 class PlainPhi:
@@ -35,10 +40,12 @@ class PlainPhi:
     the positions that are asked for.
     """
 
-    def __init__(self, model, mask: OmniMask, positions: torch.Tensor | None = None):
+    def __init__(self, model, mask: OmniMask, positions: torch.Tensor | None = None, *, ids_recur: bool = False):
         self.phi = phi = model.showo.model
-        self.embed, self.embed_tokens, self.final_norm = model.embed, phi.embed_tokens, _norm(phi.final_layernorm)
-        self.layers = [_PlainLayer(layer) for layer in phi.layers]
+        self.embed, self.embed_tokens, self.final_norm = model.embed, phi.embed_tokens, norm_of(phi.final_layernorm)
+        self.buffers = Buffers()
+        self.layers = [PlainLayer(layer, self.buffers) for layer in phi.layers]
+        self.memo = TokenMemo(self.layers[0], self.embed_tokens) if ids_recur and len(self.layers) > 1 else None
         self.length, self.thin = 0, None
         self._lay_out(mask, positions)
 
@@ -71,110 +78,58 @@ class PlainPhi:
             image_features: for the −200 positions, which only the first piece may hold.
             needed: (B, U) int64 positions within the piece; default: all.
         """
-        hidden = self.embed_tokens(input_ids) if self.length else self.embed(input_ids, image_features)
         start, self.length = self.length, self.length + input_ids.shape[1]
         new = slice(start, self.length)
-        rotation, bias = (self.cos[:, new], self.sin[:, new]), self._bias(start, hidden)
-        if needed is None and start and is_thin(hidden):
-            self.thin = self.thin or ThinLayers.of(self.phi, self.layers)
-            return F.layer_norm(self.thin.run(hidden, self.layers, new, rotation, bias), *self.final_norm)
-        for layer in self.layers[:-1]:
-            hidden = layer.run(hidden, new, rotation, bias)
-        hidden = self.layers[-1].run(hidden, new, rotation, bias, needed)
-        return F.layer_norm(hidden, *self.final_norm)
+        place = Place(new, self.length, self.cos[:, new], self.sin[:, new], self._bias(start))
+        embed = partial(self.embed, image_features=image_features) if start == 0 else self.embed_tokens
+        return self._run(input_ids, place, needed, embed)
+
+    def rewrite(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, needed: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `extend` for tokens (B, n) at positions (B, n) that are there already; all others keep keys and values."""
+        at = positions.repeat(self.mask.shape[0] // len(positions), 1)  # (R, n)
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        visible = self.mask.rows(0, self.length).dense()[rows, 0, at][:, None]  # (R, 1, n, length)
+        cos, sin = (x[rows if len(x) > 1 else 0, at] for x in (self.cos, self.sin))
+        place = Place((rows, at), self.length, cos, sin, _bias_of(visible, cos.dtype))
+        return self._run(input_ids, place, needed, self.embed_tokens)
+
+    def _run(self, input_ids: torch.Tensor, place: Place, needed: torch.Tensor | None, embed) -> torch.Tensor:
+        self.buffers.look_at(self.embed_tokens.weight)
+        *layers, last = self.layers
+        if self.memo is not None:
+            first, *layers = layers
+            hidden = first.attend(self.memo.project(input_ids), len(input_ids), place, place)
+        else:
+            hidden = embed(input_ids)
+            if needed is None and isinstance(place.new, slice) and place.new.start and is_thin(hidden):
+                self.thin = self.thin or ThinLayers.of(self.phi, self.layers)
+                hidden = self.thin.run(hidden, self.layers, place.new, (place.cos, place.sin), place.bias)
+                return F.layer_norm(hidden, *self.final_norm)
+        for layer in layers:
+            hidden = layer.run(hidden, place)
+        return F.layer_norm(last.run(hidden, place, needed), *self.final_norm)
 
     def forget(self, count: int) -> None:
         """Drops the last `count` positions."""
         self.length -= count
 
-    def _bias(self, start: int, like: torch.Tensor) -> torch.Tensor | None:
-        """(R, 1, n or 1, length), −inf where a key is hidden, or None; kept for a piece that comes again."""
+    def _bias(self, start: int) -> torch.Tensor | None:
+        """Of the positions from `start` on; kept for a piece that comes again."""
         if self.bias_of != (start, self.length):
             self.bias_of = start, self.length
-            visible = self.mask.rows(start, self.length).dense()
-            if (visible == visible[:, :, :1]).all():
-                visible = visible[:, :, :1]
-            self.bias = None if visible.all() else like.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
+            self.bias = _bias_of(self.mask.rows(start, self.length).dense(), self.cos.dtype)
         return self.bias
 
 
-class _PlainLayer:
-    """The weights of a layer, and its keys and values (R, room, heads, d)."""
-
-    def __init__(self, layer: nn.Module):
-        attention, mlp = layer.self_attn, layer.mlp
-        self.heads = attention.q_proj.out_features // attention.head_dim, attention.head_dim
-        self.shape, self.keys, self.values = (), None, None
-        self.norm, self.query_norm, self.key_norm = map(
-            _norm, (layer.input_layernorm, attention.q_layernorm, attention.k_layernorm)
-        )
-        linears = attention.q_proj, attention.k_proj, attention.v_proj, attention.dense, mlp.fc1, mlp.fc2
-        self.query, self.key, self.value, self.dense, self.fc1, self.fc2 = ((x.weight, x.bias) for x in linears)
-        # transformers spells Phi's GELU out in seven passes over memory; torch has the same formula in one
-        is_tanh_gelu = isinstance(mlp.activation_fn, NewGELUActivation)
-        self.activation = partial(F.gelu, approximate="tanh") if is_tanh_gelu else mlp.activation_fn
-
-    def make_room(self, num_rows: int, room: int) -> None:
-        """For keys and values of so many rows and positions; what one row holds already is where all of them begin."""
-        before, self.shape = (self.keys, self.values), (num_rows, room, *self.heads)
-        self.keys = self.values = None
-        if before[0] is not None:
-            self.keys, self.values = (old.new_empty(self.shape) for old in before)
-            self.keys[:, : before[0].shape[1]], self.values[:, : before[0].shape[1]] = before
-
-    def run(
-        self,
-        hidden: torch.Tensor,
-        new: slice,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-        bias: torch.Tensor | None,
-        needed: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """(R or B, n, H) -> (R, n or U, H); attention and MLP both start from the same normed input."""
-        normed = F.layer_norm(hidden, *self.norm)
-        groups = self.shape[0] // len(hidden)
-        keys, values = self._keep(normed, new, rotation)
-        if needed is not None:
-            needed = needed.repeat(len(hidden) // len(needed), 1)
-            row = torch.arange(len(needed), device=needed.device)[:, None] if len(rotation[0]) > 1 else 0
-            normed, hidden, rotation = _pick(normed, needed), _pick(hidden, needed), [x[row, needed] for x in rotation]
-            if bias is not None and bias.shape[2] > 1:
-                bias = _pick(bias[:, 0], needed.repeat(groups, 1))[:, None]
-        query = rotate(F.layer_norm(self._heads(normed, self.query), *self.query_norm), *rotation).transpose(1, 2)
-        own = hidden + F.linear(self.activation(F.linear(normed, *self.fc1)), *self.fc2)
-        if groups > 1:
-            query, own = query.repeat(groups, 1, 1, 1), own.repeat(groups, 1, 1)
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
-        return own + F.linear(mixed.transpose(1, 2).flatten(2), *self.dense)
-
-    def _keep(self, normed: torch.Tensor, new: slice, rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new keys and values, written; all so far."""
-        key = rotate(F.layer_norm(self._heads(normed, self.key), *self.key_norm), *rotation)
-        return self.keep(key, self._heads(normed, self.value), new)
-
-    def keep(
-        self, key: torch.Tensor, value: torch.Tensor, new: slice | torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes (rows, n, heads, d) of the new positions; returns all so far, (R, heads, length, d).
-
-        Args:
-            new: their slice, or their indices (n,) as a tensor; then the whole room is returned.
-        """
-        if self.keys is None:
-            self.keys, self.values = key.new_empty(self.shape), value.new_empty(self.shape)
-        groups = self.shape[0] // len(key)
-        if groups > 1:
-            key, value = key.repeat(groups, 1, 1, 1), value.repeat(groups, 1, 1, 1)
-        if isinstance(new, torch.Tensor):
-            self.keys.index_copy_(1, new, key)
-            self.values.index_copy_(1, new, value)
-            return self.keys.transpose(1, 2), self.values.transpose(1, 2)
-        self.keys[:, new], self.values[:, new] = key, value
-        return self.keys[:, : new.stop].transpose(1, 2), self.values[:, : new.stop].transpose(1, 2)
-
-    def _heads(self, normed: torch.Tensor, projection: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """(rows, n, H) -> (rows, n, heads, d)"""
-        return F.linear(normed, *projection).view(*normed.shape[:2], *self.heads)
+def _bias_of(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """(R, 1, n, length) bool -> (R, 1, n or 1, length), −inf where a key is hidden, or None if all is visible."""
+    if (visible == visible[:, :, :1]).all():
+        visible = visible[:, :, :1]
+    if visible.all():
+        return None
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -torch.inf)
 
 
 class ModulePhi:
@@ -202,7 +157,7 @@ class ModulePhi:
             position_ids=None if self.positions is None else self.positions[:, start : self.length],
             past_key_values=self.cache,
         )
-        return hidden if needed is None else _pick(hidden, needed.repeat(groups, 1))
+        return hidden if needed is None else pick(hidden, needed.repeat(groups, 1))
 
     def forget(self, count: int) -> None:
         """Drops the last `count` positions."""
@@ -265,13 +220,3 @@ def _is_changed(module: nn.Module) -> bool:
     """Hooks, a replaced forward, or a class of another origin (adapted, quantised, sharded)."""
     hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
     return bool(hooked) or not type(module).__module__.startswith(("torch.nn.modules.", "transformers."))
-
-
-def _norm(norm: nn.LayerNorm) -> tuple:
-    """The arguments of `F.layer_norm` after the first."""
-    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
-
-
-def _pick(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """(rows, n, size) at the positions (rows, U)."""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
 
 import torch
+
+from models.multinomial import multinomial_at
 
 Schedule = Callable[[torch.Tensor], torch.Tensor]
 
@@ -63,6 +64,7 @@ def maskgit_step(
     temperature: float,
     generator: torch.Generator | None = None,
     positions: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws all unknown codes, keeps the most confident ones (SPEC §7, steps 2 to 5).
 
@@ -73,6 +75,7 @@ def maskgit_step(
         temperature: weight of the Gumbel noise on the confidence.
         positions: (B, U) int64, ascending, where the logits stand: every unknown position and perhaps some known ones;
             default: all N.
+        order: (N,) places in which positions become known, instead of the most confident ones first (not published).
 
     Returns:
         sampled: (B, N) codes, the draw; known positions keep their value.
@@ -85,64 +88,24 @@ def maskgit_step(
     if positions is None:
         positions = torch.arange(num_positions, device=image_ids.device).expand(batch_size, -1)
     probabilities = logits.softmax(dim=-1)
-    draw = _draw(probabilities, positions, num_positions, generator)  # (B, U)
-    chosen = probabilities.gather(-1, draw[..., None])[..., 0]
+    drawn = multinomial_at(probabilities, positions, num_positions, generator)  # (B, U)
+    chosen = probabilities.gather(-1, drawn[..., None])[..., 0]
     if not chosen.isfinite().all():
         raise RuntimeError("the logits of image codes are not all finite")
     unknown = image_ids == mask_token_id
-    sampled = torch.where(unknown, image_ids.scatter(1, positions, draw), image_ids)
+    sampled = torch.where(unknown, image_ids.scatter(1, positions, drawn), image_ids)
 
     largest = torch.full(unknown.shape, torch.finfo(chosen.dtype).max, dtype=chosen.dtype, device=chosen.device)
     confidence = torch.where(unknown, largest.scatter(1, positions, chosen), largest)
     num_masked = (num_positions * mask_ratio).floor()  # in fp32: at a ratio of 2/3 the cosine gives N/2 − 1
     num_masked = torch.minimum(unknown.sum(-1, keepdim=True) - 1, num_masked).clamp(min=1).long()  # (B, 1)
 
-    noise = gumbel_noise(confidence, generator)
-    confidence = confidence.clamp(min=1e-20).log() + temperature * noise
+    if order is None:
+        confidence = confidence.clamp(min=1e-20).log() + temperature * gumbel_noise(confidence, generator)
+    else:
+        confidence = torch.where(unknown, -order.to(confidence.dtype), largest)
     cut_off = confidence.sort(dim=-1).values.gather(-1, num_masked)
     return sampled, confidence < cut_off
-
-
-def _draw(
-    probabilities: torch.Tensor, positions: torch.Tensor, num_positions: int, generator: torch.Generator | None
-) -> torch.Tensor:
-    """(B, U) what one `torch.multinomial` over all B·N positions draws at the given ones; it takes the same numbers."""
-    batch_size, _, num_codes = probabilities.shape
-    start = num_positions * torch.arange(batch_size, device=positions.device)[:, None]
-    wanted = (start + positions).flatten()  # ascending rows of the whole draw
-    probabilities = probabilities.flatten(0, 1)
-    if probabilities.device.type == "cpu" and probabilities.dtype == torch.float32 and _exponential_is_plain():
-        draw = _draw_on_cpu(probabilities, wanted, batch_size * num_positions, generator)
-    else:
-        whole = probabilities.new_ones(batch_size * num_positions, num_codes).index_copy(0, wanted, probabilities)
-        draw = torch.multinomial(whole, 1, generator=generator)[wanted, 0]
-    return draw.view(positions.shape)
-
-
-def _draw_on_cpu(
-    probabilities: torch.Tensor, wanted: torch.Tensor, num_rows: int, generator: torch.Generator | None, chunk: int = 32
-) -> torch.Tensor:
-    """`torch.multinomial` is the argmax of p / q with exponential q. Here all rows take their random numbers, but only
-    the wanted ones become exponentials, with vectorised logarithms instead of torch's one at a time."""
-    num_codes = probabilities.shape[1]
-    uniform = probabilities.new_empty(chunk, num_codes, dtype=torch.float64)
-    draw = torch.empty_like(wanted)
-    for first in range(0, num_rows, chunk):  # a chunk stays in the processor's cache
-        numbers = uniform[: num_rows - first].uniform_(generator=generator)
-        start, stop = torch.searchsorted(wanted, torch.tensor([first, first + len(numbers)])).tolist()
-        numbers = numbers[wanted[start:stop] - first]
-        minus_exponential = numbers.neg_().add_(1).log_().float()
-        draw[start:stop] = (probabilities[start:stop] / minus_exponential).argmin(-1)
-    return draw
-
-
-@cache
-def _exponential_is_plain() -> bool:
-    """Whether this build of torch makes its exponential numbers as −log(1 − u), u uniform in fp64."""
-    ours, theirs = (torch.Generator().manual_seed(0) for _ in range(2))
-    uniform = torch.empty(4096, dtype=torch.float64).uniform_(generator=ours)
-    same = torch.equal(-(1 - uniform).log().float(), torch.empty(4096).exponential_(generator=theirs))
-    return same and torch.equal(ours.get_state(), theirs.get_state())
 
 
 def is_greedy(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> bool:

@@ -43,7 +43,7 @@ class ThinLayers:
     """The layers' weights as few rows run through them.
 
     Args:
-        layers: the `_PlainLayer`s of a model (`models/incremental.py`).
+        layers: the `PlainLayer`s of a model (`models/incremental.py`).
     """
 
     def __init__(self, layers: list):
@@ -89,7 +89,7 @@ class ThinLayers:
         """(R, n, H) -> (R, n, H); writes the keys and values of the positions `new`.
 
         Args:
-            new: see `_PlainLayer.keep`.
+            new: see `PlainLayer.keep`.
             rotation: cos and sin (1 or R, n, 1, r / 2).
             bias: (R, 1, n or 1, length) or None.
         """

@@ -174,7 +174,7 @@ def test_the_text_is_computed_once_and_only_what_is_needed(model):
     finally:
         hook.remove()
     longest_text = 5  # <t2i> bos w2 w3 eos; the pads that all rows share are dropped
-    assert shapes == [(4, longest_text)] + [(4, N + 2)] * 3
+    assert shapes == [(4, longest_text + N + 2)] + [(4, N + 2)] * 2
 
 
 @pytest.mark.parametrize(

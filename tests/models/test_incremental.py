@@ -167,15 +167,24 @@ def test_choice_of_the_runner(model):
     assert isinstance(incremental(compiled, mask), ModulePhi)
 
 
+def linear_flops(run) -> int:
+    """Counted multiplications and additions of the linear layers; torch's counter does not know addmm_ by itself."""
+
+    def addmm_(total_shape, a_shape, b_shape, **_):
+        return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
+        run()
+    return sum(n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
+
+
 def test_only_what_is_needed_is_computed(model):
     """Multiplications of the linear layers: the first layer once for equal rows, the last for needed positions only."""
     ids, block = DRAWING[:2, :9], DRAWING[:1, 9:]
     mask = OmniMask.from_ids(torch.cat([ids, block.repeat(2, 1)], dim=1), model.vocabulary)
     transformer = PlainPhi(model, mask)
     transformer.extend(ids)
-    with FlopCounterMode(display=False) as counter:
-        transformer.extend(block, needed=torch.tensor([[1, 2, 3]]))
-    counted = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
+    counted = linear_flops(lambda: transformer.extend(block, needed=torch.tensor([[1, 2, 3]])))
     layer = model.showo.model.layers[0]
     sizes = {name: module.weight.numel() for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     dense, key_value = sizes.pop("self_attn.dense"), sizes.pop("self_attn.k_proj") + sizes.pop("self_attn.v_proj")
@@ -183,3 +192,52 @@ def test_only_what_is_needed_is_computed(model):
     length, num_middle = N + 2, len(model.showo.model.layers) - 2
     first, last = length * (key_value + own + 2 * dense), 2 * (length * key_value + 3 * (own + dense))
     assert counted == 2 * (first + num_middle * 2 * length * (key_value + own + dense) + last)
+
+
+def test_the_first_layer_computes_each_token_once(model):
+    """With `ids_recur`, of a picture of which three tokens become known: the projections of three positions."""
+    ids, block = DRAWING[:2, :9], torch.tensor([[SOI, *[MASK] * N, EOI]])
+    mask = OmniMask.from_ids(torch.cat([ids, block.repeat(2, 1)], dim=1), model.vocabulary)
+    runners = [PlainPhi(model, mask, ids_recur=recur) for recur in (False, True)]
+    known = block.clone()
+    known[0, [2, 5, 6]] = torch.tensor([OFFSET + 1, OFFSET + 9, OFFSET + 20])
+    for runner in runners:
+        runner.extend(ids)
+        runner.extend(block)
+        runner.forget(N + 2)
+    same(*(runner.extend(known) for runner in runners))
+    for runner in runners:
+        runner.forget(N + 2)
+    known[0, [1, 2, 3, 4]] = torch.tensor([OFFSET + 9, OFFSET + 2, OFFSET + 3, OFFSET + 4])  # 2, 3, 4 are new
+    plain, memo = (linear_flops(lambda runner=runner: runner.extend(known)) for runner in runners)
+    layer = model.showo.model.layers[0]
+    sizes = {name: module.weight.numel() for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    del sizes["self_attn.dense"]
+    assert plain - memo == 2 * (N + 2 - 3) * sum(sizes.values())
+
+
+@pytest.mark.parametrize("needed", [None, torch.tensor([[0, 2, 3], [1, 2, 4]])])
+def test_rewritten_positions(model, needed):
+    """Other tokens at some positions: the others keep the keys and values they had, the new ones are seen."""
+    ids, blocks = torch.cat([DRAWING[:2, :9], DRAWING[1:, :9]]), DRAWING[:2, 9:]
+    whole = torch.cat([ids, blocks.repeat(2, 1)], dim=1)
+    mask = OmniMask.from_ids(whole, model.vocabulary)
+    transformer = PlainPhi(model, mask)
+    transformer.extend(whole)
+    at = torch.tensor([[10, 12, 13, 20, 25], [9, 11, 12, 13, 26]])
+    same_ids = blocks.gather(1, at - 9)
+    rows = torch.arange(4)[:, None]
+    expected = model.hidden_states(whole, mask)[rows, at.repeat(2, 1)]
+    picked = slice(None) if needed is None else (rows, needed.repeat(2, 1))
+    same(transformer.rewrite(same_ids, at, needed), expected[picked])  # nothing new: nothing changes
+    everything = torch.arange(9, 9 + N + 2).expand(2, -1)
+    other = blocks.roll(3, 1)
+    all_new = torch.cat([ids, other.repeat(2, 1)], dim=1)
+    transformer.rewrite(other, everything)
+    same(transformer.rewrite(other, everything), model.hidden_states(all_new, mask)[:, 9:])
+    kept = [layer.keys.clone() for layer in transformer.layers]
+    hidden = transformer.rewrite(same_ids, at)
+    assert not torch.allclose(hidden, model.hidden_states(all_new, mask)[rows, at.repeat(2, 1)], atol=1e-3)
+    for layer, before in zip(transformer.layers, kept, strict=True):
+        changed = (layer.keys != before).flatten(2).any(-1)
+        assert changed.sum() <= 4 * at.shape[1] and not changed[:, :9].any()

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from models import get_mask_schedule, sampling
+from models import get_mask_schedule, multinomial
+from models.multinomial import multinomial_at
 from models.sampling import gumbel_noise, maskgit_step, sample_next
 
 MASK = 1000
@@ -107,7 +108,7 @@ def test_step_equals_the_plain_one(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_logits_at_unknown_positions_are_enough(monkeypatch, seed, emulated):
     """The same codes from the same random numbers, on both ways to draw; 50 positions are more than one chunk."""
-    monkeypatch.setattr(sampling, "_exponential_is_plain", lambda: emulated)
+    monkeypatch.setattr(multinomial, "exponential_is_plain", lambda: emulated)
     torch.manual_seed(seed)
     logits, image_ids = 3 * torch.randn(3, 50, 7), torch.randint(0, 7, (3, 50))
     unknown = torch.rand(3, 50) < (seed + 1) / 10
@@ -131,8 +132,8 @@ def test_a_whole_draw_is_the_multinomial_of_torch():
     probabilities = (2 * torch.randn(1, 100, 8192)).softmax(-1)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     expected = torch.multinomial(probabilities[0], 1, generator=generators[0])[:, 0]
-    ours = sampling._draw(probabilities, torch.arange(100)[None], 100, generators[1])
-    assert sampling._exponential_is_plain()  # else the test says nothing about this build
+    ours = multinomial_at(probabilities, torch.arange(100)[None], 100, generators[1])
+    assert multinomial.exponential_is_plain()  # else the test says nothing about this build
     assert torch.equal(ours[0], expected)
     assert torch.equal(*(generator.get_state() for generator in generators))
 
