@@ -103,7 +103,8 @@ class PlainPhi:
             hidden = first.attend(self.memo.project(input_ids), len(input_ids), place, place)
         else:
             hidden = embed(input_ids)
-            if needed is None and isinstance(place.new, slice) and place.new.start and is_thin(hidden):
+            appends = isinstance(place.new, slice) and place.new.start and len(input_ids) == self.mask.shape[0]
+            if needed is None and appends and is_thin(hidden):
                 self.thin = self.thin or ThinLayers.of(self.phi, self.layers)
                 hidden = self.thin.run(hidden, self.layers, place.new, (place.cos, place.sin), place.bias)
                 return F.layer_norm(hidden, *self.final_norm)

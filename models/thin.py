@@ -43,7 +43,7 @@ class ThinLayers:
     """The layers' weights as few rows run through them.
 
     Args:
-        layers: the `PlainLayer`s of a model (`models/incremental.py`).
+        layers: the `PlainLayer`s of a model (`models/plain_layer.py`).
     """
 
     def __init__(self, layers: list):
