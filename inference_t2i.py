@@ -118,6 +118,8 @@ def main(argv: list[str]) -> None:
 
 def draw_all(task, pipeline, config, results: ResultFolder, tracker: Tracker) -> None:
     """Draw batch by batch with one generator; write and report each batch at once."""
+    from models import DrawingOptions
+
     generator = pipeline.generator(config.seed)
     inputs = task.inputs(pipeline)
     for image, caption in inputs:
@@ -129,6 +131,7 @@ def draw_all(task, pipeline, config, results: ResultFolder, tracker: Tracker) ->
         temperature=config.generation_temperature,
         generator=generator,
         progress=True,
+        options=DrawingOptions(**config.drawing),
     )
     for prompts, pictures in batches:
         step = results.count

@@ -186,6 +186,16 @@ class MaskScheduleSection:
 
 
 @dataclass
+class DrawingSection:
+    """Faster, not as published: see `models/drawing_options.py` and docs/performance.md."""
+
+    refresh_every: int = 1  # steps; in between, tokens that were known keep their keys and values
+    guidance_start: float = 0.0  # guidance is used from this share of the steps on
+    guidance_stop: float = 1.0  # … and before this one
+    order: str = "confidence"  # or halton
+
+
+@dataclass
 class TrainingConfig:
     """What `training/*.py` reads: the published sections, and where and how to run."""
 
@@ -241,6 +251,7 @@ class InferenceConfig(TrainingConfig):
     guidance_scale: float = II("training.guidance_scale")
     generation_timesteps: int = II("training.generation_timesteps")
     generation_temperature: float = II("training.generation_temperature")
+    drawing: DrawingSection = field(default_factory=DrawingSection)
 
     mode: str | None = None  # t2i, inpainting, extrapolation
     prompt: str | None = None  # several, and several directions or questions, are split at " *** "
@@ -267,6 +278,7 @@ ShowoScriptConfig = InferenceConfig
 
 CHOICES = {
     "mode": ("t2i", "inpainting", "extrapolation"),
+    "drawing.order": ("confidence", "halton"),
     "dtype": ("fp32", "bf16", "fp16"),
     "attn_implementation": ("sdpa", "eager", "flex_attention"),
     "wandb.mode": ("online", "offline", "disabled"),
@@ -319,6 +331,9 @@ RANGES = {  # both ends allowed, infinity never
     "training.guidance_scale": (0, math.inf),
     "training.generation_timesteps": (1, math.inf),
     "training.generation_temperature": (0, math.inf),
+    "drawing.refresh_every": (1, math.inf),
+    "drawing.guidance_start": (0, 1),
+    "drawing.guidance_stop": (0, 1),
     "num_images_per_prompt": (1, math.inf),
     "max_new_tokens": (1, math.inf),
     "temperature": (0, math.inf),
@@ -364,6 +379,12 @@ def find_problems(config: DictConfig) -> list[str]:
         value, expected = OmegaConf.select(config, key), OmegaConf.select(config, same)
         if value != expected:
             found.append(f"{key} is {value} and {same} is {expected}; they must agree (leave the first one out)")
+    drawing = OmegaConf.select(config, "drawing")
+    if drawing is not None and drawing.guidance_start > drawing.guidance_stop:
+        span = f"{drawing.guidance_start} and {drawing.guidance_stop}"
+        found.append(f"drawing.guidance_start and drawing.guidance_stop are {span}; the first must not be larger")
+    if drawing is not None and drawing.refresh_every > 1 and (config.compile or config.attn_implementation != "sdpa"):
+        found.append("drawing.refresh_every > 1 needs attn_implementation=sdpa and compile=False")
     return found
 
 

@@ -19,6 +19,7 @@ from transformers import TextStreamer
 from common.errors import UserError
 from llava import SYSTEM_PROMPT, question_prompt_vit, question_prompt_vq
 from models.clip_encoder import CLIPVisionTower
+from models.drawing_options import DrawingOptions
 from models.images import load_image, preprocess, to_pil
 from models.modeling_magvitv2 import MAGVITv2
 from models.modeling_showo import Showo
@@ -36,8 +37,8 @@ class ShowoPipeline:
     """A Show-o with its two tokenizers and, if it answers from CLIP features, the CLIP tower.
 
     Drawing methods pass further keyword arguments on to `draw_codes`: guidance_scale, timesteps, temperature,
-    generator, callback, progress. One `generator` (of the model's device) may serve any number of calls; the draws then
-    come in the published order.
+    generator, callback, progress, options. One `generator` (of the model's device) may serve any number of calls; the
+    draws then come in the published order.
 
     Args:
         model: on its device, in its dtype. `vq_model` and `clip` stay fp32.
@@ -149,13 +150,14 @@ class ShowoPipeline:
         generator: torch.Generator | None = None,
         callback: Callable[[int, torch.Tensor], None] | None = None,
         progress: bool = False,
+        options: DrawingOptions | None = None,
     ) -> torch.Tensor:
         """Draws the unknown codes of one batch.
 
         Args:
             prompts: B texts.
             codes: (B, N) int64, −1 where unknown; the others stay.
-            guidance_scale, timesteps, temperature, generator: see `Showo.t2i_generate`.
+            guidance_scale, timesteps, temperature, generator, options: see `Showo.t2i_generate`.
             callback: called as ``callback(step, codes)`` after each step; `decode(codes)` makes pictures of them.
             progress: shows a bar on a terminal.
 
@@ -182,6 +184,7 @@ class ShowoPipeline:
                 noise_schedule=self.noise_schedule,
                 generator=generator,
                 callback=after_step,
+                options=options,
             )
 
     # ---- drawing ----

@@ -289,6 +289,10 @@ def test_all_mistakes_come_at_once(load):
         "temperature=-1",
         "seed=-1",
         "num_images_per_prompt=0",
+        "drawing.refresh_every=0",
+        "drawing.guidance_start=2",
+        "drawing.guidance_stop=-1",
+        "drawing.order=spiral",
         "dataset.params.resolution=512",
         "lr_scheduler.params.learning_rate=1",
         "dataset.params.train_lm_shards_path_or_url=[1, 2]",
@@ -297,6 +301,19 @@ def test_all_mistakes_come_at_once(load):
 def test_senseless_and_unhonoured_values(load, argument):
     key = argument.partition("=")[0]
     assert key.rpartition(".")[2] in refused(load, "", argument)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["drawing.guidance_start=0.8", "drawing.guidance_stop=0.2"], "0.8 and 0.2; the first must not be larger"),
+        (["drawing.refresh_every=2", "compile=true"], "needs attn_implementation=sdpa and compile=False"),
+        (["drawing.refresh_every=2", "attn_implementation=eager"], "needs attn_implementation=sdpa and compile=False"),
+        (["drawing.refresh=2"], "drawing.refresh_every"),
+    ],
+)
+def test_drawing_options_that_do_not_go_together(load, arguments, message):
+    assert message in refused(load, "", *arguments)
 
 
 # --- paths

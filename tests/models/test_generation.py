@@ -42,9 +42,10 @@ def t2i_rows(texts: list[str], known: torch.Tensor | None = None) -> tuple[torch
 
 @torch.no_grad()
 def plain_t2i(model, ids, uncond_ids, *, guidance_scale, timesteps, temperature, schedule, generator):
-    """SPEC §7 as written: whole rows, the whole head, nothing kept between steps."""
-    ids, history = ids.clone(), []
+    """SPEC §7 as written: whole rows, the whole head, nothing kept between steps; guidance may be a list of steps."""
+    ids, history, guidance = ids.clone(), [], guidance_scale
     for k in range(timesteps):
+        guidance_scale = guidance[k] if isinstance(guidance, list) else guidance
         logits = model(ids).logits[:, -(N + 1) : -1, OFFSET : OFFSET + NUM_CODES]
         if guidance_scale > 0:
             uncond = torch.cat([uncond_ids[:, : -(N + 2)], ids[:, -(N + 2) :]], dim=1)

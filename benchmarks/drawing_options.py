@@ -1,0 +1,146 @@
+"""What the approximate ways to draw cost and bring: time and quality of each against the exact drawing, in one run.
+
+    python3 benchmarks/drawing_options.py config=configs/showo_tiny_demo.yaml guidance_scale=2 data=data/emoji_world
+
+Quality: captions of the emoji world are drawn with the small default, and a drawing counts when the real picture
+nearest to it shows the right thing (`benchmarks/emoji_figures.py`). `differ` is the share of tokens that are not those
+of the exact drawing from the same seed; another seed differs, too, so it is one of the rows. Time: seconds of the small
+default on the CPU for all of them, and of one 256-token drawing with a random model of 8 layers x 512 over the full
+vocabulary, guidance 5. Prints a table and last one JSON line.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
+
+import torch
+
+from benchmarks import generation, report
+from benchmarks.emoji_figures import BATCH, drawing_rank, share
+from common.config import InferenceConfig, load_config, resolve_path
+from common.errors import run_cli
+from models import DrawingOptions, ShowoPipeline
+from models.images import load_image, preprocess
+from training.data.emoji_text import caption
+from training.data.emoji_world import load_manifest
+
+# label -> options, and other settings of a drawing
+WAYS = {
+    "exact": {},
+    "exact, another seed": {"seed": 1},
+    "refresh_every 2": {"refresh_every": 2},
+    "refresh_every 3": {"refresh_every": 3},
+    "refresh_every 6": {"refresh_every": 6},
+    "guidance_start 0.25": {"guidance_start": 0.25},
+    "guidance_stop 0.75": {"guidance_stop": 0.75},
+    "guidance_stop 0.5": {"guidance_stop": 0.5},
+    "order halton": {"order": "halton"},
+    "timesteps 8": {"timesteps": 8},
+    "timesteps 6": {"timesteps": 6},
+    "timesteps 6, pow2": {"timesteps": 6, "schedule": "pow2"},
+    "timesteps 6, halton": {"timesteps": 6, "order": "halton"},
+    "timesteps 4, halton": {"timesteps": 4, "order": "halton"},
+    "temperature 2": {"temperature": 2.0},
+    "temperature 4": {"temperature": 4.0},
+    "timesteps 8, refresh 3, guidance_stop 0.75": {"timesteps": 8, "refresh_every": 3, "guidance_stop": 0.75},
+}
+OPTIONS = DrawingOptions.__dataclass_fields__
+
+
+@dataclass
+class WaysConfig(InferenceConfig):
+    data: str = "data/emoji_world"
+    pictures: int = 200  # seen ones, evenly spread; the held-out ones come on top
+    repeats: int = 2  # of the timed drawing with the random model; the fastest counts
+    quality: bool = True  # False: only the times of the random model
+
+
+def settings_of(way: dict, config) -> dict:
+    """Arguments of `t2i_generate` but for the generator."""
+    return {
+        "timesteps": way.get("timesteps", config.generation_timesteps),
+        "temperature": way.get("temperature", config.generation_temperature),
+        "options": DrawingOptions(**{key: value for key, value in way.items() if key in OPTIONS}),
+    }
+
+
+class EmojiWorld:
+    """The gallery, and the captions to draw."""
+
+    def __init__(self, config):
+        folder = resolve_path(config.data)
+        self.gallery = load_manifest(folder)["pictures"]
+        self.pipeline = ShowoPipeline.from_config(config)
+        images = [load_image(folder / "images" / f"{item['key']}.png") for item in self.gallery]
+        self.pixels = torch.stack([preprocess(image, self.pipeline.resolution) for image in images])
+        seen = [item for item in self.gallery if not item["held_out"]]
+        self.wanted = seen[:: max(1, len(seen) // config.pictures)][: config.pictures]
+        self.wanted += [item for item in self.gallery if item["held_out"]]
+        self.prompts = [caption(item["name"], item["style"]) for item in self.wanted]
+
+    def draw(self, way: dict, config) -> tuple[float, torch.Tensor]:
+        """(seconds, codes of all captions)."""
+        pipeline = self.pipeline
+        pipeline.noise_schedule = generation.get_mask_schedule(way.get("schedule", "cosine"))
+        generator, codes = pipeline.generator(way.get("seed", config.seed)), []
+        started = time.perf_counter()
+        for first in range(0, len(self.prompts), BATCH):
+            batch = self.prompts[first : first + BATCH]
+            blank = torch.full((len(batch), pipeline.window**2), -1, device=pipeline.device)
+            settings = settings_of(way, config) | {"guidance_scale": config.guidance_scale, "generator": generator}
+            codes.append(pipeline.draw_codes(batch, blank, **settings))
+        return time.perf_counter() - started, torch.cat(codes)
+
+    def top1(self, codes: torch.Tensor, held_out: bool) -> float:
+        index = [i for i, item in enumerate(self.wanted) if item["held_out"] == held_out]
+        hits = []
+        for first in range(0, len(index), BATCH):
+            some = index[first : first + BATCH]
+            drawn = self.pipeline.decode(codes[some])
+            hits += [
+                drawing_rank(image, self.wanted[i], self.gallery, self.pixels) == 0
+                for i, image in zip(some, drawn, strict=True)
+            ]
+        return share(hits)
+
+
+def time_random_model(ways: dict[str, dict], config) -> dict[str, float]:
+    """Seconds of one drawing; the ways take turns, so that a slow moment of the machine does not meet one alone."""
+    args = generation.parse([])
+    model = generation.make_model(args)
+    row, uncond, _ = generation.make_prompts(model, args)
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(config.repeats + 1):
+        for name, way in ways.items():
+            settings = settings_of(way, config) | {"noise_schedule": way.get("schedule", "cosine")}
+            started = time.perf_counter()
+            model.t2i_generate(row, uncond, guidance_scale=args.guidance, generator=torch.Generator(), **settings)
+            best[name] = min(best[name], time.perf_counter() - started)
+    return best
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(argv, WaysConfig)
+    results = {name: {"random_s": seconds} for name, seconds in time_random_model(WAYS, config).items()}
+    world = EmojiWorld(config) if config.quality else None
+    print(f"{'':44}{'8x512 s':>9}{'tiny s':>9}{'top-1 seen':>12}{'held-out':>10}{'differ':>8}")
+    exact = None
+    for name, way in WAYS.items():
+        result, cells = results[name], ""
+        if world is not None:
+            seconds, codes = world.draw(way, config)
+            exact = codes if exact is None else exact
+            figures = world.top1(codes, False), world.top1(codes, True), float((codes != exact).float().mean())
+            result |= dict(zip(("tiny_s", "top1_seen", "top1_held_out", "differ"), (seconds, *figures), strict=True))
+            cells = f"{seconds:9.1f}{figures[0]:12.1%}{figures[1]:10.1%}{figures[2]:8.1%}"
+        print(f"{name:44}{result['random_s']:9.2f}{cells}", flush=True)
+    keys = "guidance_scale", "generation_timesteps", "generation_temperature", "seed", "pictures"
+    print(json.dumps(report.facts() | {key: config[key] for key in keys} | {"results": results}))
+
+
+if __name__ == "__main__":
+    run_cli(main)
