@@ -3,10 +3,10 @@
     python3 benchmarks/drawing_options.py config=configs/showo_tiny_demo.yaml guidance_scale=2 data=data/emoji_world
 
 Quality: captions of the emoji world are drawn with the small default, and a drawing counts when the real picture
-nearest to it shows the right thing (`benchmarks/emoji_figures.py`). `differ` is the share of tokens that are not those
-of the exact drawing from the same seed; another seed differs, too, so it is one of the rows. Time: seconds of the small
-default on the CPU for all of them, and of one 256-token drawing with a random model of 8 layers x 512 over the full
-vocabulary, guidance 5. Prints a table and last one JSON line.
+nearest to it, pixel by pixel, shows the right thing (`evaluation/tasks/emoji_drawing.py`). `differ` is the share of
+tokens that are not those of the exact drawing from the same seed; another seed differs, too, so it is one of the rows.
+Time: seconds of the small default on the CPU for all of them, and of one 256-token drawing with a random model of
+8 layers x 512 over the full vocabulary, guidance 5. Prints a table and last one JSON line.
 """
 
 import json
@@ -20,14 +20,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from w
 import torch
 
 from benchmarks import generation, report
-from benchmarks.emoji_figures import BATCH, drawing_rank, share
 from common.config import InferenceConfig, load_config, resolve_path
 from common.errors import run_cli
+from evaluation.drawing import square
+from evaluation.emoji import SPLITS, read_world
+from evaluation.tasks.emoji_drawing import name_ranks, pixels
 from models import DrawingOptions, ShowoPipeline
-from models.images import load_image, preprocess
+from models.images import load_image
 from training.data.emoji_text import caption
-from training.data.emoji_world import load_manifest
 
+BATCH = 64
 # label -> options, and other settings of a drawing
 WAYS = {
     "exact": {},
@@ -69,18 +71,17 @@ def settings_of(way: dict, config) -> dict:
 
 
 class EmojiWorld:
-    """The gallery, and the captions to draw."""
+    """The gallery of all pictures that training saw, and the captions to draw."""
 
     def __init__(self, config):
-        folder = resolve_path(config.data)
-        self.gallery = load_manifest(folder)["pictures"]
         self.pipeline = ShowoPipeline.from_config(config)
-        images = [load_image(folder / "images" / f"{item['key']}.png") for item in self.gallery]
-        self.pixels = torch.stack([preprocess(image, self.pipeline.resolution) for image in images])
-        seen = [item for item in self.gallery if not item["held_out"]]
-        self.wanted = seen[:: max(1, len(seen) // config.pictures)][: config.pictures]
-        self.wanted += [item for item in self.gallery if item["held_out"]]
-        self.prompts = [caption(item["name"], item["style"]) for item in self.wanted]
+        world = read_world(resolve_path(config.data))
+        seen, held_out = ([picture for picture in world if picture.split == split] for split in SPLITS)
+        size = self.pipeline.resolution
+        self.names = [picture.name for picture in seen]
+        self.gallery = pixels([square(load_image(picture.path), size) for picture in seen])
+        self.wanted = seen[:: max(1, len(seen) // config.pictures)][: config.pictures] + held_out
+        self.prompts = [caption(picture.name, picture.style) for picture in self.wanted]
 
     def draw(self, way: dict, config) -> tuple[float, torch.Tensor]:
         """(seconds, codes of all captions)."""
@@ -95,17 +96,14 @@ class EmojiWorld:
             codes.append(pipeline.draw_codes(batch, blank, **settings))
         return time.perf_counter() - started, torch.cat(codes)
 
-    def top1(self, codes: torch.Tensor, held_out: bool) -> float:
-        index = [i for i, item in enumerate(self.wanted) if item["held_out"] == held_out]
-        hits = []
-        for first in range(0, len(index), BATCH):
-            some = index[first : first + BATCH]
-            drawn = self.pipeline.decode(codes[some])
-            hits += [
-                drawing_rank(image, self.wanted[i], self.gallery, self.pixels) == 0
-                for i, image in zip(some, drawn, strict=True)
-            ]
-        return share(hits)
+    def top1(self, codes: torch.Tensor) -> list[float]:
+        """Shares of the seen and of the held-out captions."""
+        drawn = pixels([image for some in codes.split(BATCH) for image in self.pipeline.decode(some)])
+        ranks = name_ranks(drawn, self.gallery, self.names, [picture.name for picture in self.wanted], cosine=False)
+        hits = {split: [] for split in SPLITS}
+        for picture, (rank, _) in zip(self.wanted, ranks, strict=True):
+            hits[picture.split].append(rank == 0)
+        return [sum(hits[split]) / max(1, len(hits[split])) for split in SPLITS]
 
 
 def time_random_model(ways: dict[str, dict], config) -> dict[str, float]:
@@ -134,7 +132,7 @@ def main(argv: list[str]) -> None:
         if world is not None:
             seconds, codes = world.draw(way, config)
             exact = codes if exact is None else exact
-            figures = world.top1(codes, False), world.top1(codes, True), float((codes != exact).float().mean())
+            figures = *world.top1(codes), float((codes != exact).float().mean())
             result |= dict(zip(("tiny_s", "top1_seen", "top1_held_out", "differ"), (seconds, *figures), strict=True))
             cells = f"{seconds:9.1f}{figures[0]:12.1%}{figures[1]:10.1%}{figures[2]:8.1%}"
         print(f"{name:44}{result['random_s']:9.2f}{cells}", flush=True)
