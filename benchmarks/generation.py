@@ -1,23 +1,29 @@
 """Both generation loops against the published algorithm (`benchmarks/published.py`), in one run, on random weights.
 
     python3 benchmarks/generation.py --hidden 512 --layers 8
+    python3 benchmarks/generation.py --hidden 512 --layers 8 --resolution 512 --loops drawing
+    python3 benchmarks/generation.py --device cuda --hidden 2048 --layers 24 --heads 32 --resolution 512 --batch 8 \
+        --timesteps 50 --loops drawing --repeats 2
 
-Prints a table and last one JSON line: machine, date, commit, seconds, ratios. `--dtype bf16` and `--compile` also time
-ours in that precision and with `torch.compile`, against the published loops in fp32; on a GPU (`--device cuda`) both
-are on. The exit code is 1 if the tokens in fp32 are not the published ones.
+Prints a table and last one JSON line: machine, date, commit, seconds, ratios. `limit` is the time of the counted work
+at the machine's measured matmul rate and copy bandwidth (`benchmarks/limits.py`). `--dtype bf16` and `--compile` also
+time ours in that precision and with `torch.compile`, against the published loops in fp32; on a GPU (`--device cuda`)
+both are on. The exit code is 1 if the tokens in fp32 are not the published ones.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
 
 import torch
 
-from benchmarks import published, report
+from benchmarks import limits, published, report
 from models import Showo, ShowoConfig, get_mask_schedule
 
 MAX_TEXT = 128  # M
@@ -31,6 +37,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256, help="image tokens, a square")
+    parser.add_argument("--resolution", type=int, choices=(256, 512), help="of the published models, instead of tokens")
+    parser.add_argument("--batch", type=int, default=1, help="pictures drawn at once")
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=LOOPS)
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--timesteps", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=40)
@@ -39,6 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="further rows; default: on a GPU")
     parser.add_argument("--repeats", type=int, default=1, help="the fastest of so many runs counts")
     args = parser.parse_args(argv)
+    args.tokens = (args.resolution // 16) ** 2 if args.resolution else args.tokens
     on_gpu = args.device != "cpu"
     args.dtype = args.dtype or ("bf16" if on_gpu else "fp32")
     args.compile = on_gpu if args.compile is None else args.compile
@@ -54,7 +64,7 @@ def make_model(args) -> Showo:
 
 
 def make_prompts(model: Showo, args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A drawing row with 20 words, its unconditional row, and a 10-word question about one picture."""
+    """Drawing rows with 20 words, their unconditional rows, and a 10-word question about one picture."""
     v = model.vocabulary
     words = torch.randint(0, 50000, (30,)).tolist()
     block = [v.soi_id, *[v.mask_token_id] * args.tokens, v.eoi_id]
@@ -65,7 +75,8 @@ def make_prompts(model: Showo, args) -> tuple[torch.Tensor, torch.Tensor, torch.
 
     codes = (v.image_offset + torch.randint(0, v.codebook_size, (args.tokens,))).tolist()
     question = [v.mmu_id, v.soi_id, *codes, v.eoi_id, 50256, *words[20:]]
-    return tuple(torch.tensor([row], device=args.device) for row in (drawing(words[:20]), drawing([]), question))
+    rows = (torch.tensor([row], device=args.device) for row in (drawing(words[:20]), drawing([])))
+    return *(row.repeat(args.batch, 1) for row in rows), torch.tensor([question], device=args.device)
 
 
 def timed(run, args):
@@ -82,19 +93,20 @@ def timed(run, args):
     return best, result
 
 
-def ours(model: Showo, args, prompts):
-    """Our two loops as functions without arguments."""
+def ours(model: Showo, args, prompts) -> dict[str, Callable]:
+    """Our loops as functions without arguments."""
     row, uncond, question = prompts
 
     def draw():
         settings = {"guidance_scale": args.guidance, "timesteps": args.timesteps}
         return model.t2i_generate(row, uncond, **settings, generator=torch.Generator(args.device).manual_seed(0))
 
-    return draw, lambda: model.mmu_generate(question, max_new_tokens=args.new_tokens, top_k=1)
+    answer = partial(model.mmu_generate, question, max_new_tokens=args.new_tokens, top_k=1)
+    return {"drawing": draw, "answering": answer}
 
 
-def baseline(model: Showo, args, prompts):
-    """The published two."""
+def baseline(model: Showo, args, prompts) -> dict[str, Callable]:
+    """The published ones."""
     row, uncond, question = prompts
 
     def draw():
@@ -109,35 +121,62 @@ def baseline(model: Showo, args, prompts):
             generator=torch.Generator(args.device).manual_seed(0),
         )
 
-    return draw, lambda: published.mmu_generate(model, question, max_new_tokens=args.new_tokens)
+    return {
+        "drawing": draw,
+        "answering": partial(published.mmu_generate, model, question, max_new_tokens=args.new_tokens),
+    }
 
 
-def compare(theirs, own, args) -> dict:
-    """Both loops in fp32, after one run of each: first calls pay for set-up."""
+def limit(model: Showo, args, prompts, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds that the counted work of each loop takes at least, at the machine's measured rates.
+
+    Drawing: text once, then all layers at the image block and the head at N positions and all codes, every step;
+    with guidance twice the rows, but the head once. Ours skips a part of that where codes are known. Answering: the
+    prompt, then all weights read once for every new token.
+    """
+    config, rates = model.config, limits.measure(args.device, dtype)
+    length, rows = args.tokens + 2, args.batch * (2 if args.guidance > 0 else 1)
+    text = int((prompts[0][0] != model.vocabulary.pad_id).sum()) - length
+    step = limits.layers(config, rows * length, rows * length * (text + length))
+    step += limits.head(config, args.batch * args.tokens, model.vocabulary.codebook_size)
+    drawing = limits.layers(config, rows * text, rows * text * text / 2) + step * args.timesteps
+    prompt = prompts[2].shape[1]
+    answering = rates.floor(limits.layers(config, prompt, prompt * prompt))
+    answering += args.new_tokens * rates.floor(limits.weights(config, dtype.itemsize))
+    return {"drawing": rates.floor(drawing), "answering": answering}
+
+
+def compare(theirs, own, floors, args) -> dict:
+    """The loops in fp32, after one run of each: first calls pay for set-up."""
     results = {}
-    for name, slow, fast in zip(LOOPS, theirs, own, strict=True):
+    for name in args.loops:
+        slow, fast, floor = theirs[name], own[name], floors[name]
         fast(), slow()
         (fast_seconds, fast_ids), (slow_seconds, slow_ids) = timed(fast, args), timed(slow, args)
         same, ratio = torch.equal(fast_ids, slow_ids), slow_seconds / fast_seconds
         results[name] = {"published_s": slow_seconds, "ours_s": fast_seconds, "ratio": ratio, "same_tokens": same}
-        print(f"{name + ' fp32':28}{slow_seconds:12.2f}{fast_seconds:10.2f}{ratio:8.1f}  {same}")
+        results[name] |= {"limit_s": floor, "share_of_limit": floor / fast_seconds}
+        cells = f"{slow_seconds:12.2f}{fast_seconds:10.2f}{ratio:8.1f}{floor:10.2f}{floor / fast_seconds:8.0%}"
+        print(f"{name + ' fp32':28}{cells}  {same}")
     return results
 
 
-def time_further(model: Showo, own, args, published_seconds: dict[str, float]) -> dict:
+def time_further(model: Showo, own, args, prompts, published_seconds: dict[str, float]) -> dict:
     """Ours in `args.dtype`, plain (unless that is fp32) and compiled (if asked for)."""
     results = {}
     model.to(DTYPES[args.dtype])
+    floors = limit(model, args, prompts, DTYPES[args.dtype])
     for compiled in [False] * (args.dtype != "fp32") + [True] * args.compile:
         if compiled:
             model.showo.model.compile(dynamic=True)  # lengths change; fixed shapes crash on a CPU
-        for name, run in zip(LOOPS, own, strict=True):
+        for name in args.loops:
+            run, floor = own[name], floors[name]
             label = f"{name} {args.dtype}{' compiled' * compiled}"
             run()
             seconds, _ = timed(run, args)
             ratio = published_seconds[name] / seconds
-            results[label] = {"ours_s": seconds, "ratio": ratio}
-            print(f"{label:28}{'':12}{seconds:10.2f}{ratio:8.1f}")
+            results[label] = {"ours_s": seconds, "ratio": ratio, "limit_s": floor, "share_of_limit": floor / seconds}
+            print(f"{label:28}{'':12}{seconds:10.2f}{ratio:8.1f}{floor:10.2f}{floor / seconds:8.0%}")
     return results
 
 
@@ -154,9 +193,12 @@ def main(argv: list[str]) -> int:
     model = make_model(args)
     prompts = make_prompts(model, args)
     own = ours(model, args, prompts)
-    print(f"{'':28}{'published s':>12}{'ours s':>10}{'ratio':>8}  same tokens")
-    results = compare(baseline(model, args, prompts), own, args)
-    results |= time_further(model, own, args, {name: result["published_s"] for name, result in results.items()})
+    floors = limit(model, args, prompts, torch.float32)
+    print(f"{'':28}{'published s':>12}{'ours s':>10}{'ratio':>8}{'limit s':>10}{'share':>8}  same tokens")
+    results = compare(baseline(model, args, prompts), own, floors, args)
+    seconds = {name: result["published_s"] for name, result in results.items()}
+    if args.compile or args.dtype != "fp32":
+        results |= time_further(model, own, args, prompts, seconds)
     print(json.dumps(report.facts() | {"settings": vars(args), "results": results}), flush=True)
     return exit_code(results)
 

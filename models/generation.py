@@ -9,12 +9,13 @@ from functools import cache, wraps
 
 import torch
 
+from models.compiled_block import CompiledBlock
 from models.decode_graph import DecodeGraph
 from models.decoding import PromptLookup, Prompts
 from models.drawing_options import DrawingOptions, halton_order
 from models.greedy_head import greedy_head, is_plain_linear
 from models.image_block import ImageBlock, common_soi
-from models.incremental import PlainPhi
+from models.incremental import PlainPhi, is_compiled, is_plain
 from models.omni_attention import OmniMask
 from models.sampling import Schedule, get_mask_schedule, is_greedy, maskgit_step, sample_next
 from models.thin import product
@@ -90,8 +91,10 @@ class ShowoGeneration:
         order = halton_order(codes.shape[1]).to(codes.device) if options.order == "halton" else None
 
         @cache  # with guidance in a part of the steps there are two
-        def block_of(scale: float) -> ImageBlock:
+        def block_of(scale: float) -> ImageBlock | CompiledBlock:
             rows = torch.cat([input_ids, uncond_input_ids]) if scale > 0 else input_ids
+            if is_compiled(self.showo) and is_plain(self.showo) and options.refresh_every == 1:
+                return CompiledBlock(self, rows, len(input_ids), scale)
             return ImageBlock(self, rows, len(input_ids), scale, options.refresh_every)
 
         for step in range(timesteps):

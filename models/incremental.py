@@ -28,7 +28,7 @@ def incremental(
         positions: (R, room) int64 rotary positions; default: 0, 1, … in every row.
         ids_recur: few ids will come that did not come before, which saves most of the first layer.
     """
-    if _is_plain(model.showo):
+    if is_plain(model.showo) and not is_compiled(model.showo):
         return PlainPhi(model, mask, positions, ids_recur=ids_recur)
     return ModulePhi(model, mask, positions)
 
@@ -207,14 +207,19 @@ class _RoomyLayer(DynamicLayer):
         self.length += tokens_to_remove  # negative, as in transformers
 
 
-def _is_plain(showo: nn.Module) -> bool:
+def is_compiled(showo: nn.Module) -> bool:
+    """Whether `torch.compile` was asked for."""
+    return showo.model._compiled_call_impl is not None
+
+
+def is_plain(showo: nn.Module) -> bool:
     """Whether the weights alone say what the layers compute."""
     config, phi = showo.config, showo.model
     heads_agree = config.num_key_value_heads == config.num_attention_heads
     fixed_rotation = config.rope_parameters["rope_type"] == "default"
-    if config._attn_implementation != "sdpa" or phi._compiled_call_impl is not None:
+    if config._attn_implementation != "sdpa" or not heads_agree or not fixed_rotation:
         return False
-    return heads_agree and fixed_rotation and not any(_is_changed(module) for module in phi.modules())
+    return not any(_is_changed(module) for module in phi.modules())
 
 
 def _is_changed(module: nn.Module) -> bool:

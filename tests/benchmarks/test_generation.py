@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks import generation
+from benchmarks import generation, limits
 
 TINY = "--hidden 32 --layers 2 --heads 2 --tokens 16 --timesteps 3 --new-tokens 20".split()
 
@@ -21,6 +22,33 @@ def test_both_loops_give_the_published_tokens(capsys):
     for result in report["results"].values():
         assert result["same_tokens"] is True
         assert result["ratio"] == pytest.approx(result["published_s"] / result["ours_s"])
+        assert result["share_of_limit"] == pytest.approx(result["limit_s"] / result["ours_s"]) and result["limit_s"] > 0
+
+
+def test_one_loop_and_several_pictures(capsys):
+    assert generation.main([*TINY, "--loops", "drawing", "--batch", "3", "--repeats", "2"]) == 0
+    assert list(last_line(capsys)["results"]) == ["drawing"]
+
+
+def test_the_limit_grows_with_the_work(monkeypatch):
+    monkeypatch.setattr(limits, "measure", lambda *_: limits.Rates(flops=1e9, bytes=1e9))
+
+    def seconds(*flags: str) -> dict[str, float]:
+        args = generation.parse([*TINY, *flags])
+        model = generation.make_model(args)
+        return generation.limit(model, args, generation.make_prompts(model, args), torch.float32)
+
+    one, two, unguided = seconds(), seconds("--batch", "2"), seconds("--guidance", "0")
+    assert two["drawing"] == pytest.approx(2 * one["drawing"]) and two["answering"] == one["answering"]
+    # three steps of 2 rows x 18 positions, 2 layers of 12 * 32**2 weights, and the head: 16 positions x 8192 codes
+    step = 2 * 2 * 18 * 2 * 12 * 32**2 + 2 * 16 * 32 * 8192
+    assert one["drawing"] == pytest.approx(3 * step / 1e9, rel=0.1)
+    assert unguided["drawing"] < one["drawing"]
+
+
+@pytest.mark.parametrize(("resolution", "tokens"), [("256", 256), ("512", 1024)])
+def test_published_resolutions(resolution, tokens):
+    assert generation.parse(["--resolution", resolution]).tokens == tokens
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
