@@ -40,9 +40,11 @@ def test_the_limit_grows_with_the_work(monkeypatch):
 
     one, two, unguided = seconds(), seconds("--batch", "2"), seconds("--guidance", "0")
     assert two["drawing"] == pytest.approx(2 * one["drawing"]) and two["answering"] == one["answering"]
-    # three steps of 2 rows x 18 positions, 2 layers of 12 * 32**2 weights, and the head: 16 positions x 8192 codes
-    step = 2 * 2 * 18 * 2 * 12 * 32**2 + 2 * 16 * 32 * 8192
-    assert one["drawing"] == pytest.approx(3 * step / 1e9, rel=0.1)
+    # 2 rows, 2 layers of 12 * 32**2 weights: three steps of 18 positions that see 23 of text and each other, and the
+    # head at 16 positions over 8192 codes; the text, half of whose pairs see each other
+    step = 2 * (2 * 2 * 18 * 12 * 32**2 + 4 * 2 * 18 * 41 * 32) + 2 * 16 * 32 * 8192
+    text = 2 * (2 * 2 * 23 * 12 * 32**2 + 4 * 23 * 23 * 32)
+    assert one["drawing"] == pytest.approx((3 * step + text) / 1e9)
     assert unguided["drawing"] < one["drawing"]
 
 

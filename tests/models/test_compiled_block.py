@@ -7,10 +7,8 @@ from torch._dynamo.utils import counters
 from models import compiled_block
 from models.compiled_block import CompiledBlock
 from models.image_block import ImageBlock
-from tests.models.test_generation import LONG, MASK, NUM_CODES, PLAIN, N, compare_drawings, seeded, t2i_rows
+from tests.models.test_generation import LONG, MASK, NUM_CODES, N, seeded, t2i_rows
 from tests.parity.goldens import tiny_showo
-
-PAD = 118
 
 
 @pytest.fixture
@@ -44,11 +42,18 @@ def test_logits_are_those_of_the_other_block(eager_step, texts, guidance_scale):
             codes[:, ::2] = torch.randint(0, NUM_CODES, (len(texts), N // 2), generator=seeded(step))
 
 
+def compare(compiled, texts: list[str], known=None, seed: int = 0, **settings) -> None:
+    """Against the model that is not compiled, which `test_generation.py` compares with the plain loop."""
+    rows = t2i_rows(texts, known)
+    drawn = (model.t2i_generate(*rows, generator=seeded(seed), **settings) for model in (compiled, tiny_showo()))
+    assert torch.equal(*drawn)
+
+
 def test_a_compiled_model_draws_the_published_tokens(eager_step):
-    compare_drawings(compiled_model(), ["w1 w2", "", LONG], **PLAIN | {"guidance_scale": 3.0})
+    compare(compiled_model(), ["w1 w2", "", LONG], guidance_scale=3.0, timesteps=5)
     known = torch.randint(0, NUM_CODES, (2, N), generator=seeded(1))
     known[0, :5], known[1, 3:] = -1, -1
-    compare_drawings(compiled_model(), ["w1", "w2 w3"], known, **PLAIN | {"guidance_scale": 1.0})
+    compare(compiled_model(), ["w1", "w2 w3"], known, guidance_scale=1.0, timesteps=5)
 
 
 def test_prompts_of_all_lengths_share_buckets(eager_step):
@@ -66,11 +71,10 @@ def test_one_graph_for_all_steps_and_prompts():
     """Counted by torch: after the first drawing nothing is compiled again; the tokens are the published ones."""
     model = compiled_model()
     counters.clear()
-    settings = PLAIN | {"guidance_scale": 3.0, "timesteps": 4}
-    compare_drawings(model, ["w1 w2"], **settings)
+    compare(model, ["w1 w2"], guidance_scale=3.0, timesteps=4)
     graphs = counters["stats"]["unique_graphs"]
     for seed, (texts, scale) in enumerate(([["w3"], 3.0], [["w4 w5 w6"], 5.0], [["w1 w2 w3 w4 w5"], 1.5])):
-        compare_drawings(model, texts, seed=seed, **settings | {"guidance_scale": scale, "timesteps": 3 + seed})
+        compare(model, texts, seed=seed, guidance_scale=scale, timesteps=3 + seed)
     assert counters["stats"]["unique_graphs"] == graphs >= 1
     assert not counters["graph_break"]
 
