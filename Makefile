@@ -105,7 +105,7 @@ bench: $(READY) ## both generation loops against the published algorithm
 
 bench-training: $(READY) ## memory and time of a training step, published settings against ours (4 minutes, 8 GB)
 	$(PY) benchmarks/training.py --size tiny
-	$(PY) benchmarks/training.py --size 100m --rows 12
+	$(PY) benchmarks/training.py --size 8x512 --rows 12
 
 clean: ## remove the demo's results and caches; .venv, data and trainings in outputs/ stay
 	rm -rf $(DEMO) .pytest_cache .ruff_cache

@@ -1,13 +1,12 @@
-"""Peak memory of one loss computation at the full vocabulary: head on all positions, and at supervised ones only.
+"""Peak memory of head and loss at the full vocabulary: published, and ours.
 
     python3 benchmarks/loss_memory.py
 
-Stage-2 proportions (5 t2i, 2 lm, 5 mmu rows of 387), one layer of 512, forward and backward, each in its own process;
-what the process held before is subtracted.
+Stage-2 proportions (5 t2i, 2 lm, 5 mmu rows of 387), hidden states of 512; forward and backward, with the gradients of
+head and hidden states. Each way in its own process; what the process held before is subtracted.
 """
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from w
 
 import torch
 
-from benchmarks import published
+from benchmarks import published, report
 from models import OmniMask, Showo, ShowoConfig
 
 MAX_TEXT, TOKENS, COUNTS = 128, 256, (5, 2, 5)
@@ -52,20 +51,22 @@ def rows(model: Showo) -> tuple[torch.Tensor, torch.Tensor, OmniMask]:
 
 
 def peak(kind: str) -> float:
-    """MB that one forward and backward added to this process."""
+    """MiB that one forward and backward added to this process."""
     torch.manual_seed(0)
     llm = {"model_type": "phi", "hidden_size": 512, "num_hidden_layers": 1, "num_attention_heads": 8}
     model = Showo(ShowoConfig(llm_config=llm | {"intermediate_size": 2048}))
     ids, labels, mask = rows(model)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    hidden = torch.randn(*ids.shape, 512, requires_grad=True)
+    model.hidden_states = lambda *args, **settings: hidden  # so that no layer is measured
+    before = report.memory_in_use("cpu")
     if kind == "published":
-        losses = published.losses(model, ids, mask, labels, COUNTS, MAX_TEXT)
+        loss = sum(published.losses(model, ids, mask, labels, COUNTS, MAX_TEXT))
     else:
         sizes = dict(zip(("batch_size_t2i", "batch_size_lm", "batch_size_mmu"), COUNTS, strict=True))
-        out = model(ids, mask, labels=labels, max_seq_length=MAX_TEXT, **sizes)
-        losses = (out.loss_t2i, out.loss_lm, out.loss_mmu)
-    sum(losses).backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        loss = model(ids, mask, labels, max_seq_length=MAX_TEXT, loss_coefficients=(1, 1, 1), **sizes).loss
+    loss.backward()
+    assert hidden.grad is not None and model.showo.lm_head.weight.grad is not None
+    return report.peak_memory("cpu") - before
 
 
 def main(argv: list[str]) -> None:
@@ -75,8 +76,8 @@ def main(argv: list[str]) -> None:
     found = {}
     for kind in ("published", "ours"):
         run = subprocess.run([sys.executable, __file__, kind], capture_output=True, text=True, check=True)
-        found[f"{kind}_mb"] = round(float(run.stdout.split()[-1]), 1)
-    found["share"] = round(found["ours_mb"] / found["published_mb"], 3)
+        found[f"{kind}_mib"] = round(float(run.stdout.split()[-1]), 1)
+    found["share"] = round(found["ours_mib"] / found["published_mib"], 3)
     print(json.dumps(found))
 
 

@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from benchmarks import training
 from benchmarks.report import MIB, ROOT
 from models import MAGVITv2, MAGVITv2Config, Showo, ShowoConfig
-from models.vocabulary import IGNORE_ID
+from models.head_loss import CHUNK
 
 GPUS = 8
 MEAN_MASK = 2 / torch.pi  # of the cosine schedule
@@ -104,10 +104,10 @@ def terms(
         buffers={"1 GPU": 2 * (count - head), "ZeRO-2": 2 * 5e8, "FSDP2": 2 * (2 * head + 2 * layer)},
         frozen=4 * frozen,
         kept=4 * phi.num_hidden_layers * positions * phi.hidden_size,
-        # Normed input, q, k, v, attention in fp32 and bf16, the MLP's two widths in the passes of the GELU.
-        one_layer=positions * (4 * phi.hidden_size * 8 + 2 * phi.intermediate_size * 8),
-        # All tasks' log-softmax waits for the backward pass; logits and gradients are one task's at a time.
-        loss=4 * model.vocab_size * (sum(supervised) + 2 * max(supervised)),
+        # Normed input, q, k, v, attention in fp32 and bf16, the MLP's inner width before and behind the fused GELU.
+        one_layer=positions * (4 * phi.hidden_size * 8 + 2 * phi.intermediate_size * 4),
+        # One chunk of logits, whatever is supervised, and the hidden states there with their gradient.
+        loss=4 * min(CHUNK, model.vocab_size * sum(supervised)) + 8 * phi.hidden_size * sum(supervised),
         head_gradient=4 * head,
     )
 
@@ -151,8 +151,8 @@ def calculated_100m(rows: int) -> float:
     """MiB of the step that `benchmarks/training.py --size 100m --rows N` measures on a CPU: fp32, no copies in bf16."""
     size = training.sizes("100m")
     batch = training.make_batch(size, rows)
-    supervised = [int((labels != IGNORE_ID).sum()) for labels in batch.labels.split(batch.counts)]
-    found = terms(size.config, *batch.ids.shape, supervised)
+    plan = training.plan_of("ours, packed", batch, size.config)
+    found = terms(size.config, 1, plan.num_run, list(plan.supervised.counts))
     found.buffers["1 GPU"] = found.roots["1 GPU"] = 0.0  # AdamW takes one parameter after the other there
     return found.peak("1 GPU") / MIB
 
@@ -160,7 +160,7 @@ def calculated_100m(rows: int) -> float:
 def check(rows: int = 12) -> str:
     """One line: the calculation, the measurement, and how far they lie apart."""
     arguments = ["--size", "100m", "--rows", str(rows), "--steps", "1"]
-    measured = training.in_own_process("ours, checkpointing", arguments, training.RETURN_MEMORY)["peak_mib"]
+    measured = training.in_own_process("ours, packed, checkpointing", arguments, training.RETURN_MEMORY)["peak_mib"]
     calculated = calculated_100m(rows)
     return (
         f"100 M, {rows} rows, CPU: calculated {calculated:.0f} MiB, measured {measured:.0f} MiB "

@@ -1,18 +1,24 @@
-"""Peak memory and time of one training step: the published algorithm against ours, on random weights.
+"""One training step against the published way of taking it, and against what the machine allows; random weights.
 
     python3 benchmarks/training.py --size tiny
-    python3 benchmarks/training.py --size 100m --rows 12
+    python3 benchmarks/training.py --size 8x512 --rows 24                        # make bench-training runs these two
+    python3 benchmarks/training.py --size 8x512 --stage tuning2 --rows 12
+    python3 benchmarks/training.py --size 1.3b --rows 24 --device cuda --attention flex_attention
 
-Rows are those of pre-training stage 2: 10 t2i, 4 lm, 10 mmu of every 24, captions of 10 to 30 words. Three ways of
-taking the step, each in a process of its own so that no peak hides in another's:
+Rows are in the proportions of a stage (`STAGES`), texts as long as its. The ways of taking the step, each in a process
+of its own so that no peak hides in another's:
 
-- published: whole rows through the vocabulary head at every position (`published.losses`). The published code reads no
-  `model.gradient_checkpointing`, so it keeps all activations.
-- ours: the head at supervised positions only; with the counts a training run logs.
-- ours, checkpointing: the same as our YAMLs have it, with gradient checkpointing.
+- published: whole rows with their padding through the layers under a dense mask and, at every position, through the
+  vocabulary head (`published.losses`), AdamW by default. The published code keeps all activations, since it does not
+  read `model.gradient_checkpointing`.
+- ours: head and loss in chunks at supervised positions, fused activation and AdamW; with the counts a run logs.
+- ours, packed: the same with `dataset.packing`.
+- ours, packed, checkpointing: with gradient checkpointing too, as our YAMLs have it.
 
-AdamW with its fp32 moments, fp32 weights, bf16 autocast on a GPU. "Activations" is all but weights, gradients and
-moments. Prints a table and last one JSON line: machine, date, commit, ratios.
+`limit` is the work of the packed step, counted (forward and twice that backward; weights, gradients and moments once
+through the optimiser) over the machine's measured rates. AdamW with its fp32 moments, fp32 weights, bf16 autocast on a
+GPU. "Activations" is all but weights, gradients and moments. Prints a table and last one JSON line: machine, date,
+commit, ratios, share of the limit.
 """
 
 import argparse
@@ -29,21 +35,42 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from w
 
 import torch
 
-from benchmarks import published, report
+from benchmarks import limits, published, report
 from models import OmniMask, Showo, ShowoConfig, get_mask_schedule
 from models.modeling_showo import read_llm_config
+from models.packing import PACKED_SDPA
+from models.step_plan import StepPlan
 from models.vocabulary import IGNORE_ID, Vocabulary
 from training.masking import MaskingNoise
-from training.optimization import parameter_groups
-from training.parts import enable_gradient_checkpointing
+from training.optimization import adamw
+from training.parts import enable_gradient_checkpointing, fuse_activations
 
-KINDS = ("published", "ours", "ours, checkpointing")
+KINDS = ("published", "ours", "ours, packed", "ours, packed, checkpointing")
 COEFFICIENTS = (1.0, 0.1, 1.0)  # t2i, lm, mmu
 TINY = str(report.ROOT / "checkpoints" / "showo-tiny" / "llm")
 # glibc keeps freed blocks of up to 32 MiB, which made half of the peaks; with this, larger ones go back at once. It
 # costs time, so that is measured without it.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
-PHI_100M = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048}
+PHI_512 = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
+LAYERS = {"100m": 12, "8x512": 8}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Rows of t2i, lm and mmu in its YAML, fewest and most words of a text to draw and of one to answer with."""
+
+    rows: tuple[int, int, int]
+    drawn: tuple[int, int]
+    answered: tuple[int, int]
+    max_text: int = 128  # M
+
+
+STAGES = {
+    "stage1": Stage((15, 4, 10), (1, 4), (10, 30)),
+    "stage2": Stage((10, 4, 10), (10, 30), (10, 30)),  # and 3
+    "tuning1": Stage((4, 2, 7), (10, 30), (20, 45), 381),
+    "tuning2": Stage((4, 2, 6), (10, 30), (60, 340), 381),
+}
 
 
 @dataclass
@@ -55,17 +82,20 @@ class Size:
 
 
 def sizes(name: str) -> Size:
-    """``tiny``: `checkpoints/showo-tiny`; ``100m``: 12 layers of 512 under the whole published vocabulary."""
-    if name == "100m":
-        return Size(ShowoConfig(llm_config=PHI_100M, num_vq_tokens=256), 128)
+    """``tiny``: `checkpoints/showo-tiny`; under the whole published vocabulary ``100m``: 12 layers of 512, ``8x512``,
+    and ``1.3b``: Phi-1.5."""
+    if name in LAYERS:
+        return Size(ShowoConfig(llm_config=PHI_512 | {"num_hidden_layers": LAYERS[name]}, num_vq_tokens=256), 128)
+    if name == "1.3b":
+        return Size(ShowoConfig(num_vq_tokens=256), 128)
     vocabulary = {"llm_vocab_size": 800, "codebook_size": 4096, "vocab_size": 4907}
     return Size(ShowoConfig(llm_config=read_llm_config(TINY), num_vq_tokens=64, **vocabulary), 24)
 
 
-def counts_of(rows: int) -> tuple[int, int, int]:
-    """Rows of t2i, lm and mmu in the proportions 10 : 4 : 10, at least one of each."""
-    t2i = max(1, round(rows * 10 / 24))
-    return t2i, max(1, rows - 2 * t2i), t2i
+def counts_of(rows: int, stage: Stage = STAGES["stage2"]) -> tuple[int, int, int]:
+    """Rows of t2i, lm and mmu in the stage's proportions, at least one of each."""
+    t2i, _, mmu = (max(1, round(rows * part / sum(stage.rows))) for part in stage.rows)
+    return t2i, max(1, rows - t2i - mmu), mmu
 
 
 @dataclass
@@ -79,12 +109,12 @@ class Batch:
     max_text: int
 
 
-def make_batch(size: Size, rows: int, device: str = "cpu") -> Batch:
+def make_batch(size: Size, rows: int, device: str = "cpu", stage: Stage = STAGES["stage2"]) -> Batch:
     """Random words and codes in rows of SPEC §2, t2i images masked as in training; text longer than M is cut."""
     torch.manual_seed(0)
-    v, num_tokens, counts = size.config.vocabulary, size.config.num_vq_tokens, counts_of(rows)
+    v, num_tokens, counts = size.config.vocabulary, size.config.num_vq_tokens, counts_of(rows, stage)
     t2i, lm, mmu = counts
-    captions = [_caption(v, size.max_text) for _ in range(t2i + mmu)]
+    captions = [_caption(v, size.max_text, stage.drawn if n < t2i else stage.answered) for n in range(t2i + mmu)]
     codes = v.image_offset + torch.randint(0, v.codebook_size, (t2i + mmu, num_tokens))
     masked = MaskingNoise(get_mask_schedule("cosine"), v.mask_token_id, v.image_offset, v.codebook_size)(codes[:t2i])
     length = size.max_text + num_tokens + 3
@@ -105,53 +135,72 @@ def make_batch(size: Size, rows: int, device: str = "cpu") -> Batch:
     return Batch(ids.to(device), labels.to(device), OmniMask.from_ids(ids, v).to(device), counts, size.max_text)
 
 
-def _caption(v: Vocabulary, room: int) -> list[int]:
-    """10 to 30 words between bos and eos, which Phi-1.5 spells with one id."""
-    num_words = min(int(torch.randint(10, 31, ())), room - 2)
+def _caption(v: Vocabulary, room: int, words: tuple[int, int]) -> list[int]:
+    """A number of words between bos and eos, which Phi-1.5 spells with one id."""
+    fewest, most = words
+    num_words = min(int(torch.randint(fewest, most + 1, ())), room - 2)
     end = 50256 if v.llm_vocab_size > 50256 else 0
     return [end, *torch.randint(1, min(v.llm_vocab_size, 50256), (num_words,)).tolist(), end]
 
 
-def losses_of(kind: str, model: Showo, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """t2i, lm and mmu loss, with their graph."""
+def plan_of(kind: str, batch: Batch, config: ShowoConfig) -> StepPlan | None:
+    """What a run's batches bring along, made on the CPU; rows of four samples' length where they are packed."""
     if kind == "published":
-        return published.losses(model, batch.ids, batch.mask, batch.labels, batch.counts, batch.max_text)
+        return None
+    ids, device = batch.ids.cpu(), batch.ids.device
+    longest = 4 * ids.shape[1] if "packed" in kind else None
+    is_used = ids != config.vocabulary.pad_id
+    plan = StepPlan.of(batch.labels.cpu(), batch.mask.to("cpu"), is_used, batch.counts, batch.max_text, longest)
+    return plan.to(device)
+
+
+def losses_of(kind: str, model: Showo, batch: Batch, plan: StepPlan | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The weighted loss with its graph; t2i, lm and mmu loss."""
+    if kind == "published":
+        parts = published.losses(model, batch.ids, batch.mask, batch.labels, batch.counts, batch.max_text)
+        return sum(c * part for c, part in zip(COEFFICIENTS, parts, strict=True)), list(parts)
     names = ("batch_size_t2i", "batch_size_lm", "batch_size_mmu")
-    rows = dict(zip(names, batch.counts, strict=True))
-    out = model(
-        batch.ids, batch.mask, labels=batch.labels, max_seq_length=batch.max_text, return_statistics=True, **rows
-    )
-    return out.loss_t2i, out.loss_lm, out.loss_mmu
+    settings = {"plan": plan, "loss_coefficients": COEFFICIENTS, "return_statistics": True}
+    out = model(batch.ids, batch.mask, **dict(zip(names, batch.counts, strict=True)), **settings)
+    return out.loss, [out.loss_t2i, out.loss_lm, out.loss_mmu]
 
 
-def make_model(kind: str, size: Size, device: str = "cpu") -> Showo:
+def make_model(kind: str, size: Size, device: str = "cpu", attention: str = "sdpa") -> Showo:
     torch.manual_seed(0)
-    model = Showo(size.config).to(device).train()
-    if kind == "ours, checkpointing":
+    attention = PACKED_SDPA if "packed" in kind and attention == "sdpa" else attention
+    model = Showo._from_config(size.config, attn_implementation="sdpa" if kind == "published" else attention)
+    model.to(device).train()
+    if kind != "published":
+        fuse_activations(model)
+    if "checkpointing" in kind:
         enable_gradient_checkpointing(model)
     return model
 
 
 def measure(kind: str, args: argparse.Namespace) -> dict:
     """Peak memory of `args.steps` + 1 training steps in MiB, seconds of the fastest but the first, and its losses."""
-    size = sizes(args.size)
+    size, stage = size_of(args), STAGES[args.stage]
     before = report.memory_in_use(args.device)
-    model = make_model(kind, size, args.device)
-    batch = make_batch(size, args.rows, args.device)
-    optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), 0.01), lr=1e-4)
+    model = make_model(kind, size, args.device, args.attention)
+    if args.compile and kind != "published":
+        model.compile()
+    batch = make_batch(size, args.rows, args.device, stage)
+    optimizer = adamw(model.named_parameters(), 0.01, lr=1e-4, fused=kind != "published")
     autocast = torch.autocast(args.device, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
     seconds, first = [], None
     for _ in range(args.steps + 1):  # the first step makes the moments
         started = time.perf_counter()
+        plan = plan_of(kind, batch, size.config)
         with autocast:
-            losses = losses_of(kind, model, batch)
-        sum(factor * loss for factor, loss in zip(COEFFICIENTS, losses, strict=True)).backward()
+            loss, losses = losses_of(kind, model, batch, plan)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         first = first or [loss.item() for loss in losses]  # waits for a GPU
         if args.device != "cpu":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
+        del loss, losses
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "peak_mib": report.peak_memory(args.device) - before,
@@ -159,9 +208,36 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
         "seconds": min(seconds[1:]),
         "losses": first,
         "parameters": parameters,
-        "supervised": int((batch.labels != IGNORE_ID).sum()),
-        "positions": batch.labels.numel(),
+        "supervised": len(plan.supervised.index) if plan else int((batch.labels != IGNORE_ID).sum()),
+        "positions": (plan and plan.num_run) or batch.labels.numel(),
     }
+
+
+def size_of(args: argparse.Namespace) -> Size:
+    """The named size, with the stage's room for text where it has the published vocabulary."""
+    size = sizes(args.size)
+    return size if args.size == "tiny" else Size(size.config, STAGES[args.stage].max_text)
+
+
+def limit(args: argparse.Namespace) -> dict:
+    """Seconds that the packed step's counted work takes at this machine's best, by part."""
+    size = size_of(args)
+    batch = make_batch(size, args.rows, stage=STAGES[args.stage])
+    plan = plan_of("ours, packed", batch, size.config)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    rates = limits.measure(args.device, dtype)
+    used = (batch.ids != size.config.vocabulary.pad_id).sum().item()
+    filler = plan.num_run - used
+    pairs = plan.packing.mask.dense().sum().item() - filler  # filler sees itself
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Showo(size.config).parameters())
+    work = {
+        "layers": limits.layers(size.config, used, pairs) * 3,
+        "head": limits.head(size.config, len(plan.supervised.index)) * 3,
+        "optimiser": limits.Work(0.0, 28 * parameters),  # reads 4 numbers of each, writes 3
+    }
+    parts = {name: rates.floor(one) for name, one in work.items()}
+    return {"seconds": sum(parts.values()), "parts": parts, "rates": vars(rates)}
 
 
 def in_own_process(kind: str, argv: list[str], environment: dict[str, str] | None = None) -> dict:
@@ -173,11 +249,14 @@ def in_own_process(kind: str, argv: list[str], environment: dict[str, str] | Non
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("tiny", "100m"), default="tiny")
-    parser.add_argument("--rows", type=int, default=24, help="in all, split 10 : 4 : 10")
+    parser.add_argument("--size", choices=("tiny", *LAYERS, "1.3b"), default="tiny")
+    parser.add_argument("--stage", choices=STAGES, default="stage2")
+    parser.add_argument("--rows", type=int, default=24, help="in all, split as in the stage")
     parser.add_argument("--steps", type=int, default=2, help="timed ones; one more comes before")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of autocast; default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--attention", choices=("sdpa", "flex_attention"), default="sdpa", help="of ours")
+    parser.add_argument("--compile", action="store_true", help="ours by torch.compile")
     parser.add_argument("--kind", choices=KINDS, help="measure one alone, in this process, and print its JSON")
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
@@ -190,25 +269,34 @@ def main(argv: list[str]) -> None:
         print(json.dumps(measure(args.kind, args)))
         return
     found = {}
-    print(f"{'':22}{'peak MiB':>10}{'activations':>13}{'seconds':>9}  losses t2i, lm, mmu")
+    print(f"{'':28}{'peak MiB':>10}{'activations':>13}{'positions':>11}{'seconds':>9}  losses t2i, lm, mmu")
     for kind in KINDS:
         one = found[kind] = in_own_process(kind, argv)
         if args.device == "cpu":
             one["peak_mib"] = in_own_process(kind, [*argv, "--steps", "1"], RETURN_MEMORY)["peak_mib"]
         losses = ", ".join(f"{loss:.5f}" for loss in one["losses"])
-        activations = one["peak_mib"] - one["fixed_mib"]
-        print(f"{kind:22}{one['peak_mib']:10.0f}{activations:13.0f}{one['seconds']:9.2f}  {losses}")
-    base, counts = found["published"], counts_of(args.rows)
+        sizes = f"{one['peak_mib']:10.0f}{one['peak_mib'] - one['fixed_mib']:13.0f}{one['positions']:11,}"
+        print(f"{kind:28}{sizes}{one['seconds']:9.2f}  {losses}")
+    floor = limit(args)
+    print(f"{'limit':28}{'':34}{floor['seconds']:9.2f}")
+    base, counts = found["published"], counts_of(args.rows, STAGES[args.stage])
     print(
         f"{base['parameters']:,} parameters; {counts[0]} t2i, {counts[1]} lm, {counts[2]} mmu rows; "
         f"{base['supervised']:,} of {base['positions']:,} positions supervised"
     )
     ratios = {
-        kind: {name: one[name] / base[name] for name in ("peak_mib", "seconds")}
+        kind: {
+            "peak_mib": one["peak_mib"] / base["peak_mib"],
+            "seconds": one["seconds"] / base["seconds"],
+            "times_faster": base["seconds"] / one["seconds"],
+            "share_of_limit": floor["seconds"] / one["seconds"],
+        }
         for kind, one in found.items()
-        if kind != "published"
     }
-    print(json.dumps(report.facts() | {"settings": vars(args), "results": found, "ratios": ratios}))
+    for kind in KINDS[1:]:
+        print(f"{kind}: {ratios[kind]['times_faster']:.2f} times, {ratios[kind]['share_of_limit']:.0%} of the limit")
+    settings = {"settings": vars(args), "results": found, "limit": floor, "ratios": ratios}
+    print(json.dumps(report.facts() | settings))
 
 
 if __name__ == "__main__":

@@ -114,6 +114,8 @@ class DatasetSection:
     und_type: str = "captioning"
     combined_loader_mode: str = "max_size_cycle"
     add_system_prompt: bool = False
+    packing: bool = False  # several samples share a row, so that no padding is computed; the losses stay the same
+    packing_length: int | None = None  # most positions of such a row; null: four times an ordinary row's
     params: DataParams = field(default_factory=DataParams)
     preprocessing: PreprocessingSection = field(default_factory=PreprocessingSection)
 
@@ -174,6 +176,8 @@ class TrainingSection:
     lm_coeff: float = 0.1
     mmu_coeff: float = 1.0
     und_mask_ratio: float = 0.0  # mmu pictures hide a random share of their tokens, up to this
+    vq_dtype: str = "fp32"  # of the image tokenizer while it encodes; bf16 changes some of the codes
+    vq_compile: bool = False  # compiles the tokenizer's encoder
     max_nonfinite_batches: int | None = 10  # NaN or Inf losses that are dropped before a run ends; null: not looked at
     ema_decay: float | None = None  # keeps a moving average of the weights; it is what is saved and sampled
     mask_schedule: str = "cosine"  # the section of the same name wins
@@ -284,6 +288,7 @@ CHOICES = {
         "constant_with_warmup",
     ),
     "training.pre_encode": (False,),
+    "training.vq_dtype": ("fp32", "bf16"),
     "training.noise_type": ("mask", "random_replace"),
     "training.mixed_precision": ("no", "bf16", "fp16"),
 }
@@ -299,6 +304,7 @@ RANGES = {  # both ends allowed, infinity never
     "experiment.max_train_examples_mmu": (1, math.inf),
     "optimizer.params.learning_rate": (0, math.inf),
     "lr_scheduler.params.warmup_steps": (0, math.inf),
+    "dataset.packing_length": (1, math.inf),
     "training.gradient_accumulation_steps": (1, math.inf),
     "training.batch_size_t2i": (0, math.inf),
     "training.batch_size_lm": (0, math.inf),
@@ -352,6 +358,13 @@ def find_problems(config: DictConfig) -> list[str]:
         allowed = f"{low} or more" if high > 1 else f"from {low} to {high}"
         allowed = f"more than {low}, up to {high}" if key in ABOVE_LOW else allowed
         found.append(f"{key} is {value}; it must be {allowed}")
+    if config.dataset.packing and config.compile and config.attn_implementation == "sdpa":
+        found.append(
+            "dataset.packing with compile=true would compile every step anew under attn_implementation=sdpa; give "
+            "flex_attention, or leave one of them out"
+        )
+    if config.dataset.packing_length is not None and not config.dataset.packing:
+        found.append("dataset.packing_length has no effect without dataset.packing=true")
     for key in SHARDS:
         value = OmegaConf.select(config, key)
         paths = value if OmegaConf.is_list(value) else [value]

@@ -53,18 +53,32 @@ def preprocess(image: Image.Image, resolution: int, *, normalize: bool = True) -
     Returns:
         (3, resolution, resolution) or (1, resolution, resolution), float32.
     """
-    if normalize or image.mode != "L":
+    pixels = resized(image, resolution, keep_grey=not normalize)
+    if normalize:
+        return normalized(pixels)
+    return pixels.permute(2, 0, 1).contiguous().float() / 255  # (C, res, res)
+
+
+def resized(image: Image.Image, resolution: int, *, keep_grey: bool = False) -> torch.Tensor:
+    """The shorter side resized (bicubic), the centre cropped: (resolution, resolution, 3 or 1) uint8."""
+    if image.mode != "RGB" and not (keep_grey and image.mode == "L"):
         image = image.convert("RGB")
     short, long = min(image.size), max(image.size)
     new_long = int(resolution * long / short)
     size = (resolution, new_long) if image.width == short else (new_long, resolution)
     _check_size(size, f"of {image.width} x {image.height} pixels")
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (int(round((side - resolution) / 2)) for side in size)  # half to even, as published
-    image = image.crop((left, top, left + resolution, top + resolution))
-    values = np.asarray(image, dtype=np.uint8).reshape(resolution, resolution, -1)
-    pixels = torch.from_numpy(values.copy()).permute(2, 0, 1).contiguous().float() / 255  # (C, res, res)
-    return (pixels - 0.5) / 0.5 if normalize else pixels
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    if size != (resolution, resolution):
+        left, top = (int(round((side - resolution) / 2)) for side in size)  # half to even, as published
+        image = image.crop((left, top, left + resolution, top + resolution))
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(resolution, resolution, -1)
+
+
+def normalized(pixels: torch.Tensor) -> torch.Tensor:
+    """(…, H, W, C) uint8 → (…, C, H, W) float32 in [-1, 1]."""
+    values = pixels.movedim(-1, -3).contiguous().float()
+    return values.div_(255).sub_(0.5).div_(0.5)
 
 
 def to_pil(pixels: torch.Tensor) -> list[Image.Image]:

@@ -14,6 +14,7 @@ from transformers.activations import NewGELUActivation
 from transformers.cache_utils import Cache, DynamicLayer
 
 from models.omni_attention import OmniMask
+from models.packing import PACKED_SDPA
 from models.thin import ThinLayers, is_thin, rotate
 
 # R rows, B distinct rows of ids (R is a multiple), n positions of a piece, U needed ones, H hidden size, d head size
@@ -256,7 +257,7 @@ def _is_plain(showo: nn.Module) -> bool:
     config, phi = showo.config, showo.model
     heads_agree = config.num_key_value_heads == config.num_attention_heads
     fixed_rotation = config.rope_parameters["rope_type"] == "default"
-    if config._attn_implementation != "sdpa" or phi._compiled_call_impl is not None:
+    if config._attn_implementation not in ("sdpa", PACKED_SDPA) or phi._compiled_call_impl is not None:
         return False
     return heads_agree and fixed_rotation and not any(_is_changed(module) for module in phi.modules())
 

@@ -1,12 +1,12 @@
 """Show-o: one transformer that reads and draws. Phi with QK-norm, omni-attention and three losses (SPEC §4, §5)."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, PhiConfig, PhiForCausalLM, PhiModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -19,8 +19,11 @@ from models.checkpoint_io import (
     resolve_folder,
 )
 from models.generation import ShowoGeneration
+from models.head_loss import TASKS, Supervised, head_loss
 from models.omni_attention import OmniMask
-from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID, Vocabulary
+from models.packing import PACKED_SDPA, Packing
+from models.step_plan import StepPlan
+from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
 
 # B rows, L positions, H hidden size, V vocabulary, S supervised positions
 PHI_1_5 = "microsoft/phi-1_5"
@@ -117,11 +120,14 @@ def read_llm_config(llm_model_path: str) -> dict:
 class ShowoOutput(ModelOutput):
     """logits (B, L, V), absent when labels were given and `return_logits` was not asked for; losses are scalars.
 
+    loss: with `loss_coefficients`, their weighted sum; then it has a graph, and the single losses have none.
+
     With `return_statistics`, for each task present: `statistics["correct_t2i"]` and `statistics["supervised_t2i"]`, the
     supervised positions (of t2i: image codes) whose likeliest token is right and all of them; and ``row_loss_t2i``
     (B_t2i,), each row's mean. All are detached.
     """
 
+    loss: torch.Tensor | None = None
     loss_t2i: torch.Tensor | None = None
     loss_lm: torch.Tensor | None = None
     loss_mmu: torch.Tensor | None = None
@@ -212,6 +218,8 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
         label_smoothing: float = 0.0,
         return_logits: bool | None = None,
         return_statistics: bool = False,
+        loss_coefficients: Sequence[float] | None = None,
+        plan: StepPlan | None = None,
     ) -> ShowoOutput:
         """Logits without labels, losses with them.
 
@@ -225,66 +233,99 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
             label_smoothing: as in `torch.nn.functional.cross_entropy`.
             return_logits: default: only without labels, since the losses need the head at supervised positions alone.
             return_statistics: also how many tokens were predicted right, see `ShowoOutput`.
+            loss_coefficients: of t2i, lm and mmu, for one weighted `loss` with a graph in place of three, which needs
+                the head's gradient once only.
+            plan: what the labels supervise and how rows are packed, found on the host beforehand, so that nothing here
+                waits for a GPU; labels are not read then.
 
         Raises:
             ValueError: row counts, mask or features do not fit the ids.
         """
         if attention_mask is None:
             attention_mask = OmniMask.from_ids(input_ids, self.vocabulary)
-        hidden = self.hidden_states(input_ids, attention_mask, image_features=image_features)  # (B, L, H)
+        supervised = plan.supervised if plan is not None else None
+        packing = plan.packing if plan is not None else None
+        if plan is None and labels is not None:
+            supervised = Supervised.of(labels, (batch_size_t2i, batch_size_lm, batch_size_mmu), max_seq_length)
+        if packing is not None and (return_logits or supervised is None):
+            raise ValueError("packed rows give losses only; leave the packing out for logits")
+        hidden = self.hidden_states(  # (B, L, H), or packed (R, C, H)
+            input_ids, attention_mask, image_features=image_features, packing=packing, check_features=plan is None
+        )
         output = ShowoOutput()
-        if labels is not None:
-            counts = (batch_size_t2i, batch_size_lm, batch_size_mmu)
-            if sum(counts) != len(input_ids):
-                raise ValueError(f"batch_size_t2i, _lm, _mmu are {counts}, but there are {len(input_ids)} rows")
+        if supervised is not None:
+            places = supervised.index if packing is None else packing.place[supervised.index]
             output.statistics = {} if return_statistics else None
-            losses = self._losses(hidden, labels, counts, max_seq_length, label_smoothing, output.statistics)
-            output.loss_t2i, output.loss_lm, output.loss_mmu = losses
-        if return_logits or (return_logits is None and labels is None):
+            self._losses(hidden.flatten(0, 1)[places], supervised, loss_coefficients, label_smoothing, output)
+            if return_statistics and batch_size_t2i:
+                rows = supervised.index[: supervised.counts[0]] // input_ids.shape[1]
+                output.statistics["row_loss_t2i"] = _means(output.statistics.pop("losses_t2i"), rows, batch_size_t2i)
+        if return_logits or (return_logits is None and supervised is None):
             output.logits = self.showo.lm_head(hidden)
         return output
 
-    def hidden_states(self, input_ids, attention_mask, *, image_features=None, position_ids=None, past_key_values=None):
-        """Final hidden states (B, Q, H) of the given positions; appends to `past_key_values` when passed."""
+    def hidden_states(
+        self,
+        input_ids,
+        attention_mask,
+        *,
+        image_features=None,
+        position_ids=None,
+        past_key_values=None,
+        packing: Packing | None = None,
+        check_features: bool = True,
+    ):
+        """Final hidden states (B, Q, H) of the given positions; appends to `past_key_values` when passed.
+
+        With `packing` (R, C, H): of the rows as they run.
+        """
         num_keys = input_ids.shape[1] if past_key_values is None else None  # a cache checks for itself
-        mask = self._spell_mask(attention_mask, input_ids, num_keys)
+        embeds, more = self.embed(input_ids, image_features, check_features), {}
+        if packing is None:
+            mask = self._spell_mask(attention_mask, input_ids.shape, num_keys)
+        else:
+            embeds, position_ids = packing.gather(embeds), packing.position_ids
+            if self.showo.config._attn_implementation == PACKED_SDPA:
+                mask, more = None, {"pieces": packing.lengths(), "piece_masks": packing.piece_masks()}
+            else:
+                mask = self._spell_mask(packing.mask, packing.index.shape)
         return self.showo.model(
-            inputs_embeds=self.embed(input_ids, image_features),
+            inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=position_ids,
             use_cache=past_key_values is not None,
             **({} if past_key_values is None else {CACHE_ARGUMENT: past_key_values}),
+            **more,
         ).last_hidden_state
 
-    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
-        """Token embeddings (B, L, H) with projected image features at the positions whose id is −200, row by row."""
+    def embed(
+        self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None, check_features: bool = True
+    ) -> torch.Tensor:
+        """Token embeddings (B, L, H) with projected image features at the positions whose id is −200, row by row.
+
+        Args:
+            check_features: whether to look if they fit, which waits for a GPU; else `check_image_features` has.
+        """
+        if check_features:
+            check_image_features(input_ids, image_features)
         is_feature = input_ids == IMAGE_FEATURE_ID
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_feature, 0))
-        num_positions = int(is_feature.sum())
-        num_features = 0 if image_features is None else image_features.shape[:-1].numel()
-        if num_positions != num_features:
-            raise ValueError(f"the rows have room for {num_positions} image features (id -200), got {num_features}")
         if image_features is None:
             return embeds
         if not self.config.w_clip_vit:
             raise ValueError("image_features need a model with w_clip_vit=True")
-        torn = is_feature.sum(1) % image_features.shape[-2]  # (B,), nonzero where a row holds a part of an image
-        if torn.any():
-            raise ValueError(
-                f"row {int(torn.argmax())} does not hold whole images: each has {image_features.shape[-2]} features"
-            )
         projected = self.mm_projector(image_features.to(self.mm_projector[0].weight.dtype)).to(embeds.dtype)
         return embeds.masked_scatter(is_feature[..., None], projected)
 
-    def _spell_mask(self, mask: OmniMask | torch.Tensor, input_ids: torch.Tensor, num_keys: int | None = None):
+    def _spell_mask(self, mask: OmniMask | torch.Tensor, shape: tuple[int, int], num_keys: int | None = None):
         """The mask in the form the attention back end understands; each takes another one without complaint."""
         if isinstance(mask, torch.Tensor) and (mask.dtype != torch.bool or mask.ndim != 4):
             raise ValueError(
                 f"attention_mask must be an OmniMask or bool (B, 1, L, L); got {mask.dtype} {tuple(mask.shape)}"
             )
-        batch_size, length = input_ids.shape
+        batch_size, length = shape
         if tuple(mask.shape) != (batch_size, 1, length, num_keys or mask.shape[3]):
-            raise ValueError(f"attention_mask of shape {tuple(mask.shape)} does not fit ids {tuple(input_ids.shape)}")
+            raise ValueError(f"attention_mask of shape {tuple(mask.shape)} does not fit ids {tuple(shape)}")
         implementation = self.showo.config._attn_implementation
         if implementation == "flex_attention":
             return mask.block_mask() if isinstance(mask, OmniMask) else _block_mask_of(mask)
@@ -296,35 +337,73 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
             )
         return dense
 
-    def _losses(self, hidden, labels, counts, max_seq_length, label_smoothing, statistics: dict | None):
-        """Mean cross-entropy of each task over its supervised positions and the whole vocabulary; 0 if absent."""
-        hidden_t2i, hidden_lm, hidden_mmu = hidden.split(counts)
-        labels_t2i, labels_lm, labels_mmu = labels.split(counts)
-        first = max_seq_length + 1
-        parts = {
-            # Faithful: unshifted, so <soi> and <eoi> are predicted from themselves (pinned by tests/parity).
-            "t2i": (hidden_t2i[:, first:], labels_t2i[:, first:]),
-            "lm": (hidden_lm[:, :-1], labels_lm[:, 1:]),
-            "mmu": (hidden_mmu[:, :-1], labels_mmu[:, 1:]),
-        }
-        return [self._cross_entropy(*part, label_smoothing, task, statistics) for task, part in parts.items()]
+    def _losses(
+        self,
+        hidden: torch.Tensor,
+        supervised: Supervised,
+        coefficients: Sequence[float] | None,
+        label_smoothing: float,
+        output: ShowoOutput,
+    ) -> None:
+        """Mean cross-entropy of each task over its positions and the whole vocabulary; 0 if absent.
 
-    def _cross_entropy(self, hidden, labels, label_smoothing: float, task: str, statistics: dict | None):
-        supervised = labels != IGNORE_ID  # (B, L)
-        if not supervised.any():
-            return (hidden * 0.0).sum()  # keeps every parameter in the graph of a distributed step
-        logits = self.showo.lm_head(hidden[supervised]).float()  # (S, V)
-        losses = F.cross_entropy(logits, labels[supervised], label_smoothing=label_smoothing, reduction="none")
-        if statistics is not None:
-            wanted = labels[supervised]
-            counted = wanted >= (self.vocabulary.image_offset if task == "t2i" else 0)  # <soi>, <eoi> are no feat
-            statistics[f"correct_{task}"] = ((logits.detach().argmax(-1) == wanted) & counted).sum()
-            statistics[f"supervised_{task}"] = counted.sum()
-            if task == "t2i":
-                sums = torch.zeros(labels.shape, dtype=losses.dtype, device=losses.device)
-                sums = sums.masked_scatter(supervised, losses.detach()).sum(1)
-                statistics["row_loss_t2i"] = sums / supervised.sum(1).clamp(min=1)
-        return losses.mean()
+        Args:
+            hidden: (S, H) at the supervised positions.
+            output: takes the losses and, where there is room for them, the statistics.
+        """
+        statistics, counts = output.statistics, supervised.counts
+        parts = hidden, supervised.labels, supervised.factors(coefficients or (1.0, 1.0, 1.0))
+        pieces = [parts] if coefficients else zip(*(part.split(counts) for part in parts), strict=True)
+        settings = {"label_smoothing": label_smoothing, "predict": statistics is not None}
+        found = [
+            # The zero keeps every parameter in the graph of a distributed step.
+            head_loss(self.showo.lm_head, *piece, **settings) if len(piece[0]) else ((hidden * 0.0).sum(), None, None)
+            for piece in pieces
+        ]
+        losses = torch.cat([losses for _, losses, _ in found if losses is not None] or [hidden.new_empty(0)])
+        means = [part.mean() if len(part) else part.sum() for part in losses.split(counts)]
+        if coefficients:
+            output.loss = found[0][0]
+        else:
+            means = [total for total, _, _ in found]
+        output.loss_t2i, output.loss_lm, output.loss_mmu = means
+        if statistics is None:
+            return
+        statistics["losses_t2i"] = losses[: counts[0]]
+        if not len(losses):
+            return
+        right = torch.cat([predicted for _, _, predicted in found if predicted is not None]) == supervised.labels
+        counted = torch.ones_like(right)  # but <soi> and <eoi>, which are no feat
+        counted[: counts[0]] = supervised.labels[: counts[0]] >= self.vocabulary.image_offset
+        for task, hits, considered in zip(TASKS, (right & counted).split(counts), counted.split(counts), strict=True):
+            if len(hits):
+                statistics[f"correct_{task}"], statistics[f"supervised_{task}"] = hits.sum(), considered.sum()
+
+
+def check_image_features(input_ids: torch.Tensor, image_features: torch.Tensor | None) -> None:
+    """Whether rows (B, L) have room for image features (images, features, size), and for whole images each.
+
+    Raises:
+        ValueError: they have not.
+    """
+    is_feature = input_ids == IMAGE_FEATURE_ID
+    num_positions = int(is_feature.sum())
+    num_features = 0 if image_features is None else image_features.shape[:-1].numel()
+    if num_positions != num_features:
+        raise ValueError(f"the rows have room for {num_positions} image features (id -200), got {num_features}")
+    if image_features is None:
+        return
+    torn = is_feature.sum(1) % image_features.shape[-2]  # (B,), nonzero where a row holds a part of an image
+    if torn.any():
+        raise ValueError(
+            f"row {int(torn.argmax())} does not hold whole images: each has {image_features.shape[-2]} features"
+        )
+
+
+def _means(values: torch.Tensor, groups: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """(num_groups,): mean of the values (S,) of each group, 0 where there are none."""
+    sums = values.new_zeros(num_groups).index_add_(0, groups, values)
+    return sums / values.new_zeros(num_groups).index_add_(0, groups, torch.ones_like(values)).clamp(min=1)
 
 
 def _block_mask_of(dense: torch.Tensor):

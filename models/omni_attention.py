@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.devices import send
 from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
 
 # B rows of a batch, L keys (the whole sequence), Q queries (L, or fewer after `rows`)
@@ -145,12 +146,36 @@ class OmniMask:
         """Without the keys where the (B, L) bool tensor is True: no row sees them (pads before an answer)."""
         return OmniMask(self.visible_from, self.visible_until.masked_fill(keys, 0), self.query_start, self.num_queries)
 
+    def packed(self, rows: Sequence[Sequence[tuple[int, int, int]]], length: int) -> "OmniMask":
+        """Pieces of these rows one after another in new rows; no piece sees another, and what is left over sees itself.
+
+        Args:
+            rows: for each new row its pieces (row, start, stop): positions start … stop − 1 of one of these rows, none
+                of which may see a position outside.
+            length: of the new rows.
+        """
+        position = torch.arange(length, device=self.device).repeat(len(rows), 1)
+        visible_from, visible_until = position, position + 1
+        for number, row in enumerate(rows):
+            at = 0
+            for source, start, stop in row:
+                there, shift = slice(at, at + stop - start), at - start
+                visible_from[number, there] = self.visible_from[source, start:stop].clamp(min=start) + shift
+                visible_until[number, there] = self.visible_until[source, start:stop].clamp(max=stop) + shift
+                at = there.stop
+        return OmniMask(visible_from, visible_until)
+
+    def window(self, row: int, start: int, stop: int) -> "OmniMask":
+        """One row between two positions, as if it were the whole."""
+        return OmniMask(*(v[row : row + 1, start:stop] - start for v in (self.visible_from, self.visible_until)))
+
     def select(self, index) -> "OmniMask":
         """Some rows of the batch, by index, slice or boolean tensor."""
         return OmniMask(self.visible_from[index], self.visible_until[index], self.query_start, self.num_queries)
 
     def to(self, device) -> "OmniMask":
-        return OmniMask(self.visible_from.to(device), self.visible_until.to(device), self.query_start, self.num_queries)
+        vectors = send(self.visible_from, device), send(self.visible_until, device)
+        return OmniMask(*vectors, self.query_start, self.num_queries)
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from models import OmniMask, UniversalPrompting
+from models.devices import send
+from models.modeling_showo import check_image_features
+from models.step_plan import StepPlan
 from training.data.batching import stack
 from training.data.flow_paths import FLOWS
 from training.masking import MaskingNoise
@@ -19,13 +22,15 @@ class OmniBatch:
 
     input_ids, labels: (B, L) int64. counts: rows per task. mask_prob: (B_t2i,) float32. texts, codes (B_t2i, N) int64
     and pixels (B_t2i, 3, res, res; None where shards hold codes): of the t2i rows, for the sample sheets. keys: which
-    samples these are.
+    samples these are. plan: what the model must know of the rows on the host. num_used: positions that are no padding.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: OmniMask
     counts: dict[str, int]
+    plan: StepPlan
+    num_used: int
     mask_prob: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
     texts: list[str] = field(default_factory=list)
@@ -40,6 +45,7 @@ class OmniBatch:
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "labels": self.labels,
+            "plan": self.plan,
             "image_features": self.image_features,
             **sizes,
         }
@@ -54,13 +60,25 @@ class BatchBuilder:
         noise: the t2i masking rule.
         understanding: builds the mmu rows of its branch (see `training/understanding.py`).
         row_length: L of all rows.
+        packing_length: most positions of a row that several samples share; None: every sample has its own.
+        bf16: whether the image tokenizer encodes under bf16 autocast, which changes some codes.
     """
 
     def __init__(
-        self, prompting: UniversalPrompting, vq_model, noise: MaskingNoise, understanding, row_length: int, device
+        self,
+        prompting: UniversalPrompting,
+        vq_model,
+        noise: MaskingNoise,
+        understanding,
+        row_length: int,
+        device,
+        *,
+        packing_length: int | None = None,
+        bf16: bool = False,
     ):
         self.prompting, self.vq_model, self.noise = prompting, vq_model, noise
         self.understanding, self.row_length, self.device = understanding, row_length, device
+        self.packing_length, self.bf16 = packing_length, bf16
 
     def for_evaluation(self, mask_ratio: float | None = None) -> "BatchBuilder":
         """The same without augmentation and text dropout, and with a fixed mask ratio where one is given."""
@@ -74,14 +92,16 @@ class BatchBuilder:
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) → (B, N) image ids with the vocabulary's offset."""
-        return self.vq_model.get_code(pixels.to(self.device)) + self.noise.image_offset
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
+            codes = self.vq_model.get_code(send(pixels, self.device))
+        return codes.cpu() + self.noise.image_offset
 
     def image_ids(self, items: list[dict]) -> torch.Tensor:
-        """(B, N) image ids of items that hold pixels, or codes made beforehand."""
+        """(B, N) image ids on the host of items that hold pixels, which waits for the tokenizer, or codes."""
         if all("image" in item for item in items):
             return self.encode(stack(items, "image"))
         if all("codes" in item for item in items):
-            return stack(items, "codes").to(self.device) + self.noise.image_offset
+            return stack(items, "codes") + self.noise.image_offset
         return torch.cat([self.image_ids([item]) for item in items])  # some shards are encoded, some not
 
     def __call__(self, items: dict[str, list]) -> OmniBatch:
@@ -92,7 +112,11 @@ class BatchBuilder:
             texts, ids = [item["text"] for item in items["t2i"]], self.image_ids(items["t2i"])
             masked = self.noise(ids)
             rows.append(self.prompting((texts, masked.input_ids, masked.labels), "t2i"))
-            extra |= {"mask_prob": masked.mask_prob, "texts": texts, "codes": ids - self.noise.image_offset}
+            extra |= {
+                "mask_prob": masked.mask_prob,
+                "texts": texts,
+                "codes": send(ids - self.noise.image_offset, self.device),
+            }
             if all("image" in item for item in items["t2i"]):
                 extra["pixels"] = stack(items["t2i"], "image")
         if counts["lm"]:
@@ -101,12 +125,22 @@ class BatchBuilder:
             built, features = self.understanding.rows(items["mmu"], self)
             rows.append(built)
             extra["image_features"] = features
+        # On the host up to here, so that nothing in the step must ask the device how much there is of what.
+        input_ids, labels = (torch.cat([getattr(r, name) for r in rows]) for name in ("input_ids", "labels"))
+        mask = OmniMask.cat([r.attention_mask for r in rows])
+        check_image_features(input_ids, extra.get("image_features"))
+        is_used = input_ids != self.prompting.vocabulary.pad_id
+        plan = StepPlan.of(
+            labels, mask, is_used, tuple(counts.values()), self.prompting.max_text_len, self.packing_length
+        )
         device = self.device
         return OmniBatch(
-            torch.cat([r.input_ids.to(device) for r in rows]),
-            torch.cat([r.labels.to(device) for r in rows]),
-            OmniMask.cat([r.attention_mask.to(device) for r in rows]),
+            send(input_ids, device),
+            send(labels, device),
+            mask.to(device),
             counts,
+            plan.to(device),
+            num_used=int(is_used.sum()),
             keys=[f"{task}: {_key(item)}" for task in TASKS for item in items.get(task, ())],
             **extra,
         )

@@ -14,16 +14,13 @@ BUCKETS = 5  # of the mask ratio: 0.0-0.2, … 0.8-1.0
 
 @dataclass
 class StepMetrics:
-    """Sums since the last log line. They stay on the device: only a log line waits for it, not every step.
+    """Sums since the last log line. They stay on the device: only a log line waits for it, not every step."""
 
-    Args:
-        pad_id: id of the padding, whose share is told.
-    """
-
-    pad_id: int
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     batches: int = 0
-    tokens: int = 0
+    tokens: int = 0  # positions that ran
+    used: int = 0  # of them no padding
+    unpacked: int = 0  # positions of the rows before they were packed
     steps: int = 0
     samples: int = 0
     data_time: float = 0.0
@@ -31,8 +28,9 @@ class StepMetrics:
 
     def add_batch(self, batch: OmniBatch, out: ShowoOutput) -> None:
         self.batches += 1
-        self.tokens += batch.input_ids.numel()
-        self._add("pads", (batch.input_ids == self.pad_id).sum())
+        self.unpacked += batch.input_ids.numel()
+        self.tokens += batch.plan.num_run or batch.input_ids.numel()
+        self.used += batch.num_used
         nothing = torch.zeros((), device=batch.input_ids.device)
         for task in TASKS:
             if batch.counts[task]:  # the same names on every process, also where one has nothing to supervise
@@ -75,7 +73,7 @@ class StepMetrics:
         Args:
             over_processes: sums a tensor over all processes.
         """
-        counted = {"batches": torch.tensor(self.batches), "tokens": torch.tensor(self.tokens)}
+        counted = {name: torch.tensor(getattr(self, name)) for name in ("batches", "tokens", "used", "unpacked")}
         flat = {name: total.to(device, torch.float32).flatten() for name, total in (self.sums | counted).items()}
         summed = over_processes(torch.cat(list(flat.values()))).cpu().split([len(v) for v in flat.values()])
         sums = dict(zip(flat, summed, strict=True))
@@ -88,8 +86,10 @@ class StepMetrics:
         for index, (loss, rows) in enumerate(sums["buckets"].view(2, BUCKETS).T.tolist() if "buckets" in sums else ()):
             if rows:
                 values[f"loss_t2i_by_mask_ratio/{index / BUCKETS:.1f}-{(index + 1) / BUCKETS:.1f}"] = loss / rows
+        if sums["tokens"] != sums["unpacked"]:
+            values["padding_share_unpacked"] = 1 - sums["used"].item() / sums["unpacked"].item()
         return values | {
-            "padding_share": sums["pads"].item() / sums["tokens"].item(),
+            "padding_share": 1 - sums["used"].item() / sums["tokens"].item(),
             "data_time": self.data_time / self.steps,
             "batch_time": self.batch_time / self.steps,
             "samples/sec/gpu": self.samples / self.batch_time,

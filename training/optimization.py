@@ -30,12 +30,18 @@ def make_optimizer(model: nn.Module, config, scale: float = 1.0) -> torch.optim.
         scale: multiplies the learning rate.
     """
     params = config.optimizer.params
-    return torch.optim.AdamW(
-        parameter_groups(model.named_parameters(), params.weight_decay),
+    return adamw(
+        model.named_parameters(),
+        params.weight_decay,
         lr=params.learning_rate * scale,
         betas=(params.beta1, params.beta2),
         eps=params.epsilon,
     )
+
+
+def adamw(named_parameters, weight_decay: float, *, fused: bool = True, **settings) -> torch.optim.AdamW:
+    """AdamW over the groups of `parameter_groups`; fused: one pass over weights, gradients and moments."""
+    return torch.optim.AdamW(parameter_groups(named_parameters, weight_decay), fused=fused, **settings)
 
 
 def make_schedule(optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from torch import nn
 from transformers import AutoTokenizer
+from transformers.activations import NewGELUActivation
 
 from common.config import mask_schedule_of, resolve_path
 from common.errors import UserError
@@ -10,6 +12,7 @@ from models import MAGVITv2, Showo, ShowoConfig, UniversalPrompting, get_mask_sc
 from models.checkpoint_io import resolve_folder
 from models.clip_encoder import read_clip_config
 from models.modeling_showo import read_llm_config
+from models.packing import PACKED_SDPA
 from models.pipeline_loading import load_magvitv2, without_loading_bars
 from training.batches import BatchBuilder
 from training.masking import MaskingNoise
@@ -33,7 +36,7 @@ def make_model(config, start: Path | None = None) -> Showo:
         showo_config = ShowoConfig(
             llm_model_path=settings.llm_model_path,  # as given, so that no path of this machine is saved
             llm_config=read_llm_config(llm_path),
-            attn_implementation=config.attn_implementation,
+            attn_implementation=_attention(config),
             **_feature_size(config),
             **{key: settings[key] for key in keys},
         )
@@ -49,6 +52,13 @@ def make_model(config, start: Path | None = None) -> Showo:
     folder = weights_folder(resolve_path(source))
     with without_loading_bars():
         return Showo.from_pretrained(str(folder), config=showo_config, allow_missing=allowed).train()
+
+
+def _attention(config) -> str:
+    """The attention back end: where rows are packed, sdpa takes their samples one by one."""
+    return (
+        PACKED_SDPA if config.dataset.packing and config.attn_implementation == "sdpa" else config.attn_implementation
+    )
 
 
 def weights_folder(path: Path) -> Path:
@@ -71,6 +81,8 @@ def make_vq_model(config) -> MAGVITv2:
     folder = resolve_folder(resolve_path(section.vq_model_name))
     with without_loading_bars():
         model = load_magvitv2(folder, str(resolve_path(weights)) if weights else None)
+    if config.training.vq_compile:
+        model.encoder.compile()
     return model.requires_grad_(False).eval()
 
 
@@ -134,7 +146,33 @@ def make_builder(
         predict_all_tokens=training.predict_all_tokens,
     )
     row_length = model.config.num_vq_tokens + 3 + prompting.max_text_len
-    return BatchBuilder(prompting, vq_model, noise, understanding, row_length, device)
+    packing = {"packing_length": _packing_length(config, row_length), "bf16": training.vq_dtype == "bf16"}
+    return BatchBuilder(prompting, vq_model, noise, understanding, row_length, device, **packing)
+
+
+def _packing_length(config, row_length: int) -> int | None:
+    """Most positions of a packed row; as many as four rows have, where nothing else is configured.
+
+    Raises:
+        UserError: a sample may not fit.
+    """
+    dataset = config.dataset
+    if not dataset.packing:
+        return None
+    longest = dataset.packing_length or 4 * row_length
+    if longest < row_length:
+        raise UserError(
+            f"dataset.packing_length is {longest}, but a sample may have {row_length} positions; give that or more"
+        )
+    return longest
+
+
+def fuse_activations(model: Showo) -> Showo:
+    """Phi-1.5's GELU as one operation instead of eight, each of which would keep its result for the backward pass."""
+    for layer in model.showo.model.layers:
+        if isinstance(layer.mlp.activation_fn, NewGELUActivation):
+            layer.mlp.activation_fn = nn.GELU(approximate="tanh")
+    return model
 
 
 def enable_gradient_checkpointing(model: Showo) -> None:

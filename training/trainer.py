@@ -39,6 +39,7 @@ from training.optimization import WeightAverage, gradient_norms, make_optimizer,
 from training.parts import (
     check_sizes,
     enable_gradient_checkpointing,
+    fuse_activations,
     make_builder,
     make_model,
     make_prompting,
@@ -94,7 +95,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = training.enable_tf32
         if training.seed is not None:
             set_seed(training.seed)  # the same new weights everywhere: FSDP keeps each process's own part
-        self.model = make_model(config, self.start.weights if self.start else None)
+        self.model = fuse_activations(make_model(config, self.start.weights if self.start else None))
         understanding.attach(self.model, device)
         if training.seed is not None:
             set_seed(training.seed, device_specific=True)  # but masks of its own for each process
@@ -159,8 +160,7 @@ class Trainer:
         for _ in range(training.gradient_accumulation_steps):
             with self.accelerator.accumulate(self.wrapped):
                 batch, out = self.finite_batch()
-                loss = training.t2i_coeff * out.loss_t2i + training.lm_coeff * out.loss_lm
-                self.accelerator.backward(loss + training.mmu_coeff * out.loss_mmu)
+                self.accelerator.backward(out.loss)
                 if self.accelerator.sync_gradients:
                     self.finish_gradients()
                 self.optimizer.step()  # this and the next do nothing while gradients accumulate
@@ -186,6 +186,7 @@ class Trainer:
                 max_seq_length=self.config.dataset.preprocessing.max_seq_length,
                 label_smoothing=self.config.training.label_smoothing,
                 return_statistics=True,
+                loss_coefficients=[self.config.training[f"{task}_coeff"] for task in TASKS],
             )
             losses = {task: getattr(out, f"loss_{task}") for task in TASKS if batch.counts[task]}
             if self.finite.accept(losses, batch.keys, self.state.global_step + 1):
@@ -272,7 +273,7 @@ class Trainer:
         return tqdm(total=total, initial=self.state.global_step, disable=hidden, desc="training", dynamic_ncols=True)
 
     def new_metrics(self) -> StepMetrics:
-        return StepMetrics(pad_id=self.model.vocabulary.pad_id)
+        return StepMetrics()
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, reduction="sum")

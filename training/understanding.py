@@ -8,6 +8,7 @@ from llava import SYSTEM_PROMPT, collate
 from models import OmniMask
 from models.checkpoint_io import resolve_folder
 from models.clip_encoder import image_processor_class, num_features, read_clip_config
+from models.devices import send
 from models.pipeline_loading import load_clip, without_loading_bars
 from models.prompting import Rows
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
@@ -52,13 +53,13 @@ class VqUnderstanding:
         image_ids = builder.image_ids(items)  # (B, N)
         if self.max_mask_ratio:
             ratio = torch.rand(len(items), 1) * self.max_mask_ratio
-            hidden = (torch.rand(image_ids.shape) < ratio).to(image_ids.device)
+            hidden = torch.rand(image_ids.shape) < ratio
             image_ids = image_ids.masked_fill(hidden, builder.noise.mask_token_id)
         if "input_ids" not in items[0]:
             return builder.prompting((image_ids, [item["text"] for item in items]), "mmu"), None
         system = system_ids(builder.prompting) if self.system_prompt else []
         rows, text_start = conversation_rows(items, image_ids, system, builder)
-        rows.attention_mask = OmniMask.mmu(len(items), text_start - 1, builder.row_length, image_ids.device)
+        rows.attention_mask = OmniMask.mmu(len(items), text_start - 1, builder.row_length)
         return rows, None
 
 
@@ -109,12 +110,11 @@ class ClipVitUnderstanding:
 
     def rows(self, items: list[dict], builder) -> tuple[Rows, torch.Tensor]:
         """Rows ``<mmu>`` system ``<soi>`` −200 … ``<eoi>`` text, and the features (B, F, size) for the −200."""
-        features = self.tower(stack(items, "pixel_values").to(builder.device))
-        places = torch.full(features.shape[:2], IMAGE_FEATURE_ID, device=builder.device)  # (B, F)
+        features = self.tower(send(stack(items, "pixel_values"), builder.device))
+        places = torch.full(features.shape[:2], IMAGE_FEATURE_ID)  # (B, F)
         system = [] if self.projector_only else system_ids(builder.prompting)
         rows, _ = conversation_rows(items, places, system, builder)
-        length = builder.row_length
-        rows.attention_mask = OmniMask.mmu_vit(len(items), len(system), places.shape[1], length, builder.device)
+        rows.attention_mask = OmniMask.mmu_vit(len(items), len(system), places.shape[1], builder.row_length)
         return rows, features
 
 
@@ -152,13 +152,12 @@ def conversation_rows(items: list[dict], image: torch.Tensor, system: list[int],
     prompting, vocabulary = builder.prompting, builder.prompting.vocabulary
     text_start = 1 + len(system) + 1 + image.shape[1] + 1
     text = collate(items, prompting.tokenizer, builder.row_length - text_start)
-    batch_size, device = len(items), image.device
 
     def column(ids: list[int]) -> torch.Tensor:
-        return torch.tensor(ids, dtype=torch.long, device=device).expand(batch_size, len(ids))
+        return torch.tensor(ids, dtype=torch.long).expand(len(items), len(ids))
 
     head = column([vocabulary.mmu_id, *system, vocabulary.soi_id])
-    input_ids = torch.cat([head, image, column([vocabulary.eoi_id]), text["input_ids"].to(device)], dim=1)
+    input_ids = torch.cat([head, image, column([vocabulary.eoi_id]), text["input_ids"]], dim=1)
     labels = torch.full_like(input_ids, IGNORE_ID)
-    labels[:, text_start:] = text["labels"].to(device)
+    labels[:, text_start:] = text["labels"]
     return Rows(input_ids, labels, None), text_start

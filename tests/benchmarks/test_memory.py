@@ -30,11 +30,12 @@ def test_the_clip_tower_is_that_of_vit_l_14_at_336():
     assert memory.parameters(CLIPVisionModel, CLIPVisionConfig(**memory.CLIP)) == 303_507_456
 
 
-def test_more_supervised_positions_cost_what_the_head_makes_of_them():
+def test_more_supervised_positions_cost_their_hidden_states_only():
     model = memory.training.sizes("100m").config
-    few, more = (memory.terms(model, 8, 387, [100, 50, last]) for last in (10, 20))
-    assert more.loss - few.loss == 4 * 58498 * 10  # the largest task is the same
-    assert memory.terms(model, 8, 387, [101, 50, 10]).loss - few.loss == 4 * 58498 * 3
+    few, more = (memory.terms(model, 8, 387, [1000, 50, last]) for last in (10, 20))
+    assert more.loss - few.loss == 2 * 4 * 512 * 10
+    assert few.loss - 2 * 4 * 512 * 1060 == 4 * 2**25, "one chunk of logits"
+    assert memory.terms(model, 8, 387, [1, 1, 1]).loss == 3 * (4 * 58498 + 2 * 4 * 512)
     assert few.peak("1 GPU") > few.states["1 GPU"]
 
 

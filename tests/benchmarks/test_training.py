@@ -26,6 +26,28 @@ def test_rows_are_those_of_stage_2(rows):
     assert training.counts_of(24) == (10, 4, 10)
 
 
+@pytest.mark.parametrize(("name", "rows"), [("stage1", 29), ("tuning1", 13), ("tuning2", 12)])
+def test_other_stages_have_their_own_rows(size, name, rows):
+    stage = training.STAGES[name]
+    assert training.counts_of(rows, stage) == stage.rows and sum(stage.rows) == rows
+    batch = training.make_batch(size, rows, stage=stage)
+    assert batch.counts == stage.rows
+    fewest, most = stage.drawn
+    words = (batch.ids[: stage.rows[0], : 34 + 1] != size.config.vocabulary.pad_id).sum(1) - 3
+    assert ((words >= fewest) & (words <= most)).all()
+
+
+def test_the_limit_counts_what_is_not_padding(monkeypatch):
+    monkeypatch.setattr(training.limits, "measure", lambda *_: training.limits.Rates(1e9, 1e9))
+    found = training.limit(training.parse(["--size", "tiny", "--rows", "6"]))
+    size = training.sizes("tiny")
+    batch, hidden = training.make_batch(size, 6), size.config.phi_config().hidden_size
+    supervised = sum(training.plan_of("ours", batch, size.config).supervised.counts)
+    assert found["parts"]["head"] == pytest.approx(3 * 2 * supervised * hidden * 4907 / 1e9)
+    assert found["parts"]["optimiser"] == pytest.approx(28 * 3_615_851 / 1e9)
+    assert found["seconds"] == pytest.approx(sum(found["parts"].values()))
+
+
 def test_every_supervised_position_is_one_that_a_loss_looks_at(size):
     batch, v = training.make_batch(size, 12), size.config.vocabulary
     assert batch.ids.shape == batch.labels.shape == (12, 34 + 16 + 3)
@@ -43,9 +65,10 @@ def test_all_ways_give_the_same_losses_and_gradients(size):
     batch, found = training.make_batch(size, 6), {}
     for kind in training.KINDS:
         model = training.make_model(kind, size)
-        losses = training.losses_of(kind, model, batch)
-        sum(losses).backward()
-        found[kind] = [torch.stack(losses), *(parameter.grad for parameter in model.parameters())]
+        loss, losses = training.losses_of(kind, model, batch, training.plan_of(kind, batch, size.config))
+        loss.backward()
+        losses = torch.stack(losses).detach()
+        found[kind] = [loss.detach(), losses, *(parameter.grad for parameter in model.parameters())]
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())  # the last kind's
     for kind in training.KINDS[1:]:
         torch.testing.assert_close(found[kind], found["published"], atol=1e-6, rtol=1e-5)
@@ -68,11 +91,11 @@ def test_memory_that_was_held_stays_in_the_peak():
 
 
 def test_a_measurement_says_what_it_did(capsys):
-    arguments = ["--size", "tiny", "--rows", "3", "--steps", "1", "--kind", "ours, checkpointing"]
+    arguments = ["--size", "tiny", "--rows", "3", "--steps", "1", "--kind", "ours, packed, checkpointing"]
     training.main(arguments)
     found = json.loads(capsys.readouterr().out)
     assert found["peak_mib"] > 0 and found["seconds"] > 0 and len(found["losses"]) == 3
-    assert found["parameters"] == 3_615_851 and 0 < found["supervised"] < found["positions"] == 3 * (24 + 64 + 3)
+    assert found["parameters"] == 3_615_851 and 0 < found["supervised"] < found["positions"] <= 3 * (24 + 64 + 3)
 
 
 @pytest.mark.slow
@@ -80,7 +103,7 @@ def test_the_command_ends_in_one_json_line(capsys):
     training.main(["--size", "tiny", "--rows", "3", "--steps", "1"])
     lines = capsys.readouterr().out.splitlines()
     last = json.loads(lines[-1])
-    assert set(last) == {"machine", "torch", "date", "commit", "settings", "results", "ratios"}
+    assert set(last) == {"machine", "torch", "date", "commit", "settings", "results", "limit", "ratios"}
     losses = [last["results"][kind]["losses"] for kind in training.KINDS]
     for one in losses[1:]:
         assert one == pytest.approx(losses[0], abs=1e-5)

@@ -12,8 +12,9 @@ from common.errors import UserError
 from models.clip_encoder import image_processor_class
 from models.images import preprocess
 from tests.training.tiny import CAPTIONS, image_bytes, picture, sample
+from training.data.batching import unpack
 from training.data.captions import Captions
-from training.data.image_text import ImageTextItem, Pictures, jittered
+from training.data.image_text import ImageTextItem, Pictures, decode_jpeg, jittered
 from training.data.skipping import SkipSample
 
 
@@ -22,7 +23,8 @@ def pictures(resolution: int = 32, **settings) -> Pictures:
 
 
 def item_of(raw: dict, seed: int = 0, captions=None, **settings) -> dict:
-    return ImageTextItem(pictures(**settings), captions or Captions())(raw, random.Random(seed))
+    """As it comes out of a loader, with its pixels as numbers."""
+    return unpack([ImageTextItem(pictures(**settings), captions or Captions())(raw, random.Random(seed))])[0]
 
 
 def kind_of(raw: dict, **settings) -> str:
@@ -45,6 +47,36 @@ def test_an_item_is_the_preprocessed_picture_and_its_text():
     assert item["text"] == CAPTIONS[0]
     assert torch.equal(item["image"], preprocess(picture(CAPTIONS[0]), 16))
     assert item["image"].shape == (3, 16, 16) and item["image"].dtype == torch.float32
+
+
+def saved(image: Image.Image, **settings) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **settings)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (47, 33), (33, 70)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpegs_have_the_pixels_that_pil_gives_them(size, mode, progressive):
+    photo = Image.open("inpainting_validation/coffee.jpg").resize(size).convert(mode)
+    kinds = [(quality, subsampling) for quality in (20, 75, 95) for subsampling in (0, 1, 2)]
+    for quality, subsampling in kinds:
+        data = saved(photo, quality=quality, subsampling=subsampling, progressive=progressive)
+        assert (decode_jpeg(data) is None) == (mode == "CMYK")
+        expected = preprocess(Image.open(io.BytesIO(data)).convert("RGB"), 32)
+        assert torch.equal(item_of({"jpg": data, "txt": b"x"})["image"], expected), (quality, subsampling)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: data[:60], lambda data: data + b"more"])
+def test_what_is_odd_about_a_jpeg_is_left_to_pil(damage):
+    data = damage(saved(picture(CAPTIONS[0])))
+    try:
+        expected = preprocess(Image.open(io.BytesIO(data)).convert("RGB"), 32)
+    except OSError:
+        assert kind_of({"jpg": data, "txt": b"x"}) == "unreadable_image"
+    else:
+        assert torch.equal(item_of({"jpg": data, "txt": b"x"})["image"], expected)
 
 
 @pytest.mark.parametrize("image_key", ["jpg", "png", "jpeg", "webp"])

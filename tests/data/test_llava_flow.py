@@ -55,7 +55,7 @@ def items(units: LlavaRecords, item: LlavaItem) -> list:
 
 def test_an_item_is_the_picture_at_the_configured_resolution_and_the_conversation(tmp_path, tokenizer):
     (item,) = items(LlavaRecords([write(tmp_path, [record()])]), transform(tokenizer))
-    assert item["image"].shape == (3, 32, 32)
+    assert item["image"].shape == (32, 32, 3)
     expected = encode_conversation(TURNS, tokenizer)
     assert torch.equal(item["input_ids"], expected["input_ids"]) and torch.equal(item["labels"], expected["labels"])
 
@@ -73,7 +73,7 @@ def test_pictures_are_found_under_their_root_or_beside_the_json(tmp_path, tokeni
     units = LlavaRecords([path])
     assert items(units, transform(tokenizer)) == ["missing_file"]
     (item,) = items(units, transform(tokenizer, root=str(tmp_path / "a")))
-    assert item["image"].shape == (3, 32, 32)
+    assert item["image"].shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("name", ["llava.json", "llava.jsonl"])
@@ -133,7 +133,7 @@ def test_a_broken_line_of_a_jsonl_file_is_skipped(tmp_path, tokenizer):
 def test_shards_bring_record_and_picture_along(tokenizer):
     raw = sample(CAPTIONS[0]) | {"__key__": "a", "json": json.dumps(record(image="elsewhere.png")).encode()}
     item = transform(tokenizer)(raw, random.Random(0))
-    assert item["image"].shape == (3, 32, 32) and "input_ids" in item
+    assert item["image"].shape == (32, 32, 3) and "input_ids" in item
     with pytest.raises(SkipSample, match="malformed_item"):
         transform(tokenizer)(sample(CAPTIONS[0]) | {"__key__": "a"}, random.Random(0))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, DynamicCache, LlamaConfig, PhiConfig, PhiForCausalLM
 
 from common.errors import UserError
-from models import OmniMask, Showo, ShowoConfig
+from models import OmniMask, Showo, ShowoConfig, head_loss
 from models.vocabulary import Vocabulary
 from tests.parity.goldens import fill_, prompting, tensors, tiny_config, tiny_showo
 
@@ -250,13 +250,18 @@ def test_label_smoothing_changes_the_losses(model, batch):
     assert not torch.isclose(plain.loss_t2i, smooth.loss_t2i)
 
 
-def test_the_head_runs_at_supervised_positions_only(model, batch):
+def test_the_head_runs_at_supervised_positions_only(model, batch, monkeypatch):
     ids, labels, mask = batch
     supervised = [int((part != -100).sum()) for part in (labels[:3, 13:], labels[3:5, 1:], labels[5:, 1:])]
-    with torch.no_grad(), calls_of(model.showo.lm_head) as shapes:
-        out = model(ids, mask, labels=labels, **LOSSES)
-    assert out.logits is None
-    assert shapes == [(count, 64) for count in supervised] and sum(supervised) < ids.numel() / 2
+    shapes, linear = [], head_loss.F.linear
+    monkeypatch.setattr(head_loss.F, "linear", lambda x, w, b: (shapes.append(x.shape), linear(x, w, b))[1])
+    hidden = torch.randn(*ids.shape, 64)  # of layers that are not what is counted
+    monkeypatch.setattr(model, "hidden_states", lambda *args, **settings: hidden)
+    with torch.no_grad():
+        assert model(ids, mask, labels=labels, **LOSSES).logits is None
+        assert shapes == [(count, 64) for count in supervised] and sum(supervised) < ids.numel() / 2
+        model(ids, mask, labels=labels, **LOSSES, loss_coefficients=(1, 0.1, 1))
+    assert shapes[3:] == [(sum(supervised), 64)], "all tasks at once where they make one loss"
 
 
 def test_logits_on_request(model, batch):

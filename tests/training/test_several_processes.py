@@ -149,6 +149,18 @@ def test_every_kind_is_the_same_training(whole_runs, kind):
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_packed_rows_are_the_same_training(world, tmp_path, whole_runs, kind):
+    run(kind, world, tmp_path / "packed", {"dataset.packing": True, "experiment.generate_every": 99})
+    names = ("step_loss_t2i", "step_loss_lm", "step_loss_mmu", "lr", "accuracy/t2i")
+    folders = (whole_runs(kind), tmp_path / "packed")
+    plain, packed = ([line for line in metrics_of(folder) if "lr" in line] for folder in folders)
+    for before, after in zip(plain, packed, strict=True):
+        assert [after[n] for n in names] == pytest.approx([before[n] for n in names], rel=1e-3)
+        assert after["padding_share_unpacked"] == pytest.approx(before["padding_share"])
+        assert after["padding_share"] < before["padding_share"]
+
+
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory):
     """Eight batches of every flow."""

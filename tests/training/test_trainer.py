@@ -197,8 +197,9 @@ def test_it_learns_one_batch_by_heart(world, tmp_path):
         {"training.gradient_accumulation_steps": 2, "training.max_grad_norm": 1.0, "dataset.params.num_workers": 2},
         {"training.mixed_precision": "bf16", "model.gradient_checkpointing": True, "training.und_mask_ratio": 0.4},
         {"experiment.log_every": 2},  # the stop is between two log lines
+        {"training.gradient_accumulation_steps": 2, "model.gradient_checkpointing": True, "dataset.packing": True},
     ],
-    ids=["plain", "accumulation-clipping-workers", "bf16-checkpointing", "log-every-2"],
+    ids=["plain", "accumulation-clipping-workers", "bf16-checkpointing", "log-every-2", "packing"],
 )
 def test_a_continued_run_equals_an_uninterrupted_one_to_the_last_bit(world, tmp_path, monkeypatch, settings):
     monkeypatch.setattr("training.data.sources.ROUND", 7)

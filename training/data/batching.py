@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from models.images import normalized
+
 
 class Batch(list):
     """The items of a batch. `stacked[key]` is the (B, …) tensor whose rows are the items' tensors of that key."""
@@ -36,13 +38,22 @@ def _column(values: list) -> torch.Tensor | tuple[torch.Tensor, list[int]] | lis
 
 
 def unpack(packed: Any) -> Batch:
-    """What `pack` packed; the items' tensors are views of the columns."""
+    """What `pack` packed; the items' tensors are views of the columns. Pictures become (3, H, W) in [-1, 1]."""
     if not isinstance(packed, dict):
-        return Batch(packed)
+        return Batch([_with_pixels(item) for item in packed])
+    packed = _with_pixels(packed)
     stacked = {key: column for key, column in packed.items() if isinstance(column, torch.Tensor)}
     columns = [_values(column) for column in packed.values()]
     items = [dict(zip(packed, values, strict=True)) for values in zip(*columns, strict=True)]
     return Batch(items, stacked)
+
+
+def _with_pixels(item: Any) -> Any:
+    """An item, or the columns of several. Pictures cross the border between processes as bytes, a quarter as many."""
+    image = item.get("image") if isinstance(item, dict) else None
+    if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
+        return item | {"image": normalized(image)}
+    return item
 
 
 def _values(column: torch.Tensor | tuple | list) -> list:

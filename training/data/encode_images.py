@@ -36,6 +36,7 @@ from common.config import read_settings, resolve_path
 from common.errors import UserError, run_cli
 from models import MAGVITv2
 from models.checkpoint_io import resolve_folder
+from models.images import normalized
 from models.pipeline_loading import PUBLISHED_VQ, choose_device, load_magvitv2, without_loading_bars
 from training.data.encoding_records import Encoding, Plan, tokenizer_sha256
 from training.data.image_text import IMAGE_KEYS, Pictures
@@ -95,7 +96,7 @@ def decode(raw: dict | Skipped, pictures: Pictures) -> tuple[dict, torch.Tensor]
         return raw
     try:
         old = {key: value for key, value in raw.items() if key != CODES}  # of another tokenizer, perhaps
-        return raw, pictures.of(old, random.Random(0))["image"]
+        return raw, normalized(pictures.of(old, random.Random(0))["image"])
     except SkipSample as problem:
         return Skipped(problem.kind, problem.detail)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import webdataset
 from webdataset.tariterators import group_by_keys
@@ -20,6 +21,7 @@ from common.errors import UserError
 from training.data.paths import is_address
 from training.data.skipping import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped
 from training.data.sources import mixed
+from training.data.tar_members import is_compressed, members
 
 CODES = "codes.npy"
 
@@ -76,13 +78,11 @@ def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
     """Names and contents. webdataset's own reader ends at a damaged header as if the archive ended there."""
     stream = None
     try:
-        stream = webdataset.gopen(url) if is_address(url) else open(url, "rb")
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
-            for member in archive:
-                if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
-                    content = archive.extractfile(member).read()
-                    yield {"fname": member.name, "data": content, "__url__": url}
-                archive.members = []  # it would keep all headers
+        stream = webdataset.gopen(url) if is_address(url) else open(url, "rb", buffering=2**20)
+        plain = not is_address(url) and not is_compressed(stream.peek(8))
+        for name, content in members(stream) if plain else _compressed_members(stream):
+            if not re.match(r"__[^/]*__($|/)", name):
+                yield {"fname": name, "data": content, "__url__": url}
     except FileNotFoundError:
         problems.append(Skipped(MISSING_FILE, url))
     except Exception as error:  # tar, gzip and the file system have each their own
@@ -91,6 +91,15 @@ def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
         if stream is not None:
             with suppress(OSError):  # a program behind a pipe that was not read to its end
                 stream.close()
+
+
+def _compressed_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """As `members`, of what may be compressed in any way."""
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
+        for member in archive:
+            if member.isreg():
+                yield member.name, archive.extractfile(member).read()
+            archive.members = []  # it would keep all headers
 
 
 class _StrictTarInfo(tarfile.TarInfo):
