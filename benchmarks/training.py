@@ -257,6 +257,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of autocast; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--attention", choices=("sdpa", "flex_attention"), default="sdpa", help="of ours")
     parser.add_argument("--compile", action="store_true", help="ours by torch.compile")
+    parser.add_argument("--no-memory", action="store_true", help="without the second run that a CPU needs for the peak")
     parser.add_argument("--kind", choices=KINDS, help="measure one alone, in this process, and print its JSON")
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
@@ -272,7 +273,7 @@ def main(argv: list[str]) -> None:
     print(f"{'':28}{'peak MiB':>10}{'activations':>13}{'positions':>11}{'seconds':>9}  losses t2i, lm, mmu")
     for kind in KINDS:
         one = found[kind] = in_own_process(kind, argv)
-        if args.device == "cpu":
+        if args.device == "cpu" and not args.no_memory:
             one["peak_mib"] = in_own_process(kind, [*argv, "--steps", "1"], RETURN_MEMORY)["peak_mib"]
         losses = ", ".join(f"{loss:.5f}" for loss in one["losses"])
         sizes = f"{one['peak_mib']:10.0f}{one['peak_mib'] - one['fixed_mib']:13.0f}{one['positions']:11,}"

