@@ -63,23 +63,15 @@ class EmojiDrawing(DrawingTask):
         return super().predict(model, items, images, generator)
 
     def judge(self, items, answers) -> list[Verdict]:
-        size = self.config.dataset.preprocessing.resolution
-        real = {picture.key: square(load_image(picture.path), size) for picture in self.world}
-        restored = self.drawings([f"{RECONSTRUCTED}/{item.key}.png" for item in items])
-        shown = {DRAWN: self.drawings(answers), RECONSTRUCTED: restored, REAL: list(real.values())}
-        vectors = {"features": self._features(shown), "pixels": {s: pixels(shown[s]) for s in SOURCES}}
-        rows = [list(real).index(item.key) for item in items]
-        seen = [number for number, picture in enumerate(self.world) if picture.split == SPLITS[0]]
-        names, wanted = [self.world[number].name for number in seen], [item.expected for item in items]
-        ranks = {}
-        for space in SPACES:
-            gallery = vectors[space][REAL][seen]
-            vectors[space][REAL] = vectors[space][REAL][rows]
-            for source in SOURCES:
-                ranks[source, space] = name_ranks(vectors[space][source], gallery, names, wanted, space == "features")
-        torch.save(
-            vectors["features"] | {"splits": [item.facts["picture"].split for item in items]}, self.folder / FEATURES
-        )
+        shown = self._shown(items, answers)
+        model = efficientnet.load(choose_device(self.config.device))
+        vectors = {
+            "features": {source: efficientnet.features(model, images, source) for source, images in shown.items()},
+            "pixels": {source: pixels(images) for source, images in shown.items()},
+        }
+        ranks = self._ranks(items, vectors)  # and leaves of the real pictures those of the items
+        splits = [item.facts["picture"].split for item in items]
+        torch.save(vectors["features"] | {"splits": splits}, self.folder / FEATURES)
         near = torch.cosine_similarity(vectors["features"][DRAWN], vectors["features"][REAL]).tolist()
         quality = psnr(vectors["pixels"][RECONSTRUCTED], vectors["pixels"][REAL]).tolist()
         verdicts = []
@@ -89,9 +81,25 @@ class EmojiDrawing(DrawingTask):
             verdicts.append(Verdict(f"nearest: {nearest}", similarity, facts | {"PSNR": quality[number]}))
         return verdicts
 
-    def _features(self, shown: dict[str, list[Image.Image]]) -> dict[str, torch.Tensor]:
-        model = efficientnet.load(choose_device(self.config.device))
-        return {source: efficientnet.features(model, images, source) for source, images in shown.items()}
+    def _shown(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, list[Image.Image]]:
+        """Drawings and reconstructions of the items, and all real pictures of the world, at the model's size."""
+        size = self.config.dataset.preprocessing.resolution
+        restored = self.drawings([f"{RECONSTRUCTED}/{item.key}.png" for item in items])
+        real = [square(load_image(picture.path), size) for picture in self.world]
+        return {DRAWN: self.drawings(answers), RECONSTRUCTED: restored, REAL: real}
+
+    def _ranks(self, items: Sequence[Item], vectors: dict[str, dict[str, torch.Tensor]]) -> dict[tuple[str, str], list]:
+        """`name_ranks` by source and space; the gallery are the seen pictures."""
+        place = {picture.key: number for number, picture in enumerate(self.world)}
+        rows = [place[item.key] for item in items]
+        seen = [number for number, picture in enumerate(self.world) if picture.split == SPLITS[0]]
+        names, wanted = [self.world[number].name for number in seen], [item.expected for item in items]
+        ranks = {}
+        for space, of_source in vectors.items():
+            gallery, of_source[REAL] = of_source[REAL][seen], of_source[REAL][rows]
+            for source in SOURCES:
+                ranks[source, space] = name_ranks(of_source[source], gallery, names, wanted, space == "features")
+        return ranks
 
     def counts(self, items, verdicts) -> dict[str, float]:
         (item,), (verdict,) = items, verdicts
