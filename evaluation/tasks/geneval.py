@@ -89,7 +89,9 @@ class GenEval(DrawingTask):
 
     def _run_script(self, file: Path) -> bool:
         config = self.config
-        needed = f"GenEval's {SCRIPT} on {self.folder / 'images'} with --outfile {file}, then start this again"
+        needed = (
+            f"GenEval's {SCRIPT} on {self.name}/images with --outfile {self.name}/{file.name}, then start this again"
+        )
         if find_spec("mmdet") is None:
             self.obstacle = f"not judged: the detector (mmdet) is not installed here; where it is, run {needed}"
         elif not config.geneval_repository or not config.geneval_detector:
