@@ -14,6 +14,7 @@ from evaluation.drawing import as_bytes, psnr
 from models.pipeline_loading import choose_device
 
 BATCH = 50
+ALONE = {"sync_on_compute": False}  # only the main process judges; the others do not answer
 INCEPTION = "torch-fidelity's Inception (FID's own weights)"
 
 
@@ -56,7 +57,7 @@ class FID:
         else:
             weights = config.fid_weights and str(resolve_path(config.fid_weights))
             settings = {"feature": 2048, "feature_extractor_weights_path": weights}
-        self.metric = FrechetInceptionDistance(**settings).to(device)
+        self.metric = FrechetInceptionDistance(**settings, **ALONE).to(device)
 
     @torch.inference_mode()
     def add(self, count: int, opened: Callable[[int], Image.Image], *, real: bool) -> None:
@@ -110,7 +111,8 @@ def clip_scores(config, images: Iterator[Image.Image], texts: Sequence[str]) -> 
     """
     from torchmetrics.multimodal.clip_score import CLIPScore
 
-    metric = CLIPScore(model_name_or_path=lambda: _clip(config.clip_score_model)).to(choose_device(config.device))
+    metric = CLIPScore(model_name_or_path=lambda: _clip(config.clip_score_model), **ALONE)
+    metric = metric.to(choose_device(config.device))
     found = []
     with torch.inference_mode():
         for image, text in tqdm(zip(images, texts, strict=True), total=len(texts), desc="CLIPScore", disable=None):
