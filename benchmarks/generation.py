@@ -2,13 +2,15 @@
 
     python3 benchmarks/generation.py --hidden 512 --layers 8
     python3 benchmarks/generation.py --hidden 512 --layers 8 --resolution 512 --loops drawing
+    python3 benchmarks/generation.py --hidden 512 --layers 8 --loops answering --questions 20 --new-tokens 100
     python3 benchmarks/generation.py --device cuda --hidden 2048 --layers 24 --heads 32 --resolution 512 --batch 8 \
         --timesteps 50 --loops drawing --repeats 2
 
 Prints a table and last one JSON line: machine, date, commit, seconds, ratios. `limit` is the time of the counted work
 at the machine's measured matmul rate and copy bandwidth (`benchmarks/limits.py`). `--dtype bf16` and `--compile` also
 time ours in that precision and with `torch.compile`, against the published loops in fp32; on a GPU (`--device cuda`)
-both are on. The exit code is 1 if the tokens in fp32 are not the published ones.
+both are on. `--questions` asks so many about one picture, one by one and in one batch of ours. The exit code is 1 if the
+tokens in fp32 are not the published ones.
 """
 
 import argparse
@@ -43,6 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--timesteps", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=40)
+    parser.add_argument("--questions", type=int, default=0, help="about one picture, one by one against all at once")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of further rows; default: bf16 on a GPU, fp32 elsewhere")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="further rows; default: on a GPU")
@@ -161,6 +164,25 @@ def compare(theirs, own, floors, args) -> dict:
     return results
 
 
+def compare_questions(model: Showo, args, prompts) -> dict:
+    """Questions of 8 to 16 ids about one picture: each by itself, and all in one batch that reads the picture once."""
+    beginning = prompts[2][0, : args.tokens + 3]
+    texts = [torch.randint(0, 50000, (8 + number % 9,), device=args.device) for number in range(args.questions)]
+    rows = [torch.cat([beginning, text]) for text in texts]
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.vocabulary.pad_id)
+    settings = {"max_new_tokens": args.new_tokens, "top_k": 1}
+
+    def one_by_one():
+        return torch.cat([model.mmu_generate(row[None], **settings) for row in rows])
+
+    (slow, slow_ids), (fast, fast_ids) = (
+        timed(run, args) for run in (one_by_one, partial(model.mmu_generate, batch, **settings))
+    )
+    same = torch.equal(slow_ids, fast_ids)
+    print(f"{args.questions} questions, one by one {slow:.2f} s, at once {fast:.2f} s: {slow / fast:.1f} times  {same}")
+    return {"one_by_one_s": slow, "ours_s": fast, "ratio": slow / fast, "same_tokens": same}
+
+
 def time_further(model: Showo, own, args, prompts, published_seconds: dict[str, float]) -> dict:
     """Ours in `args.dtype`, plain (unless that is fp32) and compiled (if asked for)."""
     results = {}
@@ -197,6 +219,8 @@ def main(argv: list[str]) -> int:
     print(f"{'':28}{'published s':>12}{'ours s':>10}{'ratio':>8}{'limit s':>10}{'share':>8}  same tokens")
     results = compare(baseline(model, args, prompts), own, floors, args)
     seconds = {name: result["published_s"] for name, result in results.items()}
+    if args.questions:
+        results["questions"] = compare_questions(model, args, prompts)
     if args.compile or args.dtype != "fp32":
         results |= time_further(model, own, args, prompts, seconds)
     print(json.dumps(report.facts() | {"settings": vars(args), "results": results}), flush=True)

@@ -30,6 +30,12 @@ def test_one_loop_and_several_pictures(capsys):
     assert list(last_line(capsys)["results"]) == ["drawing"]
 
 
+def test_questions_about_one_picture(capsys):
+    assert generation.main([*TINY, "--loops", "answering", "--questions", "3"]) == 0
+    result = last_line(capsys)["results"]["questions"]
+    assert result["same_tokens"] is True and result["ratio"] == result["one_by_one_s"] / result["ours_s"]
+
+
 def test_the_limit_grows_with_the_work(monkeypatch):
     monkeypatch.setattr(limits, "measure", lambda *_: limits.Rates(flops=1e9, bytes=1e9))
 
