@@ -9,8 +9,8 @@
 Prints a table and last one JSON line: machine, date, commit, seconds, ratios. `limit` is the time of the counted work
 at the machine's measured matmul rate and copy bandwidth (`benchmarks/limits.py`). `--dtype bf16` and `--compile` also
 time ours in that precision and with `torch.compile`, against the published loops in fp32; on a GPU (`--device cuda`)
-both are on. `--questions` asks so many about one picture, one by one and in one batch of ours. The exit code is 1 if the
-tokens in fp32 are not the published ones.
+both are on. `--questions` asks so many about one picture, one by one and in one batch of ours. The exit code is 1 if
+the tokens in fp32 are not the published ones.
 """
 
 import argparse
