@@ -77,13 +77,17 @@ def count(run: Run, verdicts: Sequence[Verdict]) -> Counts:
 
 
 def records(items: Sequence[Item], answers: Sequence[str], verdicts: Sequence[Verdict]) -> list[dict]:
-    """A line per item: what was asked and answered and, where it is known, how it was read and what it counts."""
+    """A line per item: what was asked and answered and, where it is known, how it was read and what it counts.
+
+    Numbers have five decimals: what networks measure differs behind them with the number of threads.
+    """
     lines = [
         {"key": item.key, "image": item.image, "prompt": item.prompt, "answer": answer}
         for item, answer in zip(items, answers, strict=True)
     ]
     for line, item, verdict in zip(lines, items, verdicts, strict=False):
-        line |= {"expected": item.expected, "parsed": verdict.parsed, "score": verdict.score, **verdict.facts}
+        found = {"expected": item.expected, "parsed": verdict.parsed, "score": verdict.score, **verdict.facts}
+        line |= {name: round(value, 5) if isinstance(value, float) else value for name, value in found.items()}
     return lines
 
 
