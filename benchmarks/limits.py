@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
@@ -21,6 +22,7 @@ import torch
 from models import ShowoConfig
 
 REPEATS = 5
+SHORT = 0.1  # seconds of a run that is long enough to measure
 COPIED = 2**28  # bytes of the block that is copied, beyond every cache
 
 
@@ -55,11 +57,18 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
     return Rates(matmul_rate(device, dtype), copy_bandwidth(device))
 
 
-def matmul_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int | None = None) -> float:
-    """FLOP/s of a product of two square matrices; 2048 wide on a CPU, 8192 on a GPU."""
-    size = size or (2048 if device == "cpu" else 8192)
-    a, b, c = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
-    return 2 * size**3 / best(lambda: torch.mm(a, b, out=c), device)
+def matmul_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a product of two square matrices: as wide as fits a short run, up to 2048 on a CPU, 8192 on a GPU.
+
+    Processors without instructions for half precision are hundreds of times slower in it.
+    """
+    width, largest = 256, 2048 if device == "cpu" else 8192
+    while True:
+        a, b, c = (torch.randn(width, width, device=device).to(dtype) for _ in range(3))
+        multiply = partial(torch.mm, a, b, out=c)
+        if width == largest or min(timed(multiply, device) for _ in range(2)) > SHORT:
+            return 2 * width**3 / best(multiply, device)
+        width *= 2
 
 
 def copy_bandwidth(device: str = "cpu") -> float:

@@ -146,7 +146,10 @@ def test_every_kind_is_the_same_training(whole_runs, kind):
         return  # its weights are the model's own, those of the others the average
     weights = [load_file(whole_runs(k) / "model.safetensors") for k in ("ddp", kind)]
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5)
+        # Softmax does not see what the keys' norm adds where keys are not rotated: the gradient there is rounding
+        # alone, and AdamW makes steps of it.
+        atol = 1e-4 if name.endswith("k_layernorm.bias") else 1e-5
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=atol)
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
