@@ -15,7 +15,7 @@ from models.vocabulary import IGNORE_ID
 
 # B rows, L positions, S supervised positions, H hidden size, V vocabulary
 TASKS = ("t2i", "lm", "mmu")  # the order of the rows
-CHUNK = 2**25  # logits at a time: 128 MiB in fp32, whatever the vocabulary and the batch
+CHUNK = 2**24  # logits at a time: 64 MiB in fp32, whatever the vocabulary and the batch
 
 
 @dataclass(frozen=True)
