@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import generation, limits
 
+pytestmark = pytest.mark.slow  # they measure the machine
 TINY = "--hidden 32 --layers 2 --heads 2 --tokens 16 --timesteps 3 --new-tokens 20".split()
 
 

@@ -10,6 +10,7 @@ from benchmarks import data, limits, loss_memory, tokenizer
 from models import OmniMask, Showo, ShowoConfig
 from training.data.image_text import read_picture
 
+pytestmark = pytest.mark.slow  # they measure the machine
 LLM = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 80}
 CONFIG = {"num_vq_tokens": 16, "llm_vocab_size": 90, "codebook_size": 64, "vocab_size": 165}
 
