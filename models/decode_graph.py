@@ -21,6 +21,8 @@ class StaticStep:
     def __init__(self, transformer: PlainPhi):
         self.transformer = transformer
         self.layers = ThinLayers.of(transformer.phi, transformer.layers)
+        for layer in transformer.layers:  # 0 times what memory happened to hold may be NaN
+            layer.keys[:, transformer.length :] = layer.values[:, transformer.length :] = 0
         mask = transformer.mask
         self.token = torch.zeros(mask.shape[0], 1, dtype=torch.long, device=mask.device)  # (R, 1)
         self.slot = torch.full((1,), transformer.length, device=mask.device)

@@ -84,11 +84,10 @@ def test_back_end_can_be_changed_later(batch):
 
 @pytest.mark.slow  # compiles the kernel with g++
 @torch.no_grad()
-def test_flex_attention_equals_sdpa(model, batch, monkeypatch):
+@torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # its CPU code for sizes that change does not compile
+def test_flex_attention_equals_sdpa(model, batch):
     ids, _, mask = batch
     flex = tiny_showo(attn_implementation="flex_attention")
-    # its CPU code for sizes that change does not compile
-    monkeypatch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", False)
     torch._dynamo.reset()  # so that no earlier test's sizes make ours dynamic
     expected = model(ids, mask).logits
     same(flex(ids, mask).logits, expected)
