@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluation.emoji import KINDS, SPLITS, Picture, read_world
 from evaluation.task import Item, QuestionTask, Verdict, ratio
-from evaluation.tasks.pope import parse_yes_no, yes_no_counts, yes_no_figures
+from evaluation.tasks.pope import YesNoRule, yes_no_figures
 from models.images import load_image
 from training.data.emoji_text import GROUP_QUESTIONS, GROUPS, NAME_QUESTION, STYLE_QUESTION
 
@@ -54,7 +54,7 @@ class EmojiStyle(EmojiQuestions):
         return [ask(picture, STYLE_QUESTION, picture.style)]
 
 
-class EmojiYesNo(EmojiQuestions):
+class EmojiYesNo(YesNoRule, EmojiQuestions):
     """POPE's form: about every picture one question to be answered yes and one to be answered no."""
 
     name = "emoji_yes_no"
@@ -69,13 +69,6 @@ class EmojiYesNo(EmojiQuestions):
     @property
     def settings(self):
         return super().settings | {"questions": f"seed {self.config.seed}"}
-
-    def judge(self, items, answers) -> list[Verdict]:
-        parsed = [parse_yes_no(answer) for answer in answers]
-        return [Verdict(p, float(p == item.expected)) for item, p in zip(items, parsed, strict=True)]
-
-    def counts(self, items, verdicts) -> dict[str, float]:
-        return yes_no_counts(items, verdicts)
 
     def figures(self, sums) -> dict[str, np.ndarray]:
         asked = [split for split in SPLITS if any(f"{split} {kind}" in sums for kind in ("tp", "fp", "tn", "fn"))]

@@ -17,7 +17,23 @@ from models.images import load_image
 SPLITS = ("random", "popular", "adversarial")
 
 
-class POPE(QuestionTask):
+class YesNoRule:
+    """How questions to be answered yes or no are read and counted."""
+
+    def judge(self, items: Sequence[Item], answers: Sequence[str]) -> list[Verdict]:
+        parsed = [parse_yes_no(answer) for answer in answers]
+        return [Verdict(p, float(p == item.expected)) for item, p in zip(items, parsed, strict=True)]
+
+    def counts(self, items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, float]:
+        """Of true and false positives and negatives in each split (the items' fact `split`)."""
+        pairs = zip(items, verdicts, strict=True)
+        return Counter(
+            f"{item.facts['split']} {'t' if verdict.score else 'f'}{'p' if verdict.parsed == 'yes' else 'n'}"
+            for item, verdict in pairs
+        )
+
+
+class POPE(YesNoRule, QuestionTask):
     name = "pope"
     headline = "F1, mean of splits"
     official_size = 9000
@@ -52,13 +68,6 @@ class POPE(QuestionTask):
         unique_keys([item.key for item in items], file, "question_id")
         return items
 
-    def judge(self, items, answers) -> list[Verdict]:
-        parsed = [parse_yes_no(answer) for answer in answers]
-        return [Verdict(p, float(p == item.expected)) for item, p in zip(items, parsed, strict=True)]
-
-    def counts(self, items, verdicts) -> dict[str, float]:
-        return yes_no_counts(items, verdicts)
-
     def figures(self, sums) -> dict[str, np.ndarray]:
         found = yes_no_figures(sums, SPLITS)
         means = {
@@ -74,17 +83,8 @@ class POPE(QuestionTask):
             write_json_lines(folder / f"coco_pope_{split}_answers.json", records)
 
 
-def yes_no_counts(items: Sequence[Item], verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Of true and false positives and negatives in each split (the items' fact `split`)."""
-    pairs = zip(items, verdicts, strict=True)
-    return Counter(
-        f"{item.facts['split']} {'t' if verdict.score else 'f'}{'p' if verdict.parsed == 'yes' else 'n'}"
-        for item, verdict in pairs
-    )
-
-
 def yes_no_figures(sums: Mapping[str, np.ndarray], splits: Sequence[str]) -> dict[str, np.ndarray]:
-    """POPE's figures of each split in percent, from the sums of `yes_no_counts`."""
+    """POPE's figures of each split in percent, from the sums of `YesNoRule.counts`."""
     found = {}
     for split in splits:
         tp, fp, tn, fn = (sums[f"{split} {kind}"] for kind in ("tp", "fp", "tn", "fn"))
