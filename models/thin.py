@@ -76,7 +76,8 @@ class ThinLayers:
         found = []
         for x in layers:
             for weight, bias in (x.query, x.key, x.value, x.fc1, x.dense, x.fc2):
-                found.append(product(torch.randn(1, weight.shape[1], generator=generator), weight, bias))
+                probe = torch.randn(1, weight.shape[1], generator=generator).to(weight)  # also half precision, on a GPU
+                found.append(product(probe, weight, bias))
             found += [*x.query_norm[1:3], *x.key_norm[1:3]]
         return [tensor.clone() for tensor in found]
 

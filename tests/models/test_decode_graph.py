@@ -26,6 +26,16 @@ def test_a_step_of_fixed_shapes(rows):
     assert fixed.transformer.length == growing.length
 
 
+@torch.no_grad()
+def test_a_step_in_half_precision():
+    """As on a GPU, where weights are bf16."""
+    model = tiny_showo().bfloat16()
+    prompts = Prompts.of(ROWS, model.vocabulary, 6)
+    growing, fixed = prompts.read(model)[0], StaticStep(prompts.read(model)[0])
+    token = torch.tensor([[20], [21]])
+    torch.testing.assert_close(fixed.extend(token), growing.extend(token), atol=0.05, rtol=0.05)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("max_draft", [0, 8])
