@@ -72,6 +72,8 @@ data-emoji: $(READY) ## download and render what the small default learns from (
 	$(PY) training/data/emoji_world.py output_dir=$(WORLD) size=64 names=200 shard_size=1000
 	$(PY) training/data/llava_shards.py json=$(WORLD)/llava_train.json image_root=$(WORLD)/images \
 		output=$(WORLD)/shards/qa repeat=name:3 shard_size=10000
+	$(PY) training/data/llava_shards.py json=$(WORLD)/llava_train.json image_root=$(WORLD)/images \
+		output=$(WORLD)/shards/questions repeat=name:2,style:3,group:2 shard_size=10000
 	$(PY) training/data/emoji_world.py output_dir=$(WORLD)_all size=64 names=all shard_size=10000
 
 train-tiny: data-emoji ## train the small default from nothing into outputs/ (hours on a CPU); goes on where it stopped
@@ -79,13 +81,17 @@ train-tiny: data-emoji ## train the small default from nothing into outputs/ (ho
 	$(MAKE) train-tiny-resume
 
 # Two processes with one thread each train faster on two cores than one process with two.
+TRAIN_TINY := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(VENV)/bin/accelerate launch \
+	--config_file accelerate_configs/2_cpu_ddp.yaml training/train.py model.showo.llm_model_path=$(LLM) \
+	model.vq_model.vq_model_name=$(TOKENIZER) training.mixed_precision=$(PRECISION)
+
 train-tiny-resume: $(READY) ## the same without making the data again
 	$(PY) training/train_magvitv2.py config=configs/showo_tiny_magvitv2.yaml experiment.output_dir=$(TOKENIZER) \
 		training.mixed_precision=$(PRECISION)
-	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(VENV)/bin/accelerate launch --config_file accelerate_configs/2_cpu_ddp.yaml \
-		training/train.py config=configs/showo_tiny_train.yaml \
-		model.showo.llm_model_path=$(LLM) model.vq_model.vq_model_name=$(TOKENIZER) \
-		training.batch_size_t2i=11 training.batch_size_lm=1 training.batch_size_mmu=4 training.mixed_precision=$(PRECISION)
+	$(TRAIN_TINY) config=configs/showo_tiny_train.yaml \
+		training.batch_size_t2i=11 training.batch_size_lm=1 training.batch_size_mmu=4
+	$(TRAIN_TINY) config=configs/showo_tiny_questions.yaml \
+		training.batch_size_t2i=6 training.batch_size_lm=1 training.batch_size_mmu=9
 
 # Each stage starts from the one before; a stage that has ended is passed over, one that was stopped goes on.
 TUNINGS := instruction_tuning_1 instruction_tuning_2
@@ -96,7 +102,7 @@ train-tiny-stages: data-emoji ## all stages of both branches with few steps, on 
 	$(PY) training/data/small_clip.py output_dir=outputs/tiny-clip
 	@for stage in $(STAGES); do \
 		$(VENV)/bin/accelerate launch --config_file accelerate_configs/1_cpu.yaml training/$${stage%%:*} \
-			config=configs/showo_tiny_$${stage##*:}.yaml || exit $$?; \
+			config=configs/showo_tiny_$${stage##*:}.yaml training.mixed_precision=$(PRECISION) || exit $$?; \
 	done
 	$(PY) training/plot.py output=outputs/showo-tiny-stages.png runs=outputs/showo-tiny-stage1,outputs/showo-tiny-stage2,outputs/showo-tiny-stage3,outputs/showo-tiny-tuning-stage1,outputs/showo-tiny-tuning-stage2
 

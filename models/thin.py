@@ -14,6 +14,7 @@ from torch import nn
 # R rows, n positions of a piece, M = R n, H hidden size, d head size
 
 FEW_ROWS = 32  # M up to which `product` is faster than `F.linear`
+BLOCKS = 8  # of the weights that one row is multiplied with at once: their product in one piece runs on a single core
 JOINED_SIZE = 2**28  # weights in all layers; beyond, a copy costs much memory and saves little time
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
@@ -23,11 +24,17 @@ _copies: "WeakKeyDictionary[nn.Module, ThinLayers]" = WeakKeyDictionary()
 def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` of (M, K), for a few rows in fp32 on a CPU as the product of the weights and the transposed rows.
 
-    BLAS reads the weights at up to twice the speed that way. A single row is given twice: its kernel is the slowest.
+    BLAS reads the weights at up to twice the speed that way. A single row is multiplied with blocks of the weights, or
+    given twice where they do not divide: its kernel is the slowest.
     """
     num_rows = len(rows)
     if not is_thin(rows):
         return F.linear(rows, weight, bias)
+    if num_rows == 1 and len(weight) % BLOCKS == 0:
+        blocks, column = weight.unflatten(0, (BLOCKS, -1)), rows.t().expand(BLOCKS, -1, 1)
+        if bias is None:
+            return torch.bmm(blocks, column).view(1, -1)
+        return torch.baddbmm(bias.view(BLOCKS, -1, 1), blocks, column).view(1, -1)
     columns = (torch.cat([rows, rows]) if num_rows == 1 else rows.contiguous()).t()
     thin = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
     return thin.t()[:num_rows].contiguous()

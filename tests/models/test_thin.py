@@ -18,10 +18,11 @@ def no_grad():
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, thin.FEW_ROWS, thin.FEW_ROWS + 1])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_product(rows, biased, dtype):
+@pytest.mark.parametrize("width", [5 * thin.BLOCKS, 5 * thin.BLOCKS + 3])
+def test_product(rows, biased, dtype, width):
     torch.manual_seed(0)
-    x, weight = torch.randn(rows, 24, dtype=dtype), torch.randn(40, 24, dtype=dtype)
-    bias = torch.randn(40, dtype=dtype) if biased else None
+    x, weight = torch.randn(rows, 24, dtype=dtype), torch.randn(width, 24, dtype=dtype)
+    bias = torch.randn(width, dtype=dtype) if biased else None
     ours = thin.product(x, weight, bias)
     assert ours.dtype == dtype and ours.is_contiguous()
     torch.testing.assert_close(ours, F.linear(x, weight, bias))

@@ -22,10 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 WORKER = ROOT / "tests/training/worker.py"
 KINDS = ("ddp", "zero2", "fsdp2")
-ALL_KINDS = (
-    *KINDS,
-    "zero3",
-)  # which has no moving average, and whose optimiser another number of processes cannot take
+ALL_KINDS = (*KINDS, "zero3")  # which has no moving average
 SETTINGS = {
     "device": None,
     "training.gradient_accumulation_steps": 2,
