@@ -11,6 +11,7 @@ to `grid.png`, and to the panel `multimodal understanding` in wandb. Without `ou
 `{experiment.output_dir}/mmu`.
 """
 
+from collections import defaultdict
 from pathlib import Path
 
 from common.config import InferenceConfig, load_config
@@ -22,22 +23,22 @@ from common.tracking import Tracker
 PANEL_SIZE = 100  # pictures reported to wandb at once
 
 
-def find_pictures(value: str | None) -> list[Path]:
-    """The pictures of `mmu_image_root` in the order of their names; what is none is skipped with a line.
+def find_pictures(value: str | None, resolution: int) -> list[Path]:
+    """The pictures of `mmu_image_root` in the order of their names; what cannot be shown is skipped with a line.
 
     Raises:
         UserError: there is none.
     """
-    from models.images import load_image
+    from models.images import load_image, resized_size
 
     root = required_path("mmu_image_root", value)
     if root.is_file():
-        load_image(root)
+        resized_size(load_image(root).size, resolution, root)
         return [root]
     pictures = []
     for path in sorted(path for path in root.iterdir() if path.is_file()):
         try:
-            load_image(path)
+            resized_size(load_image(path).size, resolution, path)
             pictures.append(path)
         except UserError as error:
             print(f"skipped: {error}", flush=True)
@@ -53,9 +54,11 @@ def main(argv: list[str]) -> None:
 
     from models import ShowoPipeline
     from models.pipeline_loading import check_config
+    from models.pipeline_showo import check_texts
 
     check_config(config)
-    paths = find_pictures(config.mmu_image_root)
+    check_texts(questions)
+    paths = find_pictures(config.mmu_image_root, config.dataset.preprocessing.resolution)
     pipeline = ShowoPipeline.from_config(config)
     results = ResultFolder(output_dir)
     run = f"{config.experiment.name}_mmu"
@@ -64,27 +67,49 @@ def main(argv: list[str]) -> None:
     print(f"answers about {len(paths)} pictures in {results.lines}; all of them: {results.write_grid()}")
 
 
+class Transcript:
+    """Prints the conversation about pictures in its order: of the answer whose turn it is, every word as it comes, of
+    later ones what has come when their turn comes."""
+
+    def __init__(self, paths: list[Path], questions: list[str]):
+        self.pairs = [(image, question) for image in range(len(paths)) for question in range(len(questions))]
+        self.paths, self.questions = paths, questions
+        self.waiting: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
+        self.turn = 0
+        self._ask()
+
+    def add(self, image: int, question: int, words: str) -> None:
+        """The next words of an answer; "" ends it."""
+        self.waiting[image, question].append(words)
+        while self.turn < len(self.pairs) and (arrived := self.waiting.pop(self.pairs[self.turn], None)):
+            print("".join(arrived), end="", flush=True)
+            if arrived[-1] == "":
+                print(flush=True)
+                self.turn += 1
+                self._ask()
+
+    def _ask(self) -> None:
+        if self.turn < len(self.pairs):
+            image, question = self.pairs[self.turn]
+            if question == 0:
+                print(self.paths[image].name, flush=True)
+            print(f"  User: {self.questions[question]}\n  Answer: ", end="", flush=True)
+
+
 def answer_all(pipeline, config, paths: list[Path], questions, results: ResultFolder, tracker: Tracker) -> None:
     """Ask everything with one generator; print, write and report as answers come."""
     generator = pipeline.generator(config.seed)
-    streaming = config.batch_size == 1
     answers = pipeline.iter_answers(
         paths,
         questions,
         batch_size=config.batch_size,
         generator=generator,
-        callback=(lambda image, question, words: print(words, end="", flush=True)) if streaming else None,
+        callback=Transcript(paths, questions).add,
         **{key: config[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")},
     )
     panel, start = [], 0
     for path in paths:
-        print(path.name, flush=True)
-        replies = []
-        for question in questions:
-            print(f"  User: {question}\n  Answer: ", end="", flush=True)
-            _, _, answer = next(answers)  # one picture after the other, question by question
-            print("" if streaming else answer, flush=True)
-            replies.append((question, answer))
+        replies = [(question, next(answers)[2]) for question in questions]  # in the order of pictures, then questions
         picture, caption = pipeline.view(path), "".join(f"User: {q}\n Answer : {a}\n" for q, a in replies)
         record = {"file": results.save(picture), "mode": "mmu", "image": path.name}
         for question, answer in replies:

@@ -29,9 +29,12 @@ class TextToImage:
     """The prompts of `prompt` or else of `validation_prompts_file`, `batch_size` at a time."""
 
     def __init__(self, config):
+        from models.pipeline_showo import check_texts
+
         prompts = (
             split_pieces("prompt", config.prompt) if config.prompt else read_prompts(config.validation_prompts_file)
         )
+        check_texts(prompts)
         self.prompts = [prompt for prompt in prompts for _ in range(config.num_images_per_prompt or 1)]
         self.batch_size = config.batch_size
 
@@ -49,10 +52,11 @@ class Inpainting:
 
     def __init__(self, config):
         from models.images import load_image
-        from models.pipeline_showo import mask_tokens
+        from models.pipeline_showo import check_texts, mask_tokens
 
         if not config.prompt:
             raise UserError("prompt is not given; add prompt='what the white part of the mask should show'")
+        check_texts([config.prompt])
         self.prompt, self.batch_size = config.prompt, config.batch_size
         self.count = config.num_images_per_prompt or config.batch_size
         image = required_path("image_path", config.image_path)
@@ -75,9 +79,10 @@ class Extrapolation:
 
     def __init__(self, config):
         from models.images import load_image
-        from models.pipeline_showo import check_extrapolation
+        from models.pipeline_showo import check_extrapolation, check_texts
 
         self.prompts = split_pieces("prompt", config.prompt)
+        check_texts(self.prompts)
         self.directions = split_pieces("extra_direction", config.extra_direction)
         self.offset, self.batch_size = config.offset, config.batch_size
         self.count = config.num_images_per_prompt or config.batch_size

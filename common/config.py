@@ -81,7 +81,8 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
     given = {}
     for source in (dict(_flatten(_read_yaml(path), known, problems)), dict(_flatten(arguments, known, problems))):
         for short, key in getattr(schema, "ALIASES", {}).items():
-            if (value := source.pop(short, None)) is not None:
+            value = source.pop(short, given)  # `given` stands for nothing: it is no value
+            if value is not given and (value is not None or type(None) in get_args(known[key])):
                 source[key] = value
         given |= source
     config = OmegaConf.structured(schema)

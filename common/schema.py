@@ -345,7 +345,7 @@ RANGES = {  # both ends allowed, infinity never
     "temperature": (0, math.inf),
     "top_k": (1, math.inf),
     "top_p": (0, 1),
-    "seed": (0, 2**63 - 1),
+    "training.seed": (0, 2**63 - 1),
 }
 ABOVE_LOW = ("top_p",)  # these must be more than their lower end
 
@@ -359,20 +359,26 @@ def data_paths(config: DictConfig, flows: Iterable[str]) -> list[str]:
     return [f"dataset.params.{name}" for name in config.dataset.params if name.startswith(starts)]
 
 
-def find_problems(config: DictConfig) -> list[str]:
-    """Values of the right type that make no sense, or that would be passed over in silence."""
+def out_of_range(config: DictConfig, ranges: dict[str, tuple[float, float]] | None = None) -> list[str]:
+    """Settings that are none of their `CHOICES`, or outside `RANGES` or `ranges`; what a config lacks is fine."""
     found = []
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(config, key)
         if value is not None and value not in allowed:
             found.append(f"{key} is {value!r}; allowed: {', '.join(map(str, allowed))}")
-    for key, (low, high) in RANGES.items():
+    for key, (low, high) in (RANGES | (ranges or {})).items():
         value = OmegaConf.select(config, key)
         if value is None or (low <= value <= high and math.isfinite(value) and (value > low or key not in ABOVE_LOW)):
             continue
         allowed = f"{low} or more" if high > 1 else f"from {low} to {high}"
         allowed = f"more than {low}, up to {high}" if key in ABOVE_LOW else allowed
         found.append(f"{key} is {value}; it must be {allowed}")
+    return found
+
+
+def find_problems(config: DictConfig) -> list[str]:
+    """Values of the right type that make no sense, or that would be passed over in silence."""
+    found = out_of_range(config)
     if config.dataset.packing and config.compile and config.attn_implementation == "sdpa":
         found.append(
             "dataset.packing with compile=true would compile every step anew under attn_implementation=sdpa; give "
@@ -388,6 +394,7 @@ def find_problems(config: DictConfig) -> list[str]:
     for key, same in (
         ("dataset.params.resolution", "dataset.preprocessing.resolution"),
         ("lr_scheduler.params.learning_rate", "optimizer.params.learning_rate"),
+        ("dataset.params.batch_size", "training.batch_size"),
     ):
         value, expected = OmegaConf.select(config, key), OmegaConf.select(config, same)
         if value != expected:

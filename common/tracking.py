@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from common.contact_sheet import contact_sheet
+from common.errors import UserError
+from common.schema import CHOICES
 
 INIT_TIMEOUT = 20  # seconds until an online run that does not start becomes an offline one
 
@@ -133,8 +135,14 @@ def _plain(config: DictConfig | dict | None) -> dict[str, Any]:
 
 
 def _start_run(project: str, name: str, folder: Path, config: dict, options: dict) -> Any:
-    """A wandb run, or None where wandb is turned off or absent. Never asks and never stops the program."""
-    mode = options.get("mode") or os.environ.get("WANDB_MODE")
+    """A wandb run, or None where wandb is turned off or absent. Never asks.
+
+    Raises:
+        UserError: the environment variable WANDB_MODE is none of `CHOICES["wandb.mode"]`.
+    """
+    mode = options.get("mode") or os.environ.get("WANDB_MODE") or None
+    if mode not in (None, *CHOICES["wandb.mode"]):
+        raise UserError(f"WANDB_MODE is {mode!r}; allowed: {', '.join(CHOICES['wandb.mode'])}")
     if mode == "disabled":
         return None
     try:
@@ -142,7 +150,7 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
     except ImportError:
         print(f"wandb is not installed: metrics and pictures go to {folder} only")
         return None
-    if mode is None and not _logged_in():
+    if mode != "offline" and not _logged_in():
         print("wandb: no login found, so this run is recorded offline (upload it later with `wandb sync`)")
         mode = "offline"
     run_id = options.get("run_id")

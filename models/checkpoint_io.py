@@ -3,7 +3,7 @@
 import json
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,11 +27,17 @@ WEIGHT_NAMES = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.txt"]
+CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt")
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
-def resolve_folder(name_or_path: str | Path) -> Path:
+def resolve_folder(name_or_path: str | Path, files: Sequence[str] = CHECKPOINT_FILES, **options) -> Path:
     """A local folder as it is, a hub name as its downloaded snapshot.
+
+    Args:
+        files: patterns of what is downloaded.
+        options: of the download, some of `HUB_OPTIONS`.
 
     Raises:
         UserError: no such folder, and not a hub name or the hub cannot be reached.
@@ -49,7 +55,7 @@ def resolve_folder(name_or_path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=list(files), **options))
     except Exception as error:  # the hub's client raises a dozen unrelated classes for "no network"
         raise UserError(
             f"{name!r} is no local folder and could not be fetched from the hub ({type(error).__name__}); "
@@ -195,15 +201,15 @@ class CheckpointMixin:
             config: replaces the folder's own; with another `vocab_size` the vocabulary is resized.
             allow_missing: prefixes of parameters that may be absent and then keep their initialisation.
             dtype: float32 by default, as the published code loads; ``"auto"`` keeps the stored one.
-            kwargs: configuration keys to override, or options of `transformers` (`attn_implementation`, `device_map`,
-                `quantization_config`, …).
+            kwargs: configuration keys to override, options of the download (`HUB_OPTIONS`) or of `transformers`
+                (`attn_implementation`, `device_map`, `quantization_config`, …).
 
         Raises:
             UserError: folder, weights or architecture are not what is expected.
         """
         if name_or_path is None:  # transformers' own spelling: a config and a state dict
             return super().from_pretrained(None, config=config, dtype=dtype, **kwargs)
-        folder = resolve_folder(name_or_path)
+        folder = resolve_folder(name_or_path, **{key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs})
         if config is None:
             config = cls._read_config(folder, kwargs)
         state_dict = {k: v for k, v in load_state_dict_folder(folder).items() if not k.endswith("rotary_emb.inv_freq")}

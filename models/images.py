@@ -63,16 +63,22 @@ def resized(image: Image.Image, resolution: int, *, keep_grey: bool = False) -> 
     """The shorter side resized (bicubic), the centre cropped: (resolution, resolution, 3 or 1) uint8."""
     if image.mode != "RGB" and not (keep_grey and image.mode == "L"):
         image = image.convert("RGB")
-    short, long = min(image.size), max(image.size)
-    new_long = int(resolution * long / short)
-    size = (resolution, new_long) if image.width == short else (new_long, resolution)
-    _check_size(size, f"of {image.width} x {image.height} pixels")
+    size = resized_size(image.size, resolution, f"of {image.width} x {image.height} pixels")
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     if size != (resolution, resolution):
         left, top = (int(round((side - resolution) / 2)) for side in size)  # half to even, as published
         image = image.crop((left, top, left + resolution, top + resolution))
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(resolution, resolution, -1)
+
+
+def resized_size(size: tuple[int, int], resolution: int, what: str | Path) -> tuple[int, int]:
+    """Width and height once the shorter side is `resolution`; `UserError` where a narrow picture becomes enormous."""
+    short, long = min(size), max(size)
+    new_long = int(resolution * long / short)
+    size = (resolution, new_long) if size[0] == short else (new_long, resolution)
+    _check_size(size, what)
+    return size
 
 
 def normalized(pixels: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
-from models.checkpoint_io import check_state_dict, load_weights_file, read_json, resolve_folder
+from models.checkpoint_io import TOKENIZER_FILES, check_state_dict, load_weights_file, read_json, resolve_folder
 from models.clip_encoder import CLIP_VIT_L_336, CLIPVisionTower
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
 from models.modeling_showo import PHI_1_5, Showo, ShowoConfig
@@ -151,7 +151,9 @@ def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.
 def load_prompting(llm: str, max_seq_length: int) -> UniversalPrompting:
     """The text tokenizer of a language model with Show-o's tokens added; `UserError` where there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left", trust_remote_code=False)
+        # transformers by itself would try each file of a hub name again and again where there is no network
+        folder = resolve_folder(llm, TOKENIZER_FILES) if "/" in llm else llm
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
         return UniversalPrompting(tokenizer, max_text_len=max_seq_length)
     except Exception as error:  # missing files, no network and broken JSON come as a dozen unrelated classes
         remedy = (

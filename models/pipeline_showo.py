@@ -26,6 +26,7 @@ from models.modeling_showo import Showo
 from models.pipeline_loading import Source, check_config, load
 from models.prompting import UniversalPrompting
 from models.sampling import Schedule, get_mask_schedule
+from models.vocabulary import PAD_TOKEN, SPECIAL_TOKENS
 
 # B pictures, W tokens along a window's side (N = W * W), h x w tokens of a canvas
 UNKNOWN = -1  # stands for a code that is to be drawn
@@ -166,6 +167,7 @@ class ShowoPipeline:
         """
         vocabulary = self.model.vocabulary
         image_ids = torch.where(codes == UNKNOWN, vocabulary.mask_token_id, codes + vocabulary.image_offset)
+        check_texts(prompts)
         rows = self.prompting((list(prompts), image_ids), "t2i_gen").input_ids
         empty = self.prompting(([""] * len(codes), image_ids), "t2i_gen").input_ids
         with tqdm(total=timesteps, desc="drawing", leave=False, disable=None if progress else True) as bar:
@@ -315,7 +317,8 @@ class ShowoPipeline:
             images: PIL images or paths, opened when their turn comes.
             temperature, top_k, top_p: see `sample_next`; greedy by default, as published.
             batch_size: (picture, question) pairs answered at once; default: all.
-            callback: called with both indices and the next words of that answer as soon as they are there.
+            callback: called with both indices and the next words of that answer as soon as they are there; "" when it
+                is complete.
         """
         pairs = [(image, question) for image in range(len(images)) for question in range(len(questions))]
         for batch in _batches(pairs, batch_size):
@@ -384,6 +387,7 @@ class ShowoPipeline:
 
     def _question_rows(self, images: list[Picture], index: list[int], questions: list[str]) -> dict:
         """Inputs of `mmu_generate`: questions, each about `images[index]`, seen as codes or as CLIP features."""
+        check_texts(questions)
         if not self.model.config.w_clip_vit:
             image_ids = self.encode(images)[index] + self.model.vocabulary.image_offset
             texts = [question_prompt_vq(question) for question in questions]
@@ -399,16 +403,37 @@ class _Words(TextStreamer):
 
     def __init__(self, tokenizer, callback: Callable[[int, int, str], None], pair: tuple[int, int]):
         super().__init__(tokenizer, skip_special_tokens=True)
-        self.callback, self.pair, self.begun = callback, pair, False
+        self.callback, self.pair, self.begun, self.ended = callback, pair, False, False
+
+    def put(self, value: torch.Tensor) -> None:
+        """One more id; behind the end of an answer come pads."""
+        if not self.ended:
+            super().put(value)
+            if int(value) == self.tokenizer.eos_token_id:
+                self.end()
+
+    def end(self) -> None:
+        if not self.ended:
+            self.ended = True
+            super().end()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         text = text if self.begun else text.lstrip()
         self.begun = self.begun or bool(text)
         if text:
             self.callback(*self.pair, text)
+        if stream_end:
+            self.callback(*self.pair, "")
 
 
 # ---- what users may give ----
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """`UserError` for a prompt or question that holds a token which rows are built of, such as ``<|soi|>``."""
+    for text in texts:
+        if held := [token for token in (PAD_TOKEN, *SPECIAL_TOKENS) if token in text]:
+            raise UserError(f"the text {text!r} holds {held[0]}, of which Show-o's rows are made; leave it out")
 
 
 def mask_tokens(mask: Picture, image: Image.Image, resolution: int, window: int) -> torch.Tensor:
@@ -418,6 +443,8 @@ def mask_tokens(mask: Picture, image: Image.Image, resolution: int, window: int)
         UserError: the mask has colours or another shape than the picture, or nothing on it is white.
     """
     mask = _open(mask, mode=None)
+    if mask.mode == "F":
+        raise UserError("the inpainting mask has fractional pixels; save it as an 8-bit picture, black and white")
     colours = np.asarray(mask.convert("RGB").resize((64, 64)), dtype=np.int16)
     if (np.ptp(colours, axis=-1) > 48).mean() > 0.02:
         raise UserError("the inpainting mask is a colour picture; it must be black (keep) and white (paint anew)")

@@ -60,7 +60,8 @@ def decode(encoded: bytes, resolution: int) -> torch.Tensor | None:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             pixels = preprocess(image, resolution, normalize=False)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL: SyntaxError = broken PNG
+    # PIL: SyntaxError = broken PNG; UserError: too narrow
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UserError) as error:
         logger.warning("a picture cannot be read and is passed over: %s", error)
         return None
     return (pixels * 255).round().to(torch.uint8)

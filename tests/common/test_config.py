@@ -66,6 +66,11 @@ def test_the_command_line_wins_whichever_name_it_uses(load):
     assert load("training: {guidance_scale: 5}", "guidance_scale=null").guidance_scale == 5
 
 
+def test_without_a_seed_every_run_is_another(load):
+    for argument in ("seed=null", "training.seed=null"):
+        assert load("training: {seed: 7}", argument).seed is None
+
+
 def test_what_interpolates_a_short_name_follows_it(load):
     config = load("dataset: {params: {batch_size: '${training.batch_size}'}}", "batch_size=4")
     assert config.dataset.params.batch_size == 4

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from common.tracking import Tracker
 
 LOGIN = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC")
@@ -116,6 +117,19 @@ def test_the_setting_wins_over_the_environment(tmp_path, nobody, monkeypatch, ca
         tracker.log({"loss": 1.0}, step=1)
     assert bool(list(tmp_path.glob("wandb/offline-run-*"))) == (mode == "offline")
     assert capsys.readouterr().out == ""
+
+
+def test_an_unknown_mode_in_the_environment_is_named(tmp_path, nobody, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "foo")
+    with pytest.raises(UserError, match="WANDB_MODE is 'foo'; allowed: online, offline, disabled"):
+        Tracker("project", "name", tmp_path)
+
+
+@pytest.mark.slow
+def test_online_without_a_login_never_asks(tmp_path, nobody, capsys):
+    Tracker("project", "name", tmp_path, wandb_config={"mode": "online"}).finish()
+    assert "no login found" in capsys.readouterr().out
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
 @pytest.mark.slow

@@ -55,6 +55,19 @@ def test_answers_go_to_the_terminal(places, tmp_path, capsys, batch_size):
     assert terminal[:-1] == expected
 
 
+def test_words_are_printed_when_they_come_and_in_order(capsys):
+    """Of a batch the answer whose turn it is at once; an answer that is ready early waits for its turn."""
+    transcript = inference_mmu.Transcript([Path("a.png")], ["q0", "q1"])
+    transcript.add(0, 0, "yes, ")
+    assert capsys.readouterr().out == "a.png\n  User: q0\n  Answer: yes, "
+    transcript.add(0, 1, "no")
+    transcript.add(0, 1, "")
+    assert capsys.readouterr().out == ""
+    transcript.add(0, 0, "indeed")
+    transcript.add(0, 0, "")
+    assert capsys.readouterr().out == "indeed\n  User: q1\n  Answer: no\n"
+
+
 def test_what_is_no_picture_is_skipped_with_a_line(places, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -62,11 +75,14 @@ def test_what_is_no_picture_is_skipped_with_a_line(places, tmp_path, capsys):
     (folder / "good.png").write_bytes(whole)
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "SOURCES.md").write_text("no picture")
+    Image.new("L", (1, 200_000)).save(folder / "narrow.png")  # enormous once it is as wide as the model's pictures
     (folder / "sub").mkdir()
     lines = run(places, tmp_path / "out", f"mmu_image_root={folder}")
     assert {line["image"] for line in lines} == {"good.png"} and len(lines) == 2
     skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
-    assert len(skipped) == 2 and "SOURCES.md" in skipped[0] and "cut.png" in skipped[1]
+    assert [name in line for name, line in zip(("SOURCES.md", "cut.png", "narrow.png"), skipped, strict=True)] == [
+        True
+    ] * 3
 
 
 def test_one_picture_may_be_named(places, tmp_path):

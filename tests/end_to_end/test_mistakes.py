@@ -114,6 +114,20 @@ def test_a_published_resolution_is_checked_without_the_hub(refused, loads_nothin
 # --- prompts, directions, questions
 
 
+@pytest.mark.parametrize("text", ["a <|soi|> cat", "[PAD] a cat"])
+def test_tokens_that_rows_are_made_of(refused, loads_nothing, places, tmp_path, text):
+    token = next(word for word in text.split() if not word.isalpha())
+    (tmp_path / "prompts.txt").write_text(f"a dog\n{text}\n")
+    image = f"image_path={places['image']}"
+    for script, given in (
+        (inference_t2i, ("mode=t2i", f"validation_prompts_file={tmp_path}/prompts.txt")),
+        (inference_t2i, ("mode=inpainting", f"prompt={text}", image, f"inpainting_mask_path={places['mask']}")),
+        (inference_t2i, ("mode=extrapolation", "extra_direction=left", f"prompt={text}", image)),
+        (inference_mmu, (f"mmu_image_root={places['pictures']}", f"question={text}")),
+    ):
+        assert f"holds {token}, of which Show-o's rows are made" in refused(*given, script=script)
+
+
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_an_empty_prompts_file(refused, loads_nothing, tmp_path, content):
     (tmp_path / "prompts.txt").write_text(content)
@@ -414,7 +428,7 @@ def test_exit_code_and_one_line_from_another_folder(tmp_path, repository, script
 @pytest.mark.slow
 def test_a_hub_name_without_network(tmp_path, repository, places):
     """Says how to use folders instead, for each of the parts."""
-    empty_cache = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    nobody_there = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     script = (
         "import sys, os; sys.path.insert(0, os.environ['REPOSITORY'])\n"
         "from common.errors import UserError\n"
@@ -424,7 +438,7 @@ def test_a_hub_name_without_network(tmp_path, repository, places):
         "    try: inference_t2i.main([*sys.argv[1:], key])\n"
         "    except UserError as error: print('error:', error)\n"
     )
-    environment = os.environ | empty_cache | {"REPOSITORY": str(repository)}
+    environment = os.environ | nobody_there | {"REPOSITORY": str(repository)}
     arguments = [f"config={places['demo_clip']}", *DOG, f"output_dir={tmp_path}/out"]
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, timeout=120

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 from models import MAGVITv2, Showo
-from models.checkpoint_io import check_state_dict, load_weights_file, resize_rows, resolve_folder
+from models.checkpoint_io import CHECKPOINT_FILES, check_state_dict, load_weights_file, resize_rows, resolve_folder
 from tests.parity.goldens import PHI, fill_, tiny_config
 
 PUBLISHED_CONFIG = {
@@ -372,6 +372,20 @@ def test_hub_name_without_network_tells_the_way_by_folder(cls, monkeypatch):
         UserError, match="'showlab/none-such' is no local folder .* give the path of its folder instead"
     ):
         cls.from_pretrained("showlab/none-such")
+
+
+def test_a_hub_name_is_fetched_as_asked(state_dict, tmp_path, monkeypatch):
+    folder, asked = write_bin(write_config(tmp_path), state_dict), {}
+
+    def fetch(name, **options):
+        asked[name] = options
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    Showo.from_pretrained("showlab/show-o", revision="v1", cache_dir="cache")
+    assert asked == {
+        "showlab/show-o": {"allow_patterns": list(CHECKPOINT_FILES), "revision": "v1", "cache_dir": "cache"}
+    }
 
 
 def test_missing_weight_file(tmp_path):

@@ -289,6 +289,7 @@ def test_words_are_streamed_as_they_come(branch, request):
         (image, question): answers[image][question] for image in range(2) for question in range(2)
     }
     assert max(len(words) for words in heard.values()) > 2
+    assert all(words.index("") == len(words) - 1 for words in heard.values()), "the end is told once, last"
 
 
 def test_the_blank_before_a_first_word_is_not_streamed(pipeline):
@@ -297,7 +298,9 @@ def test_the_blank_before_a_first_word_is_not_streamed(pipeline):
     words = _Words(pipeline.prompting.tokenizer, lambda image, question, text: heard.append(text), (0, 1))
     for text in (" ", " a ", " b"):
         words.on_finalized_text(text)
-    assert heard == ["a ", " b"]
+    words.end()
+    words.end()
+    assert heard == ["a ", " b", ""]
 
 
 def test_sampled_answers_follow_the_seed(pipeline):
