@@ -8,8 +8,8 @@ from models.images import load_image, preprocess
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [ROOT / "mmu_validation", ROOT / "inpainting_validation"]
-PICTURES = sorted(path for folder in FOLDERS for path in folder.glob("*.[jp][pn]g"))
-MASKS = [path for path in PICTURES if path.stem.endswith("_mask")]
+PICTURES = sorted(path for folder in FOLDERS for path in folder.rglob("*.[jp][pn]g"))
+MASKS = [path for path in PICTURES if path.stem.endswith("_mask")]  # of the photographs
 
 
 def test_there_are_enough_and_they_are_small():
@@ -17,11 +17,12 @@ def test_there_are_enough_and_they_are_small():
     assert sum(path.stat().st_size for folder in FOLDERS for path in folder.iterdir()) < 1_500_000
 
 
-@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_each_can_be_read_and_has_its_source(path):
     assert preprocess(load_image(path), 64).std() > 0.05  # something is on it
-    sources = (path.parent / "SOURCES.md").read_text()
-    assert path.name in sources or path.stem.endswith("_mask") and "*_mask.png" in sources
+    folder = next(folder for folder in FOLDERS if folder in path.parents)
+    sources, name = (folder / "SOURCES.md").read_text(), str(path.relative_to(folder))
+    assert f"`{name}`" in sources or path in MASKS and "*_mask.png" in sources
 
 
 @pytest.mark.parametrize("path", MASKS, ids=lambda path: path.stem)
