@@ -95,8 +95,7 @@ class COCO(DrawingTask):
 
     def notes(self) -> list[str]:
         config = self.config
-        found = [f"val2014, one caption each of pictures drawn with seed {config.seed}"]
-        found.append(f"guidance {config.guidance_scale:g}, {config.generation_timesteps} steps")
+        found = [f"val2014, one caption each of pictures drawn with seed {config.seed}", *super().notes()]
         if "fid" in self.scores:
             found.append(f"against all {len(self.real)} pictures, through {self.network}")
             found.append(f"both sets: shorter side to {config.fid_size} by PIL's bicubic, centre crop")

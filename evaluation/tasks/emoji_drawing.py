@@ -139,10 +139,8 @@ class EmojiDrawing(DrawingTask):
     def notes(self) -> list[str]:
         count = {split: sum(picture.split == split for picture in self.world) for split in SPLITS}
         names = len({picture.name for picture in self.world})
-        return [
-            f"{names} names, {count['seen']} pictures seen and {count['held-out']} held out; guidance "
-            f"{self.config.guidance_scale:g}, {self.config.generation_timesteps} steps"
-        ]
+        world = f"{names} names, {count['seen']} pictures seen and {count['held-out']} held out"
+        return [world, *super().notes()]
 
     def picture(self, item, answer) -> Image.Image:
         """The drawing and, right of it, the real picture."""

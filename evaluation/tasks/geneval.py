@@ -124,8 +124,7 @@ class GenEval(DrawingTask):
         } | found
 
     def notes(self) -> list[str]:
-        drawing = f"guidance {self.config.guidance_scale:g}, {self.config.generation_timesteps} steps"
-        return [drawing, *([self.obstacle] if self.obstacle else [])]
+        return super().notes() + ([self.obstacle] if self.obstacle else [])
 
 
 def read_results(file: Path) -> dict[str, tuple[bool, str]]:
