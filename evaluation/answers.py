@@ -62,7 +62,7 @@ class AnswerStore:
         prompts = {item.key: item.prompt for item in items}
         answers = {}
         for file in sorted(self.folder.glob("answers-*.jsonl")):
-            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # answers may hold U+2028
                 try:
                     record = json.loads(line)
                     key, prompt, answer = record["key"], record["prompt"], record["answer"]

@@ -44,7 +44,7 @@ def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, dict]]:
     """(place, record) of a file with one JSON object a line; blank lines are passed over."""
     existing(path, what)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold U+2028 and U+0085
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text ({error}); expected {what}") from None
     for number, line in enumerate(lines, 1):
