@@ -3,6 +3,7 @@
 `{data_root}/{emoji_world}/` as `make data-emoji` writes it: `manifest.json` and `images/`.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,11 @@ class Picture:
 
 
 KINDS = tuple(kind for split in SPLITS for kind in (split, *(f"{split}, {style}" for style in STYLES)))
+
+
+def world_settings(folder: Path) -> dict[str, str]:
+    """Which world it is: a digest of its manifest, which has the checksums of what was made with the pictures."""
+    return {"emoji_world": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:12]}
 
 
 def read_world(folder: Path) -> list[Picture]:

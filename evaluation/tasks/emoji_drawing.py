@@ -15,7 +15,7 @@ from PIL import Image
 
 from evaluation import efficientnet
 from evaluation.drawing import DrawingTask, as_bytes, psnr, save, side_by_side, square
-from evaluation.emoji import KINDS, SPLITS, read_world
+from evaluation.emoji import KINDS, SPLITS, read_world, world_settings
 from evaluation.frechet import frechet_figures
 from evaluation.task import Item, Verdict, ratio
 from models.images import load_image
@@ -37,6 +37,10 @@ class EmojiDrawing(DrawingTask):
     def __init__(self, config, root, folder) -> None:
         super().__init__(config, root, folder)
         efficientnet.check_packages()
+
+    @property
+    def settings(self):
+        return super().settings | world_settings(self.root / self.config.emoji_world)
 
     def read_items(self) -> list[Item]:
         self.world = read_world(self.root / self.config.emoji_world)

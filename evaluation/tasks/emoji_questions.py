@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from evaluation.emoji import KINDS, SPLITS, Picture, read_world
+from evaluation.emoji import KINDS, SPLITS, Picture, read_world, world_settings
 from evaluation.task import Item, QuestionTask, Verdict, ratio
 from evaluation.tasks.pope import YesNoRule, yes_no_figures
 from models.images import load_image
@@ -19,6 +19,10 @@ class EmojiQuestions(QuestionTask):
     """One question about every picture, of which the answer must be exactly the right one."""
 
     headline = "held-out"
+
+    @property
+    def settings(self):
+        return super().settings | world_settings(self.root / self.config.emoji_world)
 
     def read_items(self) -> list[Item]:
         pictures = read_world(self.root / self.config.emoji_world)

@@ -9,7 +9,8 @@ from PIL import Image
 from common.errors import UserError
 from evaluation.tasks.emoji_drawing import RECONSTRUCTED, name_ranks
 from models import DrawingOptions, ShowoPipeline
-from tests.evaluation.official import EMOJI, emoji_key, solid
+from tests.evaluation.conftest import Evaluation
+from tests.evaluation.official import EMOJI, emoji_key, solid, write_emoji
 from tests.parity.goldens import prompting, tiny_showo
 from tests.tiny import tiny_vq
 
@@ -96,6 +97,16 @@ def test_drawing_options_reach_the_model(evaluation, monkeypatch):
     with pytest.raises(UserError, match="drawing.order=halton, now it is not set"):
         evaluation.run("emoji_drawing")
     assert "drawing.refresh_every" not in (evaluation.folder / "emoji_drawing/settings.json").read_text()
+
+
+def test_answers_about_another_world_do_not_mix(places, tmp_path):
+    write_emoji(tmp_path / "data")
+    evaluation = Evaluation(places["demo"], tmp_path / "data", tmp_path / "out")
+    evaluation.run("emoji_naming")
+    manifest = tmp_path / "data/emoji_world/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sha256": {"shards/train-000000.tar": "x"}}))
+    with pytest.raises(UserError, match="holds answers given with emoji_world="):
+        evaluation.run("emoji_naming")
 
 
 def test_naming_and_style_by_hand(evaluation):
