@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from evaluation.official_files import check_pictures, field, read_json, unique_keys
+from evaluation.official_files import check_filled, check_pictures, field, read_json, unique_keys
 from training.data.emoji_text import GROUPS, STYLES
 
 SPLITS = ("seen", "held-out")
@@ -59,8 +59,7 @@ def read_world(folder: Path) -> list[Picture]:
         style = field(place, record, "style", str, STYLES)
         split = SPLITS[field(place, record, "held_out", bool)]
         pictures.append(Picture(key, name, style, groups[name], split, folder / "images" / f"{key}.png"))
-    if not pictures:
-        raise UserError(f"{file}: field 'pictures' is empty; expected {WHAT}")
+    check_filled(pictures, f"{file}: field 'pictures'", WHAT)
     unique_keys([picture.key for picture in pictures], file, "key")
     check_pictures(
         [picture.path for picture in pictures],

@@ -12,7 +12,7 @@ import numpy as np
 from common.errors import UserError
 from evaluation.drawing import DrawingTask
 from evaluation.image_scores import FID, check_clip, check_fid, clip_scores
-from evaluation.official_files import check_pictures, field, read_json, unique_keys, write_json
+from evaluation.official_files import check_filled, check_pictures, field, read_json, unique_keys, write_json
 from evaluation.task import Item, Paper, Verdict, ratio
 from models.images import load_image
 
@@ -53,8 +53,7 @@ class COCO(DrawingTask):
             lambda path: f"field 'file_name' ({path.name}) of {file.name}",
             f"COCO's val2014 pictures in {self.root / 'coco/val2014'}",
         )
-        if not captions:
-            raise UserError(f"{file}: field 'annotations' is empty; expected COCO's captions of val2014")
+        check_filled(captions, f"{file}: field 'annotations'", "COCO's captions of val2014")
         rng = random.Random(f"captions {self.config.seed}")
         chosen = rng.sample(sorted(captions), min(CAPTIONS, len(captions)))
         pairs = [(image, *rng.choice(captions[image])) for image in chosen]

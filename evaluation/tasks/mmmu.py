@@ -17,7 +17,7 @@ from PIL import Image
 
 from common.errors import UserError
 from evaluation.mmmu_parsing import open_is_right, parse_letter, parse_open
-from evaluation.official_files import existing, field, unique_keys, write_json
+from evaluation.official_files import check_filled, existing, field, unique_keys, write_json
 from evaluation.task import Item, Paper, QuestionTask, Verdict, ratio, right_by
 
 CHOICE, OPEN = "multiple-choice", "open"
@@ -65,6 +65,7 @@ class MMMU(QuestionTask):
             raise UserError(f"{file} cannot be read as parquet ({error}); expected MMMU's questions") from None
         if "image_1" not in table.schema_arrow.names:
             raise UserError(f"{file}: field 'image_1' is missing; expected a picture as a struct of bytes and path")
+        check_filled(rows, file, f"MMMU's questions about {file.parent.name}")
         return [self._item(f"{file}, row {n}", file, n, row) for n, row in enumerate(rows.to_pylist())]
 
     def _item(self, place: str, file: Path, number: int, row: dict) -> Item:

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from common.errors import UserError
-from evaluation.official_files import check_pictures, field, read_json, unique_keys, write_json
+from evaluation.official_files import check_filled, check_pictures, field, read_json, unique_keys, write_json
 from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, accuracies, ratio, right_by
 from evaluation.vqa_normalization import normalize, one_line, vqa_accuracy
 from models.images import load_image
@@ -46,6 +46,7 @@ class VQAv2(QuestionTask):
         split = SPLITS[self.config.vqav2_split]
         file = self.root / "vqav2" / f"v2_OpenEnded_mscoco_{split}_questions.json"
         records = field(str(file), read_json(file, dict, "VQAv2's questions"), "questions", list)
+        check_filled(records, f"{file}: field 'questions'", f"VQAv2's questions of {split}")
         annotations = self._read_annotations() if self.has_answers else {}
         pictures = "val2014" if self.has_answers else "test2015"
         items = [self._item(f"{file}, question {n}", record, pictures, annotations) for n, record in enumerate(records)]

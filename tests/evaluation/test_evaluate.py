@@ -15,7 +15,7 @@ from PIL import Image
 
 import evaluate
 from common.config import load_config
-from common.errors import UserError
+from common.errors import UserError, run_cli
 from evaluation.registry import GROUPS, TASKS
 from evaluation.schema import EvaluationConfig
 from evaluation.task import QuestionTask
@@ -110,6 +110,23 @@ def test_what_is_answered_is_not_asked_again(evaluation, monkeypatch):
     monkeypatch.setattr(ShowoPipeline, "from_config", None)  # when nothing is missing no weights are read
     evaluation.run("gqa,flickr30k")
     assert (evaluation.folder / "results.md").read_text() == table
+
+
+def test_a_broken_picture_ends_the_run_on_the_way(places, tmp_path, monkeypatch, capsys):
+    """Exit code 2 and one line that names it; what was answered is kept, and its repair is all that is missing."""
+    WRITERS["gqa"](tmp_path)
+    broken = tmp_path / "gqa/images/n2.jpg"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    evaluation = Evaluation(places["demo"], tmp_path, tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *evaluation.arguments("gqa", "batch_size=2")])
+    with pytest.raises(SystemExit) as exited:
+        run_cli(evaluate.main)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert exited.value.code == 2 and f"picture {broken} cannot be read" in line
+    assert [line["key"] for line in lines(evaluation.folder / "gqa/answers-000.jsonl")] == ["201", "202"]
+    broken.write_bytes(whole)
+    assert evaluation.run("gqa", "batch_size=2")["gqa"]["items"] == 3
 
 
 @pytest.mark.parametrize(
