@@ -11,7 +11,7 @@ import numpy as np
 
 from common.errors import UserError
 from evaluation.drawing import DrawingTask
-from evaluation.image_scores import FID, check_clip, check_fid, clip_scores
+from evaluation.image_scores import FID, check_clip, check_fid, clip_network, clip_scores, fid_metric
 from evaluation.official_files import check_filled, check_pictures, field, read_json, unique_keys, write_json
 from evaluation.task import Item, Paper, Verdict, ratio
 from models.images import load_image
@@ -58,6 +58,9 @@ class COCO(DrawingTask):
         chosen = rng.sample(sorted(captions), min(CAPTIONS, len(captions)))
         pairs = [(image, *rng.choice(captions[image])) for image in chosen]
         unique_keys([str(key) for _, key, _ in pairs], file, "id")
+        for score, load in (("fid", fid_metric), ("clip", clip_network)):
+            if score in self.scores:
+                load(self.config)  # a network that does not serve is seen before anything is drawn
         return [Item(str(key), text, image=names[image], expected=text) for image, key, text in pairs]
 
     def file_of(self, item) -> str:

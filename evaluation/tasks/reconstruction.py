@@ -13,7 +13,7 @@ from PIL import Image
 from common.errors import UserError
 from common.inputs import required_path
 from evaluation.drawing import save, side_by_side, square
-from evaluation.image_scores import FID, check_fid, need, psnr_and_ssim
+from evaluation.image_scores import FID, check_fid, fid_metric, need, psnr_and_ssim
 from evaluation.official_files import field, read_json, write_json
 from evaluation.task import Item, Task, Verdict, ratio
 from models.images import load_image
@@ -48,6 +48,8 @@ class Reconstruction(Task):
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not files:
             raise UserError(f"reconstruction_images={root} holds no picture; expected {', '.join(SUFFIXES)}")
+        if self.network:
+            fid_metric(self.config)  # a network that does not serve is seen before anything is done
         return [self._item(str(path.relative_to(root)), path) for path in files]
 
     def _item(self, name: str, path: Path) -> Item:

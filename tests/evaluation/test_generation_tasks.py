@@ -13,6 +13,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 import evaluate
 from common.errors import UserError
+from models import ShowoPipeline
 from tests.evaluation.official import save_picture, solid
 
 # ---- GenEval ----
@@ -114,9 +115,11 @@ def test_coco_by_hand(evaluation):
     assert "both sets: shorter side to 16 by PIL's bicubic, centre crop" in row and "CLIPScore by clip" in row
 
 
-def test_coco_compared(evaluation):
-    """FID has no interval, so no p; CLIPScore has both."""
+def test_coco_compared(evaluation, monkeypatch):
+    """FID has no interval, so no p; CLIPScore has both. Comparing needs no networks."""
     evaluation.run("coco")
+    for network in ("fid_metric", "clip_network"):
+        monkeypatch.setattr(f"evaluation.tasks.coco.{network}", None)
     evaluate.main(evaluation.arguments("coco", f"compare={evaluation.folder},{evaluation.folder}"))
     found = json.loads((evaluation.folder / "compare.json").read_text())["tasks"]["coco"]
     assert found["FID-30K"]["difference"] == {"value": 0, "low": None, "high": None} and found["FID-30K"]["p"] is None
@@ -140,12 +143,21 @@ def test_what_is_missing_is_named(evaluation, monkeypatch):
         evaluation.run("coco", "coco_scores=clip")
 
 
-def test_networks_that_do_not_serve(evaluation, tmp_path):
+@pytest.mark.parametrize("task", ["coco", "reconstruction"])
+def test_networks_that_do_not_serve(evaluation, tmp_path, monkeypatch, task):
+    """They are opened before anything is drawn, and before any weights of Show-o are read."""
+    monkeypatch.setattr(ShowoPipeline, "from_config", None)
+    monkeypatch.setattr("evaluation.image_scores.find_spec", lambda name: types.SimpleNamespace())
     (tmp_path / "broken.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match="broken.pt is no TorchScript network"):
-        evaluation.run("coco", f"fid_features={tmp_path / 'broken.pt'}")
-    with pytest.raises(UserError, match="holds no usable CLIP model"):
-        evaluation.run("coco", f"clip_score_model={tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    wrong = [([f"fid_features={tmp_path / 'broken.pt'}"], "broken.pt is no TorchScript network")]
+    wrong += [(["fid_features=null", f"fid_weights={tmp_path / 'broken.pt'}"], "broken.pt does not give the weights")]
+    wrong += [([f"clip_score_model={tmp_path}"], "holds no usable CLIP model")] if task == "coco" else []
+    for settings, message in wrong:
+        with pytest.raises(UserError, match=message):
+            evaluation.run(task, *settings)
+        assert not evaluation.folder.exists()
 
 
 # ---- reconstruction ----
