@@ -30,12 +30,14 @@ class Run:
 
     Args:
         size: items in the files, of which `items` may be a part.
+        model: the settings that all tasks share (`model_settings`).
     """
 
     task: Task
     items: list[Item]
     size: int
     store: AnswerStore
+    model: dict
 
     @classmethod
     def of(cls, task: Task, settings: dict) -> "Run":
@@ -43,7 +45,7 @@ class Run:
         items = task.read_items()
         store = AnswerStore(task.folder, settings | task.settings)
         store.check()
-        return cls(task, thin(items, task.config.max_items), len(items), store)
+        return cls(task, thin(items, task.config.max_items), len(items), store, settings)
 
     def answers(self) -> dict[str, str]:
         """Those there are, by key."""

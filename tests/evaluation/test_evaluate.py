@@ -157,6 +157,20 @@ def test_answers_to_other_questions_do_not_mix(evaluation):
         evaluation.run("flickr30k", "flickr30k_prompt=Describe it.")
 
 
+def test_results_of_earlier_commands_are_kept(evaluation, capsys):
+    """Both files show every task of this model; those of another one are dropped, which one line says."""
+    whole = replace(evaluation, folder=evaluation.folder / "whole")
+    whole.run("emoji_drawing,gqa,pope")
+    evaluation.run("emoji_drawing,gqa")
+    assert list(evaluation.run("pope")) == list(evaluation.run("gqa")) == ["emoji_drawing", "gqa", "pope"]
+    for name in ("results.json", "results.md"):
+        assert (evaluation.folder / name).read_text() == (whole.folder / name).read_text()
+    capsys.readouterr()
+    assert list(evaluation.run("mme", "dtype=bf16")) == ["mme"]
+    assert "results.json loses emoji_drawing, gqa, pope: evaluated with another" in capsys.readouterr().out
+    assert "| gqa |" not in (evaluation.folder / "results.md").read_text()
+
+
 def test_a_part_says_so(evaluation):
     results = evaluation.run("pope", "max_items=7")
     assert results["pope"]["items"] == 6 and "6 of 12 items" in results["pope"]["differs"]
