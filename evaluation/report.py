@@ -211,8 +211,7 @@ def extremes(items: Sequence[Item], verdicts: Sequence[Verdict]) -> list[tuple[s
     def rank(index: int) -> tuple[float, str]:
         return verdicts[index].score, hashlib.sha256(items[index].key.encode()).hexdigest()
 
-    shown = [index for index, item in enumerate(items) if item.preset is None]
-    ranked = sorted(shown, key=rank) if verdicts else []
+    ranked = sorted(range(len(items)), key=rank) if verdicts else []
     number = min(NUM_SHOWN, len(ranked) // 2)
     best, worst = ranked[len(ranked) - number :][::-1], ranked[:number]
     return [("best", index) for index in best] + [("worst", index) for index in worst]

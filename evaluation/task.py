@@ -32,7 +32,6 @@ class Item:
         stratum: part of the benchmark whose size is fixed when groups are resampled.
         facts: what the official record says, for scoring.
         expected: the right answer, for people.
-        preset: an answer that the official rule gives without asking the model.
     """
 
     key: str
@@ -43,7 +42,6 @@ class Item:
     stratum: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     expected: str = ""
-    preset: str | None = None
 
     @property
     def resampled_with(self) -> str:

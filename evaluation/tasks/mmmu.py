@@ -1,7 +1,7 @@
 """MMMU: college questions of thirty subjects, most with four options, some open.
 
-`mmmu/{Subject}/{split}-*.parquet` as the official data set is distributed; the pictures are inside. Prompt, choice of
-the picture and parsing are those of the official repository's LLaVA example.
+`mmmu/{Subject}/{split}-*.parquet` as the official data set is distributed; the pictures are inside. Prompt and parsing
+are those of the official repository's LLaVA example; every question is asked with its first picture.
 """
 
 import ast
@@ -26,14 +26,18 @@ SUFFIXES = {
     OPEN: "Answer the question using a single word or phrase.",
 }
 SIZES = {"dev": 150, "validation": 900, "test": 10500}
-SEVERAL = "INVALID GENERATION FOR MULTIPLE IMAGE INPUTS"  # the official answer to an open question that is not asked
 FIELDS = ("id", "question", "options", "answer", "question_type", "image_1")
 
 
 class MMMU(QuestionTask):
     name = "mmmu"
     headline = "accuracy"
-    paper = Paper(26.7, 27.4, "the validation split is assumed; only the first picture of a question is shown")
+    paper = Paper(
+        26.7,
+        27.4,
+        "the validation split is assumed; only the first picture of a question is shown, also where its options are "
+        "pictures (the official example draws the answer there)",
+    )
 
     @property
     def official_size(self) -> int:
@@ -87,14 +91,7 @@ class MMMU(QuestionTask):
             stratum=subject,
             facts=facts,
             expected=answer,
-            preset=self._preset(key, letters, kind),
         )
-
-    def _preset(self, key: str, letters: dict[str, str], kind: str) -> str | None:
-        """Faithful: where the options hold more than one picture the official example does not ask, it draws."""
-        if sum(text.count("<image ") for text in letters.values()) < 2:
-            return None
-        return self._rng(key).choice(list(letters)) if kind == CHOICE else SEVERAL
 
     def _rng(self, key: str) -> random.Random:
         """The official code draws from one generator; ours is the question's own, whatever else is asked."""
