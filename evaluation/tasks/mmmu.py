@@ -87,7 +87,7 @@ class MMMU(QuestionTask):
             key,
             prompt_of(question, letters, kind),
             partial(open_picture, file, number),
-            f"{subject}/{number}",
+            f"{subject}/{file.stem}/{number}",
             stratum=subject,
             facts=facts,
             expected=answer,

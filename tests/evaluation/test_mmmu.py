@@ -3,9 +3,14 @@
 import json
 import random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from evaluation.mmmu_parsing import normalize, open_is_right, parse_letter, parse_open
+from evaluation.runner import with_pictures
+from tests.evaluation.conftest import Evaluation
+from tests.evaluation.official import mmmu_row
 
 OPTIONS = {"A": "red apple", "B": "blue sky", "C": "$7"}
 
@@ -88,6 +93,19 @@ def test_figures_by_hand(evaluation):
         "validation_Math_1": "A",
         "validation_Math_2": "B",
     }
+
+
+def test_a_subject_in_two_files(places, tmp_path):
+    """Rows of the same number are other questions with other pictures, also within a batch."""
+    folder = tmp_path / "mmmu/Math"
+    folder.mkdir(parents=True)
+    for shard, question in enumerate(("One?", "And two?")):
+        row = mmmu_row(f"validation_Math_{shard}", question, ["x", "y"], "A")
+        pq.write_table(pa.Table.from_pylist([row]), folder / f"validation-0000{shard}-of-00002.parquet")
+    items = Evaluation(places["demo"], tmp_path, tmp_path / "out").prepared("mmmu").items
+    ((first, second),) = with_pictures([items])
+    assert [first.tobytes(), second.tobytes()] == [item.open_image().tobytes() for item in items]
+    assert first.tobytes() != second.tobytes()
 
 
 def test_prompts_and_pictures(evaluation):
