@@ -91,6 +91,7 @@ class Task(ABC):
     unit: ClassVar[str] = "%"
     official_size: ClassVar[int | None] = None  # items in the official files
     paper: ClassVar[Paper | None] = None
+    asked_by: ClassVar[tuple[str, ...]] = ()  # settings that decide what is asked: runs that differ are not compared
     reads_pictures: ClassVar[bool] = True  # whether the model is given `Item.open_image()`
     ceilings: ClassVar[tuple[str, ...]] = ()  # beside the figure "x" stand "x: ceiling", each in a column of its own
 

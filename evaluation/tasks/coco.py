@@ -23,6 +23,7 @@ FID_FILE = "fid.json"
 class COCO(DrawingTask):
     name = "coco"
     official_size = CAPTIONS
+    asked_by = ("captions",)
 
     def __init__(self, config, root, folder) -> None:
         super().__init__(config, root, folder)
@@ -89,9 +90,9 @@ class COCO(DrawingTask):
 
     def set_figures(self, folder: Path, samples, seed) -> dict[str, np.ndarray]:
         """FID without an interval: a resample would take as long as FID itself."""
-        if "fid" not in self.scores:
-            return {}
         file = folder / FID_FILE
+        if "fid" not in self.scores or not file.exists():
+            return {}
         value = field(str(file), read_json(file, dict, "FID as it was calculated"), "FID-30K", float)
         return {"FID-30K": np.array([value])}
 

@@ -19,6 +19,7 @@ class EmojiQuestions(QuestionTask):
     """One question about every picture, of which the answer must be exactly the right one."""
 
     headline = "held-out"
+    asked_by = ("emoji_world",)
 
     @property
     def settings(self):
@@ -63,6 +64,7 @@ class EmojiYesNo(YesNoRule, EmojiQuestions):
 
     name = "emoji_yes_no"
     headline = "held-out accuracy"
+    asked_by = ("emoji_world", "questions")
 
     def items_of(self, picture):
         others = [group for group in GROUPS.values() if group != picture.group]

@@ -206,6 +206,30 @@ def test_runs_that_asked_something_else_are_not_compared(evaluation):
             evaluate.main(evaluation.arguments(tasks, f"compare={first.folder},{second.folder}"))
 
 
+def test_other_questions_under_the_same_names_are_not_compared(evaluation):
+    """Another seed chooses other questions to be answered no."""
+    folders = [evaluation.folder / name for name in "ab"]
+    for seed, folder in enumerate(folders):
+        replace(evaluation, folder=folder).run("emoji_yes_no,emoji_naming", f"seed={seed}")
+    compared = f"compare={folders[0]},{folders[1]}"
+    evaluate.main(evaluation.arguments("emoji_naming", compared))
+    with pytest.raises(UserError, match="not ask the same of emoji_yes_no: questions is seed 0 and seed 1; evaluate"):
+        evaluate.main(evaluation.arguments("emoji_yes_no", compared))
+
+
+def test_a_figure_of_one_run_is_left_out(evaluation):
+    """rFID, and of COCO FID and CLIPScore, which stand for nothing where they were not computed."""
+    folders = [evaluation.folder / name for name in "ab"]
+    settings = (["reconstruction_fid=false", "coco_scores=clip"], ["coco_scores=fid"])
+    for folder, given in zip(folders, settings, strict=True):
+        replace(evaluation, folder=folder).run("reconstruction,coco", *given)
+    evaluate.main(evaluation.arguments("reconstruction,coco", f"compare={folders[0]},{folders[1]}"))
+    found = json.loads((evaluation.folder / "compare.json").read_text())["tasks"]
+    assert "rFID" not in found["reconstruction"] and "PSNR" in found["reconstruction"] and found["coco"] == {}
+    end = "has it: reconstruction rFID, coco CLIPScore, coco FID-30K.\n"
+    assert (evaluation.folder / "compare.md").read_text().endswith(end)
+
+
 def test_a_group_is_its_tasks(evaluation):
     config = load_config(evaluation.arguments("gqa,emoji,emoji_naming"), EvaluationConfig)
     assert [task.name for task in evaluate.choose_tasks(config)] == ["gqa", *GROUPS["emoji"]]
