@@ -35,7 +35,7 @@ KINDS = tuple(kind for split in SPLITS for kind in (split, *(f"{split}, {style}"
 
 def world_settings(folder: Path) -> dict[str, str]:
     """Which world it is: a digest of its manifest, which has the checksums of what was made with the pictures."""
-    return {"emoji_world": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:12]}
+    return {"emoji_manifest": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:12]}
 
 
 def read_world(folder: Path) -> list[Picture]:

@@ -32,7 +32,7 @@ FEATURES = "features.pt"  # what the Fréchet distance is made of, for `compare`
 class EmojiDrawing(DrawingTask):
     name = "emoji_drawing"
     headline = "held-out top-1, features"
-    asked_by = ("emoji_world",)
+    asked_by = ("emoji_manifest",)
     ceilings = (RECONSTRUCTED, REAL)
 
     def __init__(self, config, root, folder) -> None:

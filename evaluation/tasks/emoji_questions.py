@@ -19,7 +19,7 @@ class EmojiQuestions(QuestionTask):
     """One question about every picture, of which the answer must be exactly the right one."""
 
     headline = "held-out"
-    asked_by = ("emoji_world",)
+    asked_by = ("emoji_manifest",)
 
     @property
     def settings(self):
@@ -64,7 +64,7 @@ class EmojiYesNo(YesNoRule, EmojiQuestions):
 
     name = "emoji_yes_no"
     headline = "held-out accuracy"
-    asked_by = ("emoji_world", "questions")
+    asked_by = ("emoji_manifest", "questions")
 
     def items_of(self, picture):
         others = [group for group in GROUPS.values() if group != picture.group]

@@ -105,7 +105,7 @@ def test_answers_about_another_world_do_not_mix(places, tmp_path):
     evaluation.run("emoji_naming")
     manifest = tmp_path / "data/emoji_world/manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sha256": {"shards/train-000000.tar": "x"}}))
-    with pytest.raises(UserError, match="holds answers given with emoji_world="):
+    with pytest.raises(UserError, match="holds answers given with emoji_manifest="):
         evaluation.run("emoji_naming")
 
 

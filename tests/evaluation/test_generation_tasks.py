@@ -4,6 +4,7 @@ import json
 import sys
 import types
 from dataclasses import replace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -143,17 +144,26 @@ def test_what_is_missing_is_named(evaluation, monkeypatch):
         evaluation.run("coco", "coco_scores=clip")
 
 
+def unreachable(*_, **__):
+    raise URLError("no route")
+
+
 @pytest.mark.parametrize("task", ["coco", "reconstruction"])
 def test_networks_that_do_not_serve(evaluation, tmp_path, monkeypatch, task):
     """They are opened before anything is drawn, and before any weights of Show-o are read."""
     monkeypatch.setattr(ShowoPipeline, "from_config", None)
     monkeypatch.setattr("evaluation.image_scores.find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr("torchmetrics.image.fid.FrechetInceptionDistance", unreachable)
     (tmp_path / "broken.pt").write_bytes(b"x")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     wrong = [([f"fid_features={tmp_path / 'broken.pt'}"], "broken.pt is no TorchScript network")]
     wrong += [(["fid_features=null", f"fid_weights={tmp_path / 'broken.pt'}"], "broken.pt does not give the weights")]
-    wrong += [([f"clip_score_model={tmp_path}"], "holds no usable CLIP model")] if task == "coco" else []
+    wrong += [
+        (["fid_features=null"], "the hub does not give the weights of .*Inception .*no route.*; give fid_weights")
+    ]
+    if task == "coco":
+        wrong += [(["coco_scores=clip", f"clip_score_model={tmp_path}"], "holds no usable CLIP model")]
     for settings, message in wrong:
         with pytest.raises(UserError, match=message):
             evaluation.run(task, *settings)
