@@ -111,7 +111,8 @@ def earlier(file: Path, model: dict) -> dict[str, dict]:
     for name, one in tasks.items():
         settings = field(f"{file}, {name}", one, "settings", dict)
         if model == {key: settings.get(key) for key in model}:
-            kept[name] = {"ceilings": []} | one  # which older files do not say
+            one.setdefault("ceilings", [])  # older files do not say
+            kept[name] = one
     if dropped := [name for name in tasks if name not in kept]:
         print(f"{file} loses {', '.join(dropped)}: evaluated with another checkpoint, precision or resolution")
     return kept
