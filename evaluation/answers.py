@@ -42,9 +42,10 @@ class AnswerStore:
             raise UserError(f"{file} is broken; remove {self.folder} or give another output_dir") from None
         for key in dict.fromkeys([*self.settings, *before]):
             if before.get(key) != self.settings.get(key):
+                was, now = (settings.get(key, "not set") for settings in (before, self.settings))
                 raise UserError(
-                    f"{self.folder} holds answers given with {key}={before.get(key)}, now it is "
-                    f"{self.settings.get(key)}; give another output_dir or remove that folder"
+                    f"{self.folder} holds answers given with {key}={was}, now it is {now}; "
+                    "give another output_dir or remove that folder"
                 )
 
     def begin(self) -> None:
@@ -61,7 +62,7 @@ class AnswerStore:
         prompts = {item.key: item.prompt for item in items}
         answers = {}
         for file in sorted(self.folder.glob("answers-*.jsonl")):
-            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # answers may hold U+2028
                 try:
                     record = json.loads(line)
                     key, prompt, answer = record["key"], record["prompt"], record["answer"]

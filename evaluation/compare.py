@@ -22,24 +22,35 @@ def compare(first: Path, second: Path, tasks: Sequence[Task], folder: Path, samp
     Raises:
         UserError: one of them did not finish a task, or they did not ask the same.
     """
-    found = {}
+    found, left_out = {}, []
     for task in tasks:
         if task.has_answers:
-            one, two = (load_counts(evaluation, task) for evaluation in (first, second))
-            two = in_order_of(one, two, task.name, first, second)
-            found[task.name] = differences(one, two, task.figures, samples, seed)
-            sets = [task.set_figures(evaluation / task.name, samples, seed) for evaluation in (first, second)]
-            found[task.name] |= {name: set_difference(values, sets[1][name]) for name, values in sets[0].items()}
+            found[task.name], alone = compare_task(task, first, second, samples, seed)
+            left_out += [f"{task.name} {name}" for name in alone]
     tree = {name: {key: asdict(value) for key, value in figures.items()} for name, figures in found.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "compare.json", {"first": str(first), "second": str(second), "tasks": tree})
-    text = markdown(first, second, found)
+    text = markdown(first, second, found, left_out)
     (folder / "compare.md").write_text(text, encoding="utf-8")
     return text
 
 
-def load_counts(folder: Path, task: Task) -> Counts:
-    """The counts of one task of a finished evaluation."""
+def compare_task(
+    task: Task, first: Path, second: Path, samples: int, seed: int
+) -> tuple[dict[str, Difference], list[str]]:
+    """The figures that both runs have, and the names of those that only one has."""
+    summaries = [load_summary(folder, task) for folder in (first, second)]
+    check_asked(summaries, task, first, second)
+    one, two = (Counts.load(folder / task.name / COUNTS) for folder in (first, second))
+    figures = differences(one, in_order_of(one, two, task.name, first, second), task.figures, samples, seed)
+    sets = [task.set_figures(folder / task.name, samples, seed) for folder in (first, second)]
+    figures |= {name: set_difference(sets[0][name], sets[1][name]) for name in sets[0] if name in sets[1]}
+    own, others = (set(summary["figures"]) for summary in summaries)
+    return {name: value for name, value in figures.items() if name in own & others}, sorted(own ^ others)
+
+
+def load_summary(folder: Path, task: Task) -> dict:
+    """One task of a finished evaluation in its `results.json`."""
     results = read_json(folder / RESULTS, dict, "the results of a finished evaluation")
     done = field(str(folder / RESULTS), results, "tasks", dict)
     if task.name not in done:
@@ -47,7 +58,18 @@ def load_counts(folder: Path, task: Task) -> Counts:
             f"compare: {folder} has no {task.name}, only {', '.join(done) or 'nothing'}; evaluate it there first, or "
             "leave it out of tasks"
         )
-    return Counts.load(folder / task.name / COUNTS)
+    return done[task.name]
+
+
+def check_asked(summaries: Sequence[dict], task: Task, first: Path, second: Path) -> None:
+    """Refuses runs whose items have the same names but are others."""
+    for key in task.asked_by:
+        one, two = (summary["settings"].get(key, "not set") for summary in summaries)
+        if one != two:
+            raise UserError(
+                f"compare: {first} and {second} did not ask the same of {task.name}: {key} is {one} and {two}; "
+                "evaluate one again with what the other has"
+            )
 
 
 def in_order_of(one: Counts, two: Counts, name: str, first: Path, second: Path) -> Counts:
@@ -63,7 +85,7 @@ def in_order_of(one: Counts, two: Counts, name: str, first: Path, second: Path) 
     return Counts([two.groups[index] for index in order], [two.strata[index] for index in order], columns)
 
 
-def markdown(first: Path, second: Path, found: dict[str, dict[str, Difference]]) -> str:
+def markdown(first: Path, second: Path, found: dict[str, dict[str, Difference]], left_out: Sequence[str]) -> str:
     lines = [
         f"First: `{first}`, second: `{second}`. p: two-sided, paired bootstrap.",
         "",
@@ -75,4 +97,5 @@ def markdown(first: Path, second: Path, found: dict[str, dict[str, Difference]])
             cells = [f"{value.first:.1f}", f"{value.second:.1f}", spelled(value.difference)]
             cells.append("" if value.p is None else f"{value.p:.3f}")
             lines.append(f"| {' | '.join([task, name, *cells])} |")
+    lines += ["", f"Left out, since only one of them has it: {', '.join(left_out)}."] if left_out else []
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ from PIL import Image
 
 from common.config import mask_schedule_of
 from evaluation.task import Item, Task
+from models import DrawingOptions
 from models.images import load_image, preprocess
 
 
@@ -27,7 +28,18 @@ class DrawingTask(Task):
         names = ("guidance_scale", "generation_timesteps", "generation_temperature", "seed", "batch_size")
         name, parameters = mask_schedule_of(self.config)
         schedule = " ".join([name, *(f"{key}={value}" for key, value in parameters.items())])
-        return super().settings | {key: self.config[key] for key in names} | {"mask_schedule": schedule}
+        asked = {key: self.config[key] for key in names} | {"mask_schedule": schedule}
+        return super().settings | asked | self._options
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The `drawing.*` keys that are not neutral."""
+        neutral = DrawingOptions()
+        return {f"drawing.{k}": value for k, value in self.config.drawing.items() if value != getattr(neutral, k)}
+
+    def notes(self) -> list[str]:
+        parts = [f"guidance {self.config.guidance_scale:g}", f"{self.config.generation_timesteps} steps"]
+        return [", ".join([*parts, *(f"{key}={value}" for key, value in self._options.items())])]
 
     @abstractmethod
     def file_of(self, item: Item) -> str:
@@ -40,6 +52,7 @@ class DrawingTask(Task):
             timesteps=self.config.generation_timesteps,
             temperature=self.config.generation_temperature,
             generator=generator,
+            options=DrawingOptions(**self.config.drawing),
         )
         return [save(self.folder, self.file_of(item), image) for item, image in zip(items, drawn, strict=True)]
 

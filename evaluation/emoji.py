@@ -3,11 +3,12 @@
 `{data_root}/{emoji_world}/` as `make data-emoji` writes it: `manifest.json` and `images/`.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from evaluation.official_files import check_pictures, field, read_json, unique_keys
+from evaluation.official_files import check_filled, check_pictures, field, read_json, unique_keys
 from training.data.emoji_text import GROUPS, STYLES
 
 SPLITS = ("seen", "held-out")
@@ -32,6 +33,11 @@ class Picture:
 KINDS = tuple(kind for split in SPLITS for kind in (split, *(f"{split}, {style}" for style in STYLES)))
 
 
+def world_settings(folder: Path) -> dict[str, str]:
+    """Which world it is: a digest of its manifest, which has the checksums of what was made with the pictures."""
+    return {"emoji_manifest": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:12]}
+
+
 def read_world(folder: Path) -> list[Picture]:
     """All pictures in the manifest's order.
 
@@ -53,8 +59,7 @@ def read_world(folder: Path) -> list[Picture]:
         style = field(place, record, "style", str, STYLES)
         split = SPLITS[field(place, record, "held_out", bool)]
         pictures.append(Picture(key, name, style, groups[name], split, folder / "images" / f"{key}.png"))
-    if not pictures:
-        raise UserError(f"{file}: field 'pictures' is empty; expected {WHAT}")
+    check_filled(pictures, f"{file}: field 'pictures'", WHAT)
     unique_keys([picture.key for picture in pictures], file, "key")
     check_pictures(
         [picture.path for picture in pictures],

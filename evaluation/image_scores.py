@@ -49,15 +49,7 @@ class FID:
     """
 
     def __init__(self, config) -> None:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        self.size, device = config.fid_size, choose_device(config.device)
-        if config.fid_features:
-            settings = {"feature": _scripted(config.fid_features)}
-        else:
-            weights = config.fid_weights and str(resolve_path(config.fid_weights))
-            settings = {"feature": 2048, "feature_extractor_weights_path": weights}
-        self.metric = FrechetInceptionDistance(**settings, **ALONE).to(device)
+        self.size, self.metric = config.fid_size, fid_metric(config).to(choose_device(config.device))
 
     @torch.inference_mode()
     def add(self, count: int, opened: Callable[[int], Image.Image], *, real: bool) -> None:
@@ -69,6 +61,27 @@ class FID:
 
     def value(self) -> float:
         return float(self.metric.compute())
+
+
+def fid_metric(config):
+    """torchmetrics' FID with its network.
+
+    Raises:
+        UserError: the network does not serve, or its weights cannot be fetched.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    if config.fid_features:
+        return FrechetInceptionDistance(_scripted(config.fid_features), **ALONE)
+    weights = config.fid_weights and str(resolve_path(config.fid_weights))
+    try:
+        return FrechetInceptionDistance(2048, feature_extractor_weights_path=weights, **ALONE)
+    except Exception as error:  # broken files and failing downloads raise almost anything
+        given = f"fid_weights={weights} does not" if weights else "the hub does not"
+        raise UserError(
+            f"FID: {given} give the weights of torch-fidelity's Inception ({_reason(error)}); give fid_weights=FILE, "
+            "or fid_features=FILE, an Inception as TorchScript"
+        ) from None
 
 
 class _Scripted(torch.nn.Module):
@@ -87,7 +100,7 @@ def _scripted(file: str) -> _Scripted:
         network = torch.jit.load(str(resolve_path(file)), map_location="cpu").eval()
         found = network(torch.zeros(2, 3, 299, 299, dtype=torch.uint8))
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1][:160]
+        reason = _reason(error, -1)  # TorchScript's own traceback comes first
         raise UserError(
             f"fid_features={file} is no TorchScript network that takes (B, 3, H, W) uint8 ({reason})"
         ) from None
@@ -104,14 +117,11 @@ def clip_scores(config, images: Iterator[Image.Image], texts: Sequence[str]) -> 
     """CLIPScore of each picture with its text: 100 times the cosine, 0 at least.
 
     Args:
-        config: `clip_score_model`, a folder or a hub name.
-
-    Raises:
-        UserError: there is no usable CLIP model under that name.
+        config: see `clip_network`.
     """
     from torchmetrics.multimodal.clip_score import CLIPScore
 
-    metric = CLIPScore(model_name_or_path=lambda: _clip(config.clip_score_model), **ALONE)
+    metric = CLIPScore(model_name_or_path=lambda: clip_network(config), **ALONE)
     metric = metric.to(choose_device(config.device))
     found = []
     with torch.inference_mode():
@@ -122,8 +132,15 @@ def clip_scores(config, images: Iterator[Image.Image], texts: Sequence[str]) -> 
     return found
 
 
-def _clip(name: str) -> tuple:
-    """Model and processor; torchmetrics expects features, transformers 5 gives them inside an output."""
+def clip_network(config) -> tuple:
+    """Model and processor; torchmetrics expects features, transformers 5 gives them inside an output.
+
+    Args:
+        config: `clip_score_model`, a folder or a hub name.
+
+    Raises:
+        UserError: there is no usable CLIP model under that name.
+    """
     from transformers import CLIPModel, CLIPProcessor
 
     class Features(CLIPModel):
@@ -133,14 +150,19 @@ def _clip(name: str) -> tuple:
         def get_text_features(self, *args, **settings):
             return _pooled(super().get_text_features(*args, **settings))
 
+    name = config.clip_score_model
     located = str(resolve_path(name)) if resolve_path(name).exists() else name
     try:
         return Features.from_pretrained(located).eval(), CLIPProcessor.from_pretrained(located)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    except Exception as error:  # broken files raise almost anything
         raise UserError(
-            f"clip_score_model={name} holds no usable CLIP model with its processor ({reason}); give the folder of one"
+            f"clip_score_model={name} holds no usable CLIP model with its processor ({_reason(error)}); give the "
+            "folder of one"
         ) from None
+
+
+def _reason(error: Exception, line: int = 0) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[line][:160]
 
 
 def _pooled(output) -> torch.Tensor:

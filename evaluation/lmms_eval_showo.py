@@ -68,6 +68,7 @@ class ShowoLmms(lmms):
         loaded = load_config([*given, *([f"device={device}"] if device else [])], InferenceConfig)
         self.pipeline = ShowoPipeline.from_config(loaded)
         self.batch_size, self.generator = int(batch_size), self.pipeline.generator(loaded.seed or 0)
+        self.has_warned = False
 
     def generate_until(self, requests) -> list[str]:
         """An answer to each request; those that are decoded in the same way share batches."""
@@ -115,13 +116,17 @@ class ShowoLmms(lmms):
         raise NotImplementedError("Show-o was tuned on single questions; tasks of several rounds are not supported")
 
     def _picture(self, doc_to_visual, doc_id, task: str, split: str) -> Image.Image:
-        """The first picture of a document."""
+        """The first picture of a document; says once that there are others."""
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         pictures = [visual for visual in visuals if isinstance(visual, Image.Image)]
         if not pictures:
             raise NotImplementedError(
                 f"task {task}, document {doc_id}: Show-o answers questions about one picture each"
             )
+        if len(pictures) > 1 and not self.has_warned:
+            self.has_warned = True
+            text = f"task {task}, document {doc_id} has {len(pictures)} pictures; of each document the first is shown"
+            tqdm.write(f"warning: {text}", file=sys.stderr)
         return pictures[0].convert("RGB")
 
 

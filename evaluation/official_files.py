@@ -1,7 +1,7 @@
 """Reading what others wrote: every mistake names the file, the place in it, the field, and what was expected."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, dict]]:
     """(place, record) of a file with one JSON object a line; blank lines are passed over."""
     existing(path, what)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold U+2028 and U+0085
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text ({error}); expected {what}") from None
     for number, line in enumerate(lines, 1):
@@ -81,6 +81,12 @@ def field(place: str, record: Any, name: str, kind: type | tuple[type, ...], all
     if wrong or (allowed and value not in allowed):
         raise UserError(f"{place}: field {name!r} is {_shown(value)}; expected {expected}")
     return value
+
+
+def check_filled(records: Sized, place: str | Path, what: str) -> None:
+    """Refuses a place that holds no records."""
+    if not len(records):
+        raise UserError(f"{place} is empty; expected {what}")
 
 
 def unique_keys(keys: list[str], file: Path, name: str) -> None:

@@ -6,14 +6,14 @@ sheet `best_worst.png`.
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.contact_sheet import contact_sheet
 from common.tracking import Tracker
 from evaluation.bootstrap import Counts, Estimate, estimates, set_estimate
-from evaluation.official_files import write_json, write_json_lines
+from evaluation.official_files import field, read_json, write_json, write_json_lines
 from evaluation.runner import Run
 from evaluation.task import Item, Verdict
 
@@ -92,13 +92,30 @@ def records(items: Sequence[Item], answers: Sequence[str], verdicts: Sequence[Ve
 
 
 def report(scored: Sequence[Scored], folder: Path, tracker: Tracker) -> str:
-    """Writes the results of all tasks; returns the Markdown table."""
-    write_json(folder / RESULTS, {"tasks": {one.run.task.name: summary(one) for one in scored}})
-    text = markdown(scored)
+    """Writes the results of all tasks, those of earlier commands included; returns the Markdown table."""
+    tasks = earlier(folder / RESULTS, scored[0].run.model) | {one.run.task.name: summary(one) for one in scored}
+    write_json(folder / RESULTS, {"tasks": tasks})
+    text = markdown(tasks)
     (folder / "results.md").write_text(text, encoding="utf-8")
     for one in scored:
         show(one, tracker)
     return text
+
+
+def earlier(file: Path, model: dict) -> dict[str, dict]:
+    """The summaries of earlier commands about the same model; says which others are dropped."""
+    if not file.exists():
+        return {}
+    tasks = field(str(file), read_json(file, dict, "the results of an earlier command"), "tasks", dict)
+    kept = {}
+    for name, one in tasks.items():
+        settings = field(f"{file}, {name}", one, "settings", dict)
+        if model == {key: settings.get(key) for key in model}:
+            one.setdefault("ceilings", [])  # older files do not say
+            kept[name] = one
+    if dropped := [name for name in tasks if name not in kept]:
+        print(f"{file} loses {', '.join(dropped)}: evaluated with another checkpoint, precision or resolution")
+    return kept
 
 
 def summary(one: Scored) -> dict:
@@ -111,45 +128,52 @@ def summary(one: Scored) -> dict:
         "headline": task.headline,
         "unit": task.unit,
         "figures": {name: asdict(figure) for name, figure in one.figures.items()},
+        "ceilings": list(task.ceilings),
         "paper": paper,
         "differs": one.differs,
     }
 
 
-def markdown(scored: Sequence[Scored]) -> str:
-    """The paper's figures beside ours, and below every figure there is."""
+def markdown(tasks: Mapping[str, dict]) -> str:
+    """The paper's figures beside ours, and below every figure there is.
+
+    Args:
+        tasks: their parts of `results.json`, by name.
+    """
     lines = [
         "| task | figure | ours [95 % interval] | paper, 512², VQ | paper, 512², CLIP-ViT | what differs in protocol |",
         "|---|---|---|---|---|---|",
     ]
-    for one in scored:
-        task = one.run.task
-        both = (task.paper.vq, task.paper.clip_vit) if task.paper else (None, None)
+    figures = {
+        name: {figure: Estimate(**value) for figure, value in one["figures"].items()} for name, one in tasks.items()
+    }
+    for name, one in tasks.items():
+        both = (one["paper"]["vq"], one["paper"]["clip_vit"]) if one["paper"] else (None, None)
         paper = [
             "" if value is None else f"{value:.1f}" if value == round(value, 1) else f"{value:g}" for value in both
         ]
-        ours = spelled(one.figures[task.headline]) if task.headline in one.figures else "not scored"
-        lines.append(f"| {' | '.join([task.name, f'{task.headline} ({task.unit})', ours, *paper, one.differs])} |")
-    plain = [one for one in scored if one.figures and not one.run.task.ceilings]
+        ours = spelled(figures[name][one["headline"]]) if one["headline"] in figures[name] else "not scored"
+        row = [name, f"{one['headline']} ({one['unit']})", ours, *paper, one["differs"]]
+        lines.append(f"| {' | '.join(row)} |")
+    plain = [name for name, one in tasks.items() if figures[name] and not one["ceilings"]]
     lines += ["", "| task | figure | value [95 % interval] |", "|---|---|---|"] if plain else []
-    for one in plain:
-        lines += [f"| {one.run.task.name} | {name} | {spelled(value)} |" for name, value in one.figures.items()]
-    for one in scored:
-        lines += beside_ceilings(one) if one.figures and one.run.task.ceilings else []
+    for name in plain:
+        lines += [f"| {name} | {figure} | {spelled(value)} |" for figure, value in figures[name].items()]
+    for name, one in tasks.items():
+        lines += beside_ceilings(name, figures[name], one["ceilings"]) if figures[name] and one["ceilings"] else []
     return "\n".join(lines) + "\n"
 
 
-def beside_ceilings(one: Scored) -> list[str]:
+def beside_ceilings(task: str, figures: Mapping[str, Estimate], ceilings: Sequence[str]) -> list[str]:
     """A table of its own for a task with ceilings: a row a figure."""
-    ceilings = one.run.task.ceilings
     lines = [
         "",
-        f"| {one.run.task.name} | ours [95 % interval] | {' | '.join(ceilings)} |",
+        f"| {task} | ours [95 % interval] | {' | '.join(ceilings)} |",
         "|---|---|" + "---|" * len(ceilings),
     ]
-    for name, value in one.figures.items():
+    for name, value in figures.items():
         if not any(name.endswith(f": {ceiling}") for ceiling in ceilings):
-            beside = [one.figures.get(f"{name}: {ceiling}") for ceiling in ceilings]
+            beside = [figures.get(f"{name}: {ceiling}") for ceiling in ceilings]
             cells = [spelled(value), *("" if figure is None else spelled(figure) for figure in beside)]
             lines.append(f"| {' | '.join([name, *cells])} |")
     return lines
@@ -188,8 +212,7 @@ def extremes(items: Sequence[Item], verdicts: Sequence[Verdict]) -> list[tuple[s
     def rank(index: int) -> tuple[float, str]:
         return verdicts[index].score, hashlib.sha256(items[index].key.encode()).hexdigest()
 
-    shown = [index for index, item in enumerate(items) if item.preset is None]
-    ranked = sorted(shown, key=rank) if verdicts else []
+    ranked = sorted(range(len(items)), key=rank) if verdicts else []
     number = min(NUM_SHOWN, len(ranked) // 2)
     best, worst = ranked[len(ranked) - number :][::-1], ranked[:number]
     return [("best", index) for index in best] + [("worst", index) for index in worst]

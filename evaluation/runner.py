@@ -30,12 +30,14 @@ class Run:
 
     Args:
         size: items in the files, of which `items` may be a part.
+        model: the settings that all tasks share (`model_settings`).
     """
 
     task: Task
     items: list[Item]
     size: int
     store: AnswerStore
+    model: dict
 
     @classmethod
     def of(cls, task: Task, settings: dict) -> "Run":
@@ -43,20 +45,15 @@ class Run:
         items = task.read_items()
         store = AnswerStore(task.folder, settings | task.settings)
         store.check()
-        return cls(task, thin(items, task.config.max_items), len(items), store)
-
-    def answers(self) -> dict[str, str]:
-        """Those there are, by key."""
-        preset = {item.key: item.preset for item in self.items if item.preset is not None}
-        return self.store.read(self.items) | preset
+        return cls(task, thin(items, task.config.max_items), len(items), store, settings)
 
     def missing(self) -> list[Item]:
-        done = self.answers()
+        done = self.store.read(self.items)
         return [item for item in self.items if item.key not in done]
 
     def complete(self) -> list[str]:
         """All answers in the items' order, once all processes are through."""
-        answers = self.answers()
+        answers = self.store.read(self.items)
         if missing := sum(item.key not in answers for item in self.items):
             raise UserError(f"{self.store.folder}: {missing} answers are missing; start the same command again")
         return [answers[item.key] for item in self.items]
@@ -122,7 +119,7 @@ def share(items: Sequence[Item], missing: Sequence[Item], size: int, processes: 
     """The batches of this process of which something is missing."""
     keys = {item.key for item in missing}
     for number, start in enumerate(range(0, len(items), size)):
-        batch = [item for item in items[start : start + size] if item.preset is None]
+        batch = list(items[start : start + size])
         wanted = [item for item in batch if item.key in keys]
         if wanted and number % processes.count == processes.rank:
             yield number, batch, wanted

@@ -32,7 +32,6 @@ class Item:
         stratum: part of the benchmark whose size is fixed when groups are resampled.
         facts: what the official record says, for scoring.
         expected: the right answer, for people.
-        preset: an answer that the official rule gives without asking the model.
     """
 
     key: str
@@ -43,7 +42,6 @@ class Item:
     stratum: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     expected: str = ""
-    preset: str | None = None
 
     @property
     def resampled_with(self) -> str:
@@ -93,6 +91,7 @@ class Task(ABC):
     unit: ClassVar[str] = "%"
     official_size: ClassVar[int | None] = None  # items in the official files
     paper: ClassVar[Paper | None] = None
+    asked_by: ClassVar[tuple[str, ...]] = ()  # settings that decide what is asked: runs that differ are not compared
     reads_pictures: ClassVar[bool] = True  # whether the model is given `Item.open_image()`
     ceilings: ClassVar[tuple[str, ...]] = ()  # beside the figure "x" stand "x: ceiling", each in a column of its own
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from common.errors import UserError
 from evaluation.drawing import DrawingTask
-from evaluation.image_scores import FID, check_clip, check_fid, clip_scores
-from evaluation.official_files import check_pictures, field, read_json, unique_keys, write_json
+from evaluation.image_scores import FID, check_clip, check_fid, clip_network, clip_scores, fid_metric
+from evaluation.official_files import check_filled, check_pictures, field, read_json, unique_keys, write_json
 from evaluation.task import Item, Paper, Verdict, ratio
 from models.images import load_image
 
@@ -23,6 +23,7 @@ FID_FILE = "fid.json"
 class COCO(DrawingTask):
     name = "coco"
     official_size = CAPTIONS
+    asked_by = ("captions",)
 
     def __init__(self, config, root, folder) -> None:
         super().__init__(config, root, folder)
@@ -53,12 +54,14 @@ class COCO(DrawingTask):
             lambda path: f"field 'file_name' ({path.name}) of {file.name}",
             f"COCO's val2014 pictures in {self.root / 'coco/val2014'}",
         )
-        if not captions:
-            raise UserError(f"{file}: field 'annotations' is empty; expected COCO's captions of val2014")
+        check_filled(captions, f"{file}: field 'annotations'", "COCO's captions of val2014")
         rng = random.Random(f"captions {self.config.seed}")
         chosen = rng.sample(sorted(captions), min(CAPTIONS, len(captions)))
         pairs = [(image, *rng.choice(captions[image])) for image in chosen]
         unique_keys([str(key) for _, key, _ in pairs], file, "id")
+        for score, load in (("fid", fid_metric), ("clip", clip_network)):
+            if score in self.scores:
+                load(self.config)  # a network that does not serve is seen before anything is drawn
         return [Item(str(key), text, image=names[image], expected=text) for image, key, text in pairs]
 
     def file_of(self, item) -> str:
@@ -87,16 +90,15 @@ class COCO(DrawingTask):
 
     def set_figures(self, folder: Path, samples, seed) -> dict[str, np.ndarray]:
         """FID without an interval: a resample would take as long as FID itself."""
-        if "fid" not in self.scores:
-            return {}
         file = folder / FID_FILE
+        if "fid" not in self.scores or not file.exists():
+            return {}
         value = field(str(file), read_json(file, dict, "FID as it was calculated"), "FID-30K", float)
         return {"FID-30K": np.array([value])}
 
     def notes(self) -> list[str]:
         config = self.config
-        found = [f"val2014, one caption each of pictures drawn with seed {config.seed}"]
-        found.append(f"guidance {config.guidance_scale:g}, {config.generation_timesteps} steps")
+        found = [f"val2014, one caption each of pictures drawn with seed {config.seed}", *super().notes()]
         if "fid" in self.scores:
             found.append(f"against all {len(self.real)} pictures, through {self.network}")
             found.append(f"both sets: shorter side to {config.fid_size} by PIL's bicubic, centre crop")

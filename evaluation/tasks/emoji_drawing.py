@@ -15,7 +15,7 @@ from PIL import Image
 
 from evaluation import efficientnet
 from evaluation.drawing import DrawingTask, as_bytes, psnr, save, side_by_side, square
-from evaluation.emoji import KINDS, SPLITS, read_world
+from evaluation.emoji import KINDS, SPLITS, read_world, world_settings
 from evaluation.frechet import frechet_figures
 from evaluation.task import Item, Verdict, ratio
 from models.images import load_image
@@ -32,11 +32,16 @@ FEATURES = "features.pt"  # what the Fréchet distance is made of, for `compare`
 class EmojiDrawing(DrawingTask):
     name = "emoji_drawing"
     headline = "held-out top-1, features"
+    asked_by = ("emoji_manifest",)
     ceilings = (RECONSTRUCTED, REAL)
 
     def __init__(self, config, root, folder) -> None:
         super().__init__(config, root, folder)
         efficientnet.check_packages()
+
+    @property
+    def settings(self):
+        return super().settings | world_settings(self.root / self.config.emoji_world)
 
     def read_items(self) -> list[Item]:
         self.world = read_world(self.root / self.config.emoji_world)
@@ -139,10 +144,8 @@ class EmojiDrawing(DrawingTask):
     def notes(self) -> list[str]:
         count = {split: sum(picture.split == split for picture in self.world) for split in SPLITS}
         names = len({picture.name for picture in self.world})
-        return [
-            f"{names} names, {count['seen']} pictures seen and {count['held-out']} held out; guidance "
-            f"{self.config.guidance_scale:g}, {self.config.generation_timesteps} steps"
-        ]
+        world = f"{names} names, {count['seen']} pictures seen and {count['held-out']} held out"
+        return [world, *super().notes()]
 
     def picture(self, item, answer) -> Image.Image:
         """The drawing and, right of it, the real picture."""

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from evaluation.emoji import KINDS, SPLITS, Picture, read_world
+from evaluation.emoji import KINDS, SPLITS, Picture, read_world, world_settings
 from evaluation.task import Item, QuestionTask, Verdict, ratio
 from evaluation.tasks.pope import YesNoRule, yes_no_figures
 from models.images import load_image
@@ -19,6 +19,11 @@ class EmojiQuestions(QuestionTask):
     """One question about every picture, of which the answer must be exactly the right one."""
 
     headline = "held-out"
+    asked_by = ("emoji_manifest",)
+
+    @property
+    def settings(self):
+        return super().settings | world_settings(self.root / self.config.emoji_world)
 
     def read_items(self) -> list[Item]:
         pictures = read_world(self.root / self.config.emoji_world)
@@ -59,6 +64,7 @@ class EmojiYesNo(YesNoRule, EmojiQuestions):
 
     name = "emoji_yes_no"
     headline = "held-out accuracy"
+    asked_by = ("emoji_manifest", "questions")
 
     def items_of(self, picture):
         others = [group for group in GROUPS.values() if group != picture.group]

@@ -18,10 +18,11 @@ import numpy as np
 from common.contact_sheet import contact_sheet
 from common.errors import UserError
 from evaluation.drawing import DrawingTask
-from evaluation.official_files import existing, field, read_json_lines
+from evaluation.official_files import check_filled, existing, field, read_json_lines
 from evaluation.task import Item, Paper, Verdict, ratio, right_by
 
 FILE, RESULTS = "evaluation_metadata.jsonl", "results.jsonl"
+WHAT = "GenEval's prompts, one JSON object a line"
 SAMPLES = 4
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SCRIPT = "evaluation/evaluate_images.py"
@@ -43,15 +44,14 @@ class GenEval(DrawingTask):
     def read_items(self) -> list[Item]:
         file = self.root / "geneval" / FILE
         items = []
-        for index, (place, record) in enumerate(read_json_lines(file, "GenEval's prompts, one JSON object a line")):
+        for index, (place, record) in enumerate(read_json_lines(file, WHAT)):
             prompt, tag = field(place, record, "prompt", str), field(place, record, "tag", str, TAGS)
             field(place, record, "include", list)
             facts = {"metadata": record, "prompt": index}
             for sample in range(SAMPLES):
                 key = f"{index:05d}/samples/{sample:04d}.png"
                 items.append(Item(key, prompt, image=key, group=f"{index:05d}", stratum=tag, facts=facts))
-        if not items:
-            raise UserError(f"{file} is empty; expected GenEval's prompts, one JSON object a line")
+        check_filled(items, file, WHAT)
         return items
 
     def file_of(self, item) -> str:
@@ -124,8 +124,7 @@ class GenEval(DrawingTask):
         } | found
 
     def notes(self) -> list[str]:
-        drawing = f"guidance {self.config.guidance_scale:g}, {self.config.generation_timesteps} steps"
-        return [drawing, *([self.obstacle] if self.obstacle else [])]
+        return super().notes() + ([self.obstacle] if self.obstacle else [])
 
 
 def read_results(file: Path) -> dict[str, tuple[bool, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.official_files import check_pictures, field, read_json, write_json
+from evaluation.official_files import check_filled, check_pictures, field, read_json, write_json
 from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, accuracies, right_by
 from models.images import load_image
 
@@ -23,8 +23,9 @@ class GQA(QuestionTask):
     paper = Paper(58.0, 61.0, "testdev-balanced; compared in lower case without a final full stop, as LLaVA's script")
 
     def read_items(self) -> list[Item]:
-        file = self.root / "gqa" / FILE
-        records = read_json(file, dict, "GQA's questions by their ids")
+        file, what = self.root / "gqa" / FILE, "GQA's questions by their ids"
+        records = read_json(file, dict, what)
+        check_filled(records, file, what)
         items = [self._item(f"{file}, question {key}", key, record) for key, record in records.items()]
         named = {item.image: item.key for item in reversed(items)}
         check_pictures(

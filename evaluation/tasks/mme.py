@@ -84,7 +84,7 @@ def _read_pair(subtask: str, file: Path, pictures: Path) -> list[Item]:
     if image is None:
         raise UserError(f"{file} has no picture; expected {pictures / file.stem}{' or '.join(PICTURES)}")
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as text ({error}); expected {FORM}") from None
     if len(lines) != 2:

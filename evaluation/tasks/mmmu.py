@@ -1,7 +1,7 @@
 """MMMU: college questions of thirty subjects, most with four options, some open.
 
-`mmmu/{Subject}/{split}-*.parquet` as the official data set is distributed; the pictures are inside. Prompt, choice of
-the picture and parsing are those of the official repository's LLaVA example.
+`mmmu/{Subject}/{split}-*.parquet` as the official data set is distributed; the pictures are inside. Prompt and parsing
+are those of the official repository's LLaVA example; every question is asked with its first picture.
 """
 
 import ast
@@ -17,7 +17,7 @@ from PIL import Image
 
 from common.errors import UserError
 from evaluation.mmmu_parsing import open_is_right, parse_letter, parse_open
-from evaluation.official_files import existing, field, unique_keys, write_json
+from evaluation.official_files import check_filled, existing, field, unique_keys, write_json
 from evaluation.task import Item, Paper, QuestionTask, Verdict, ratio, right_by
 
 CHOICE, OPEN = "multiple-choice", "open"
@@ -26,14 +26,18 @@ SUFFIXES = {
     OPEN: "Answer the question using a single word or phrase.",
 }
 SIZES = {"dev": 150, "validation": 900, "test": 10500}
-SEVERAL = "INVALID GENERATION FOR MULTIPLE IMAGE INPUTS"  # the official answer to an open question that is not asked
 FIELDS = ("id", "question", "options", "answer", "question_type", "image_1")
 
 
 class MMMU(QuestionTask):
     name = "mmmu"
     headline = "accuracy"
-    paper = Paper(26.7, 27.4, "the validation split is assumed; only the first picture of a question is shown")
+    paper = Paper(
+        26.7,
+        27.4,
+        "the validation split is assumed; only the first picture of a question is shown, also where its options are "
+        "pictures (the official example draws the answer there)",
+    )
 
     @property
     def official_size(self) -> int:
@@ -65,6 +69,7 @@ class MMMU(QuestionTask):
             raise UserError(f"{file} cannot be read as parquet ({error}); expected MMMU's questions") from None
         if "image_1" not in table.schema_arrow.names:
             raise UserError(f"{file}: field 'image_1' is missing; expected a picture as a struct of bytes and path")
+        check_filled(rows, file, f"MMMU's questions about {file.parent.name}")
         return [self._item(f"{file}, row {n}", file, n, row) for n, row in enumerate(rows.to_pylist())]
 
     def _item(self, place: str, file: Path, number: int, row: dict) -> Item:
@@ -82,18 +87,11 @@ class MMMU(QuestionTask):
             key,
             prompt_of(question, letters, kind),
             partial(open_picture, file, number),
-            f"{subject}/{number}",
+            f"{subject}/{file.stem}/{number}",
             stratum=subject,
             facts=facts,
             expected=answer,
-            preset=self._preset(key, letters, kind),
         )
-
-    def _preset(self, key: str, letters: dict[str, str], kind: str) -> str | None:
-        """Faithful: where the options hold more than one picture the official example does not ask, it draws."""
-        if sum(text.count("<image ") for text in letters.values()) < 2:
-            return None
-        return self._rng(key).choice(list(letters)) if kind == CHOICE else SEVERAL
 
     def _rng(self, key: str) -> random.Random:
         """The official code draws from one generator; ours is the question's own, whatever else is asked."""

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.official_files import check_pictures, field, read_json_lines, unique_keys, write_json_lines
+from evaluation.official_files import (
+    check_filled,
+    check_pictures,
+    field,
+    read_json_lines,
+    unique_keys,
+    write_json_lines,
+)
 from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, ratio
 from models.images import load_image
 
@@ -54,9 +61,9 @@ class POPE(YesNoRule, QuestionTask):
         return self.root / "coco/val2014"
 
     def _read_split(self, split: str) -> list[Item]:
-        file = self.root / "pope" / f"coco_pope_{split}.json"
+        file, what = self.root / f"pope/coco_pope_{split}.json", f"POPE's {split} questions, one JSON object a line"
         items = []
-        for place, record in read_json_lines(file, f"POPE's {split} questions, one JSON object a line"):
+        for place, record in read_json_lines(file, what):
             number = field(place, record, "question_id", int)
             image, text = (field(place, record, name, str) for name in ("image", "text"))
             label = field(place, record, "label", str, ("yes", "no"))
@@ -65,6 +72,7 @@ class POPE(YesNoRule, QuestionTask):
             items.append(
                 Item(f"{split}-{number}", text + SHORT_ANSWER, opened, image, image, facts=facts, expected=label)
             )
+        check_filled(items, file, what)
         unique_keys([item.key for item in items], file, "question_id")
         return items
 

@@ -3,7 +3,9 @@
 A picture is compared as the model sees it: resized and cropped to its resolution, in 8 bits.
 """
 
+import hashlib
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -11,7 +13,7 @@ from PIL import Image
 from common.errors import UserError
 from common.inputs import required_path
 from evaluation.drawing import save, side_by_side, square
-from evaluation.image_scores import FID, check_fid, need, psnr_and_ssim
+from evaluation.image_scores import FID, check_fid, fid_metric, need, psnr_and_ssim
 from evaluation.official_files import field, read_json, write_json
 from evaluation.task import Item, Task, Verdict, ratio
 from models.images import load_image
@@ -32,16 +34,29 @@ class Reconstruction(Task):
         need("torchmetrics", "reconstruction", "pip install 'torchmetrics>=1.4'")
         self.network = check_fid(config) if config.reconstruction_fid else ""
 
+    @property
+    def _folder(self) -> Path:
+        return required_path("reconstruction_images", self.config.reconstruction_images)
+
+    @property
+    def settings(self):
+        """Pictures may be added to the folder between two starts, but not exchanged for those of another."""
+        return super().settings | {"reconstruction_images": str(self._folder.resolve())}
+
     def read_items(self) -> list[Item]:
-        root = required_path("reconstruction_images", self.config.reconstruction_images)
+        root = self._folder
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not files:
             raise UserError(f"reconstruction_images={root} holds no picture; expected {', '.join(SUFFIXES)}")
-        names = [str(path.relative_to(root)) for path in files]
-        return [
-            Item(name, "", partial(load_image, path), name, facts={"file": f"{number:06d}"})
-            for number, (name, path) in enumerate(zip(names, files, strict=True))
-        ]
+        if self.network:
+            fid_metric(self.config)  # a network that does not serve is seen before anything is done
+        return [self._item(str(path.relative_to(root)), path) for path in files]
+
+    def _item(self, name: str, path: Path) -> Item:
+        """Its size belongs to the key, so that a picture that changed is another item, under another file name."""
+        key = f"{name}, {path.stat().st_size} bytes"
+        file = hashlib.sha256(key.encode()).hexdigest()[:16]
+        return Item(key, "", partial(load_image, path), name, facts={"file": file})
 
     def predict(self, model, items, images, generator) -> list[str]:
         codes = model.encode(images)

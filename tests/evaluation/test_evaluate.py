@@ -15,7 +15,7 @@ from PIL import Image
 
 import evaluate
 from common.config import load_config
-from common.errors import UserError
+from common.errors import UserError, run_cli
 from evaluation.registry import GROUPS, TASKS
 from evaluation.schema import EvaluationConfig
 from evaluation.task import QuestionTask
@@ -52,7 +52,7 @@ def test_every_task_with_both_branches(evaluation, places, demo):
         items, questions = run.items, isinstance(run.task, QuestionTask)
         assert [line["key"] for line in predictions] == [item.key for item in items]
         for line, item in list(zip(predictions, items, strict=True))[::7]:
-            if questions and item.preset is None:
+            if questions:
                 answer = pipeline.answer(item.open_image(), item.prompt, max_new_tokens=4)[0][0]
                 assert line["answer"] == answer
                 seen.add(answer)
@@ -112,6 +112,23 @@ def test_what_is_answered_is_not_asked_again(evaluation, monkeypatch):
     assert (evaluation.folder / "results.md").read_text() == table
 
 
+def test_a_broken_picture_ends_the_run_on_the_way(places, tmp_path, monkeypatch, capsys):
+    """Exit code 2 and one line that names it; what was answered is kept, and its repair is all that is missing."""
+    WRITERS["gqa"](tmp_path)
+    broken = tmp_path / "gqa/images/n2.jpg"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    evaluation = Evaluation(places["demo"], tmp_path, tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *evaluation.arguments("gqa", "batch_size=2")])
+    with pytest.raises(SystemExit) as exited:
+        run_cli(evaluate.main)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert exited.value.code == 2 and f"picture {broken} cannot be read" in line
+    assert [line["key"] for line in lines(evaluation.folder / "gqa/answers-000.jsonl")] == ["201", "202"]
+    broken.write_bytes(whole)
+    assert evaluation.run("gqa", "batch_size=2")["gqa"]["items"] == 3
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -138,6 +155,20 @@ def test_answers_to_other_questions_do_not_mix(evaluation):
     evaluation.run("flickr30k")
     with pytest.raises(UserError, match="now asks 'Describe it.'"):
         evaluation.run("flickr30k", "flickr30k_prompt=Describe it.")
+
+
+def test_results_of_earlier_commands_are_kept(evaluation, capsys):
+    """Both files show every task of this model; those of another one are dropped, which one line says."""
+    whole = replace(evaluation, folder=evaluation.folder / "whole")
+    whole.run("emoji_drawing,gqa,pope")
+    evaluation.run("emoji_drawing,gqa")
+    assert list(evaluation.run("pope")) == list(evaluation.run("gqa")) == ["emoji_drawing", "gqa", "pope"]
+    for name in ("results.json", "results.md"):
+        assert (evaluation.folder / name).read_text() == (whole.folder / name).read_text()
+    capsys.readouterr()
+    assert list(evaluation.run("mme", "dtype=bf16")) == ["mme"]
+    assert "results.json loses emoji_drawing, gqa, pope: evaluated with another" in capsys.readouterr().out
+    assert "| gqa |" not in (evaluation.folder / "results.md").read_text()
 
 
 def test_a_part_says_so(evaluation):
@@ -173,6 +204,30 @@ def test_runs_that_asked_something_else_are_not_compared(evaluation):
     for tasks, message in (("pope", "did not ask the same of pope: 1 groups"), ("gqa", "has no gqa, only pope")):
         with pytest.raises(UserError, match=message):
             evaluate.main(evaluation.arguments(tasks, f"compare={first.folder},{second.folder}"))
+
+
+def test_other_questions_under_the_same_names_are_not_compared(evaluation):
+    """Another seed chooses other questions to be answered no."""
+    folders = [evaluation.folder / name for name in "ab"]
+    for seed, folder in enumerate(folders):
+        replace(evaluation, folder=folder).run("emoji_yes_no,emoji_naming", f"seed={seed}")
+    compared = f"compare={folders[0]},{folders[1]}"
+    evaluate.main(evaluation.arguments("emoji_naming", compared))
+    with pytest.raises(UserError, match="not ask the same of emoji_yes_no: questions is seed 0 and seed 1; evaluate"):
+        evaluate.main(evaluation.arguments("emoji_yes_no", compared))
+
+
+def test_a_figure_of_one_run_is_left_out(evaluation):
+    """rFID, and of COCO FID and CLIPScore, which stand for nothing where they were not computed."""
+    folders = [evaluation.folder / name for name in "ab"]
+    settings = (["reconstruction_fid=false", "coco_scores=clip"], ["coco_scores=fid"])
+    for folder, given in zip(folders, settings, strict=True):
+        replace(evaluation, folder=folder).run("reconstruction,coco", *given)
+    evaluate.main(evaluation.arguments("reconstruction,coco", f"compare={folders[0]},{folders[1]}"))
+    found = json.loads((evaluation.folder / "compare.json").read_text())["tasks"]
+    assert "rFID" not in found["reconstruction"] and "PSNR" in found["reconstruction"] and found["coco"] == {}
+    end = "has it: reconstruction rFID, coco CLIPScore, coco FID-30K.\n"
+    assert (evaluation.folder / "compare.md").read_text().endswith(end)
 
 
 def test_a_group_is_its_tasks(evaluation):

@@ -3,6 +3,8 @@
 import json
 import sys
 import types
+from dataclasses import replace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from transformers import CLIPModel, CLIPProcessor
 
 import evaluate
 from common.errors import UserError
-from tests.evaluation.official import solid
+from models import ShowoPipeline
+from tests.evaluation.official import save_picture, solid
 
 # ---- GenEval ----
 
@@ -113,9 +116,11 @@ def test_coco_by_hand(evaluation):
     assert "both sets: shorter side to 16 by PIL's bicubic, centre crop" in row and "CLIPScore by clip" in row
 
 
-def test_coco_compared(evaluation):
-    """FID has no interval, so no p; CLIPScore has both."""
+def test_coco_compared(evaluation, monkeypatch):
+    """FID has no interval, so no p; CLIPScore has both. Comparing needs no networks."""
     evaluation.run("coco")
+    for network in ("fid_metric", "clip_network"):
+        monkeypatch.setattr(f"evaluation.tasks.coco.{network}", None)
     evaluate.main(evaluation.arguments("coco", f"compare={evaluation.folder},{evaluation.folder}"))
     found = json.loads((evaluation.folder / "compare.json").read_text())["tasks"]["coco"]
     assert found["FID-30K"]["difference"] == {"value": 0, "low": None, "high": None} and found["FID-30K"]["p"] is None
@@ -139,12 +144,30 @@ def test_what_is_missing_is_named(evaluation, monkeypatch):
         evaluation.run("coco", "coco_scores=clip")
 
 
-def test_networks_that_do_not_serve(evaluation, tmp_path):
+def unreachable(*_, **__):
+    raise URLError("no route")
+
+
+@pytest.mark.parametrize("task", ["coco", "reconstruction"])
+def test_networks_that_do_not_serve(evaluation, tmp_path, monkeypatch, task):
+    """They are opened before anything is drawn, and before any weights of Show-o are read."""
+    monkeypatch.setattr(ShowoPipeline, "from_config", None)
+    monkeypatch.setattr("evaluation.image_scores.find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr("torchmetrics.image.fid.FrechetInceptionDistance", unreachable)
     (tmp_path / "broken.pt").write_bytes(b"x")
-    with pytest.raises(UserError, match="broken.pt is no TorchScript network"):
-        evaluation.run("coco", f"fid_features={tmp_path / 'broken.pt'}")
-    with pytest.raises(UserError, match="holds no usable CLIP model"):
-        evaluation.run("coco", f"clip_score_model={tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    wrong = [([f"fid_features={tmp_path / 'broken.pt'}"], "broken.pt is no TorchScript network")]
+    wrong += [(["fid_features=null", f"fid_weights={tmp_path / 'broken.pt'}"], "broken.pt does not give the weights")]
+    wrong += [
+        (["fid_features=null"], "the hub does not give the weights of .*Inception .*no route.*; give fid_weights")
+    ]
+    if task == "coco":
+        wrong += [(["coco_scores=clip", f"clip_score_model={tmp_path}"], "holds no usable CLIP model")]
+    for settings, message in wrong:
+        with pytest.raises(UserError, match=message):
+            evaluation.run(task, *settings)
+        assert not evaluation.folder.exists()
 
 
 # ---- reconstruction ----
@@ -156,11 +179,13 @@ def test_reconstruction_by_hand(evaluation):
     rFID of the mean grey: means 150 and 155, variances 5000 and 4050: 25 + 9050 − 2 · √(5000 · 4050) = 75.
     """
     folder = evaluation.folder / "reconstruction"
-    for number, (grey, codes) in enumerate(((110, [0, 0]), (200, [63, 63]))):
-        solid(folder / f"images/{number:06d}.png", grey)
-        np.save(folder / f"images/{number:06d}.npy", np.array(codes, dtype=np.int32))
+    answers = {}
+    items = evaluation.prepared("reconstruction").items
+    for item, (grey, codes) in zip(items, ((110, [0, 0]), (200, [63, 63])), strict=True):
+        answers[item.key] = f"images/{item.facts['file']}.png"
+        solid(folder / answers[item.key], grey)
+        np.save(folder / f"images/{item.facts['file']}.npy", np.array(codes, dtype=np.int32))
     (folder / "codebook.json").write_text('{"codebook_size": 64}')
-    answers = {"a.png": "images/000000.png", "more/b.JPG": "images/000001.png"}
     figures = evaluation.answer("reconstruction", answers)
     first = 20 * np.log10(255 / 10)
     ssim = (2 * 100 * 110 + (0.01 * 255) ** 2) / (100**2 + 110**2 + (0.01 * 255) ** 2)
@@ -174,5 +199,25 @@ def test_reconstruction_by_hand(evaluation):
 def test_reconstruction_of_the_model(evaluation):
     found = evaluation.run("reconstruction", "batch_size=1", "reconstruction_fid=false")["reconstruction"]["figures"]
     assert "rFID" not in found and 1 <= found["codes used"]["value"] <= 32
-    codes = np.load(evaluation.folder / "reconstruction/images/000001.npy")
-    assert codes.shape == (16,)
+    files = list((evaluation.folder / "reconstruction/images").glob("*.npy"))
+    assert len(files) == 2 and np.load(files[0]).shape == (16,)
+
+
+def test_reconstruction_of_a_folder_that_changed(evaluation, tmp_path):
+    """What is there stays with its picture when others come or one changes; another folder is refused."""
+    pictures, settings = tmp_path / "pictures", ["reconstruction_fid=false"]
+    settings.append(f"reconstruction_images={pictures}")
+    for name, grey in (("b.png", 40), ("c.png", 200)):
+        solid(pictures / name, grey)
+    evaluation.run("reconstruction", *settings)
+    solid(pictures / "a.png", 120)
+    save_picture(pictures / "c.png", 3)
+    before = (evaluation.folder / "reconstruction/answers-000.jsonl").read_text()
+    grown = evaluation.run("reconstruction", *settings)["reconstruction"]["figures"]
+    asked = (evaluation.folder / "reconstruction/answers-000.jsonl").read_text().removeprefix(before)
+    assert [json.loads(line)["image"] for line in asked.splitlines()] == ["a.png", "c.png"]
+    anew = replace(evaluation, folder=tmp_path / "anew").run("reconstruction", *settings)["reconstruction"]["figures"]
+    assert grown == anew
+    solid(tmp_path / "other/b.png", 41)
+    with pytest.raises(UserError, match="reconstruction_images=.*pictures, now it is .*other"):
+        evaluation.run("reconstruction", *settings[:1], f"reconstruction_images={tmp_path / 'other'}")

@@ -93,6 +93,16 @@ def test_generate_until(plugin, places):
         model.generate_until([request("No picture?", short, 0, lambda doc: [])])
 
 
+def test_further_pictures_are_dropped_with_one_warning(plugin, places, capsys):
+    model, kwargs = made(plugin, places), {"max_new_tokens": 3}
+    several = [request("Which?", kwargs, n, lambda doc: [doc["picture"], DOCS[2]["picture"]]) for n in (0, 1)]
+    answers = model.generate_until(several)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert "task task, document 0 has 2 pictures; of each document the first is shown" in line
+    assert answers == model.generate_until([request("Which?", kwargs, n) for n in (0, 1)])
+    assert "warning: " not in capsys.readouterr().err
+
+
 def test_sampling_follows_the_request(plugin, places):
     """A temperature draws; the same seed draws the same."""
     kwargs = {"max_new_tokens": 8, "temperature": 2.0}

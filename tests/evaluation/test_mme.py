@@ -2,7 +2,8 @@
 
 import pytest
 
-from evaluation.tasks.mme import COGNITION, PERCEPTION, SUBTASKS, parse_yes_no_other
+from evaluation.tasks.mme import COGNITION, PERCEPTION, SUBTASKS, _read_pair, parse_yes_no_other
+from tests.evaluation.official import save_picture
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,15 @@ from evaluation.tasks.mme import COGNITION, PERCEPTION, SUBTASKS, parse_yes_no_o
 )
 def test_the_official_parser(answer, parsed):
     assert parse_yes_no_other(answer) == parsed
+
+
+def test_only_a_newline_ends_a_question(tmp_path):
+    save_picture(tmp_path / "1.jpg", 0)
+    (tmp_path / "1.txt").write_text("Is it\u2028red?\tYes\nIs it blue?\tNo\n", encoding="utf-8")
+    assert [item.prompt for item in _read_pair("color", tmp_path / "1.txt", tmp_path)] == [
+        "Is it\u2028red?",
+        "Is it blue?",
+    ]
 
 
 def test_figures_by_hand(evaluation):

@@ -3,9 +3,14 @@
 import json
 import random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from evaluation.mmmu_parsing import normalize, open_is_right, parse_letter, parse_open
+from evaluation.runner import with_pictures
+from tests.evaluation.conftest import Evaluation
+from tests.evaluation.official import mmmu_row
 
 OPTIONS = {"A": "red apple", "B": "blue sky", "C": "$7"}
 
@@ -75,32 +80,32 @@ def test_normalize():
     assert [normalize(text) for text in (" 1,000.128 ", "Cat", "X")] == [[1000.13], ["cat"], [" x", "x "]]
 
 
-ANSWERS = {"validation_Accounting_1": "(B)", "validation_Accounting_2": "about 3.43", "validation_Math_2": "two"}
-
-
 def test_figures_by_hand(evaluation):
-    """A question whose options hold several pictures is not asked but drawn, as in the official example."""
-    run = evaluation.prepared("mmmu")
-    drawn = next(item.preset for item in run.items if item.key == "validation_Math_1")
-    assert drawn in "AB"
-    figures = evaluation.answer("mmmu", ANSWERS | {"validation_Math_2": "B"})
-    drawn_right = 1 if drawn == "A" else 0
-    assert figures == pytest.approx(
-        {
-            "accuracy": 100 * (2 + drawn_right) / 4,
-            "multiple-choice": 100 * (1 + drawn_right) / 3,
-            "open": 100,
-            "Accounting": 100,
-            "Math": 100 * drawn_right / 2,
-        }
-    )
+    """Math_1, whose options are pictures, is asked like the others, with its first picture."""
+    answers = {"validation_Accounting_1": "(B)", "validation_Accounting_2": "about 3.43"}
+    figures = evaluation.answer("mmmu", answers | {"validation_Math_1": "A", "validation_Math_2": "B"})
+    parts = {"multiple-choice": 200 / 3, "open": 100, "Accounting": 100, "Math": 50}
+    assert figures == pytest.approx({"accuracy": 75} | parts)
     predictions = json.loads(evaluation.submission("mmmu", "validation_predictions.json"))
     assert predictions == {
         "validation_Accounting_1": "B",
         "validation_Accounting_2": "about 3.43",
-        "validation_Math_1": drawn,
+        "validation_Math_1": "A",
         "validation_Math_2": "B",
     }
+
+
+def test_a_subject_in_two_files(places, tmp_path):
+    """Rows of the same number are other questions with other pictures, also within a batch."""
+    folder = tmp_path / "mmmu/Math"
+    folder.mkdir(parents=True)
+    for shard, question in enumerate(("One?", "And two?")):
+        row = mmmu_row(f"validation_Math_{shard}", question, ["x", "y"], "A")
+        pq.write_table(pa.Table.from_pylist([row]), folder / f"validation-0000{shard}-of-00002.parquet")
+    items = Evaluation(places["demo"], tmp_path, tmp_path / "out").prepared("mmmu").items
+    ((first, second),) = with_pictures([items])
+    assert [first.tobytes(), second.tobytes()] == [item.open_image().tobytes() for item in items]
+    assert first.tobytes() != second.tobytes()
 
 
 def test_prompts_and_pictures(evaluation):

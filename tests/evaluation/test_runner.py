@@ -3,6 +3,8 @@
 import pytest
 from PIL import Image
 
+from evaluation.answers import AnswerStore
+from evaluation.official_files import read_json_lines, write_json_lines
 from evaluation.processes import Processes
 from evaluation.runner import share, thin, with_pictures
 from evaluation.task import Item
@@ -41,3 +43,14 @@ def test_a_picture_that_recurs_is_read_once():
     batches = list(with_pictures([items[:3], items[3:]]))
     assert sorted(read) == ["a", "b", "c"]
     assert batches[0][0] is batches[0][1] and len(batches[1]) == 1
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    """Other separators of Unicode stand in texts as they are: `json.dumps` escapes none of them."""
+    text = "one\u2028two\u2029three\x85four"
+    store, item = AnswerStore(tmp_path, {}), Item("1", f"{text}?")
+    store.add(0, [item], [text])
+    assert store.read([item]) == {"1": text}
+    write_json_lines(tmp_path / "lines.jsonl", [{"text": text}, {"text": "x"}])
+    found = list(read_json_lines(tmp_path / "lines.jsonl", "lines"))
+    assert [record["text"] for _, record in found] == [text, "x"] and found[1][0].endswith("line 2")

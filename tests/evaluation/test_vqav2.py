@@ -68,17 +68,27 @@ def test_ten_answers(answer, humans, score):
 def test_figures_by_hand(evaluation):
     figures = evaluation.answer("vqav2", {"9001": "two", "9002": "yes", "9003": "dont know"})
     parts = {"number": 90, "yes/no": 100, "other": 100 * (2 / 3 * 8 + 1 / 3 * 2) / 10}
-    assert figures == pytest.approx(parts | {"accuracy": sum(parts.values()) / 3})
+    accuracy = sum(parts.values()) / 3
+    assert figures == pytest.approx(parts | {"accuracy": accuracy, "accuracy of answers as they came": accuracy})
     results = json.loads(evaluation.submission("vqav2", "v2_OpenEnded_mscoco_val2014_showo_results.json"))
-    assert results[0] == {"question_id": 9001, "answer": "two"} and len(results) == 3
+    assert results[0] == {"question_id": 9001, "answer": "2"} and len(results) == 3
+
+
+def test_an_answer_is_normalised_before_the_official_rule(evaluation):
+    """Ten people say "yes": "Yes." is right, also on the server; the bare rule, which compares the texts, gives 0."""
+    figures = evaluation.answer("vqav2", {"9001": "3", "9002": "Yes.\n", "9003": "A cat"})
+    assert figures["yes/no"] == figures["accuracy"] == 100
+    assert figures["accuracy of answers as they came"] == pytest.approx(200 / 3)
+    results = json.loads(evaluation.submission("vqav2", "v2_OpenEnded_mscoco_val2014_showo_results.json"))
+    assert [one["answer"] for one in results] == ["3", "yes", "cat"]
 
 
 def test_test_dev_is_for_the_server(places, tmp_path):
     write_vqav2(tmp_path / "data", "test-dev2015", "test2015")
     evaluation = Evaluation(places["demo"], tmp_path / "data", tmp_path / "out")
-    assert evaluation.answer("vqav2", {"9001": "a", "9002": "b", "9003": "c"}, "vqav2_split=test-dev") == {}
+    assert evaluation.answer("vqav2", {"9001": "A dog.", "9002": "b", "9003": "c"}, "vqav2_split=test-dev") == {}
     results = json.loads(evaluation.submission("vqav2", "v2_OpenEnded_mscoco_test-dev2015_showo_results.json"))
-    assert [one["answer"] for one in results] == ["a", "b", "c"]
+    assert [one["answer"] for one in results] == ["dog", "b", "c"]
     assert "| not scored |" in (tmp_path / "out/results.md").read_text()
 
 

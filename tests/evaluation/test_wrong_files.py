@@ -62,6 +62,10 @@ def written(name: str, text: str):
     return lambda root: (root / name).write_text(text)
 
 
+def without_rows(name: str):
+    return lambda root: pq.write_table(pq.read_table(root / name)[:0], root / name)
+
+
 def removed(name: str):
     return lambda root: (root / name).unlink()
 
@@ -74,6 +78,7 @@ FLICKR = "flickr30k/dataset_flickr30k.json"
 GENEVAL = "geneval/evaluation_metadata.jsonl"
 COCO = "coco/annotations/captions_val2014.json"
 EMOJI = "emoji_world/manifest.json"
+MATH = "mmmu/Math/validation-00000-of-00001.parquet"
 MME = "mme/MME_Benchmark_release_version"
 
 
@@ -86,6 +91,7 @@ MME = "mme/MME_Benchmark_release_version"
         ("pope", line_edited(POPE, 0, question_id="1"), ["field 'question_id' is \"1\"; expected a whole number"]),
         ("pope", line_edited(POPE, 0, question_id=2), ["'question_id' has the value popular-2 twice"]),
         ("pope", written(POPE, "[\n"), [f"{POPE}, line 1 is no JSON", "one JSON object a line"]),
+        ("pope", written(POPE, "\n"), [f"{POPE} is empty; expected POPE's popular questions"]),
         ("pope", written(POPE, "[1]\n"), ["line 1 holds [1]; expected a record with the field 'question_id'"]),
         (
             "pope",
@@ -101,12 +107,18 @@ MME = "mme/MME_Benchmark_release_version"
             ["OCR does not exist; expected the folder of MME"],
         ),
         ("gqa", written(GQA, "{"), [f"{GQA} cannot be read as JSON"]),
+        ("gqa", written(GQA, "{}"), [f"{GQA} is empty; expected GQA's questions by their ids"]),
         ("gqa", written(GQA, "[]"), ["holds []; expected a group of fields: GQA's questions"]),
         ("gqa", edited(GQA, lambda t: t["202"].pop("imageId")), ["question 202: field 'imageId' is missing"]),
         ("gqa", edited(GQA, lambda t: t["202"]["types"].clear()), ["field 'types': field 'structural' is missing"]),
         ("gqa", removed("gqa/images/n2.jpg"), ["named by field 'imageId' of question 203"]),
         ("vqav2", removed(ANNOTATIONS), [ANNOTATIONS, "expected VQAv2's annotations"]),
         ("vqav2", edited(QUESTIONS, lambda t: t.pop("questions")), ["field 'questions' is missing", "expected a list"]),
+        (
+            "vqav2",
+            edited(QUESTIONS, lambda t: t.update(questions=[])),
+            [f"{QUESTIONS}: field 'questions' is empty; expected VQAv2's questions of val2014"],
+        ),
         (
             "vqav2",
             edited(ANNOTATIONS, lambda t: t["annotations"][0]["answers"].pop()),
@@ -127,7 +139,8 @@ MME = "mme/MME_Benchmark_release_version"
         ("flickr30k", edited(FLICKR, lambda t: t.update(images=[])), ["no image has 'test' in the field 'split'"]),
         ("flickr30k", removed("flickr30k/flickr30k-images/3.jpg"), ["3.jpg, named by field 'filename' of imgid 2"]),
         ("mmmu", lambda root: (root / "mmmu").rename(root / "x"), ["mmmu does not exist; expected MMMU's subjects"]),
-        ("mmmu", written("mmmu/Math/validation-00000-of-00001.parquet", "x"), ["cannot be read as parquet"]),
+        ("mmmu", without_rows(MATH), [f"{MATH} is empty; expected MMMU's questions about Math"]),
+        ("mmmu", written(MATH, "x"), ["cannot be read as parquet"]),
         ("geneval", removed(GENEVAL), [GENEVAL, "does not exist; expected GenEval's prompts"]),
         (
             "geneval",
