@@ -81,7 +81,7 @@ class ResultFolder:
 def _files_of(lines: Path) -> set[str]:
     """Pictures that the results file of an earlier run names; nothing outside its folder."""
     names = set()
-    for line in lines.read_text(encoding="utf-8", errors="replace").splitlines() if lines.is_file() else ():
+    for line in lines.read_text(encoding="utf-8", errors="replace").split("\n") if lines.is_file() else ():
         try:
             name = json.loads(line).get("file")
         except (json.JSONDecodeError, AttributeError):
