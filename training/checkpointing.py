@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import RNG_STATE_NAME, load
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
@@ -266,6 +267,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
         state = TrainState(int(content["global_step"]))
         before = content.get("num_processes", 1)
         same = before == accelerator.num_processes
+        if same:  # accelerate passes over random states that it cannot read
+            load(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
         with nullcontext(folder) if same else readable_by_any_number(accelerator, folder) as readable:
             accelerator.load_state(str(readable))
         if same:

@@ -213,6 +213,8 @@ def cut(file) -> None:
         ("optimizer.bin", lambda f: f.write_bytes(b"")),
         ("optimizer.bin", lambda f: f.unlink()),
         ("custom_checkpoint_0.pkl", lambda f: f.write_bytes(b"junk")),
+        ("random_states_0.pkl", cut),
+        ("random_states_0.pkl", lambda f: f.unlink()),
         ("average.pt", cut),
     ],
 )
