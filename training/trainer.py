@@ -224,7 +224,7 @@ class Trainer:
                 self.finite.dropped = counts["nonfinite_batches"]
             for name, flow in self.flows.items():
                 if name in self.state.streams:
-                    flow.load_state_dict(self.state.streams[name])
+                    self.resume_flow(name, flow)
             how = ""
         else:
             self.state.global_step = self.start.step
@@ -232,6 +232,14 @@ class Trainer:
                 self.schedule.step()
             how = " with its weights only: optimiser, random numbers and data begin anew"
         self.accelerator.print(f"continuing from {self.start.folder}, step {self.state.global_step}{how}")
+
+    def resume_flow(self, name: str, flow) -> None:
+        try:
+            flow.load_state_dict(self.state.streams[name])
+        except UserError as error:  # another number of workers, if the change was accepted
+            if not self.config.experiment.accept_config_changes:
+                raise
+            self.accelerator.print(f"{name}: {error}. Its data begins anew")
 
     def save(self) -> None:
         self.state.streams = {name: flow.state_dict() for name, flow in self.flows.items()}

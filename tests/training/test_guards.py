@@ -4,15 +4,17 @@ import errno
 import json
 import resource
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from omegaconf import OmegaConf
 
 from common.errors import UserError
 from models import Showo
 from tests.training.tiny import config_of, metrics_of
-from training.checkpointing import checkpoints
+from training.checkpointing import check_same_config, checkpoints
 from training.guards import FiniteLosses, check_writable, full_disk_as_user_error, only_run_in
 from training.processes import Agreement
 from training.trainer import Trainer
@@ -170,6 +172,34 @@ def test_a_changed_configuration_is_refused_with_the_changes_listed(world, tmp_p
     assert "log_every" not in message and "experiment.accept_config_changes=true" in message
     allowed = changes | {"experiment.accept_config_changes": True, "training.max_train_steps": 7}
     assert run(world, tmp_path / "out", allowed).state.global_step == 7
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ({}, {"experiment.max_train_examples_t2i": 5}, "experiment.max_train_examples_t2i None → 5"),
+        ({}, {"mask_schedule.params.power": 2}, "mask_schedule.params {} → {'power': 2}"),
+        ({"mask_schedule.params.power": 2}, {}, "mask_schedule.params {'power': 2} → {}"),
+        ({}, {"dataset.params.num_workers": 3}, "dataset.params.num_workers 0 → 3"),
+        ({}, {"dataset.params.max_skipped_fraction": 0.5, "experiment.save_every": 77}, ""),
+    ],
+)
+def test_a_change_counts_if_it_changes_what_is_learnt(world, tmp_path, before, now, told):
+    OmegaConf.save(config_of(world, overrides=before), tmp_path / "config.yaml")
+    with pytest.raises(UserError) if told else nullcontext() as error:
+        check_same_config(tmp_path, config_of(world, overrides=now))
+    assert not told or f": {told}. Take the changes back" in str(error.value)
+
+
+def test_another_number_of_workers_begins_the_data_anew_if_it_is_accepted(world, tmp_path, finished, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    accepted = {"dataset.params.num_workers": 2, "experiment.accept_config_changes": True}
+    trainer = make_trainer(world, tmp_path / "out", accepted)
+    trainer.resume()
+    told = capsys.readouterr().out
+    assert "lm: the checkpoint was made with 1 loader workers, dataset.params.num_workers is 2" in told
+    assert told.count("Its data begins anew") == 3
+    assert trainer.state.global_step == 6 and all(flow.batches == 0 for flow in trainer.flows.values())
 
 
 # ---- stages ----
