@@ -105,6 +105,21 @@ def test_files_of_another_kind_are_refused_by_name(world, flow, kind, file):
         flows_of(world, overrides)
 
 
+@pytest.mark.parametrize(
+    ("flow", "address"),
+    [
+        ("lm", "https://host/a.jsonl"),
+        ("lm", "pipe:cat a.parquet"),
+        ("lm", "pipe:cat a"),
+        ("t2i", "https://h/a.parquet"),
+    ],
+)
+def test_only_shards_are_read_from_addresses(world, flow, address):
+    with pytest.raises(UserError, match=re.escape(f"got {address}; only shards can be read from an address: fetch")):
+        check_data(config_of(world, overrides={path_of(flow): address}))
+    check_data(config_of(world, overrides={path_of("t2i"): "https://host/a.tar", path_of("mmu"): "pipe:aws cp s3://a"}))
+
+
 def test_a_flow_reads_files_of_one_sort(world):
     (world / "more.txt").write_text("words")
     mixed = {path_of("lm"): f"[{world / 'texts.parquet'}, {world / 'more.txt'}]"}
