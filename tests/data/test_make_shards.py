@@ -161,6 +161,15 @@ def test_parquet_with_plain_bytes_lists_of_captions_and_paths(tmp_path):
     assert texts(run(folder, overwrite=True)[0]) == ["by path"]
 
 
+def test_a_caption_that_is_no_utf_8_is_skipped(tmp_path):
+    folder = hub_data_set(tmp_path / "hub", hub_rows(CAPTIONS[:2]))
+    file = folder / "data/train-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(file), file, compression="none", use_dictionary=False)
+    file.write_bytes(file.read_bytes().replace(CAPTIONS[1].encode(), b"\xff" * len(CAPTIONS[1])))
+    samples, manifest = run(folder)
+    assert texts(samples) == CAPTIONS[:1] and manifest["skipped"] == {"malformed_item": 1}
+
+
 def test_a_hub_data_set_of_several_splits_wants_one_named(tmp_path):
     folder = hub_data_set(tmp_path / "hub", hub_rows(CAPTIONS[:3]))
     hub_data_set(folder, hub_rows(CAPTIONS[3:5]), "validation-00000-of-00001")

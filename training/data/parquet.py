@@ -78,7 +78,7 @@ class ParquetUnits:
             with pyarrow.parquet.ParquetFile(path) as content:
                 batches = content.iter_batches(ROWS, [group], columns=list(names), use_threads=False)
                 for batch in batches:
-                    for row in _rows_of(batch):
+                    for row in rows_of(batch):
                         key = f"{path}: row group {group}, row {number}"
                         number += 1
                         if isinstance(row, UnicodeDecodeError):
@@ -92,14 +92,14 @@ class ParquetUnits:
             yield Skipped(TRUNCATED_SHARD, f"{path}: row group {group}: {error}", max(1, rows - number))
 
 
-def _rows_of(batch: pyarrow.RecordBatch) -> list[dict | UnicodeDecodeError]:
+def rows_of(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict | UnicodeDecodeError]:
     """The rows as Python values, or why one cannot be had: parquet promises UTF-8, but not all writers keep it."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
         if len(batch) == 1:
             return [error]
-        return [row for number in range(len(batch)) for row in _rows_of(batch.slice(number, 1))]
+        return [row for number in range(len(batch)) for row in rows_of(batch.slice(number, 1))]
 
 
 def _read_footer(path: str) -> _Footer:
