@@ -74,9 +74,9 @@ class Trainer:
             "machines share",
         )
         device = self.accelerator.device
+        check_data(config)  # before anything is loaded
         if self.start and not self.start.weights and not config.experiment.accept_config_changes:
             check_same_config(self.start.folder, config)
-        check_data(config)  # before anything is loaded
         self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
         prompting = make_prompting(config)
         flow_arguments = {
