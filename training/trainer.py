@@ -45,7 +45,7 @@ from training.parts import (
     make_prompting,
     make_vq_model,
 )
-from training.processes import Agreement, is_sharded, make_accelerator, whole_weights
+from training.processes import Agreement, is_sharded, make_accelerator, whole, whole_weights
 from training.samples import GENERATED_PANEL, PREDICTED_PANEL, draw, predict_masked
 
 
@@ -156,13 +156,14 @@ class Trainer:
     def step(self) -> OmniBatch:
         """One optimiser step over `gradient_accumulation_steps` batches of every flow; returns the last batch."""
         training, started = self.config.training, time.perf_counter()
-        self.data_time = 0.0
+        self.data_time, keys = 0.0, []
         for _ in range(training.gradient_accumulation_steps):
             with self.accelerator.accumulate(self.wrapped):
                 batch, out = self.finite_batch()
+                keys += batch.keys
                 self.accelerator.backward(out.loss)
                 if self.accelerator.sync_gradients:
-                    self.finish_gradients()
+                    self.finish_gradients(keys)
                 self.optimizer.step()  # this and the next do nothing while gradients accumulate
                 self.optimizer.zero_grad(set_to_none=True)
             self.metrics.add_batch(batch, out)
@@ -192,12 +193,21 @@ class Trainer:
             if self.finite.accept(losses, batch.keys, self.state.global_step + 1):
                 return batch, out
 
-    def finish_gradients(self) -> None:
-        """Clips them, and measures them at the steps whose norms are logged."""
+    def finish_gradients(self, keys: list[str]) -> None:
+        """Clips them, drops them if they are no numbers, and measures them at the steps whose norms are logged.
+
+        Args:
+            keys: the samples that they come from.
+        """
         limit, every = self.config.training.max_grad_norm, self.config.experiment.log_grad_norm_every
+        step = self.state.global_step + 1
         if limit:
-            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit)
-        if (self.state.global_step + 1) % every == 0:
+            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit)
+            # DeepSpeed has taken its step already, and fp16's scaler passes over such steps by itself.
+            own = self.accelerator.state.deepspeed_plugin is None and self.accelerator.scaler is None
+            if own and not self.finite.accept_gradients(whole(norm), keys, step):
+                self.optimizer.zero_grad(set_to_none=True)  # without gradients a step changes nothing
+        if step % every == 0:
             if not limit and self.accelerator.scaler is not None:  # clipping has unscaled the fp16 gradients already
                 self.accelerator.unscale_gradients()
             self.gradient_norms = gradient_norms(self.model)

@@ -285,6 +285,42 @@ def test_too_many_nan_losses_end_the_run(world, tmp_path):
     assert trainer.state.global_step == 1
 
 
+def with_infinite_gradients(trainer: Trainer, steps: set[int]) -> list[str]:
+    """Makes a gradient infinite at some steps; returns a list that gets what is reported."""
+    calls, said = [], []
+
+    def poisoned(gradient):
+        calls.append(1)
+        return gradient * float("inf") if len(calls) in steps else gradient
+
+    trainer.model.showo.lm_head.bias.register_hook(poisoned)
+    trainer.finite.report = said.append
+    return said
+
+
+def test_gradients_that_are_no_numbers_are_named_and_change_nothing(world, tmp_path):
+    settings = {"training.max_grad_norm": 1.0, "lr_scheduler.params.warmup_steps": 0, "training.ema_decay": None}
+    trainer = make_trainer(world, tmp_path / "out", settings)
+    said = with_infinite_gradients(trainer, {2})
+    trainer.step()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.step()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert trainer.state.global_step == 2 and trainer.finite.dropped == 1
+    assert said[0].startswith("step 2: gradients dropped, their norm is not finite; samples: t2i: train-")
+    trainer.step()
+    assert not any(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_too_many_gradients_that_are_no_numbers_end_the_run(world, tmp_path):
+    settings = {"training.max_grad_norm": 1.0, "training.max_nonfinite_batches": 2}
+    trainer = make_trainer(world, tmp_path / "out", settings)
+    with_infinite_gradients(trainer, set(range(2, 100)))
+    with pytest.raises(UserError, match="3 batches had a NaN or infinite loss or gradient.*max_nonfinite_batches=2"):
+        trainer.train()
+
+
 def test_nothing_is_looked_at_without_a_limit():
     guard = FiniteLosses(lambda bad: bad, None, print)
     assert guard.accept({"t2i": torch.tensor(float("nan"))}, [], 1)
