@@ -381,6 +381,27 @@ def test_skipped_samples_of_all_processes_are_logged(world, tmp_path):
     }
 
 
+def test_max_grad_norm_is_the_norm_that_gradients_are_cut_to(world, tmp_path):
+    totals = []
+    for limit in (None, 0.01):
+        settings = {"training.max_grad_norm": limit, "experiment.log_grad_norm_every": 1}
+        trainer = make_trainer(world, tmp_path / "out", settings)
+        trainer.step()
+        sizes = {name: p.numel() for name, p in trainer.model.named_parameters()}
+        norms = [sizes[name.removeprefix("grad_norm/")] * norm for name, norm in trainer.gradient_norms.items()]
+        totals.append(torch.stack(norms).norm().item())
+    assert totals[0] > 0.1 and totals[1] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_mixed_precision_is_what_the_layers_compute_in(world, tmp_path, precision, dtype):
+    trainer, seen = make_trainer(world, tmp_path / "out", {"training.mixed_precision": precision}), set()
+    layer = trainer.model.showo.model.layers[0].mlp.fc1
+    layer.register_forward_hook(lambda module, given, result: seen.add(result.dtype))
+    trainer.step()
+    assert seen == {dtype} and layer.weight.dtype == torch.float32
+
+
 def test_scale_lr_multiplies_the_rate_by_the_rows_of_a_step(world, tmp_path):
     settings = {"optimizer.params.scale_lr": True, "training.gradient_accumulation_steps": 2}
     trainer = make_trainer(world, tmp_path / "out", settings)
