@@ -45,7 +45,7 @@ from training.parts import (
     make_prompting,
     make_vq_model,
 )
-from training.processes import Agreement, is_sharded, make_accelerator, whole, whole_weights
+from training.processes import Agreement, before_each_step, is_sharded, make_accelerator, whole, whole_weights
 from training.samples import GENERATED_PANEL, PREDICTED_PANEL, draw, predict_masked
 
 
@@ -107,6 +107,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config, scale=rows if config.optimizer.params.scale_lr else 1)
         # `model` has the methods and the plain names; `wrapped` runs training steps, `forward` perhaps compiled.
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model.to(device), self.optimizer)
+        if self.accelerator.state.deepspeed_plugin is not None:
+            before_each_step(self.wrapped, self.before_deepspeed_step)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
         self.schedule = make_schedule(self.optimizer, config)
         self.accelerator.register_for_checkpointing(self.schedule)
@@ -162,8 +164,8 @@ class Trainer:
                 batch, out = self.finite_batch()
                 keys += batch.keys
                 self.accelerator.backward(out.loss)
-                if self.accelerator.sync_gradients:
-                    self.finish_gradients(keys)
+                if self.accelerator.sync_gradients and self.accelerator.state.deepspeed_plugin is None:
+                    self.finish_gradients(keys)  # DeepSpeed has taken its step already
                 self.optimizer.step()  # this and the next do nothing while gradients accumulate
                 self.optimizer.zero_grad(set_to_none=True)
             self.metrics.add_batch(batch, out)
@@ -199,18 +201,23 @@ class Trainer:
         Args:
             keys: the samples that they come from.
         """
-        limit, every = self.config.training.max_grad_norm, self.config.experiment.log_grad_norm_every
-        step = self.state.global_step + 1
+        limit, scaler = self.config.training.max_grad_norm, self.accelerator.scaler
         if limit:
             norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit)
-            # DeepSpeed has taken its step already, and fp16's scaler passes over such steps by itself.
-            own = self.accelerator.state.deepspeed_plugin is None and self.accelerator.scaler is None
-            if own and not self.finite.accept_gradients(whole(norm), keys, step):
+            fine = scaler is not None or self.finite.accept_gradients(whole(norm), keys, self.state.global_step + 1)
+            if not fine:  # fp16's scaler passes over such steps by itself
                 self.optimizer.zero_grad(set_to_none=True)  # without gradients a step changes nothing
-        if step % every == 0:
-            if not limit and self.accelerator.scaler is not None:  # clipping has unscaled the fp16 gradients already
+        if self.measures_gradients():
+            if not limit and scaler is not None:  # clipping has unscaled the fp16 gradients already
                 self.accelerator.unscale_gradients()
             self.gradient_norms = gradient_norms(self.model)
+
+    def measures_gradients(self) -> bool:
+        return (self.state.global_step + 1) % self.config.experiment.log_grad_norm_every == 0
+
+    def before_deepspeed_step(self, engine) -> None:
+        if self.measures_gradients():
+            self.gradient_norms = gradient_norms(self.model, engine.gradient_clipping(), engine.optimizer.loss_scale)
 
     # ---- continuing ----
 
