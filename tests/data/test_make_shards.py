@@ -142,6 +142,19 @@ def hub_rows(captions=CAPTIONS) -> list[dict]:
     ]
 
 
+def test_folders_named_after_their_classes(tmp_path):
+    for number, name in enumerate(("n01440764", "kite", "n01440764")):
+        file = tmp_path / "classes" / "train" / name / f"{number}.JPEG"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(image_bytes(picture(CAPTIONS[number]), "JPEG"))
+    (tmp_path / "classes" / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\n")
+    samples, _ = run(tmp_path / "classes", captions="folders", metadata=True, shuffle=False)
+    assert texts(samples) == ["kite", "tench", "tench"] and "jpg" in samples[0]
+    assert json.loads(samples[1]["json"]) == {"file_name": "n01440764/0.JPEG"}
+    with pytest.raises(UserError, match="it holds 3 pictures: .* or take their folders with captions=folders"):
+        main(arguments(tmp_path / "classes"))
+
+
 def test_a_hub_data_set_in_parquet(tmp_path):
     folder = hub_data_set(tmp_path / "hub", hub_rows())
     samples, _ = run(folder, metadata=True)
