@@ -73,8 +73,9 @@ def gradient_norms(model: nn.Module, clipping: float = 0.0, loss_scale: float = 
     for name, parameter in model.named_parameters():
         if (gradient := gradient_of(parameter)) is not None:
             norms[name], sizes[name] = whole(gradient.detach().norm()) / loss_scale, gradient.numel()
-    total = torch.stack(list(norms.values())).norm() if clipping else 0.0
-    factor = (clipping / (total + 1e-6)).clamp(max=1.0) if clipping else 1.0
+    factor = 1.0
+    if clipping:
+        factor = (clipping / (torch.stack(list(norms.values())).norm() + 1e-6)).clamp(max=1.0)
     return {f"grad_norm/{name}": norm * factor / sizes[name] for name, norm in norms.items()}
 
 

@@ -203,10 +203,10 @@ class Trainer:
         """
         limit, scaler = self.config.training.max_grad_norm, self.accelerator.scaler
         if limit:
-            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit)
-            fine = scaler is not None or self.finite.accept_gradients(whole(norm), keys, self.state.global_step + 1)
-            if not fine:  # fp16's scaler passes over such steps by itself
-                self.optimizer.zero_grad(set_to_none=True)  # without gradients a step changes nothing
+            norm = whole(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
+            # fp16's scaler passes over such steps by itself.
+            if scaler is None and not self.finite.accept_gradients(norm, keys, self.state.global_step + 1):
+                self.optimizer.zero_grad(set_to_none=True)  # without gradients the step changes nothing
         if self.measures_gradients():
             if not limit and scaler is not None:  # clipping has unscaled the fp16 gradients already
                 self.accelerator.unscale_gradients()
@@ -217,7 +217,8 @@ class Trainer:
 
     def before_deepspeed_step(self, engine) -> None:
         if self.measures_gradients():
-            self.gradient_norms = gradient_norms(self.model, engine.gradient_clipping(), engine.optimizer.loss_scale)
+            loss_scale = getattr(engine.optimizer, "loss_scale", 1.0)  # that of ZeRO-1 with bf16 has none
+            self.gradient_norms = gradient_norms(self.model, engine.gradient_clipping(), loss_scale)
 
     # ---- continuing ----
 
