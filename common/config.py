@@ -35,6 +35,7 @@ __all__ = [
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*(\w+)\s*\}")
+DATA_PATH = re.compile(r"dataset\.params\.(train|eval)_(t2i|mmu|lm)_")
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -200,7 +201,11 @@ def _describe(hint: Any) -> str:
 
 
 def _resolve(config: DictConfig, path: Path, unread: list[str]) -> None:
-    """Replace every `${…}` by its value; an unset environment variable in a key of `unread` leaves it null."""
+    """Replace every `${…}` by its value; an unset environment variable in a key of `unread` leaves it null.
+
+    Where all others are of paths of data, these become ``$NAME``, which is refused with all that is missing of the data
+    (`training/data/paths.py`).
+    """
     unset: dict[str, list[str]] = {}
     for key, value in leaves(OmegaConf.to_container(config, resolve=False)):
         names = [name for name in ENVIRONMENT.findall(str(value)) if not os.environ.get(name)]
@@ -208,7 +213,10 @@ def _resolve(config: DictConfig, path: Path, unread: list[str]) -> None:
             OmegaConf.update(config, key, None)
         elif names:
             unset[key] = names
-    if unset:
+    if all(map(DATA_PATH.match, unset)):
+        for key, names in unset.items():
+            OmegaConf.update(config, key, " ".join(f"${name}" for name in names))
+    else:
         names = ", ".join(sorted({name for names in unset.values() for name in names}))
         instead = " ".join(f"{key}=…" for key in unset)
         raise UserError(

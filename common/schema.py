@@ -229,7 +229,15 @@ class TrainingConfig:
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
         """What is wrong with the values of a merged and resolved config, one sentence each."""
-        return find_problems(config)
+        found = find_problems(config)
+        if config.dtype is not None:
+            found.append("dtype has no effect on training; give training.mixed_precision")
+        if config.device not in (None, "cpu", "cuda"):
+            found.append(
+                f"device is {config.device!r}, but the launcher gives each process its GPU; leave it out and choose by "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        return found
 
     @staticmethod
     def unread(config: DictConfig) -> list[str]:
@@ -271,6 +279,11 @@ class InferenceConfig(TrainingConfig):
     temperature: float = 1.0  # of the answers; pictures have generation_temperature
     top_k: int | None = 1
     top_p: float | None = None
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        """As for training, where `dtype` and `device` are chosen otherwise."""
+        return find_problems(config)
 
     @staticmethod
     def unread(config: DictConfig) -> list[str]:

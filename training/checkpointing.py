@@ -1,5 +1,6 @@
 """Checkpoints of a run: whole or absent, and everything that must survive a crash (SPEC §12)."""
 
+import errno
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import RNG_STATE_NAME, load
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
@@ -24,11 +26,14 @@ from training.processes import readable_by_any_number, whole_weights
 
 # What differs from run to run without changing what is learnt; any other change under a continued run is reported.
 FREE_KEYS = re.compile(
-    r"wandb\.|experiment\.|lr_scheduler\.params\.learning"
+    r"wandb\.|experiment\.(?!max_train_examples)|lr_scheduler\.params\.learning"
     r"|(seed|output_dir|validation_prompts_file|device|dtype|compile|attn_implementation)$"
-    r"|dataset\.params\.(validation_prompts_file|pin_memory|persistent_workers|eval_|batch_size$)"
+    r"|dataset\.params\.(validation_prompts_file|pin_memory|persistent_workers|eval_|batch_size$|max_skipped_fraction)"
     r"|training\.(guidance_scale|generation_|batch_size$|eval_mask_ratios|enable_tf32|max_nonfinite_batches)"
 )
+
+# What torch's writer of files says, all it does of a full disk; any other RuntimeError has nothing to do with the disk.
+TORCH_CANNOT_WRITE = re.compile(r"inline_container|PytorchStreamWriter|write failed")
 
 
 @dataclass
@@ -172,7 +177,9 @@ def _written_aside(accelerator: Accelerator, final: Path) -> Iterator[Path]:
                 shutil.rmtree(left_over)
         accelerator.wait_for_everyone()
         yield aside
-    except DAMAGED as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not TORCH_CANNOT_WRITE.search(str(error)):
+            raise
         if accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
         reason = f"could not be written ({_reason(error)}); {what_remains(final.parent)}"
@@ -185,20 +192,29 @@ def what_remains(output_dir: Path) -> str:
     return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
 
 
-def _flush(folder: Path) -> None:
-    """Sees to it that the files are on the disk, not only on their way there, before they get their name."""
-    for file in (path for path in folder.rglob("*") if path.is_file()):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _flush(path: Path) -> None:
+    """Sees to it that a file, or a folder's list of names, is on the disk, not only on its way there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems have no such thing for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _flush_all(folder: Path) -> None:
+    """All that a folder holds, and itself, before it gets its name."""
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
 
 
 def _put_in_place(aside: Path, final: Path, limit: int | None) -> None:
-    _flush(aside)
+    _flush_all(aside)
     doomed = [hide(final)] if final.exists() else []
     aside.rename(final)
+    _flush(final.parent)  # the name, too, before the one before it may go
     others = [folder for folder in checkpoints(final.parent) if folder != final]
     doomed += [hide(old) for old in others[: max(0, len(others) + 1 - limit)]] if limit else []
     for folder in doomed:
@@ -226,9 +242,10 @@ def save_final_model(accelerator: Accelerator, model, output_dir: Path, *, wrapp
     with _written_aside(accelerator, output_dir / "model") as aside:
         save_model(accelerator, model, aside, wrapped=wrapped, average=average)
         if accelerator.is_main_process:
-            _flush(aside)
+            _flush_all(aside)
             for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
                 file.replace(output_dir / file.name)
+            _flush(output_dir)
             aside.rmdir()
     accelerator.wait_for_everyone()
 
@@ -266,6 +283,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
         state = TrainState(int(content["global_step"]))
         before = content.get("num_processes", 1)
         same = before == accelerator.num_processes
+        if same:  # accelerate passes over random states that it cannot read
+            load(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
         with nullcontext(folder) if same else readable_by_any_number(accelerator, folder) as readable:
             accelerator.load_state(str(readable))
         if same:
@@ -275,7 +294,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
         else:
             accelerator.print(
                 f"{folder} was written by {before} processes, now there are {accelerator.num_processes}: weights, "
-                "optimiser and schedule are kept; the data begins anew and random numbers differ"
+                "optimiser and schedule are kept; data, running means and the counts of NaN batches and skipped "
+                "samples begin anew, and random numbers differ"
             )
         if average is not None and (folder / "average.pt").is_file():
             average.load_state_dict(torch.load(folder / "average.pt", map_location="cpu", weights_only=True))
@@ -284,6 +304,12 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
     except DAMAGED as error:
         raise UserError(f"{folder} cannot be continued from ({_reason(error)}); remove or replace it") from error
     return state
+
+
+def _settings(tree: dict) -> dict:
+    """Every dotted key with its value; the parameters of the mask schedule, whose names are free, are one value."""
+    params = tree.get("mask_schedule", {}).pop("params", {})
+    return dict(leaves(tree)) | {"mask_schedule.params": params}
 
 
 def check_same_config(folder: Path, config) -> None:
@@ -295,7 +321,7 @@ def check_same_config(folder: Path, config) -> None:
     file = folder / "config.yaml"
     if not file.is_file():
         return
-    before, now = (dict(leaves(OmegaConf.to_container(c))) for c in (OmegaConf.load(file), config))
+    before, now = (_settings(OmegaConf.to_container(c)) for c in (OmegaConf.load(file), config))
     changed = [
         f"{key} {before.get(key, 'unset')} → {now[key]}"
         for key in sorted(now)

@@ -1,4 +1,4 @@
-"""What protects a run: its output folder, its lock, its signals, and losses that are no numbers."""
+"""What protects a run: its output folder, its lock, its signals, and losses and gradients that are no numbers."""
 
 import ctypes
 import errno
@@ -119,7 +119,7 @@ class StopSignals:
 
 
 class FiniteLosses:
-    """Batches whose loss is NaN or Inf are dropped, named, and counted; too many end the run.
+    """What has a NaN or infinite loss or gradient is dropped, named, and counted; too much of it ends the run.
 
     Args:
         agree: whether any process says so (`Agreement.any`).
@@ -143,12 +143,27 @@ class FiniteLosses:
         bad = [name for name, is_finite in zip(losses, finite, strict=True) if not is_finite]
         if not self.agree(bool(bad)):
             return True
-        self.dropped += 1
         here = f"loss of {', '.join(bad)} is not finite; samples: {', '.join(keys)}" if bad else "on another process"
-        self.report(f"step {step}: batch dropped, {here}")
+        self._drop(f"step {step}: batch dropped, {here}")
+        return False
+
+    def accept_gradients(self, norm: torch.Tensor, keys: list[str], step: int) -> bool:
+        """Whether gradients of this norm, the same on all processes, may be learnt from.
+
+        Raises:
+            UserError: the limit is passed.
+        """
+        if self.limit is None or norm.isfinite():
+            return True
+        self._drop(f"step {step}: gradients dropped, their norm is not finite; samples: {', '.join(keys)}")
+        return False
+
+    def _drop(self, report: str) -> None:
+        self.dropped += 1
+        self.report(report)
         if self.dropped > self.limit:
             raise UserError(
-                f"{self.dropped} batches had a NaN or infinite loss, more than training.max_nonfinite_batches="
-                f"{self.limit}; lower the learning rate, set training.max_grad_norm, or look at the samples named above"
+                f"{self.dropped} batches had a NaN or infinite loss or gradient, more than "
+                f"training.max_nonfinite_batches={self.limit}; lower the learning rate, set training.max_grad_norm, or "
+                "look at the samples named above"
             )
-        return False

@@ -7,7 +7,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.processes import local, whole
+from training.processes import gradient_of, local, whole
 
 # Faithful: names, not kinds of parameter, decide. Phi's `*_layernorm.weight` and `embed_tokens.weight` hold none of
 # them and are decayed (pinned by tests/training/test_optimization.py).
@@ -60,13 +60,23 @@ def make_schedule(optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:
     )
 
 
-def gradient_norms(model: nn.Module) -> dict[str, torch.Tensor]:
+def gradient_norms(model: nn.Module, clipping: float = 0.0, loss_scale: float = 1.0) -> dict[str, torch.Tensor]:
     """``grad_norm/{parameter}`` = L2 norm of its gradient / its number of elements (SPEC §15), still on the device.
 
-    Under FSDP all processes must call it. DeepSpeed keeps its gradients to itself: then there are none here.
+    Under FSDP and DeepSpeed all processes must call it.
+
+    Args:
+        clipping, loss_scale: what is yet to be done to the gradients: the norm to which all of them together will be
+            cut (0: none), and the factor that will be taken out of them.
     """
-    named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
-    return {f"grad_norm/{name}": whole(gradient.detach().norm()) / gradient.numel() for name, gradient in named}
+    norms, sizes = {}, {}
+    for name, parameter in model.named_parameters():
+        if (gradient := gradient_of(parameter)) is not None:
+            norms[name], sizes[name] = whole(gradient.detach().norm()) / loss_scale, gradient.numel()
+    factor = 1.0
+    if clipping:
+        factor = (clipping / (torch.stack(list(norms.values())).norm() + 1e-6)).clamp(max=1.0)
+    return {f"grad_norm/{name}": norm * factor / sizes[name] for name, norm in norms.items()}
 
 
 class WeightAverage:

@@ -81,6 +81,30 @@ def _configure_deepspeed(plugin, config) -> None:
         raise UserError("training.ema_decay needs whole weights on every process; ZeRO-3 has none: use ZeRO-2 or FSDP2")
 
 
+def before_each_step(engine, call) -> None:
+    """DeepSpeed takes its steps within `accelerator.backward` and drops the gradients; here they can still be had.
+
+    Args:
+        call: with the engine, on all processes.
+    """
+    step = engine.step
+
+    def after_call(*args, **kwargs):
+        call(engine)
+        return step(*args, **kwargs)
+
+    engine.step = after_call
+
+
+def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """Its gradient, if it has one; under DeepSpeed put together from all processes, which must all call this."""
+    if not any(hasattr(parameter, mark) for mark in ("ds_id", "_hp_mapping")):  # of ZeRO-3, ZeRO-2
+        return parameter.grad
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
+
+
 @contextmanager
 def readable_by_any_number(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
     """A DeepSpeed checkpoint in the form that another number of processes than wrote it can read, while it is needed.

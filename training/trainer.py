@@ -45,7 +45,7 @@ from training.parts import (
     make_prompting,
     make_vq_model,
 )
-from training.processes import Agreement, is_sharded, make_accelerator, whole_weights
+from training.processes import Agreement, before_each_step, is_sharded, make_accelerator, whole, whole_weights
 from training.samples import GENERATED_PANEL, PREDICTED_PANEL, draw, predict_masked
 
 
@@ -74,9 +74,9 @@ class Trainer:
             "machines share",
         )
         device = self.accelerator.device
+        check_data(config)  # before anything is loaded
         if self.start and not self.start.weights and not config.experiment.accept_config_changes:
             check_same_config(self.start.folder, config)
-        check_data(config)  # before anything is loaded
         self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
         prompting = make_prompting(config)
         flow_arguments = {
@@ -107,6 +107,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config, scale=rows if config.optimizer.params.scale_lr else 1)
         # `model` has the methods and the plain names; `wrapped` runs training steps, `forward` perhaps compiled.
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model.to(device), self.optimizer)
+        if self.accelerator.state.deepspeed_plugin is not None:
+            before_each_step(self.wrapped, self.before_deepspeed_step)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
         self.schedule = make_schedule(self.optimizer, config)
         self.accelerator.register_for_checkpointing(self.schedule)
@@ -156,13 +158,14 @@ class Trainer:
     def step(self) -> OmniBatch:
         """One optimiser step over `gradient_accumulation_steps` batches of every flow; returns the last batch."""
         training, started = self.config.training, time.perf_counter()
-        self.data_time = 0.0
+        self.data_time, keys = 0.0, []
         for _ in range(training.gradient_accumulation_steps):
             with self.accelerator.accumulate(self.wrapped):
                 batch, out = self.finite_batch()
+                keys += batch.keys
                 self.accelerator.backward(out.loss)
-                if self.accelerator.sync_gradients:
-                    self.finish_gradients()
+                if self.accelerator.sync_gradients and self.accelerator.state.deepspeed_plugin is None:
+                    self.finish_gradients(keys)  # DeepSpeed has taken its step already
                 self.optimizer.step()  # this and the next do nothing while gradients accumulate
                 self.optimizer.zero_grad(set_to_none=True)
             self.metrics.add_batch(batch, out)
@@ -192,15 +195,30 @@ class Trainer:
             if self.finite.accept(losses, batch.keys, self.state.global_step + 1):
                 return batch, out
 
-    def finish_gradients(self) -> None:
-        """Clips them, and measures them at the steps whose norms are logged."""
-        limit, every = self.config.training.max_grad_norm, self.config.experiment.log_grad_norm_every
+    def finish_gradients(self, keys: list[str]) -> None:
+        """Clips them, drops them if they are no numbers, and measures them at the steps whose norms are logged.
+
+        Args:
+            keys: the samples that they come from.
+        """
+        limit, scaler = self.config.training.max_grad_norm, self.accelerator.scaler
         if limit:
-            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit)
-        if (self.state.global_step + 1) % every == 0:
-            if not limit and self.accelerator.scaler is not None:  # clipping has unscaled the fp16 gradients already
+            norm = whole(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
+            # fp16's scaler passes over such steps by itself.
+            if scaler is None and not self.finite.accept_gradients(norm, keys, self.state.global_step + 1):
+                self.optimizer.zero_grad(set_to_none=True)  # without gradients the step changes nothing
+        if self.measures_gradients():
+            if not limit and scaler is not None:  # clipping has unscaled the fp16 gradients already
                 self.accelerator.unscale_gradients()
             self.gradient_norms = gradient_norms(self.model)
+
+    def measures_gradients(self) -> bool:
+        return (self.state.global_step + 1) % self.config.experiment.log_grad_norm_every == 0
+
+    def before_deepspeed_step(self, engine) -> None:
+        if self.measures_gradients():
+            loss_scale = getattr(engine.optimizer, "loss_scale", 1.0)  # that of ZeRO-1 with bf16 has none
+            self.gradient_norms = gradient_norms(self.model, engine.gradient_clipping(), loss_scale)
 
     # ---- continuing ----
 
@@ -224,7 +242,7 @@ class Trainer:
                 self.finite.dropped = counts["nonfinite_batches"]
             for name, flow in self.flows.items():
                 if name in self.state.streams:
-                    flow.load_state_dict(self.state.streams[name])
+                    self.resume_flow(name, flow)
             how = ""
         else:
             self.state.global_step = self.start.step
@@ -232,6 +250,14 @@ class Trainer:
                 self.schedule.step()
             how = " with its weights only: optimiser, random numbers and data begin anew"
         self.accelerator.print(f"continuing from {self.start.folder}, step {self.state.global_step}{how}")
+
+    def resume_flow(self, name: str, flow) -> None:
+        try:
+            flow.load_state_dict(self.state.streams[name])
+        except UserError as error:  # another number of workers, if the change was accepted
+            if not self.config.experiment.accept_config_changes:
+                raise
+            self.accelerator.print(f"{name}: {error}. Its data begins anew")
 
     def save(self) -> None:
         self.state.streams = {name: flow.state_dict() for name, flow in self.flows.items()}

@@ -13,6 +13,7 @@ from models.pipeline_loading import load_clip, without_loading_bars
 from models.prompting import Rows
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
 from training.data.batching import stack
+from training.data.flows import check_data
 
 # B rows, L row length, N image tokens, F features of one picture
 
@@ -73,14 +74,16 @@ class ClipVitUnderstanding:
         showo, dataset = config.model.showo, config.dataset
         if not showo.w_clip_vit:
             raise UserError("model.showo.w_clip_vit is false; set it to true, or train with training/train.py")
-        if config.training.batch_size_mmu and not dataset.und_type.startswith("llava"):
+        self.has_rows = config.training.batch_size_mmu > 0
+        if self.has_rows and not dataset.und_type.startswith("llava"):
             raise UserError(
                 f"dataset.und_type is {dataset.und_type!r}; with CLIP-ViT it must be llava_pretrain or llava_tuning"
             )
         self.clip_vit_name = str(resolve_path(config.model.clip_vit_name))
         self.projector_only = dataset.und_type == "llava_pretrain"
-        if self.projector_only and not config.training.batch_size_mmu:
+        if self.projector_only and not self.has_rows:
             raise UserError("llava_pretrain trains mm_projector alone, but training.batch_size_mmu is 0; raise it")
+        check_data(config)  # before CLIP is loaded, perhaps from the hub
         try:
             folder = resolve_folder(self.clip_vit_name)
             self.image_processor = image_processor_class().from_pretrained(folder)
@@ -103,7 +106,8 @@ class ClipVitUnderstanding:
             self.tower = load_clip(self.clip_vit_name, model.config.clip_feature_size).to(device)
         if self.projector_only:
             model.requires_grad_(False)
-            model.mm_projector.requires_grad_(True)
+        # Without mmu rows it gets no gradient: DDP would wait for it, and weight decay wear it away.
+        model.mm_projector.requires_grad_(self.has_rows)
 
     def for_evaluation(self) -> "ClipVitUnderstanding":
         return self

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from common.config import InferenceConfig, TrainingConfig, load_config, mask_schedule_of
 from common.errors import UserError
 from tests.contract.test_configs import published_keys
+from training.data.flows import check_data
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -241,8 +242,8 @@ def test_all_missing_variables_come_at_once(name, monkeypatch):
     for variable in variables(name):
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(UserError) as error:
-        load_config([f"config={file_of(name)}"], TrainingConfig)
-    assert ", ".join(variables(name)) + ";" in str(error.value)
+        check_data(load_config([f"config={file_of(name)}"], TrainingConfig))
+    assert all(f"{variable}; set" in str(error.value) for variable in variables(name))
     assert "dataset.params.train_lm_shards_path_or_url=" in str(error.value)
 
 
@@ -257,7 +258,8 @@ def test_the_command_line_takes_the_place_of_the_variables(name, monkeypatch):
     assert [config.dataset.params[key] for key in keys] == [f"/{key}" for key in keys]
     with pytest.raises(UserError, match=f"{variables(name)[0]}; set"):  # all but one
         key = next(key for key, value in params.items() if variables(name)[0] in str(value))
-        load_config([f"config={file_of(name)}", *(a for a in given if f".{key}=" not in a)], TrainingConfig)
+        arguments = [f"config={file_of(name)}", *(a for a in given if f".{key}=" not in a)]
+        check_data(load_config(arguments, TrainingConfig))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -285,7 +287,7 @@ def test_a_flow_that_is_off_asks_for_no_data(flow, variable, load, monkeypatch):
     config = load_config([*argv, f"training.batch_size_{flow}=0"], TrainingConfig)
     assert config.dataset.params[f"train_{flow}_shards_path_or_url"] is None
     with pytest.raises(UserError, match=f"SHOWO_{variable};"):
-        load_config(argv, TrainingConfig)
+        check_data(load_config(argv, TrainingConfig))
 
 
 # --- the emoji world

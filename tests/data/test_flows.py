@@ -78,6 +78,18 @@ def test_all_missing_sources_are_listed_at_once(world):
         assert "4 of 4" in message and "\n" not in message
 
 
+def test_an_unset_environment_variable_hides_nothing_else_that_is_missing(world):
+    root = "${oc.env:SHOWO_UNSET_A}/${oc.env:SHOWO_UNSET_B}"
+    unset = {path_of("lm"): "${oc.env:SHOWO_UNSET}/x.parquet", f"{PARAMS}.train_mmu_image_root": root}
+    others = {"dataset.und_type": "llava_tuning", path_of("mmu"): "/nowhere/a.json", path_of("t2i"): "/nowhere/b.tar"}
+    with pytest.raises(UserError) as error:
+        check_data(config_of(world, overrides=unset | others))
+    message = str(error.value)
+    assert f"{path_of('lm')} needs environment variables that are not set: SHOWO_UNSET; set them or give" in message
+    assert "SHOWO_UNSET_A, SHOWO_UNSET_B;" in message
+    assert "/nowhere/a.json" in message and "/nowhere/b.tar" in message
+
+
 def test_held_out_paths_are_checked_too(world):
     config = config_of(world, overrides={path_of("mmu", "eval"): "/nowhere/b.tar"})
     with pytest.raises(UserError, match=r"eval_mmu_shards_path_or_url: 1 of 1 files do not exist: /nowhere/b\.tar"):
@@ -103,6 +115,21 @@ def test_files_of_another_kind_are_refused_by_name(world, flow, kind, file):
     overrides = {path_of(flow): world / file} | ({f"dataset.{key}": kind} if key else {})
     with pytest.raises(UserError, match=rf"{path_of(flow)}: .*{kind}.* reads files of one sort of .*; got .*{file}"):
         flows_of(world, overrides)
+
+
+@pytest.mark.parametrize(
+    ("flow", "address"),
+    [
+        ("lm", "https://host/a.jsonl"),
+        ("lm", "pipe:cat a.parquet"),
+        ("lm", "pipe:cat a"),
+        ("t2i", "https://h/a.parquet"),
+    ],
+)
+def test_only_shards_are_read_from_addresses(world, flow, address):
+    with pytest.raises(UserError, match=re.escape(f"got {address}; only shards can be read from an address: fetch")):
+        check_data(config_of(world, overrides={path_of(flow): address}))
+    check_data(config_of(world, overrides={path_of("t2i"): "https://host/a.tar", path_of("mmu"): "pipe:aws cp s3://a"}))
 
 
 def test_a_flow_reads_files_of_one_sort(world):

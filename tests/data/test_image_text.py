@@ -205,6 +205,11 @@ def test_codes_of_another_length_or_range_are_skipped(data):
     assert kind_of({"codes.npy": data, "txt": b"x"}) == "bad_codes"
 
 
+@pytest.mark.parametrize("codes", [[[1, 2], [3]], [], [None] * 16, ["a"] * 16])
+def test_lists_that_are_no_codes_are_skipped(codes):
+    assert kind_of({"image": codes, "text": "x"}) == "bad_codes"
+
+
 @pytest.mark.parametrize("setting", [{"flip": True}, {"jitter": 0.1}, {"processor": object()}])
 def test_codes_cannot_be_mirrored_moved_or_shown_to_clip(setting):
     raw = {"__key__": "a", "codes.npy": codes_bytes(np.arange(16)), "txt": b"x"}

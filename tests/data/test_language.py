@@ -72,6 +72,14 @@ def test_a_jsonl_file_without_the_column_is_named_with_what_it_has(tmp_path):
     assert read_all(documents(path, column="text")) == ["x"]
 
 
+def test_a_jsonl_file_of_bare_texts_is_refused_as_that(tmp_path):
+    path = write(tmp_path / "a.jsonl", '"one text"\n"another"')
+    with pytest.raises(
+        UserError, match=r"""a.jsonl must hold a record such as {"content": "text"} a line; its first is"""
+    ):
+        documents(path)
+
+
 def test_a_txt_file_is_parted_at_blank_lines_if_it_has_any(tmp_path):
     blocks = "One\r\nwrapped  \r\ntext.\r\n\r\n \r\n\r\nTwo.\nBehind.\n\n\nThree."
     assert sorted(read_all(documents(write(tmp_path / "a.txt", blocks)))) == [

@@ -55,6 +55,15 @@ def test_each_question_is_a_sample_in_the_words_of_the_inference_script(source, 
     assert capsys.readouterr().out.strip().endswith("3 samples")
 
 
+def test_whole_records_are_kept_for_the_llava_flows(source):
+    """Pictures can then be encoded, which leaves the member `json` as it is."""
+    main(arguments(source, records="true", repeat="name:2"))
+    samples = written(source)
+    records = json.loads((source / "qa.json").read_text())
+    assert [json.loads(raw["json"]) for raw in samples] == [records[0], records[0], records[1]]
+    assert samples[2]["png"] == (source / "images" / "1.png").read_bytes() and "txt" not in samples[2]
+
+
 def test_tasks_are_repeated_and_shards_cut(source):
     main(arguments(source, repeat="name:4,style:2", shard_size=3))
     texts = [raw["txt"].decode() for raw in written(source)]

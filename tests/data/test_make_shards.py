@@ -142,6 +142,19 @@ def hub_rows(captions=CAPTIONS) -> list[dict]:
     ]
 
 
+def test_folders_named_after_their_classes(tmp_path):
+    for number, name in enumerate(("n01440764", "kite", "n01440764")):
+        file = tmp_path / "classes" / "train" / name / f"{number}.JPEG"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(image_bytes(picture(CAPTIONS[number]), "JPEG"))
+    (tmp_path / "classes" / "LOC_synset_mapping.txt").write_text("n01440764 tench, Tinca tinca\n")
+    samples, _ = run(tmp_path / "classes", captions="folders", metadata=True, shuffle=False)
+    assert texts(samples) == ["kite", "tench", "tench"] and "jpg" in samples[0]
+    assert json.loads(samples[1]["json"]) == {"file_name": "n01440764/0.JPEG"}
+    with pytest.raises(UserError, match="it holds 3 pictures: .* or take their folders with captions=folders"):
+        main(arguments(tmp_path / "classes"))
+
+
 def test_a_hub_data_set_in_parquet(tmp_path):
     folder = hub_data_set(tmp_path / "hub", hub_rows())
     samples, _ = run(folder, metadata=True)
@@ -159,6 +172,15 @@ def test_parquet_with_plain_bytes_lists_of_captions_and_paths(tmp_path):
     (tmp_path / "paths" / "data" / "x.png").write_bytes(rows[0]["photo"])
     folder = hub_data_set(tmp_path / "paths", [{"image": {"bytes": None, "path": "x.png"}, "caption": "by path"}])
     assert texts(run(folder, overwrite=True)[0]) == ["by path"]
+
+
+def test_a_caption_that_is_no_utf_8_is_skipped(tmp_path):
+    folder = hub_data_set(tmp_path / "hub", hub_rows(CAPTIONS[:2]))
+    file = folder / "data/train-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(file), file, compression="none", use_dictionary=False)
+    file.write_bytes(file.read_bytes().replace(CAPTIONS[1].encode(), b"\xff" * len(CAPTIONS[1])))
+    samples, manifest = run(folder)
+    assert texts(samples) == CAPTIONS[:1] and manifest["skipped"] == {"malformed_item": 1}
 
 
 def test_a_hub_data_set_of_several_splits_wants_one_named(tmp_path):

@@ -87,6 +87,15 @@ def test_a_file_without_an_end_counts_once_and_the_others_are_read(tmp_path):
         texts_of(cut)
 
 
+def test_a_text_that_is_no_utf_8_is_skipped_and_its_neighbours_are_read(tmp_path):
+    offsets, letters = pyarrow.array([0, 1, 3, 4], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"a\xff\xfeb")
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, [None, offsets, letters])
+    pyarrow.parquet.write_table(pyarrow.table({"content": texts}), tmp_path / "a.parquet")
+    bad, *good = sorted(read_all(texts_of(tmp_path / "a.parquet")), key=lambda raw: isinstance(raw, dict))
+    assert bad.kind == "malformed_item" and "a.parquet: row group 0, row 1: 'utf-8' codec" in bad.detail
+    assert sorted(raw["text"] for raw in good) == ["a", "b"]
+
+
 def test_a_damaged_or_lost_row_group_counts_once(tmp_path):
     path = write_texts(tmp_path / "a.parquet", [f"text {i}" * 50 for i in range(400)], row_group_size=100)
     units = texts_of(path)

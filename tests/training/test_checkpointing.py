@@ -1,7 +1,10 @@
 """Checkpoints are whole or absent, ordered by number, and bring everything back (SPEC §12)."""
 
 import json
+import os
+import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +144,46 @@ def test_an_interrupted_write_leaves_no_checkpoint_and_the_last_one_whole(tmp_pa
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"], "what was left over is cleared away"
 
 
+def test_torchs_own_writer_on_a_full_disk_is_told_as_that(tmp_path, monkeypatch):
+    run, limits = Run(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(run.accelerator, "save_state", lambda folder: torch.save(torch.zeros(9999), f"{folder}.bin"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes a file may have
+    try:
+        with pytest.raises(UserError, match="Make room on the disk") as error:
+            run.save(tmp_path, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(error.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal access"), TypeError("no"), KeyError("no")])
+def test_what_has_nothing_to_do_with_the_disk_keeps_its_traceback(tmp_path, monkeypatch, error):
+    run = Run()
+
+    def broken(_):
+        raise error
+
+    monkeypatch.setattr(run.accelerator, "save_state", broken)
+    with pytest.raises(type(error)):
+        run.save(tmp_path, 1)
+    assert checkpoints(tmp_path) == []
+
+
+def test_files_and_folders_are_on_the_disk_before_the_name_and_then_the_name(tmp_path, monkeypatch):
+    flushed, flush = [], os.fsync
+
+    def watched(descriptor):
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    folder = Run().save(tmp_path, 1)
+    aside = tmp_path / ".incomplete-checkpoint-1"
+    inside = [aside / path.relative_to(folder) for path in folder.rglob("*")]
+    assert set(flushed[:-1]) == {aside, *inside} and aside / "unwrapped_model" in inside
+    assert flushed[-1] == tmp_path
+
+
 def test_saving_the_same_step_again_replaces_it(tmp_path):
     run = Run()
     run.save(tmp_path, 4)
@@ -213,6 +256,8 @@ def cut(file) -> None:
         ("optimizer.bin", lambda f: f.write_bytes(b"")),
         ("optimizer.bin", lambda f: f.unlink()),
         ("custom_checkpoint_0.pkl", lambda f: f.write_bytes(b"junk")),
+        ("random_states_0.pkl", cut),
+        ("random_states_0.pkl", lambda f: f.unlink()),
         ("average.pt", cut),
     ],
 )

@@ -285,6 +285,23 @@ def test_tuning_goes_on_from_pre_training_and_trains_all_but_the_tower(world, tm
     assert Showo.from_pretrained(str(tmp_path)).config.clip_feature_size == CLIP_WIDTH
 
 
+def test_without_mmu_rows_the_projector_is_left_alone(world, tmp_path):
+    """All that is trained gets a gradient; DDP waits for the others forever, as it did when the projector was one."""
+    changes = {
+        "training.batch_size_mmu": 0,
+        "lr_scheduler.params.warmup_steps": 0,
+        "optimizer.params.weight_decay": 0.1,
+    }
+    changes |= {"experiment.log_grad_norm_every": 1}
+    trainer = make_trainer(world, tmp_path, settings(world, "llava_tuning", **changes))
+    before = {name: p.clone() for name, p in trainer.model.mm_projector.named_parameters()}
+    trainer.step()
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {f"grad_norm/{name}" for name in trained} == trainer.gradient_norms.keys()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.mm_projector.named_parameters())
+    assert len(trained) + len(before) == len(list(trainer.model.parameters()))
+
+
 def test_the_published_way_starts_from_a_checkpoint_of_the_vq_branch(world, tmp_path, vq_run, caplog, capfd):
     shutil.copytree(vq_run / "checkpoint-1", tmp_path / "checkpoint-0")
     trainer = run(world, tmp_path, settings(world))
@@ -355,6 +372,12 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(world, tmp_path, changes
     with pytest.raises(UserError, match=message) as error:
         train_w_clip_vit.main([f"config={world / 'train.yaml'}", f"output_dir={tmp_path / 'out'}", *given])
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_missing_data_is_named_before_clip_is_looked_for(world, tmp_path):
+    gone = {"model.clip_vit_name": "/nowhere/clip", "dataset.params.train_mmu_shards_path_or_url": "/nowhere/a.json"}
+    with pytest.raises(UserError, match="do not exist: /nowhere/a.json"):
+        make_trainer(world, tmp_path / "out", settings(world, **gone))
 
 
 def test_a_folder_without_an_image_processor_is_refused(world, tmp_path):

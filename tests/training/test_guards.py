@@ -4,15 +4,17 @@ import errno
 import json
 import resource
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from omegaconf import OmegaConf
 
 from common.errors import UserError
 from models import Showo
 from tests.training.tiny import config_of, metrics_of
-from training.checkpointing import checkpoints
+from training.checkpointing import check_same_config, checkpoints
 from training.guards import FiniteLosses, check_writable, full_disk_as_user_error, only_run_in
 from training.processes import Agreement
 from training.trainer import Trainer
@@ -172,6 +174,34 @@ def test_a_changed_configuration_is_refused_with_the_changes_listed(world, tmp_p
     assert run(world, tmp_path / "out", allowed).state.global_step == 7
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ({}, {"experiment.max_train_examples_t2i": 5}, "experiment.max_train_examples_t2i None → 5"),
+        ({}, {"mask_schedule.params.power": 2}, "mask_schedule.params {} → {'power': 2}"),
+        ({"mask_schedule.params.power": 2}, {}, "mask_schedule.params {'power': 2} → {}"),
+        ({}, {"dataset.params.num_workers": 3}, "dataset.params.num_workers 0 → 3"),
+        ({}, {"dataset.params.max_skipped_fraction": 0.5, "experiment.save_every": 77}, ""),
+    ],
+)
+def test_a_change_counts_if_it_changes_what_is_learnt(world, tmp_path, before, now, told):
+    OmegaConf.save(config_of(world, overrides=before), tmp_path / "config.yaml")
+    with pytest.raises(UserError) if told else nullcontext() as error:
+        check_same_config(tmp_path, config_of(world, overrides=now))
+    assert not told or f": {told}. Take the changes back" in str(error.value)
+
+
+def test_another_number_of_workers_begins_the_data_anew_if_it_is_accepted(world, tmp_path, finished, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    accepted = {"dataset.params.num_workers": 2, "experiment.accept_config_changes": True}
+    trainer = make_trainer(world, tmp_path / "out", accepted)
+    trainer.resume()
+    told = capsys.readouterr().out
+    assert "lm: the checkpoint was made with 1 loader workers, dataset.params.num_workers is 2" in told
+    assert told.count("Its data begins anew") == 3
+    assert trainer.state.global_step == 6 and all(flow.batches == 0 for flow in trainer.flows.values())
+
+
 # ---- stages ----
 
 
@@ -255,6 +285,42 @@ def test_too_many_nan_losses_end_the_run(world, tmp_path):
     assert trainer.state.global_step == 1
 
 
+def with_infinite_gradients(trainer: Trainer, steps: set[int]) -> list[str]:
+    """Makes a gradient infinite at some steps; returns a list that gets what is reported."""
+    calls, said = [], []
+
+    def poisoned(gradient):
+        calls.append(1)
+        return gradient * float("inf") if len(calls) in steps else gradient
+
+    trainer.model.showo.lm_head.bias.register_hook(poisoned)
+    trainer.finite.report = said.append
+    return said
+
+
+def test_gradients_that_are_no_numbers_are_named_and_change_nothing(world, tmp_path):
+    settings = {"training.max_grad_norm": 1.0, "lr_scheduler.params.warmup_steps": 0, "training.ema_decay": None}
+    trainer = make_trainer(world, tmp_path / "out", settings)
+    said = with_infinite_gradients(trainer, {2})
+    trainer.step()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.step()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert trainer.state.global_step == 2 and trainer.finite.dropped == 1
+    assert said[0].startswith("step 2: gradients dropped, their norm is not finite; samples: t2i: train-")
+    trainer.step()
+    assert not any(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_too_many_gradients_that_are_no_numbers_end_the_run(world, tmp_path):
+    settings = {"training.max_grad_norm": 1.0, "training.max_nonfinite_batches": 2}
+    trainer = make_trainer(world, tmp_path / "out", settings)
+    with_infinite_gradients(trainer, set(range(2, 100)))
+    with pytest.raises(UserError, match="3 batches had a NaN or infinite loss or gradient.*max_nonfinite_batches=2"):
+        trainer.train()
+
+
 def test_nothing_is_looked_at_without_a_limit():
     guard = FiniteLosses(lambda bad: bad, None, print)
     assert guard.accept({"t2i": torch.tensor(float("nan"))}, [], 1)
@@ -313,6 +379,27 @@ def test_skipped_samples_of_all_processes_are_logged(world, tmp_path):
         "data/skipped/t2i/unreadable_image": 2,
         "data/skipped/lm/truncated_shard": 80,
     }
+
+
+def test_max_grad_norm_is_the_norm_that_gradients_are_cut_to(world, tmp_path):
+    totals = []
+    for limit in (None, 0.01):
+        settings = {"training.max_grad_norm": limit, "experiment.log_grad_norm_every": 1}
+        trainer = make_trainer(world, tmp_path / "out", settings)
+        trainer.step()
+        sizes = {name: p.numel() for name, p in trainer.model.named_parameters()}
+        norms = [sizes[name.removeprefix("grad_norm/")] * norm for name, norm in trainer.gradient_norms.items()]
+        totals.append(torch.stack(norms).norm().item())
+    assert totals[0] > 0.1 and totals[1] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_mixed_precision_is_what_the_layers_compute_in(world, tmp_path, precision, dtype):
+    trainer, seen = make_trainer(world, tmp_path / "out", {"training.mixed_precision": precision}), set()
+    layer = trainer.model.showo.model.layers[0].mlp.fc1
+    layer.register_forward_hook(lambda module, given, result: seen.add(result.dtype))
+    trainer.step()
+    assert seen == {dtype} and layer.weight.dtype == torch.float32
 
 
 def test_scale_lr_multiplies_the_rate_by_the_rows_of_a_step(world, tmp_path):

@@ -59,6 +59,12 @@ def test_batch_sizes_that_are_all_0(started, tmp_path):
     assert code == 2 and "are all 0; nothing to train on" in line
 
 
+def test_settings_of_inference_that_training_would_ignore(started, tmp_path):
+    code, line = started(tmp_path / "out", {"dtype": "bf16", "device": "cuda:1"})
+    assert code == 2 and "dtype has no effect on training; give training.mixed_precision" in line
+    assert "device is 'cuda:1', but the launcher gives each process its GPU" in line and "CUDA_VISIBLE_DEVICES" in line
+
+
 def test_an_output_folder_that_cannot_be_written(started, tmp_path):
     (tmp_path / "file").touch()
     code, line = started(tmp_path / "file" / "out")

@@ -164,3 +164,12 @@ def test_gradient_norms_are_l2_over_the_number_of_elements():
     model = nn.Linear(2, 2)
     model.weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     assert {name: value.item() for name, value in gradient_norms(model).items()} == {"grad_norm/weight": 1.25}
+
+
+@pytest.mark.parametrize(("clipping", "factor"), [(0.0, 1.0), (20.0, 1.0), (1.0, 0.1)])
+def test_gradients_yet_to_be_unscaled_and_clipped_are_measured_as_they_will_be(clipping, factor):
+    model = nn.Linear(2, 2)
+    model.weight.grad, model.bias.grad = torch.tensor([[24.0, 0.0], [0.0, 0.0]]), torch.tensor([0.0, 32.0])
+    norms = gradient_norms(model, clipping, loss_scale=4.0)  # 6 and 8, together 10
+    expected = {"grad_norm/weight": 6 / 4 * factor, "grad_norm/bias": 8 / 2 * factor}
+    assert {name: norm.item() for name, norm in norms.items()} == pytest.approx(expected)

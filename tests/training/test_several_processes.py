@@ -103,6 +103,22 @@ def whole_runs(world, tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="module")
+def moved_runs(world, tmp_path_factory, whole_runs):
+    """Kind, numbers of processes before and after step 2 → the run's folder and what it printed."""
+    runs = {}
+
+    def get(*key) -> tuple[Path, str]:
+        if key not in runs:
+            kind, before, after = key
+            parts = tmp_path_factory.mktemp(kind) / "parts"
+            without_the_last_checkpoint(whole_runs(kind, before), parts)
+            runs[key] = parts, run(kind, world, parts, processes=after)
+        return runs[key]
+
+    return get
+
+
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_continued_run_is_the_uninterrupted_one_to_the_last_bit(world, tmp_path, whole_runs, kind):
     whole, parts = whole_runs(kind), tmp_path / "parts"
@@ -139,6 +155,11 @@ def test_every_kind_is_the_same_training(whole_runs, kind):
     assert len(lines[0]) == len(lines[1]) == 4
     for ours, theirs in zip(*lines, strict=True):
         assert [ours[n] for n in names] == pytest.approx([theirs[n] for n in names], rel=1e-4)
+    norms = [[line for line in metrics_of(whole_runs(k)) if "grad_norm" in str(line)] for k in ("ddp", kind)]
+    assert len(norms[0]) == len(norms[1]) == 2
+    for ours, theirs in zip(*norms, strict=True):
+        # Some gradients are rounding alone: softmax does not see what the keys' norm adds where they are not rotated.
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-9)
     if kind == "zero3":
         return  # its weights are the model's own, those of the others the average
     weights = [load_file(whole_runs(k) / "model.safetensors") for k in ("ddp", kind)]
@@ -195,19 +216,19 @@ def test_two_processes_learn_what_one_learns_from_the_same_global_batch(world, t
     ("kind", "before", "after"),
     [*((kind, *numbers) for kind in KINDS for numbers in ((2, 1), (1, 2), (2, 4))), ("zero3", 2, 1)],
 )
-def test_another_number_of_processes_keeps_weights_optimiser_and_schedule(
-    world, tmp_path, whole_runs, kind, before, after
-):
-    parts, first = tmp_path / "parts", whole_runs(kind, before)
-    without_the_last_checkpoint(first, parts)
-    output = run(kind, world, parts, processes=after)
-    assert f"was written by {before} processes, now there are {after}" in output and "the data begins anew" in output
+def test_another_number_of_processes_keeps_weights_optimiser_and_schedule(whole_runs, moved_runs, kind, before, after):
+    """Whether the moments went on the losses tell, too: the last ones would be 0.3 % away from those of DDP if not."""
+    parts, output = moved_runs(kind, before, after)
+    assert f"was written by {before} processes, now there are {after}: weights, optimiser and schedule" in output
+    assert "the counts of NaN batches and skipped samples begin anew" in output
     lines = [line for line in metrics_of(parts) if "lr" in line]
-    whole = [line for line in metrics_of(first) if "lr" in line]
+    whole = [line for line in metrics_of(whole_runs(kind, before)) if "lr" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line["lr"] for line in lines] == [line["lr"] for line in whole]
-    start, end = (load_file(parts / f"checkpoint-{step}/unwrapped_model/model.safetensors") for step in (2, 4))
-    assert any(not torch.equal(tensor, end[name]) for name, tensor in start.items())
+    of_ddp = [line for line in metrics_of(moved_runs("ddp", before, after)[0]) if "lr" in line]
+    for ours, theirs in zip(lines, of_ddp, strict=True):
+        names = ("step_loss_t2i", "step_loss_lm", "step_loss_mmu")
+        assert [ours[n] for n in names] == pytest.approx([theirs[n] for n in names], rel=1e-4)
     if kind == "ddp":
         state = torch.load(parts / "checkpoint-4/optimizer.bin", weights_only=True)["state"]
         assert {int(s["step"]) for s in state.values()} == {4}, "the moments went on, they did not begin anew"

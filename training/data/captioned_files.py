@@ -1,13 +1,15 @@
-"""Pictures that are files: texts beside them, or a table (csv, jsonl, json, COCO) that names them."""
+"""Pictures that are files: texts beside them, folders named after their classes, a table (csv, jsonl, json, COCO)."""
 
 import csv
 import json
 import os
+import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.errors import UserError
 from training.data.captioned import CAPTION_COLUMNS, IMAGE_COLUMNS, NO_CAPTION, Captioned, captions_of, choose_column
+from training.data.imagenet import ImageFolder
 from training.data.skipping import MALFORMED_ITEM, Skipped
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -58,6 +60,13 @@ def _beside(picture: Path, texts: set[Path], root: Path, lines: bool) -> Caption
     captions = [line for line in content.splitlines() if line.strip()] if lines else []
     extra = {"file_name": picture.relative_to(root).as_posix()}
     return Captioned(picture, str(picture), captions or [content], extra)
+
+
+def in_class_folders(folder: Path) -> list[Captioned]:
+    """``{class}/{file}``, called by the name of its class as the imagenet1k flow calls it."""
+    classes, unused = ImageFolder(str(folder)), random.Random(0)
+    raws = (raw for index in range(len(classes)) for raw in classes.read(index, unused))
+    return [Captioned(Path(raw["image"]), raw["image"], [raw["text"]], {"file_name": raw["__key__"]}) for raw in raws]
 
 
 # ---- tables ----

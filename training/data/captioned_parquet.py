@@ -10,6 +10,7 @@ from pyarrow import types
 
 from common.errors import UserError
 from training.data.captioned import CAPTION_COLUMNS, IMAGE_COLUMNS, Captioned, captions_of, choose_column
+from training.data.parquet import rows_of
 from training.data.skipping import MALFORMED_ITEM, Skipped
 
 
@@ -60,14 +61,16 @@ class CaptionedParquet:
         for file, group, first in groups:
             try:
                 with pyarrow.parquet.ParquetFile(file) as content:
-                    rows = content.read_row_group(group, columns=self.columns[file]).to_pylist()
+                    rows = content.read_row_group(group, columns=self.columns[file])
             except (OSError, pyarrow.ArrowException) as error:
                 raise UserError(f"{file}, row group {group}, is damaged ({error}); fetch the file again") from None
-            yield [self._entry(file, first + number, row) for number, row in enumerate(rows)]
+            yield [self._entry(file, first + number, row) for number, row in enumerate(rows_of(rows))]
 
-    def _entry(self, file: Path, number: int, row: dict) -> Captioned | Skipped:
+    def _entry(self, file: Path, number: int, row: dict | UnicodeDecodeError) -> Captioned | Skipped:
         image, caption, *others = self.columns[file]
         name = f"{file}, record {number}"
+        if isinstance(row, UnicodeDecodeError):
+            return Skipped(MALFORMED_ITEM, f"{name}: {row}")
         try:
             extra = {other: row[other] for other in others}
             return Captioned(_picture(row[image], file.parent), name, captions_of(row[caption]), extra)

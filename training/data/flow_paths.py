@@ -56,12 +56,15 @@ class FlowPaths:
         if kind == "imagenet1k" and isinstance(value, str) and _has_folders(resolve_path(value)):
             return [str(resolve_path(value))]
         paths = expand_paths(setting, value, FORMATS[kind])
-        strange = [path for path in paths if not has_suffix(path, FORMATS[kind]) and not is_address(path)]
+        strange = [path for path in paths if not _is_readable(path, FORMATS[kind])]
         sorts = [paths_of for group in SORTS if (paths_of := [path for path in paths if has_suffix(path, group)])]
         if strange or len(sorts) > 1:
             what = {"t2i": f"dataset.gen_type {kind!r}", "mmu": f"dataset.und_type {kind!r}", "lm": "the lm flow"}[name]
             got = strange[0] if strange else f"{sorts[0][0]} and {sorts[1][0]}"
-            raise UserError(f"{setting}: {what} reads files of one sort of {', '.join(FORMATS[kind])}; got {got}")
+            fetch = "; only shards can be read from an address: fetch it first" if strange and is_address(got) else ""
+            raise UserError(
+                f"{setting}: {what} reads files of one sort of {', '.join(FORMATS[kind])}; got {got}{fetch}"
+            )
         return paths
 
     def image_root(self, name: str) -> str | None:
@@ -106,6 +109,13 @@ class FlowPaths:
 
     def _given(self, place: str) -> bool:
         return bool(self.params[f"external_{place}_caption_path"])
+
+
+def _is_readable(path: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a flow that reads files of these suffixes can open it; WebDataset alone opens addresses."""
+    if is_address(path):
+        return SHARDS[0] in suffixes and not has_suffix(path, PARQUET + JSON + TEXT)
+    return has_suffix(path, suffixes)
 
 
 def _has_folders(path: Path) -> bool:

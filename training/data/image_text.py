@@ -54,11 +54,11 @@ class Pictures:
         name = raw.get("__key__", "")
         found = next((raw[key] for key in IMAGE_KEYS if raw.get(key) is not None), None)
         if CODES in raw and (found is None or not self.refuses_codes()):
-            return self.from_codes(_load(raw[CODES], name), name)
+            return self.from_codes(_array(raw[CODES], name), name)
         if isinstance(found, dict):
             found = found.get("bytes") or found.get("path")
         if isinstance(found, list):
-            return self.from_codes(np.asarray(found), name)
+            return self.from_codes(_array(found, name), name)
         if isinstance(found, str):
             found = os.path.join(self.root or os.path.dirname(raw.get("__url__", "")), found)
         return self.from_encoded(found, rng, name)
@@ -163,8 +163,8 @@ def jittered(image: Image.Image, amount: float, rng: random.Random) -> Image.Ima
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=corner)
 
 
-def _load(data: bytes, name: str) -> np.ndarray:
+def _array(codes: bytes | list, name: str) -> np.ndarray:
     try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        return np.load(io.BytesIO(codes), allow_pickle=False) if isinstance(codes, bytes) else np.asarray(codes)
     except Exception as error:  # numpy raises OSError, ValueError, EOFError, even SyntaxError of a broken header
         raise SkipSample(BAD_CODES, f"{name}: {error}") from None

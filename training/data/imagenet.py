@@ -45,8 +45,8 @@ class ImageFolder:
         nameless = [name for name in classes if name not in self.names and re.fullmatch(r"n\d{8}", name)]
         if nameless:
             logger.warning(
-                "%s: %d classes such as %s have no name and are called by their folder; give "
-                "dataset.params.class_names_path, or put %s beside the folder",
+                "%s: %d classes such as %s have no name and are called by their folder; put %s beside the folder, or "
+                "give the training dataset.params.class_names_path",
                 self.root,
                 len(nameless),
                 nameless[0],

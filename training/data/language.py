@@ -45,7 +45,7 @@ class Documents:
     whose lines are joined by blanks; one without a blank line in its first megabytes holds a document a line.
 
     Raises:
-        UserError: a jsonl file's first record lacks `column`, or all files are empty.
+        UserError: a jsonl file's first line is no record or lacks `column`, or all files are empty.
     """
 
     def __init__(self, paths: list[str], column: str):
@@ -144,11 +144,16 @@ def _to_line(file, start: int) -> None:
 def _check_column(path: str, column: str) -> None:
     _, first = next(_lines(path, 0, CHUNK), (0, b"{}"))
     try:
-        names = list(json.loads(first.decode("utf-8-sig")))
-    except (ValueError, TypeError):
+        record = json.loads(first.decode("utf-8-sig"))
+    except ValueError:
         return  # one broken line of many
-    if column not in names:
+    if not isinstance(record, dict):
         raise UserError(
-            f"{path} has no column {column!r}; its columns are {', '.join(map(str, names))}; name one by "
+            f'{path} must hold a record such as {{"{column}": "text"}} a line; its first is {str(record)[:40]!r}; put '
+            "plain texts into a .txt file"
+        )
+    if column not in record:
+        raise UserError(
+            f"{path} has no column {column!r}; its columns are {', '.join(record)}; name one by "
             "dataset.params.lm_column"
         )

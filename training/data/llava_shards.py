@@ -3,9 +3,13 @@
     python3 training/data/llava_shards.py json=data/emoji_world/llava_train.json image_root=data/emoji_world/images \
         output=data/emoji_world/shards/qa repeat=name:3
 
+    … json=llava_v1_5_mix665k.json image_root=llava_data output=data/llava/tuning records=true
+
 Every question with its answer becomes one sample: the picture and ``USER: \\n{question} ASSISTANT: {answer}``, the
-very text that `inference_mmu.py` asks with, so train on it with `dataset.params.add_caption_prompt: False`. `repeat`
-weighs the values of the records' key `task`. Records without a picture are left out (SPEC §9).
+very text that `inference_mmu.py` asks with, so train on it with `dataset.params.add_caption_prompt: False`. With
+`records=true` a sample is the picture and the whole record as `json`, which the flows llava_pretrain and llava_tuning
+read, also when `encode_images.py` has encoded the pictures. `repeat` weighs the values of the records' key `task`.
+Records without a picture are left out (SPEC §9).
 """
 
 import json
@@ -31,12 +35,13 @@ class LlavaShardsConfig:
     image_root: str = "???"
     output: str = "???"  # prefix of the shards: {output}-000000.tar
     repeat: str = ""  # task:times, comma-separated
+    records: bool = False  # whole records, for the llava flows, in place of questions for the captioning flow
     shard_size: int = 2000
     seed: int = 0
 
 
-def samples(records: list[dict], image_root: Path, repeat: dict[str, int]) -> Iterator[dict]:
-    """One sample per question and repetition.
+def samples(records: list[dict], image_root: Path, repeat: dict[str, int], whole: bool) -> Iterator[dict]:
+    """One sample per question, or record if `whole`, and repetition; its picture is the path, yet to be read.
 
     Raises:
         UserError: a record's picture is missing.
@@ -47,13 +52,12 @@ def samples(records: list[dict], image_root: Path, repeat: dict[str, int]) -> It
         picture = image_root / record["image"]
         if not picture.is_file():
             raise UserError(f"record {record.get('id', index)!r}: picture {picture} does not exist; check image_root")
-        for number, (question, answer) in enumerate(questions_and_answers(record["conversations"])):
+        questions = () if whole else questions_and_answers(record["conversations"])
+        texts = [{"txt": f"{question_prompt_vq(question)} {answer}"} for question, answer in questions]
+        for number, text in enumerate([{"json": record}] if whole else texts):
             for time in range(repeat.get(record.get("task"), 1)):
-                yield {
-                    "__key__": f"{index:06d}-{number}-{time}",
-                    picture.suffix.lstrip(".").lower(): picture.read_bytes(),
-                    "txt": f"{question_prompt_vq(question)} {answer}",
-                }
+                key = f"{index:06d}-{number}-{time}"
+                yield {"__key__": key, picture.suffix.lstrip(".").lower(): picture, **text}
 
 
 def questions_and_answers(turns: list[dict]) -> list[tuple[str, str]]:
@@ -85,12 +89,14 @@ def main(argv: list[str]) -> None:
         records = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"json={file} is no valid JSON ({error})") from None
-    chosen = list(samples(records, Path(config.image_root), read_repeat(config.repeat)))
+    chosen = list(samples(records, Path(config.image_root), read_repeat(config.repeat), config.records))
     random.Random(config.seed).shuffle(chosen)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     with webdataset.ShardWriter(f"{config.output}-%06d.tar", maxcount=config.shard_size, verbose=0, mtime=0) as writer:
         for sample in chosen:
-            writer.write(sample)
+            writer.write(
+                {key: value.read_bytes() if isinstance(value, Path) else value for key, value in sample.items()}
+            )
     print(f"{config.output}: {len(chosen)} samples")
 
 

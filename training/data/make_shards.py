@@ -4,11 +4,13 @@
 
 `source` is a folder: pictures with a text beside each (``a.jpg``, ``a.txt``), or with ``metadata.csv`` or
 ``metadata.jsonl`` (Hugging Face's imagefolder), or parquet files (a data set as the hub keeps it). With `captions=FILE`
-a table names the pictures:
+a table names the pictures, with `captions=folders` the folders they lie in (ImageNet):
 
     … source=coco/train2017 captions=coco/annotations/captions_train2017.json output=data/coco/train
     … source=flickr8k/Images captions=flickr8k/captions.txt output=data/flickr/train       (csv, tsv, jsonl, json)
     … source=~/datasets/some-hub-dataset split=train caption_column=prompt output=data/some/train resize=512
+
+    … source=imagenet captions=folders output=data/imagenet/train
 
 Each sample is the picture's own bytes and ``txt``. A picture with several captions (COCO has five) becomes several
 samples, so that an epoch sees all; `captions_per_image=join` or `first` makes one. Pictures that cannot be read, files
@@ -38,7 +40,7 @@ from tqdm import tqdm
 from common.config import read_settings
 from common.errors import UserError, run_cli
 from training.data.captioned import NO_CAPTION, Captioned, CaptionedSource, Listing, of_one_split
-from training.data.captioned_files import beside_texts, in_table, is_picture, list_files
+from training.data.captioned_files import beside_texts, in_class_folders, in_table, is_picture, list_files
 from training.data.captioned_parquet import CaptionedParquet
 from training.data.shard_writing import (
     find_shards,
@@ -54,6 +56,7 @@ from training.data.shard_writing import (
 from training.data.skipping import EMPTY_TEXT, MALFORMED_ITEM, MISSING_FILE, UNREADABLE_IMAGE, Skipped, Tally
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # PIL's name → member; others become PNG
+CLASS_FOLDERS = "folders"  # in place of a table
 CAPTIONS_PER_IMAGE = ("each", "join", "first")
 
 
@@ -61,7 +64,7 @@ CAPTIONS_PER_IMAGE = ("each", "join", "first")
 class MakeShardsConfig:
     source: str = "???"  # folder of pictures or of a Hugging Face data set
     output: str = "???"  # prefix of the shards: {output}-000000.tar
-    captions: str = ""  # table that names pictures in `source`; empty: what lies in `source`
+    captions: str = ""  # table that names pictures in `source`; `folders`: their classes; empty: what lies in `source`
     image_column: str = ""  # of a table or parquet; empty: the usual names
     caption_column: str = ""
     split: str = ""  # of a Hugging Face data set; needed where it has several
@@ -89,6 +92,8 @@ def open_source(config) -> CaptionedSource:
     folder = Path(config.source).expanduser()
     if not folder.is_dir():
         raise UserError(f"source={config.source} is no folder that exists; give the one that holds the pictures")
+    if config.captions == CLASS_FOLDERS:
+        return Listing(in_class_folders(folder))
     columns = (config.image_column, config.caption_column)
     if config.captions:
         return Listing(in_table(Path(config.captions).expanduser(), folder, *columns))
@@ -107,7 +112,8 @@ def _advice(files: list[Path]) -> str:
     if any(file.suffix == ".arrow" for file in files):
         return "it is a data set saved with save_to_disk: save it with to_parquet instead"
     if pictures := sum(map(is_picture, files)):
-        return f"it holds {pictures} pictures: put a .txt beside each, or name a table with captions=FILE"
+        ways = "put a .txt beside each, name a table with captions=FILE, or take their folders with captions=folders"
+        return f"it holds {pictures} pictures: {ways}"
     return "it holds neither pictures with a .txt beside them, nor metadata.csv or metadata.jsonl, nor parquet files"
 
 

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from common.errors import UserError
-from training.data.skipping import MISSING_FILE, TRUNCATED_SHARD, Skipped
+from training.data.skipping import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped
 from training.data.sources import mixed
 
 IMAGE_COLUMNS = ("codes", "image", "jpg", "png", "jpeg", "webp", "picture", "img", "image_bytes", "image_path")
@@ -78,14 +78,28 @@ class ParquetUnits:
             with pyarrow.parquet.ParquetFile(path) as content:
                 batches = content.iter_batches(ROWS, [group], columns=list(names), use_threads=False)
                 for batch in batches:
-                    for row in batch.to_pylist():
-                        sample = {name: row[column] for column, name in names.items()}
-                        yield {"__key__": f"{path}: row group {group}, row {number}", "__url__": path, **sample}
+                    for row in rows_of(batch):
+                        key = f"{path}: row group {group}, row {number}"
                         number += 1
+                        if isinstance(row, UnicodeDecodeError):
+                            yield Skipped(MALFORMED_ITEM, f"{key}: {row}")
+                            continue
+                        sample = {name: row[column] for column, name in names.items()}
+                        yield {"__key__": key, "__url__": path, **sample}
         except FileNotFoundError:
             yield Skipped(MISSING_FILE, path, rows - number)
         except (OSError, pyarrow.ArrowException) as error:
             yield Skipped(TRUNCATED_SHARD, f"{path}: row group {group}: {error}", max(1, rows - number))
+
+
+def rows_of(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict | UnicodeDecodeError]:
+    """The rows as Python values, or why one cannot be had: parquet promises UTF-8, but not all writers keep it."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            return [error]
+        return [row for number in range(len(batch)) for row in rows_of(batch.slice(number, 1))]
 
 
 def _read_footer(path: str) -> _Footer:

@@ -27,9 +27,10 @@ def expand_paths(setting: str, value, suffixes: tuple[str, ...] = ()) -> list[st
         suffixes: of the files that a folder stands for, at any depth; of those the first sort that it holds.
 
     Raises:
-        UserError: the setting is empty, files do not exist (all are counted, and named up to 20), or a folder holds no
-            file of the suffixes.
+        UserError: the setting is empty or needs an environment variable, files do not exist (all are counted, and named
+            up to 20), or a folder holds no file of the suffixes.
     """
+    _refuse_unset(setting, value)
     if not value:
         example = f"{setting}=data/train-{{000000..000009}}.tar"
         raise UserError(f"{setting} is not set; give the path of the data, for example {example}")
@@ -45,14 +46,23 @@ def existing_folder(setting: str, value) -> str:
     """The folder that a setting names.
 
     Raises:
-        UserError: it is not set or does not exist.
+        UserError: it is not set, needs an environment variable, or does not exist.
     """
+    _refuse_unset(setting, value)
     if not value:
         raise UserError(f"{setting} is not set; give a folder")
     folder = resolve_path(value)
     if not folder.is_dir():
         raise UserError(f"{setting}: folder {value} does not exist")
     return str(folder)
+
+
+def _refuse_unset(setting: str, value) -> None:
+    if isinstance(value, str) and value.startswith("$"):  # as `common.config` leaves it
+        names = ", ".join(name.removeprefix("$") for name in value.split())
+        raise UserError(
+            f"{setting} needs environment variables that are not set: {names}; set them or give {setting}=…"
+        )
 
 
 def is_address(path: str) -> bool:
