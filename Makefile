@@ -104,14 +104,18 @@ train-tiny-stages: data-emoji ## all stages of both branches with few steps, on 
 		$(VENV)/bin/accelerate launch --config_file accelerate_configs/1_cpu.yaml training/$${stage%%:*} \
 			config=configs/showo_tiny_$${stage##*:}.yaml training.mixed_precision=$(PRECISION) || exit $$?; \
 	done
-	$(PY) training/plot.py output=outputs/showo-tiny-stages.png runs=outputs/showo-tiny-stage1,outputs/showo-tiny-stage2,outputs/showo-tiny-stage3,outputs/showo-tiny-tuning-stage1,outputs/showo-tiny-tuning-stage2
+	$(PY) training/plot.py output=outputs/showo-tiny-stages.png \
+		runs=outputs/showo-tiny-stage1,outputs/showo-tiny-stage2,outputs/showo-tiny-stage3,outputs/showo-tiny-tuning-stage1,outputs/showo-tiny-tuning-stage2
+	$(PY) training/plot.py output=outputs/showo-tiny-stages-w-clip-vit.png \
+		runs=outputs/showo-tiny-tuning-stage1-w-clip-vit,outputs/showo-tiny-tuning-stage2-w-clip-vit
 
 bench: $(READY) ## both generation loops against the published algorithm
 	$(PY) benchmarks/generation.py --hidden 512 --layers 8
 
-bench-training: $(READY) ## memory and time of a training step, published settings against ours (4 minutes, 8 GB)
+bench-training: $(READY) ## memory and time of a training step, published settings against ours (10 minutes, 8 GB)
 	$(PY) benchmarks/training.py --size tiny
 	$(PY) benchmarks/training.py --size 8x512 --rows 12
+	$(PY) benchmarks/training.py --size 100m --rows 12
 
 clean: ## remove the demo's results and caches; .venv, data and trainings in outputs/ stay
 	rm -rf $(DEMO) .pytest_cache .ruff_cache

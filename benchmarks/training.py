@@ -1,7 +1,7 @@
 """One training step against the published way of taking it, and against what the machine allows; random weights.
 
-    python3 benchmarks/training.py --size tiny
-    python3 benchmarks/training.py --size 8x512 --rows 24                        # make bench-training runs these two
+    python3 benchmarks/training.py --size tiny                                  # make bench-training: this and more
+    python3 benchmarks/training.py --size 8x512 --rows 24
     python3 benchmarks/training.py --size 8x512 --stage tuning2 --rows 12
     python3 benchmarks/training.py --size 1.3b --rows 24 --device cuda --attention flex_attention
 
