@@ -72,8 +72,6 @@ data-emoji: $(READY) ## download and render what the small default learns from (
 	$(PY) training/data/emoji_world.py output_dir=$(WORLD) size=64 names=200 shard_size=1000
 	$(PY) training/data/llava_shards.py json=$(WORLD)/llava_train.json image_root=$(WORLD)/images \
 		output=$(WORLD)/shards/qa repeat=name:3 shard_size=10000
-	$(PY) training/data/llava_shards.py json=$(WORLD)/llava_train.json image_root=$(WORLD)/images \
-		output=$(WORLD)/shards/questions repeat=name:2,style:3,group:2 shard_size=10000
 	$(PY) training/data/emoji_world.py output_dir=$(WORLD)_all size=64 names=all shard_size=10000
 
 train-tiny: data-emoji ## train the small default from nothing into outputs/ (hours on a CPU); goes on where it stopped
