@@ -79,17 +79,13 @@ train-tiny: data-emoji ## train the small default from nothing into outputs/ (ho
 	$(MAKE) train-tiny-resume
 
 # Two processes with one thread each train faster on two cores than one process with two.
-TRAIN_TINY := ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(VENV)/bin/accelerate launch \
-	--config_file accelerate_configs/2_cpu_ddp.yaml training/train.py model.showo.llm_model_path=$(LLM) \
-	model.vq_model.vq_model_name=$(TOKENIZER) training.mixed_precision=$(PRECISION)
-
 train-tiny-resume: $(READY) ## the same without making the data again
 	$(PY) training/train_magvitv2.py config=configs/showo_tiny_magvitv2.yaml experiment.output_dir=$(TOKENIZER) \
 		training.mixed_precision=$(PRECISION)
-	$(TRAIN_TINY) config=configs/showo_tiny_train.yaml \
-		training.batch_size_t2i=11 training.batch_size_lm=1 training.batch_size_mmu=4
-	$(TRAIN_TINY) config=configs/showo_tiny_questions.yaml \
-		training.batch_size_t2i=6 training.batch_size_lm=1 training.batch_size_mmu=9
+	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(VENV)/bin/accelerate launch --config_file accelerate_configs/2_cpu_ddp.yaml \
+		training/train.py config=configs/showo_tiny_train.yaml \
+		model.showo.llm_model_path=$(LLM) model.vq_model.vq_model_name=$(TOKENIZER) \
+		training.batch_size_t2i=11 training.batch_size_lm=1 training.batch_size_mmu=4 training.mixed_precision=$(PRECISION)
 
 # Each stage starts from the one before; a stage that has ended is passed over, one that was stopped goes on.
 TUNINGS := instruction_tuning_1 instruction_tuning_2

@@ -34,7 +34,7 @@ DEMOS = [name for name in PUBLISHED if "demo" in name]
 STAGES = [name for name in PUBLISHED if "demo" not in name]
 SMALL = [f"showo_tiny_{stage}" for stage in ("stage1", "stage2", "stage3")]
 SMALL += [f"showo_tiny_instruction_tuning_{n}{branch}" for n in (1, 2) for branch in ("", "_w_clip_vit")]
-SMALL += ["showo_tiny_train", "showo_tiny_questions"]
+SMALL.append("showo_tiny_train")
 SIDES = {256: 32, 512: 48}  # the resolution of a file → that of its test, with 8 pixels a token
 SYSTEM_ROOM = 200  # M of the CLIP tuning rows: the system prompt is long in the tiny tokenizer
 

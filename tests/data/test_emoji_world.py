@@ -120,7 +120,7 @@ def test_questions_are_in_llava_form_and_yes_is_as_frequent_as_no(world):
     folder, pictures = world
     by_key = {p.key: p for p in pictures}
     records = json.loads((folder / "llava_train.json").read_text())
-    assert len({r["id"] for r in records}) == len(records) == 5 * sum(not p.held_out for p in pictures)
+    assert len({r["id"] for r in records}) == len(records) == 4 * sum(not p.held_out for p in pictures)
     answers = Counter()
     for record in records:
         human, gpt = record["conversations"]
@@ -139,7 +139,7 @@ def test_questions_are_in_llava_form_and_yes_is_as_frequent_as_no(world):
             answers[gpt["value"]] += 1
             asks_own = question == emoji_text.GROUP_QUESTIONS[picture.name.group]
             assert gpt["value"] == ("yes" if asks_own else "no")
-    assert answers["yes"] == answers["no"] == len(records) / 5
+    assert set(answers) == {"yes", "no"} and abs(answers["yes"] - answers["no"]) <= 1
 
 
 def test_imagenet_folder_has_a_name_for_each_class(world):

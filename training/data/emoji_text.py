@@ -56,29 +56,31 @@ def caption(name: str, style: str) -> str:
 
 
 def conversations(names: list[Name], held_out: bool, seed: int) -> list[dict]:
-    """LLaVA records (SPEC §9), five for each picture of the split: name, style, caption, and two about groups.
+    """LLaVA records (SPEC §9), four for each picture of the split: name, group (yes or no), style, caption.
 
-    Of these one is about the picture's own group, to be answered yes, and one about another, to be answered no. The
-    extra key `task` says which of the four kinds of question a record is.
+    Every second group question, in a shuffled order, is about the picture's own group, so "yes" and "no" are equally
+    frequent. The extra key `task` says which of the four questions a record is.
     """
     rng = random.Random(f"questions {held_out} {seed}")
+    pairs = [(n, s) for n in names for s in n.styles if (s == n.held_out_style) == held_out]
+    says_yes = [i % 2 == 0 for i in range(len(pairs))]
+    rng.shuffle(says_yes)
     records = []
-    for name, style in [(n, s) for n in names for s in n.styles if (s == n.held_out_style) == held_out]:
-        other = rng.choice([group for group in GROUPS.values() if group != name.group])
+    for (name, style), yes in zip(pairs, says_yes, strict=True):
+        asked = name.group if yes else rng.choice([g for g in GROUPS.values() if g != name.group])
         turns = {
             "name": (NAME_QUESTION, name.name),
-            "group_yes": (GROUP_QUESTIONS[name.group], "yes"),
-            "group_no": (GROUP_QUESTIONS[other], "no"),
+            "group": (GROUP_QUESTIONS[asked], "yes" if yes else "no"),
             "style": (STYLE_QUESTION, style),
             "caption": (CAPTION_QUESTION, caption(name.name, style)),
         }
-        records += [_record(picture_key(name.name, style), which, *turn) for which, turn in turns.items()]
+        records += [_record(picture_key(name.name, style), task, *turn) for task, turn in turns.items()]
     return records
 
 
-def _record(key: str, which: str, question: str, answer: str) -> dict:
+def _record(key: str, task: str, question: str, answer: str) -> dict:
     turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-    return {"id": f"{key}_{which}", "image": f"{key}.png", "task": which.partition("_")[0], "conversations": turns}
+    return {"id": f"{key}_{task}", "image": f"{key}.png", "task": task, "conversations": turns}
 
 
 def sentences(names: list[Name], seed: int) -> list[str]:
