@@ -46,6 +46,7 @@ def test_the_calculation_is_near_a_measured_peak():
     assert abs(float(line.rpartition("(")[2].removesuffix(" %)"))) < 15, line
 
 
+@pytest.mark.slow
 def test_every_published_stage_has_its_line():
     lines = memory.table().splitlines()
     assert len(memory.stages()) == 11 and len(lines) == 13

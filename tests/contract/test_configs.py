@@ -50,6 +50,7 @@ def published_keys() -> list[str]:
     return keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schema", [InferenceConfig, TrainingConfig])
 def test_a_file_with_every_published_key_at_its_default_is_accepted(schema, tmp_path):
     tree = {}

@@ -193,6 +193,7 @@ def test_stage_1_begins_with_the_language_models_weights(world, tmp_path):
     assert rows == tiny.LLM_VOCAB_SIZE + 30 and torch.equal(kept, given["model.embed_tokens.weight"].float())
 
 
+@pytest.mark.slow
 def test_a_stage_begins_in_the_published_way(world, tmp_path):
     """The last checkpoint of the stage before, copied to `checkpoint-0`; there it may lack the projector."""
     before, name = "showo_pretraining_stage3", "showo_instruction_tuning_1_w_clip_vit"
@@ -227,6 +228,7 @@ def test_a_demo_draws_in_two_steps_and_answers_in_two_tokens(name, world, tmp_pa
         assert (tmp_path / mode / "grid.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEMOS)
 def test_a_demo_trains_when_the_command_line_says_from_what(name, world, tmp_path):
     und_type = "llava_tuning" if "clip" in name else "captioning"
@@ -239,6 +241,7 @@ def test_a_demo_trains_when_the_command_line_says_from_what(name, world, tmp_pat
 # --- the emoji world, with the tokenizers that come with the repository
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_small_stage_takes_two_steps(name, world, tmp_path):
     dataset = read(name)["dataset"]

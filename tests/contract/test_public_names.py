@@ -123,6 +123,7 @@ def test_the_default_configuration_is_the_published_one():
     assert config.vocabulary == Vocabulary() and config.mask_token_id == 58497
 
 
+@pytest.mark.slow
 def test_importing_models_loads_no_torchvision(repository):
     """torchvision has no CPU build to match; a broken one breaks transformers."""
     code = "import models, sys; sys.exit('torchvision' in sys.modules)"

@@ -212,6 +212,7 @@ def test_a_signal_to_the_whole_job_leaves_the_workers_their_work(number):
     assert not any(worker.is_alive() for worker in workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["raise RuntimeError", "flow.skipped", "sys.exit(3)"])
 def test_a_run_that_ends_takes_its_workers_along(ending, repository):
     script = f"""

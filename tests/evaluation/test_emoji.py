@@ -63,6 +63,7 @@ def test_drawing_by_hand(evaluation):
     assert Image.open(evaluation.folder / "emoji_drawing/best_worst.png").width > 4 * 64
 
 
+@pytest.mark.slow
 def test_drawings_are_the_pipelines(evaluation):
     """A batch is drawn from a generator of its own, whatever else is asked."""
     evaluation.run("emoji_drawing", "batch_size=3", "device=cpu")

@@ -35,6 +35,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("demo", ["demo", "demo_clip"])
 def test_every_task_with_both_branches(evaluation, places, demo):
     """Batches that cut across pictures give the answers of each question alone."""

@@ -92,6 +92,7 @@ def run(world, output_dir, overrides) -> Trainer:
     return trainer
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_same_and_tells_how_much_padding_is_gone(world, tmp_path):
     held_out = {"dataset.params.eval_t2i_shards_path_or_url": world / "train-000000.tar", "experiment.eval_every": 3}
     for name, packing in (("plain", {}), ("packed", PACKED)):

@@ -291,6 +291,7 @@ def test_a_run_leaves_what_it_promises(shards):
     assert (out / "config.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_training_makes_pictures_better_and_keeps_codes_in_use(shards):
     losses = (
         "losses.mse=2",

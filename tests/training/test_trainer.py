@@ -190,6 +190,7 @@ def test_it_learns_one_batch_by_heart(world, tmp_path):
 # ---- stopping and continuing ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -313,6 +314,7 @@ def test_the_script_runs_from_anywhere_under_accelerate_launch(world, tmp_path):
     assert "CLIPImageProcessor" not in output and "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_the_script_says_what_is_wrong_in_one_line_and_ends_with_2(world, tmp_path):
     process = launch(world, tmp_path / "out", {"training.batch_sise_t2i": 2}, folder=tmp_path)
     output, _ = process.communicate(timeout=120)
