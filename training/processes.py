@@ -128,9 +128,20 @@ def readable_by_any_number(accelerator: Accelerator, folder: Path) -> Iterator[P
             )
     accelerator.wait_for_everyone()
     yield copy
+    _separate_step_counters(accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(copy)
+
+
+def _separate_step_counters(accelerator: Accelerator) -> None:
+    """ZeRO-3 reads one counter of steps for all parameters, and each of them would count it up."""
+    for optimizer in accelerator._optimizers:
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        for state in optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
