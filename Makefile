@@ -51,10 +51,10 @@ PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist l
 test: lint ## ruff and the CPU tests, under 15 minutes on 2 cores; what .ci/run calls
 	$(PYTEST) -m 'not gpu and not multiprocess'
 
-test-quick: lint ## the fast ones of them, under 2 minutes
+test-quick: lint ## the fast ones of them, 2 to 3 minutes
 	$(PYTEST) -m 'not slow and not gpu and not multiprocess'
 
-test-multiprocess: $(READY) ## those with several processes (DDP, ZeRO-2, FSDP2), one after another, under 15 minutes
+test-multiprocess: $(READY) ## those with several processes (DDP, ZeRO-2, FSDP2), one after another, about 15 minutes
 	$(PY) -m pytest -m multiprocess
 
 test-all: test test-multiprocess ## every test, those with several processes and, where there is one, on the GPU too
