@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from models.omni_attention import OmniMask
 from models.packing import PACKED_SDPA
 from models.plain_layer import Buffers, Place, PlainLayer, TokenMemo, norm_of, pick
-from models.thin import ThinLayers, is_thin
+from models.thin import Desk, ThinLayers, is_thin
 
 # R rows, B distinct rows of ids (R is a multiple), n positions of a piece, U needed ones, H hidden size
 
@@ -48,7 +48,7 @@ class PlainPhi:
         self.buffers = Buffers()
         self.layers = [PlainLayer(layer, self.buffers) for layer in phi.layers]
         self.memo = TokenMemo(self.layers[0], self.embed_tokens) if ids_recur and len(self.layers) > 1 else None
-        self.length, self.thin = 0, None
+        self.length, self.thin, self.desks = 0, None, {}
         self._lay_out(mask, positions)
 
     def _lay_out(self, mask: OmniMask, positions: torch.Tensor | None) -> None:
@@ -106,13 +106,19 @@ class PlainPhi:
         else:
             hidden = embed(input_ids)
             appends = isinstance(place.new, slice) and place.new.start and len(input_ids) == self.mask.shape[0]
-            if needed is None and appends and is_thin(hidden):
-                self.thin = self.thin or ThinLayers.of(self.phi, self.layers)
-                hidden = self.thin.run(hidden, self.layers, place.new, (place.cos, place.sin), place.bias)
-                return F.layer_norm(hidden, *self.final_norm)
+            if needed is None and appends and is_thin(hidden) and not torch.is_grad_enabled():
+                return F.layer_norm(self._run_thin(hidden, place), *self.final_norm)
         for layer in layers:
             hidden = layer.run(hidden, place)
         return F.layer_norm(last.run(hidden, place, needed), *self.final_norm)
+
+    def _run_thin(self, hidden: torch.Tensor, place: Place) -> torch.Tensor:
+        """All layers at a few positions (R, n, H), which follow those that are there."""
+        self.thin = self.thin or ThinLayers.of(self.phi, self.layers)
+        if hidden.shape not in self.desks:
+            self.desks[hidden.shape] = Desk(hidden, self.thin, self.layers[0].heads, 2 * self.cos.shape[-1])
+        desk = self.desks[hidden.shape]
+        return self.thin.run(hidden, self.layers, desk, place.new, (place.cos, place.sin), place.bias)
 
     def forget(self, count: int) -> None:
         """Drops the last `count` positions."""

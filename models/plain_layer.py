@@ -114,11 +114,13 @@ class PlainLayer:
         if isinstance(new, torch.Tensor):
             self.keys.index_copy_(1, new, key)
             self.values.index_copy_(1, new, value)
+        elif isinstance(new, tuple):
+            self.keys[new], self.values[new] = key, value
         else:
-            index = new if isinstance(new, tuple) else (slice(None), new)
-            self.keys[index], self.values[index] = key, value
-        stop = new.stop if isinstance(new, slice) else None
-        return self.keys[:, :stop].transpose(1, 2), self.values[:, :stop].transpose(1, 2)
+            for kept, states in ((self.keys, key), (self.values, value)):
+                kept.narrow(1, new.start, new.stop - new.start).copy_(states)
+            return tuple(kept.narrow(1, 0, new.stop).transpose(1, 2) for kept in (self.keys, self.values))
+        return self.keys.transpose(1, 2), self.values.transpose(1, 2)
 
     def run(self, hidden: torch.Tensor, place: "Place", needed: torch.Tensor | None = None) -> torch.Tensor:
         """(R or B, n, H), overwritten -> (R, n or U, H); attention and MLP both start from the same normed input."""

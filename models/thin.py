@@ -5,6 +5,7 @@ read by the product that reads them fastest, and in small models they are joined
 the normed input (q, k, v, first half of the MLP), and what is added to the residual (attention output, second half).
 """
 
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,13 +32,29 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     if not is_thin(rows):
         return F.linear(rows, weight, bias)
     if num_rows == 1 and len(weight) % BLOCKS == 0:
-        blocks, column = weight.unflatten(0, (BLOCKS, -1)), rows.t().expand(BLOCKS, -1, 1)
-        if bias is None:
-            return torch.bmm(blocks, column).view(1, -1)
-        return torch.baddbmm(bias.view(BLOCKS, -1, 1), blocks, column).view(1, -1)
+        return _in_blocks(weight, bias)(rows)
     columns = (torch.cat([rows, rows]) if num_rows == 1 else rows.contiguous()).t()
     thin = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
     return thin.t()[:num_rows].contiguous()
+
+
+def product_into(out: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """`product` as a function of the rows alone that writes (M, N) `out`; what does not depend on them is done here."""
+    if not is_thin(out):
+        return lambda rows: torch.addmm(bias, rows, weight.t(), out=out)
+    if len(out) == 1 and len(weight) % BLOCKS == 0:
+        return _in_blocks(weight, bias, out)
+    return lambda rows: out.copy_(product(rows, weight, bias))
+
+
+def _in_blocks(
+    weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    blocks, out = weight.unflatten(0, (BLOCKS, -1)), None if out is None else out.view(BLOCKS, -1, 1)
+    if bias is None:
+        return lambda row: torch.bmm(blocks, row.t().expand(BLOCKS, -1, 1), out=out).view(1, -1)
+    bias = bias.view(BLOCKS, -1, 1)
+    return lambda row: torch.baddbmm(bias, blocks, row.t().expand(BLOCKS, -1, 1), out=out).view(1, -1)
 
 
 def is_thin(x: torch.Tensor) -> bool:
@@ -92,35 +109,65 @@ class ThinLayers:
         return [pair for pairs in (*self.inner, *self.outer) for pair in pairs]
 
     def run(
-        self, hidden: torch.Tensor, layers: list, new: slice | torch.Tensor, rotation, bias: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        layers: list,
+        desk: "Desk",
+        new: slice | torch.Tensor,
+        rotation,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """(R, n, H) -> (R, n, H); writes the keys and values of the positions `new`.
+        """(R, n, H) -> (R, n, H) without gradients; writes the keys and values of the positions `new`.
 
         Args:
+            desk: of this shape, for this caller alone.
             new: see `PlainLayer.keep`.
             rotation: cos and sin (1 or R, n, 1, r / 2).
             bias: (R, 1, n or 1, length) or None.
         """
-        shape = hidden.shape
-        hidden = hidden.flatten(0, 1)  # (M, H)
-        rotation = [x[:, :, None] for x in rotation]  # for queries and keys together
+        cos, sin = (x[:, :, None] for x in rotation)  # for queries and keys together
+        total = hidden.flatten(0, 1).clone()  # (M, H)
         for number, layer in enumerate(layers):
-            size = hidden.shape[1]
-            normed = F.layer_norm(hidden, *layer.norm)
-            mixed = [product(normed, *pair) for pair in self.inner[number]]
-            mixed = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)  # (M, 3H + MLP)
+            normed = F.layer_norm(total, *layer.norm)
+            for multiply in desk.inner[number]:
+                multiply(normed)
             scale, shift = self.norms[number]
-            both = mixed[:, : 2 * size].reshape(*shape[:2], 2, *layer.heads)
-            both = rotate(F.layer_norm(both, both.shape[-1:], eps=layer.query_norm[3]) * scale + shift, *rotation)
-            value = mixed[:, 2 * size : 3 * size].reshape(*shape[:2], *layer.heads)
-            keys, values = layer.keep(both[:, :, 1], value, new)
-            attended = F.scaled_dot_product_attention(both[:, :, 0].transpose(1, 2), keys, values, attn_mask=bias)
-            parts = attended.transpose(1, 2).reshape(-1, size), layer.activation(mixed[:, 3 * size :])
-            if len(self.outer[number]) == 1:
-                parts = (torch.cat(parts, dim=1),)
-            for part, pair in zip(parts, self.outer[number], strict=True):
-                hidden = hidden + product(part, *pair)
-        return hidden.view(shape)
+            both = F.layer_norm(desk.both, desk.both.shape[-1:], eps=layer.query_norm[3])
+            torch.addcmul(shift, both, scale, out=desk.both)
+            rotate_halves(*desk.halves, cos, sin)
+            keys, values = layer.keep(desk.key, desk.value, new)
+            desk.attended.copy_(F.scaled_dot_product_attention(desk.query, keys, values, attn_mask=bias))
+            desk.activated.copy_(layer.activation(desk.activated_of))
+            for multiply, part in zip(desk.outer[number], desk.parts, strict=True):
+                multiply(part)
+                total += desk.sum
+        return total.view(hidden.shape)
+
+
+class Desk:
+    """Where a layer's intermediate results lie, with all views of them that its steps take and the products that write
+    them: made anew in every layer, these small things are a quarter of the time of a step.
+
+    Args:
+        hidden: (R, n, H).
+        rotated: r, how much of a head is rotated.
+    """
+
+    def __init__(self, hidden: torch.Tensor, layers: ThinLayers, heads: tuple[int, int], rotated: int):
+        num_rows, length, size = hidden.shape
+        mixed = hidden.new_empty(num_rows * length, sum(len(weight) for weight, _ in layers.inner[0]))  # q, k, v, MLP
+        joined = hidden.new_empty(num_rows * length, sum(weight.shape[1] for weight, _ in layers.outer[0]))
+        self.sum = hidden.new_empty(num_rows * length, size)
+        into = mixed.split([len(weight) for weight, _ in layers.inner[0]], dim=1)
+        self.inner = [[product_into(x, *pair) for x, pair in zip(into, pairs, strict=True)] for pairs in layers.inner]
+        self.outer = [[product_into(self.sum, *pair) for pair in pairs] for pairs in layers.outer]
+        self.parts = joined.split([weight.shape[1] for weight, _ in layers.outer[0]], dim=1)
+        in_heads = mixed[:, : 3 * size].view(num_rows, length, 3, *heads)
+        self.both = in_heads[:, :, :2]
+        self.halves = self.both[..., :rotated].chunk(2, dim=-1)
+        self.query, self.key, self.value = in_heads[:, :, 0].transpose(1, 2), in_heads[:, :, 1], in_heads[:, :, 2]
+        self.attended = joined[:, :size].view(num_rows, length, *heads).transpose(1, 2)
+        self.activated_of, self.activated = mixed[:, 3 * size :], joined[:, size:]
 
 
 def _joined(pairs: tuple[Pair, ...]) -> Pair:
@@ -136,8 +183,11 @@ def _joined_norms(layer) -> tuple[torch.Tensor, torch.Tensor]:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary positions, in place on the first two halves of a head (…, d); the rest is left alone (SPEC §4)."""
     half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
+    rotate_halves(x[..., :half], x[..., half : 2 * half], cos, sin)
+    return x
+
+
+def rotate_halves(first: torch.Tensor, second: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     crossed = first * sin
     first.mul_(cos).addcmul_(second, sin, value=-1)
     second.mul_(cos).add_(crossed)
-    return x
