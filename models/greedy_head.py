@@ -14,6 +14,7 @@ from models.thin import product
 
 # V tokens, H hidden size, B rows, K candidates
 SMALLEST = 2**22  # weights; below, one plain product is as fast
+COLUMNS = 32  # torch's 8-bit kernels read up to so many at once, and past the end of rows that are no multiple
 MOST_ROWS = 4  # beyond, a plain product reads the weights for many rows at once
 BF16_ERROR = 2.0**-8  # largest relative rounding error
 SLACK = 1.01  # for the rounding of the fp32 sums
@@ -71,7 +72,9 @@ def greedy_head(head: nn.Linear, num_rows: int) -> GreedyHead | None:
     product is better (small heads, many rows, other devices and precisions)."""
     weight = head.weight
     is_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not is_plain_linear(head) or not is_cpu or weight.numel() < SMALLEST or num_rows > MOST_ROWS:
+    if not is_plain_linear(head) or not is_cpu or num_rows > MOST_ROWS:
+        return None
+    if weight.numel() < SMALLEST or weight.shape[1] % COLUMNS:
         return None
     if head not in _copies or not _copies[head].is_copy_of(head):
         _copies[head] = GreedyHead(head)
