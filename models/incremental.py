@@ -53,7 +53,7 @@ class PlainPhi:
 
     def _lay_out(self, mask: OmniMask, positions: torch.Tensor | None) -> None:
         """Room for rows of this mask, and the rotation of every position."""
-        self.mask, self.bias_of, self.bias = mask, None, None
+        self.mask, self.bias_of, self.bias, self.sees_all = mask, None, None, mask.sees_all().tolist()
         for layer in self.layers:
             layer.make_room(mask.shape[0], mask.shape[3])
         if positions is None:
@@ -126,6 +126,8 @@ class PlainPhi:
 
     def _bias(self, start: int) -> torch.Tensor | None:
         """Of the positions from `start` on; kept for a piece that comes again."""
+        if self.length - start == 1 and self.sees_all[start]:
+            return None
         if self.bias_of != (start, self.length):
             self.bias_of = start, self.length
             self.bias = _bias_of(self.mask.rows(start, self.length).dense(), self.cos.dtype)

@@ -186,6 +186,15 @@ class OmniMask:
         """(B, 1, Q, L), the shape of `dense()`."""
         return (self.visible_from.shape[0], 1, self.num_queries, self.visible_from.shape[1])
 
+    def sees_all(self) -> torch.Tensor:
+        """(L,) bool: whether position i of every sample sees all keys up to and with its own."""
+        position = torch.arange(self.visible_from.shape[1], device=self.device)
+        begun, not_ended = (
+            self.visible_from.cummax(1).values <= position,
+            position < self.visible_until.cummin(1).values,
+        )
+        return (begun & not_ended).all(0)
+
     # ---- spellings ----
 
     def dense(self) -> torch.Tensor:

@@ -199,6 +199,19 @@ def test_rows_are_a_slice_of_the_whole():
         assert torch.equal(chosen.dense(), whole[:1, :, start:stop, :stop])
 
 
+def test_where_all_earlier_keys_are_seen():
+    found = set()
+    for seed in range(100):
+        ids = random_batch(seed)[1]
+        mask = OmniMask.from_ids(ids, VOCABULARY)
+        hidden = mask.hide(torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.02)
+        for some in (mask, hidden, mask.select(slice(1)).extend(3)):
+            expected = [bool(some.dense()[:, 0, i, : i + 1].all()) for i in range(some.shape[3])]
+            assert some.sees_all().tolist() == expected
+            found.update(expected)
+    assert found == {True, False}
+
+
 def test_cat_of_sliced_masks_keeps_the_slice():
     mask = OmniMask.lm(1, 6).rows(4, 6)
     assert torch.equal(OmniMask.cat([mask, mask]).dense(), mask.dense().repeat(2, 1, 1, 1))
