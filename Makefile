@@ -51,7 +51,7 @@ PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist l
 test: lint ## ruff and the CPU tests, under 15 minutes on 2 cores; what .ci/run calls
 	$(PYTEST) -m 'not gpu and not multiprocess'
 
-test-quick: lint ## the fast ones of them, 2 to 3 minutes
+test-quick: lint ## those of them that take no half second, under 2 minutes
 	$(PYTEST) -m 'not slow and not gpu and not multiprocess'
 
 test-multiprocess: $(READY) ## those with several processes (DDP, ZeRO-2, FSDP2), one after another, about 15 minutes

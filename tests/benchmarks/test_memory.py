@@ -21,6 +21,7 @@ def test_weights_gradients_and_moments_take_16_bytes_a_parameter():
     assert states["ZeRO-2"] == (2 + 14 / memory.GPUS) * 1_448_176_770
 
 
+@pytest.mark.slow
 def test_a_projector_alone_has_hardly_any_optimiser_state():
     whole, projector = terms("instruction_tuning_2_w_clip_vit"), terms("instruction_tuning_1_w_clip_vit")
     assert projector.states["1 GPU"] < 0.27 * whole.states["1 GPU"]

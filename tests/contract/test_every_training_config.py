@@ -172,6 +172,7 @@ def assert_learnt(output_dir: Path, start: Path | None, projector_only: bool) ->
 # --- the eleven training files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_a_published_stage_takes_two_steps(name, world, tmp_path):
     run(name, overrides(world, name, tmp_path / "out"))
@@ -181,6 +182,7 @@ def test_a_published_stage_takes_two_steps(name, world, tmp_path):
     assert len(panels) == 2, "drawn and predicted pictures"
 
 
+@pytest.mark.slow
 def test_stage_1_begins_with_the_language_models_weights(world, tmp_path):
     name = "showo_pretraining_stage1"
     run(name, [*overrides(world, name, tmp_path), "optimizer.params.learning_rate=0"])
@@ -214,6 +216,7 @@ def demo_sizes(world: Path, name: str) -> dict:
     return published_sizes(world, name, "clip" in name) | {"model.showo.pretrained_model_path": checkpoint}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEMOS)
 def test_a_demo_draws_in_two_steps_and_answers_in_two_tokens(name, world, tmp_path):
     """What the file is for: it names no data, and its checkpoint is finished."""

@@ -227,6 +227,7 @@ def test_the_last_of_several_processes_writes_the_manifest(world, monkeypatch):
     assert len(samples) == 12
 
 
+@pytest.mark.slow
 def test_other_codes_are_not_overwritten_unless_told(world):
     run(world)
     for index in range(3):

@@ -369,6 +369,7 @@ def test_processes_and_flows_have_data_of_their_own(world):
     assert captions(0, "t2i")[:10] != captions(0, "mmu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_epoch_of_a_finite_set_is_divided_between_processes(world, tmp_path, tokenizer, num_workers):
     settings = llava(tmp_path, 12) | {"dataset.und_type": "llava_tuning", f"{PREPROCESSING}.max_seq_length": 40}
@@ -381,6 +382,7 @@ def test_an_epoch_of_a_finite_set_is_divided_between_processes(world, tmp_path, 
     assert len(set(seen)) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("name", FLOWS)
 def test_every_flow_continues_where_it_stood(world, num_workers, name):
@@ -456,6 +458,7 @@ def test_held_out_data_are_divided_between_processes(world, tmp_path):
 # ---- bad data ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_data_are_counted_by_kind_and_capped(world, tmp_path, num_workers):
     good = [sample(text) for text in CAPTIONS]

@@ -95,6 +95,7 @@ def test_an_epoch_is_shared_out_over_processes_and_workers(num_processes, num_wo
 # ---- continuing ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("source", [Resampled(read), Epochs(Parts(*[4] * 9))], ids=["endless", "finite"])
 def test_continuing_equals_an_uninterrupted_stream_across_rounds(num_workers, source):
@@ -331,6 +332,7 @@ def with_shards(bad: set[int], size: int = 50, count: int = 40):
     return Resampled(read, 10**6)
 
 
+@pytest.mark.slow
 def test_lost_shards_count_as_the_samples_lost_with_them(monkeypatch):
     """A fifth of the shards is gone: 0.4 % of what a reader yields, but a fifth of the data."""
     monkeypatch.setattr(sources, "ROUND", 10**6)

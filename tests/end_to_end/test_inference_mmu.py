@@ -90,6 +90,7 @@ def test_one_picture_may_be_named(places, tmp_path):
     assert [line["image"] for line in lines] == ["c.png"] * 2
 
 
+@pytest.mark.slow
 def test_sampling_follows_its_settings_and_the_seed(places, tmp_path):
     sampled = ["top_k=null", "top_p=0.95", "temperature=3"]
     first, again, other = (run(places, tmp_path, *sampled, f"seed={seed}") for seed in (1, 1, 2))

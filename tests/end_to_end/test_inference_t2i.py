@@ -60,6 +60,7 @@ def test_the_published_drawings_from_a_prompts_file(places, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["t2i", "inpainting", "extrapolation"])
 def test_a_seed_fixes_every_picture(places, tmp_path, mode):
     arguments = {
@@ -85,6 +86,7 @@ def test_batches_and_repeats_are_drawn_in_order_from_one_generator(places, tmp_p
     assert pictures(tmp_path / "out") == [picture.tobytes() for picture in expected]
 
 
+@pytest.mark.slow
 def test_inpainting_repeats_its_prompt_batch_size_times(places, tmp_path):
     lines = run(places, tmp_path / "out", *inpainting(places, batch_size=2))
     assert [line["prompt"] for line in lines] == ["w1 w2"] * 2 and {line["mode"] for line in lines} == {"inpainting"}
@@ -135,6 +137,7 @@ def test_other_published_file_names_hold_the_same_model(places, tmp_path, form):
     assert pictures(tmp_path / "bin") == pictures(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_settings_reach_the_model(places, tmp_path):
     run(places, tmp_path / "base", "mode=t2i", "prompt=w1")
     for setting in (
@@ -150,6 +153,7 @@ def test_settings_reach_the_model(places, tmp_path):
     assert pictures(tmp_path / "eager") == pictures(tmp_path / "base")
 
 
+@pytest.mark.slow
 def test_weights_of_the_image_tokenizer_from_a_file(places, tmp_path):
     import torch
 

@@ -172,6 +172,7 @@ def test_questions(refused, loads_nothing, places, tmp_path):
     assert "no readable picture" in message
 
 
+@pytest.mark.slow
 def test_an_output_dir_that_is_a_file(places, tmp_path):
     (tmp_path / "file").write_text("mine")
     for output_dir in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -291,6 +292,7 @@ def test_checkpoint_folders_that_are_missing_or_empty(refused, part, tmp_path):
     assert "no valid JSON" in refused(*DOG, f"{key}={folder}")
 
 
+@pytest.mark.slow
 def test_truncated_weights(refused, part):
     key, folder, state_dict = part
     weights = folder / "pytorch_model.bin"
@@ -378,6 +380,7 @@ def test_a_tokenizer_with_another_vocabulary(refused, loads_nothing, tmp_path):
     assert "copy its tokenizer files again" in refused(*DOG, f"model.showo.llm_model_path={folder}")
 
 
+@pytest.mark.slow
 def test_more_codes_than_the_model_knows(places, tmp_path):
     """Such a tokenizer can paint, but what it reads would lie outside the vocabulary."""
     many = write_published(

@@ -38,6 +38,7 @@ def drawn(evaluation, colours: dict[str, tuple[int, int, int]]) -> dict[str, str
     return {key: f"drawings/{key}.png" for key in KEYS}
 
 
+@pytest.mark.slow
 def test_drawing_by_hand(evaluation):
     """The seen leaf in noto is drawn red, so apple comes first; the held-out apple is nearest to the seen one."""
     figures = evaluation.answer("emoji_drawing", drawn(evaluation, {"leaf_noto": (250, 0, 0)}))
@@ -85,6 +86,7 @@ def test_drawings_are_the_pipelines(evaluation):
     assert (folder / "drawings/leaf_noto.png").read_bytes() == before  # although only it was missing of its batch
 
 
+@pytest.mark.slow
 def test_drawing_options_reach_the_model(evaluation, monkeypatch):
     """They are part of what answers depend on, and of the table; a neutral one is as if it was not given."""
     given = []

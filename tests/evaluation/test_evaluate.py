@@ -90,6 +90,7 @@ def test_predictions_sheet_and_records(evaluation):
     assert Image.open(evaluation.folder / "gqa/best_worst.png").width > 2 * 128
 
 
+@pytest.mark.slow
 def test_what_is_answered_is_not_asked_again(evaluation, monkeypatch):
     """A run that was killed within a line goes on; the model gets only what is missing, and the table is the same."""
     evaluation.run("gqa,flickr30k", "batch_size=1")
@@ -113,6 +114,7 @@ def test_what_is_answered_is_not_asked_again(evaluation, monkeypatch):
     assert (evaluation.folder / "results.md").read_text() == table
 
 
+@pytest.mark.slow
 def test_a_broken_picture_ends_the_run_on_the_way(places, tmp_path, monkeypatch, capsys):
     """Exit code 2 and one line that names it; what was answered is kept, and its repair is all that is missing."""
     WRITERS["gqa"](tmp_path)
@@ -130,6 +132,7 @@ def test_a_broken_picture_ends_the_run_on_the_way(places, tmp_path, monkeypatch,
     assert evaluation.run("gqa", "batch_size=2")["gqa"]["items"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -152,12 +155,14 @@ def test_answers_of_other_weights_do_not_mix(evaluation, places):
         evaluation.run("gqa")
 
 
+@pytest.mark.slow
 def test_answers_to_other_questions_do_not_mix(evaluation):
     evaluation.run("flickr30k")
     with pytest.raises(UserError, match="now asks 'Describe it.'"):
         evaluation.run("flickr30k", "flickr30k_prompt=Describe it.")
 
 
+@pytest.mark.slow
 def test_results_of_earlier_commands_are_kept(evaluation, capsys):
     """Both files show every task of this model; those of another one are dropped, which one line says."""
     whole = replace(evaluation, folder=evaluation.folder / "whole")
@@ -190,6 +195,7 @@ def test_two_runs_compared(evaluation):
     assert "| gqa | accuracy | 66.7 | 100.0 | 33.3 [" in (evaluation.folder / "compare.md").read_text()
 
 
+@pytest.mark.slow
 def test_two_checkpoints_compared(evaluation, places):
     evaluate.main(evaluation.arguments("gqa", f"compare={places['showo']},{places['showo']}"))
     found = json.loads((evaluation.folder / "compare.json").read_text())["tasks"]["gqa"]
@@ -197,6 +203,7 @@ def test_two_checkpoints_compared(evaluation, places):
     assert (evaluation.folder / "1-showo/results.md").is_file() and (evaluation.folder / "2-showo/results.md").is_file()
 
 
+@pytest.mark.slow
 def test_runs_that_asked_something_else_are_not_compared(evaluation):
     first = replace(evaluation, folder=evaluation.folder / "a")
     second = replace(evaluation, folder=evaluation.folder / "b")
@@ -207,6 +214,7 @@ def test_runs_that_asked_something_else_are_not_compared(evaluation):
             evaluate.main(evaluation.arguments(tasks, f"compare={first.folder},{second.folder}"))
 
 
+@pytest.mark.slow
 def test_other_questions_under_the_same_names_are_not_compared(evaluation):
     """Another seed chooses other questions to be answered no."""
     folders = [evaluation.folder / name for name in "ab"]
@@ -218,6 +226,7 @@ def test_other_questions_under_the_same_names_are_not_compared(evaluation):
         evaluate.main(evaluation.arguments("emoji_yes_no", compared))
 
 
+@pytest.mark.slow
 def test_a_figure_of_one_run_is_left_out(evaluation):
     """rFID, and of COCO FID and CLIPScore, which stand for nothing where they were not computed."""
     folders = [evaluation.folder / name for name in "ab"]
@@ -236,6 +245,7 @@ def test_a_group_is_its_tasks(evaluation):
     assert [task.name for task in evaluate.choose_tasks(config)] == ["gqa", *GROUPS["emoji"]]
 
 
+@pytest.mark.slow
 def test_drawings_compared(evaluation):
     """Two guidance scales: sums and Fréchet distances, each with an interval and a p."""
     first = replace(evaluation, folder=evaluation.folder / "a")

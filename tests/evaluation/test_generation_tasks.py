@@ -74,6 +74,7 @@ with open(args.outfile, "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_geneval_runs_the_official_script(evaluation, tmp_path, monkeypatch):
     script = tmp_path / "official/evaluation/evaluate_images.py"
     script.parent.mkdir(parents=True)
@@ -90,6 +91,7 @@ def test_geneval_runs_the_official_script(evaluation, tmp_path, monkeypatch):
 # ---- COCO ----
 
 
+@pytest.mark.slow
 def test_coco_by_hand(evaluation):
     """One feature, the mean grey: 0, 100, 200 against 30, 60, 90: 40² + 10000 + 900 − 2 · √9000000 = 6500."""
     run = evaluation.prepared("coco")
@@ -203,6 +205,7 @@ def test_reconstruction_of_the_model(evaluation):
     assert len(files) == 2 and np.load(files[0]).shape == (16,)
 
 
+@pytest.mark.slow
 def test_reconstruction_of_a_folder_that_changed(evaluation, tmp_path):
     """What is there stays with its picture when others come or one changes; another folder is refused."""
     pictures, settings = tmp_path / "pictures", ["reconstruction_fid=false"]

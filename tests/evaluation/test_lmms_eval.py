@@ -103,6 +103,7 @@ def test_further_pictures_are_dropped_with_one_warning(plugin, places, capsys):
     assert "warning: " not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_request(plugin, places):
     """A temperature draws; the same seed draws the same."""
     kwargs = {"max_new_tokens": 8, "temperature": 2.0}

@@ -99,6 +99,7 @@ def test_shards(index_name, state_dict, tmp_path):
     assert equal(Showo.from_pretrained(str(tmp_path)), state_dict)
 
 
+@pytest.mark.slow
 def test_own_shards(state_dict, tmp_path):
     model = Showo.from_pretrained(write_bin(write_config(tmp_path), state_dict))
     model.save_pretrained(tmp_path / "own", max_shard_size="100KB")

@@ -158,6 +158,7 @@ def test_what_modules_do_beyond_their_weights_is_done(model, change):
     assert not torch.allclose(hidden, model.hidden_states(ANSWERING, mask), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_choice_of_the_runner(model):
     mask = OmniMask.from_ids(ANSWERING, model.vocabulary)
     assert isinstance(incremental(model, mask), PlainPhi)

@@ -136,6 +136,7 @@ def losses_and_gradients(model, batch, plan=None, **settings):
     return losses, out.statistics, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("features", [False, True], ids=["codes", "clip"])
 @pytest.mark.parametrize("seed", range(6))

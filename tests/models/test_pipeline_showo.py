@@ -266,6 +266,7 @@ def test_answers_from_codes_are_those_of_the_published_row(pipeline):
     assert expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", ["pipeline", "clip_pipeline"])
 def test_batches_change_no_greedy_answer(branch, request):
     pipeline = request.getfixturevalue(branch)
@@ -338,6 +339,7 @@ def test_a_folder_of_folders(tmp_path, pipeline):
     assert loaded.model.dtype == loaded.vq_model.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_showo_folder_with_its_parts_named_and_in_bf16(tmp_path):
     places = write_checkpoints(tmp_path)
     loaded = ShowoPipeline.from_pretrained(

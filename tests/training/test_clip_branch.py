@@ -230,6 +230,7 @@ def pretrained(world, vq_run, tmp_path_factory):
     return trainer, output_dir
 
 
+@pytest.mark.slow
 def test_pre_training_changes_the_projector_alone(pretrained, vq_run):
     trainer, output_dir = pretrained
     before, after = weights(vq_run), weights(output_dir)
@@ -269,6 +270,7 @@ def test_the_losses_of_other_flows_are_those_without_the_clip_rows(world, pretra
     assert alone.loss_mmu == 0 < out.loss_mmu
 
 
+@pytest.mark.slow
 def test_tuning_goes_on_from_pre_training_and_trains_all_but_the_tower(world, tmp_path, pretrained):
     _, start = pretrained
     tuning = settings(world, "llava_tuning", **{"experiment.init_from": start, "lr_scheduler.params.warmup_steps": 0})
@@ -302,6 +304,7 @@ def test_without_mmu_rows_the_projector_is_left_alone(world, tmp_path):
     assert len(trained) + len(before) == len(list(trainer.model.parameters()))
 
 
+@pytest.mark.slow
 def test_the_published_way_starts_from_a_checkpoint_of_the_vq_branch(world, tmp_path, vq_run, caplog, capfd):
     shutil.copytree(vq_run / "checkpoint-1", tmp_path / "checkpoint-0")
     trainer = run(world, tmp_path, settings(world))
@@ -331,6 +334,7 @@ def test_half_a_projector_is_refused_by_the_vq_branch(world, tmp_path, pretraine
         Trainer(config, VqUnderstanding.of(config))
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_reaches_the_projector(world, tmp_path, vq_run):
     """With frozen embeddings no input of a block asks for gradients but through the features."""
     changes = {"experiment.init_from": vq_run, "lr_scheduler.params.warmup_steps": 0, "training.max_train_steps": 1}
@@ -342,6 +346,7 @@ def test_gradient_checkpointing_reaches_the_projector(world, tmp_path, vq_run):
     torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_continuing_equals_an_uninterrupted_run(world, tmp_path, vq_run):
     """With what pre-training needs: the frozen part comes back, too."""
     changes = settings(world, **{"experiment.init_from": vq_run, "training.max_train_steps": 3})
@@ -416,6 +421,7 @@ def test_a_system_prompt_that_leaves_no_room_is_refused_in_the_vq_branch(world, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_conversations_whose_answers_lie_behind_the_end_of_the_row_are_skipped(world, tmp_path):
     """The row has room for M + N - features - system prompt tokens, not for M."""
     tuning = settings(world, "llava_tuning")

@@ -56,6 +56,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(world, tmp_path):
     assert not (tmp_path / "not").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path, finished):
     shutil.copytree(finished, tmp_path / "out")
     before = metrics_of(tmp_path / "out")
@@ -66,6 +67,7 @@ def test_a_second_run_in_the_same_folder_is_refused(world, tmp_path, finished):
     run(world, tmp_path / "out")  # the lock ends with its run
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_keeps_the_last_good_checkpoint(world, tmp_path):
     trainer = make_trainer(world, tmp_path / "out")
     save, limits = trainer.save, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -87,6 +89,7 @@ def test_a_disk_that_is_full_keeps_the_last_good_checkpoint(world, tmp_path):
     assert run(world, tmp_path / "out").state.global_step == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["model.safetensors", "metrics.jsonl"])
 def test_a_disk_that_is_full_says_so_wherever_it_is_noticed(world, tmp_path, monkeypatch, where):
     trainer = make_trainer(world, tmp_path / "out")
@@ -150,6 +153,7 @@ def test_the_final_model_is_put_in_place_whole(world, tmp_path, finished, monkey
     assert not list((tmp_path / "out").glob(".incomplete*"))
 
 
+@pytest.mark.slow
 def test_the_last_step_has_a_checkpoint_whatever_save_every_is(world, tmp_path):
     settings = {"training.max_train_steps": 3, "experiment.save_every": 2}
     run(world, tmp_path / "out", settings)
@@ -205,6 +209,7 @@ def test_another_number_of_workers_begins_the_data_anew_if_it_is_accepted(world,
 # ---- stages ----
 
 
+@pytest.mark.slow
 def test_a_stage_starts_from_the_weights_of_the_one_before(world, tmp_path, finished):
     for source in (finished, finished / "checkpoint-6", finished / "checkpoint-6" / "unwrapped_model"):
         trainer = make_trainer(world, tmp_path / "next", {"experiment.init_from": str(source)})
@@ -213,6 +218,7 @@ def test_a_stage_starts_from_the_weights_of_the_one_before(world, tmp_path, fini
         assert all(torch.equal(tensor, given[name]) for name, tensor in trainer.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_checkpoint_0_copied_into_place_starts_a_stage_at_step_0(world, tmp_path, finished):
     shutil.copytree(finished / "checkpoint-6", tmp_path / "out" / "checkpoint-0")
     changes = {"optimizer.params.learning_rate": 1e-3}  # another stage has another configuration
@@ -333,6 +339,7 @@ def test_all_processes_drop_what_one_must_drop():
     assert said == ["step 1: batch dropped, on another process"]
 
 
+@pytest.mark.slow
 def test_a_continued_run_goes_on_counting_dropped_batches(world, tmp_path):
     settings = {"training.max_train_steps": 4, "experiment.save_every": 2}
     first = make_trainer(world, tmp_path / "out", settings)
@@ -345,6 +352,7 @@ def test_a_continued_run_goes_on_counting_dropped_batches(world, tmp_path):
 # ---- settings that must do what they say ----
 
 
+@pytest.mark.slow
 def test_overfit_one_batch_sees_one_batch(world, tmp_path):
     trainer = make_trainer(world, tmp_path / "out", {"training.overfit_one_batch": True})
     first, second = trainer.step(), trainer.step()
@@ -381,6 +389,7 @@ def test_skipped_samples_of_all_processes_are_logged(world, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_max_grad_norm_is_the_norm_that_gradients_are_cut_to(world, tmp_path):
     totals = []
     for limit in (None, 0.01):
@@ -408,6 +417,7 @@ def test_scale_lr_multiplies_the_rate_by_the_rows_of_a_step(world, tmp_path):
     assert trainer.optimizer.param_groups[0]["initial_lr"] == pytest.approx(2e-3 * (4 + 1 + 2) * 2)
 
 
+@pytest.mark.slow
 def test_held_out_losses_are_the_same_every_time_and_disturb_nothing(world, tmp_path):
     shards = str(world / "train-000001.tar")
     held_out = {f"dataset.params.eval_{flow}_shards_path_or_url": shards for flow in ("t2i", "mmu")}

@@ -78,6 +78,7 @@ def test_deepspeed_that_is_not_installed(started, tmp_path, monkeypatch):
     assert code == 2 and "DeepSpeed, which is not installed: pip install" in line
 
 
+@pytest.mark.slow
 def test_an_incomplete_checkpoint(started, tmp_path, finished):
     (finished / "checkpoint-2/optimizer.bin").unlink()
     code, line = started(finished)
@@ -87,6 +88,7 @@ def test_an_incomplete_checkpoint(started, tmp_path, finished):
     assert code == 2 and "checkpoint-2/metadata.json is missing" in line
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_shape(started, tmp_path, world, finished):
     shutil.copytree(world / "llm", tmp_path / "llm")
     settings = json.loads((tmp_path / "llm/config.json").read_text())
@@ -96,12 +98,14 @@ def test_a_checkpoint_of_another_shape(started, tmp_path, world, finished):
     assert code == 2 and "checkpoint-2 cannot be continued from" in line
 
 
+@pytest.mark.slow
 def test_a_configuration_that_changed_under_a_run(started, tmp_path, finished):
     code, line = started(finished, {"training.lm_coeff": 0.7, "training.max_train_steps": 9})
     assert code == 2 and "training.lm_coeff 0.1 → 0.7" in line and "training.max_train_steps 2 → 9" in line
     assert "experiment.accept_config_changes=true" in line
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder(started, tmp_path, finished):
     before = (finished / "metrics.jsonl").read_bytes()
     with only_run_in(finished):

@@ -36,6 +36,7 @@ def curves(figure) -> list[list[list[tuple]]]:
     return [[list(zip(*line.get_data(), strict=True)) for line in axes.lines] for axes in figure.axes]
 
 
+@pytest.mark.slow
 def test_stages_stand_side_by_side(stages, capsys):
     runs = f"runs={stages / 'stage1'},{stages / 'stage2' / 'metrics.jsonl'}"
     main([runs, f"output={stages / 'new' / 'curves.png'}", "title=Stages: {1, 2"])
@@ -67,6 +68,7 @@ def test_a_panel_holds_what_was_logged_its_mean_and_held_out_data(stages):
     ]
 
 
+@pytest.mark.slow
 def test_runs_can_lie_over_each_other(stages):
     runs = [read_run(stages / "stage1", "a"), read_run(stages / "stage2", "b")]
     figure = draw(runs, "overlay", title="Both")

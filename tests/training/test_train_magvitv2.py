@@ -245,6 +245,7 @@ def test_augmentation_mirrors_and_shifts_whole_pictures():
 # runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["True", "False"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(shards, cache):
     cache = f"dataset.params.cache_in_memory={cache}"

@@ -167,6 +167,7 @@ def test_no_path_of_this_machine_is_saved_beyond_the_given_one(world, tmp_path, 
 # ---- learning ----
 
 
+@pytest.mark.slow
 def test_it_learns_one_batch_by_heart(world, tmp_path):
     settings = {
         "optimizer.params.learning_rate": 1e-2,
@@ -250,6 +251,7 @@ def test_accumulating_equals_one_large_batch(world, tmp_path):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_takes_no_step(world, tmp_path, finished):
     _, output_dir = finished
     shutil.copytree(output_dir, tmp_path / "out")
@@ -382,6 +384,7 @@ def test_a_signal_to_the_launcher_saves_too(world, tmp_path, launch_file, number
 # ---- other settings that must work ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
