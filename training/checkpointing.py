@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import RNG_STATE_NAME, load
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from common.config import leaves
 from common.errors import UserError
@@ -177,8 +178,9 @@ def _written_aside(accelerator: Accelerator, final: Path) -> Iterator[Path]:
                 shutil.rmtree(left_over)
         accelerator.wait_for_everyone()
         yield aside
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not TORCH_CANNOT_WRITE.search(str(error)):
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+        cause = _cause(error)
+        if not isinstance(cause, (OSError, SafetensorError)) and not TORCH_CANNOT_WRITE.search(str(cause)):
             raise
         if accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
@@ -263,10 +265,17 @@ def save_model(accelerator: Accelerator, model, folder: Path, *, wrapped=None, a
 
 
 DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError, pickle.PickleError, SafetensorError)
+DAMAGED += (CheckpointException,)  # of FSDP2's sharded files
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong in the first of the processes that torch's sharded files tell of; other errors as they are."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def _reason(error: BaseException) -> str:
+    cause = _cause(error)
+    return f"{type(cause).__name__}: {cause}".splitlines()[0][:160]
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=None) -> TrainState:

@@ -44,7 +44,7 @@ def test_loading_is_measured_in_every_way():
 
 
 def test_the_tokenizer_is_measured(capsys):
-    tokenizer.main(["--size", "tiny", "--pictures", "1", "--repeats", "1", "--no-compile"])
+    tokenizer.main(["--size", "tiny", "--pictures", "1", "--repeats", "1", "--no-compile", "--bf16"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     assert set(found) == {"published", "bf16", "limit"} and found["published"]["same_codes"] == 1
     assert found["limit"]["flops"] > 1e8 and 0 < found["published"]["share_of_limit"]

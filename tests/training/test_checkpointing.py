@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.distributed.checkpoint.api import CheckpointException
 
 from common.errors import UserError
 from models import Showo, ShowoConfig
@@ -144,16 +146,46 @@ def test_an_interrupted_write_leaves_no_checkpoint_and_the_last_one_whole(tmp_pa
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"], "what was left over is cleared away"
 
 
-def test_torchs_own_writer_on_a_full_disk_is_told_as_that(tmp_path, monkeypatch):
+def save_in_one(folder: str) -> None:
+    Path(folder).mkdir()
+    torch.save(torch.zeros(9999), Path(folder) / "x.bin")
+
+
+def save_in_shards(folder: str) -> None:
+    """As FSDP2 does it."""
+    torch.distributed.checkpoint.save({"x": torch.zeros(9999)}, checkpoint_id=folder, no_dist=True)
+
+
+@pytest.mark.parametrize("save, cause", [(save_in_one, RuntimeError), (save_in_shards, CheckpointException)])
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+def test_torchs_own_writers_on_a_full_disk_are_told_as_that(tmp_path, monkeypatch, save, cause):
     run, limits = Run(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(run.accelerator, "save_state", lambda folder: torch.save(torch.zeros(9999), f"{folder}.bin"))
+    monkeypatch.setattr(run.accelerator, "save_state", save)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes a file may have
     try:
         with pytest.raises(UserError, match="Make room on the disk") as error:
             run.save(tmp_path, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert isinstance(error.value.__cause__, RuntimeError)
+    assert isinstance(error.value.__cause__, cause)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+def test_a_damaged_sharded_file_is_one_line(tmp_path, monkeypatch):
+    run = Run()
+    folder = run.save(tmp_path, 1)
+    save_in_shards(folder / "shards")
+    next((folder / "shards").glob("*.distcp")).write_bytes(b"")
+    state = {"x": torch.zeros(9999)}
+    monkeypatch.setattr(
+        run.accelerator,
+        "load_state",
+        lambda _: torch.distributed.checkpoint.load(state, checkpoint_id=folder / "shards", no_dist=True),
+    )
+    with pytest.raises(UserError, match="cannot be continued from") as error:
+        run.load(folder)
+    assert isinstance(error.value.__cause__, CheckpointException)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal access"), TypeError("no"), KeyError("no")])
