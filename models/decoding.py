@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from models.decode_graph import DecodeGraph
-from models.greedy_head import greedy_head, is_plain_linear
+from models.greedy_head import MOST_ROWS, greedy_head, is_plain_linear
 from models.incremental import PlainPhi, incremental, is_compiled
 from models.omni_attention import OmniMask
 from models.sampling import is_greedy, sample_next
@@ -187,7 +187,8 @@ def _chooser(head: torch.nn.Module, num_rows: int, count: int, sampling: dict):
 
     def choose(hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         if quick is not None:
-            yield from quick.argmax(hidden.flatten(0, 1)).view(hidden.shape[:2]).unbind(1)
+            for part in hidden.split(MOST_ROWS, dim=1):  # behind a wrong guess nothing is looked at
+                yield from quick.argmax(part.flatten(0, 1)).view(part.shape[:2]).unbind(1)
             return
         for logits in _run_head(head, hidden).float().unbind(1):
             yield sample_next(logits, **sampling)
