@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 
 from models.incremental import PlainPhi
-from models.thin import Desk, ThinLayers
 
 # R rows, H hidden size
 
@@ -20,14 +19,12 @@ class StaticStep:
 
     def __init__(self, transformer: PlainPhi):
         self.transformer = transformer
-        self.layers = ThinLayers.of(transformer.phi, transformer.layers)
         for layer in transformer.layers:  # 0 times what memory happened to hold may be NaN
             layer.keys[:, transformer.length :] = layer.values[:, transformer.length :] = 0
         mask = transformer.mask
         self.token = torch.zeros(mask.shape[0], 1, dtype=torch.long, device=mask.device)  # (R, 1)
         self.slot = torch.full((1,), transformer.length, device=mask.device)
-        hidden, rotated = transformer.embed_tokens(self.token), 2 * transformer.cos.shape[-1]
-        self.desk = Desk(hidden, self.layers, transformer.layers[0].heads, rotated)
+        self.desk = transformer.desk(transformer.embed_tokens(self.token))
 
     def run(self) -> torch.Tensor:
         """Final hidden states (R, 1, H) of `self.token` in `self.slot`, without a word from the CPU in between."""
@@ -36,7 +33,7 @@ class StaticStep:
         visible = (transformer.mask.visible_from <= slot) & (slot < transformer.mask.visible_until)  # (R, room)
         bias = torch.zeros_like(visible, dtype=hidden.dtype).masked_fill(~visible, -torch.inf)[:, None, None]
         rotation = transformer.cos.index_select(1, slot), transformer.sin.index_select(1, slot)
-        hidden = self.layers.run(hidden, transformer.layers, self.desk, slot, rotation, bias)
+        hidden = self.desk.run(hidden, slot, rotation, bias)
         return F.layer_norm(hidden, *transformer.final_norm)
 
     def extend(self, token: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,7 @@ def is_plain_linear(head: nn.Module) -> bool:
 
 def greedy_head(head: nn.Linear, num_rows: int) -> GreedyHead | None:
     """The head's `GreedyHead`, made at the first call and again when the weights have changed; None where a plain
-    product is better (small heads, many rows, other devices and precisions)."""
+    product is better (small heads, many rows, other devices, precisions and widths)."""
     weight = head.weight
     is_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if not is_plain_linear(head) or not is_cpu or num_rows > MOST_ROWS:

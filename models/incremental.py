@@ -53,7 +53,7 @@ class PlainPhi:
 
     def _lay_out(self, mask: OmniMask, positions: torch.Tensor | None) -> None:
         """Room for rows of this mask, and the rotation of every position."""
-        self.mask, self.bias_of, self.bias, self.sees_all = mask, None, None, mask.sees_all().tolist()
+        self.mask, self.bias_of, self.bias, self.sees_all = mask, None, None, None
         for layer in self.layers:
             layer.make_room(mask.shape[0], mask.shape[3])
         if positions is None:
@@ -107,18 +107,18 @@ class PlainPhi:
             hidden = embed(input_ids)
             appends = isinstance(place.new, slice) and place.new.start and len(input_ids) == self.mask.shape[0]
             if needed is None and appends and is_thin(hidden) and not torch.is_grad_enabled():
-                return F.layer_norm(self._run_thin(hidden, place), *self.final_norm)
+                hidden = self.desk(hidden).run(hidden, place.new, (place.cos, place.sin), place.bias)
+                return F.layer_norm(hidden, *self.final_norm)
         for layer in layers:
             hidden = layer.run(hidden, place)
         return F.layer_norm(last.run(hidden, place, needed), *self.final_norm)
 
-    def _run_thin(self, hidden: torch.Tensor, place: Place) -> torch.Tensor:
-        """All layers at a few positions (R, n, H), which follow those that are there."""
+    def desk(self, hidden: torch.Tensor) -> Desk:
+        """Where a few rows of the shape of (R, n, H) run through all layers."""
         self.thin = self.thin or ThinLayers.of(self.phi, self.layers)
         if hidden.shape not in self.desks:
-            self.desks[hidden.shape] = Desk(hidden, self.thin, self.layers[0].heads, 2 * self.cos.shape[-1])
-        desk = self.desks[hidden.shape]
-        return self.thin.run(hidden, self.layers, desk, place.new, (place.cos, place.sin), place.bias)
+            self.desks[hidden.shape] = Desk(self.thin, self.layers, hidden, 2 * self.cos.shape[-1])
+        return self.desks[hidden.shape]
 
     def forget(self, count: int) -> None:
         """Drops the last `count` positions."""
@@ -126,8 +126,10 @@ class PlainPhi:
 
     def _bias(self, start: int) -> torch.Tensor | None:
         """Of the positions from `start` on; kept for a piece that comes again."""
-        if self.length - start == 1 and self.sees_all[start]:
-            return None
+        if self.length - start == 1:  # a decode step
+            self.sees_all = self.sees_all or self.mask.sees_all().tolist()
+            if self.sees_all[start]:
+                return None
         if self.bias_of != (start, self.length):
             self.bias_of = start, self.length
             self.bias = _bias_of(self.mask.rows(start, self.length).dense(), self.cos.dtype)

@@ -189,11 +189,8 @@ class OmniMask:
     def sees_all(self) -> torch.Tensor:
         """(L,) bool: whether position i of every sample sees all keys up to and with its own."""
         position = torch.arange(self.visible_from.shape[1], device=self.device)
-        begun, not_ended = (
-            self.visible_from.cummax(1).values <= position,
-            position < self.visible_until.cummin(1).values,
-        )
-        return (begun & not_ended).all(0)
+        begun = self.visible_from.cummax(1).values <= position
+        return (begun & (position < self.visible_until.cummin(1).values)).all(0)
 
     # ---- spellings ----
 

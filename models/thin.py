@@ -31,7 +31,7 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     num_rows = len(rows)
     if not is_thin(rows):
         return F.linear(rows, weight, bias)
-    if num_rows == 1 and len(weight) % BLOCKS == 0:
+    if _divides(rows, weight):
         return _in_blocks(weight, bias)(rows)
     columns = (torch.cat([rows, rows]) if num_rows == 1 else rows.contiguous()).t()
     thin = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
@@ -42,14 +42,19 @@ def product_into(out: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
     """`product` as a function of the rows alone that writes (M, N) `out`; what does not depend on them is done here."""
     if not is_thin(out):
         return lambda rows: torch.addmm(bias, rows, weight.t(), out=out)
-    if len(out) == 1 and len(weight) % BLOCKS == 0:
+    if _divides(out, weight):
         return _in_blocks(weight, bias, out)
     return lambda rows: out.copy_(product(rows, weight, bias))
+
+
+def _divides(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    return len(rows) == 1 and len(weight) % BLOCKS == 0
 
 
 def _in_blocks(
     weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`product` of a single row (1, K), which gives (1, N)."""
     blocks, out = weight.unflatten(0, (BLOCKS, -1)), None if out is None else out.view(BLOCKS, -1, 1)
     if bias is None:
         return lambda row: torch.bmm(blocks, row.t().expand(BLOCKS, -1, 1), out=out).view(1, -1)
@@ -108,66 +113,60 @@ class ThinLayers:
     def _pairs(self) -> list[Pair]:
         return [pair for pairs in (*self.inner, *self.outer) for pair in pairs]
 
-    def run(
-        self,
-        hidden: torch.Tensor,
-        layers: list,
-        desk: "Desk",
-        new: slice | torch.Tensor,
-        rotation,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """(R, n, H) -> (R, n, H) without gradients; writes the keys and values of the positions `new`.
-
-        Args:
-            desk: of this shape, for this caller alone.
-            new: see `PlainLayer.keep`.
-            rotation: cos and sin (1 or R, n, 1, r / 2).
-            bias: (R, 1, n or 1, length) or None.
-        """
-        cos, sin = (x[:, :, None] for x in rotation)  # for queries and keys together
-        total = hidden.flatten(0, 1).clone()  # (M, H)
-        for number, layer in enumerate(layers):
-            normed = F.layer_norm(total, *layer.norm)
-            for multiply in desk.inner[number]:
-                multiply(normed)
-            scale, shift = self.norms[number]
-            both = F.layer_norm(desk.both, desk.both.shape[-1:], eps=layer.query_norm[3])
-            torch.addcmul(shift, both, scale, out=desk.both)
-            rotate_halves(*desk.halves, cos, sin)
-            keys, values = layer.keep(desk.key, desk.value, new)
-            desk.attended.copy_(F.scaled_dot_product_attention(desk.query, keys, values, attn_mask=bias))
-            desk.activated.copy_(layer.activation(desk.activated_of))
-            for multiply, part in zip(desk.outer[number], desk.parts, strict=True):
-                multiply(part)
-                total += desk.sum
-        return total.view(hidden.shape)
-
 
 class Desk:
-    """Where a layer's intermediate results lie, with all views of them that its steps take and the products that write
-    them: made anew in every layer, these small things are a quarter of the time of a step.
+    """A few rows of one shape on their way through all layers.
+
+    It holds a layer's intermediate results, all views of them, and the products that write them: made anew in every
+    layer, these small things are a sixth of a step's time.
 
     Args:
-        hidden: (R, n, H).
+        thin: the weights of `layers`, the `PlainLayer`s that keep keys and values; for one caller alone.
+        hidden: (R, n, H), for its shape.
         rotated: r, how much of a head is rotated.
     """
 
-    def __init__(self, hidden: torch.Tensor, layers: ThinLayers, heads: tuple[int, int], rotated: int):
+    def __init__(self, thin: ThinLayers, layers: list, hidden: torch.Tensor, rotated: int):
         num_rows, length, size = hidden.shape
-        mixed = hidden.new_empty(num_rows * length, sum(len(weight) for weight, _ in layers.inner[0]))  # q, k, v, MLP
-        joined = hidden.new_empty(num_rows * length, sum(weight.shape[1] for weight, _ in layers.outer[0]))
+        heads, self.layers, self.norms = layers[0].heads, layers, thin.norms
+        mixed = hidden.new_empty(num_rows * length, sum(len(weight) for weight, _ in thin.inner[0]))  # q, k, v, MLP
+        joined = hidden.new_empty(num_rows * length, sum(weight.shape[1] for weight, _ in thin.outer[0]))
         self.sum = hidden.new_empty(num_rows * length, size)
-        into = mixed.split([len(weight) for weight, _ in layers.inner[0]], dim=1)
-        self.inner = [[product_into(x, *pair) for x, pair in zip(into, pairs, strict=True)] for pairs in layers.inner]
-        self.outer = [[product_into(self.sum, *pair) for pair in pairs] for pairs in layers.outer]
-        self.parts = joined.split([weight.shape[1] for weight, _ in layers.outer[0]], dim=1)
+        into = mixed.split([len(weight) for weight, _ in thin.inner[0]], dim=1)
+        self.inner = [[product_into(x, *pair) for x, pair in zip(into, pairs, strict=True)] for pairs in thin.inner]
+        self.outer = [[product_into(self.sum, *pair) for pair in pairs] for pairs in thin.outer]
+        self.parts = joined.split([weight.shape[1] for weight, _ in thin.outer[0]], dim=1)
         in_heads = mixed[:, : 3 * size].view(num_rows, length, 3, *heads)
         self.both = in_heads[:, :, :2]
         self.halves = self.both[..., :rotated].chunk(2, dim=-1)
         self.query, self.key, self.value = in_heads[:, :, 0].transpose(1, 2), in_heads[:, :, 1], in_heads[:, :, 2]
         self.attended = joined[:, :size].view(num_rows, length, *heads).transpose(1, 2)
         self.activated_of, self.activated = mixed[:, 3 * size :], joined[:, size:]
+
+    def run(self, hidden: torch.Tensor, new: slice | torch.Tensor, rotation, bias: torch.Tensor | None) -> torch.Tensor:
+        """(R, n, H) -> (R, n, H) without gradients; writes the keys and values of the positions `new`.
+
+        Args:
+            new: see `PlainLayer.keep`.
+            rotation: cos and sin (1 or R, n, 1, r / 2).
+            bias: (R, 1, n or 1, length) or None.
+        """
+        cos, sin = (x[:, :, None] for x in rotation)  # for queries and keys together
+        total = hidden.flatten(0, 1).clone()  # (M, H)
+        for layer, (scale, shift), inner, outer in zip(self.layers, self.norms, self.inner, self.outer, strict=True):
+            normed = F.layer_norm(total, *layer.norm)
+            for multiply in inner:
+                multiply(normed)
+            both = F.layer_norm(self.both, self.both.shape[-1:], eps=layer.query_norm[3])
+            torch.addcmul(shift, both, scale, out=self.both)
+            rotate_halves(*self.halves, cos, sin)
+            keys, values = layer.keep(self.key, self.value, new)
+            self.attended.copy_(F.scaled_dot_product_attention(self.query, keys, values, attn_mask=bias))
+            self.activated.copy_(layer.activation(self.activated_of))
+            for multiply, part in zip(outer, self.parts, strict=True):
+                multiply(part)
+                total += self.sum
+        return total.view(hidden.shape)
 
 
 def _joined(pairs: tuple[Pair, ...]) -> Pair:
@@ -188,6 +187,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def rotate_halves(first: torch.Tensor, second: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """`rotate` of the two halves (…, r / 2) themselves."""
     crossed = first * sin
     first.mul_(cos).addcmul_(second, sin, value=-1)
     second.mul_(cos).add_(crossed)

@@ -264,8 +264,8 @@ def save_model(accelerator: Accelerator, model, folder: Path, *, wrapped=None, a
                 model.save_pretrained(folder, state_dict=weights)
 
 
-DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError, pickle.PickleError, SafetensorError)
-DAMAGED += (CheckpointException,)  # of FSDP2's sharded files
+DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError)
+DAMAGED += (pickle.PickleError, SafetensorError, CheckpointException)  # the last of FSDP2's sharded files
 
 
 def _cause(error: BaseException) -> BaseException:
