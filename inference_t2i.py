@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
 
 def draw_all(task, pipeline, config, results: ResultFolder, tracker: Tracker) -> None:
     """Draw batch by batch with one generator; write and report each batch at once."""
-    from models import DrawingOptions
+    from models import SamplingParameters
 
     generator = pipeline.generator(config.seed)
     inputs = task.inputs(pipeline)
@@ -136,7 +136,7 @@ def draw_all(task, pipeline, config, results: ResultFolder, tracker: Tracker) ->
         temperature=config.generation_temperature,
         generator=generator,
         progress=True,
-        options=DrawingOptions(**config.drawing),
+        sampling=SamplingParameters(**config.drawing),
     )
     for prompts, pictures in batches:
         step = results.count

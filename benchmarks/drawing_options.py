@@ -25,7 +25,7 @@ from common.errors import run_cli
 from evaluation.drawing import square
 from evaluation.emoji import SPLITS, read_world
 from evaluation.tasks.emoji_drawing import name_ranks, pixels
-from models import DrawingOptions, ShowoPipeline
+from models import SamplingParameters, ShowoPipeline
 from models.images import load_image
 from training.data.emoji_text import caption
 
@@ -50,7 +50,7 @@ WAYS = {
     "temperature 4": {"temperature": 4.0},
     "timesteps 8, refresh 3, guidance_stop 0.75": {"timesteps": 8, "refresh_every": 3, "guidance_stop": 0.75},
 }
-OPTIONS = DrawingOptions.__dataclass_fields__
+OPTIONS = SamplingParameters.__dataclass_fields__
 
 
 @dataclass
@@ -66,7 +66,7 @@ def settings_of(way: dict, config) -> dict:
     return {
         "timesteps": way.get("timesteps", config.generation_timesteps),
         "temperature": way.get("temperature", config.generation_temperature),
-        "options": DrawingOptions(**{key: value for key, value in way.items() if key in OPTIONS}),
+        "sampling": SamplingParameters(**{key: value for key, value in way.items() if key in OPTIONS}),
     }
 
 

@@ -1,11 +1,11 @@
-"""The published algorithm, the baseline of the benchmarks: written from the facts of SPEC §5, §7 and §8.
+"""The published algorithm, the one plain reference of benchmarks and tests: written from spec §5, §7 and §8.
 
 It computes the same tokens and losses as `models`, at the published cost: each step runs the whole row under a dense
 mask and takes the whole vocabulary at every position; no keys or values are kept. It shares only the network with what
 it is compared to; the sampling and the order of the random draws are spelled out here once more.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from models import OmniMask, Showo
 # B prompts, L row length, N image positions, C codes, V vocabulary
 
 
-def all_logits(model: Showo, input_ids: torch.Tensor, dense_mask: torch.Tensor) -> torch.Tensor:
+def all_logits(model: Showo, input_ids: torch.Tensor, dense_mask: torch.Tensor, **features) -> torch.Tensor:
     """(B, L, V) logits of whole rows."""
-    return model(input_ids, dense_mask, return_logits=True).logits.float()
+    return model(input_ids, dense_mask, **features).logits.float()
 
 
 @torch.no_grad()
@@ -26,31 +26,35 @@ def t2i_generate(
     input_ids: torch.Tensor,
     uncond_input_ids: torch.Tensor,
     *,
-    guidance_scale: float,
+    guidance_scale: float | Sequence[float],
     timesteps: int,
     temperature: float,
     noise_schedule: Callable[[torch.Tensor], torch.Tensor],
     generator: torch.Generator | None = None,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Image codes (B, N) by masked-token diffusion over `t2i_gen` rows (B, L); SPEC §7 step by step."""
+    """Image codes (B, N) by masked-token diffusion over `t2i_gen` rows (B, L); spec §7 step by step.
+
+    Args:
+        guidance_scale: one number, or one for each step (which is not published).
+    """
     vocabulary = model.vocabulary
     mask_id, offset, num_codes = vocabulary.mask_token_id, vocabulary.image_offset, vocabulary.codebook_size
     soi_index = int((input_ids[0] == vocabulary.soi_id).nonzero()[0])
     image = slice(soi_index + 1, input_ids.shape[1] - 1)
-    guided = guidance_scale > 0
-    rows = torch.cat([input_ids, uncond_input_ids]) if guided else input_ids.clone()
-    dense_mask = OmniMask.from_ids(rows, vocabulary).dense()
-
+    scales = [guidance_scale] * timesteps if isinstance(guidance_scale, int | float) else guidance_scale
     image_ids = input_ids[:, image]  # (B, N), with the vocabulary's offset
     codes = torch.where(image_ids == mask_id, mask_id, image_ids - offset)
     batch_size, num_positions = codes.shape
-    for step in range(timesteps):
+    for step, scale in enumerate(scales):
         image_ids = torch.where(codes == mask_id, mask_id, codes + offset)
+        rows = torch.cat([input_ids, uncond_input_ids]) if scale > 0 else input_ids.clone()
+        dense_mask = OmniMask.from_ids(rows, vocabulary).dense()
         rows[:, image] = image_ids.repeat(len(rows) // batch_size, 1)
         logits = all_logits(model, rows, dense_mask)  # (B or 2B, L, V)
-        if guided:
+        if scale > 0:
             cond, uncond = logits.chunk(2)
-            logits = (1 + guidance_scale) * cond - guidance_scale * uncond
+            logits = (1 + scale) * cond - scale * uncond
         probabilities = logits[:, image, offset : offset + num_codes].softmax(-1)  # (B, N, C)
 
         drawn = torch.multinomial(probabilities.reshape(-1, num_codes), 1, generator=generator)
@@ -68,22 +72,24 @@ def t2i_generate(
         confidence = chosen.clamp(min=1e-20).log() + temperature * gumbel
         cut_off = confidence.sort(-1).values.gather(-1, num_masked)
         codes = torch.where(confidence < cut_off, mask_id, sampled)
+        if callback is not None:
+            callback(step, sampled)
     return sampled.clamp(0, num_codes - 1)
 
 
 @torch.no_grad()
 def mmu_generate(
-    model: Showo, input_ids: torch.Tensor, *, max_new_tokens: int, eot_token: int | None = None
+    model: Showo, input_ids: torch.Tensor, *, max_new_tokens: int, eot_token: Collection[int] = (), **features
 ) -> torch.Tensor:
     """Greedy new ids (1, T) after one prompt (1, L), the end token included; every token recomputes everything."""
     length = input_ids.shape[1]
     dense_mask = OmniMask.from_ids(input_ids, model.vocabulary).extend(max_new_tokens).dense()
     row = input_ids
     for stop in range(length, length + max_new_tokens):
-        logits = all_logits(model, row, dense_mask[:, :, :stop, :stop])  # (1, stop, V)
+        logits = all_logits(model, row, dense_mask[:, :, :stop, :stop], **features)  # (1, stop, V)
         token = logits[:, -1].argmax(-1, keepdim=True)
         row = torch.cat([row, token], dim=1)
-        if eot_token is not None and token.item() == eot_token:
+        if token.item() in eot_token:
             break
     return row[:, length:]
 
@@ -96,7 +102,7 @@ def losses(
     counts: tuple[int, int, int],
     max_seq_length: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The t2i, lm and mmu losses (SPEC §5) from the logits of every position; `counts` are the rows of each task."""
+    """The t2i, lm and mmu losses (spec §5) from the logits of every position; `counts` are the rows of each task."""
 
     def cross_entropy(logits, labels):
         return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100)

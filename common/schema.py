@@ -191,7 +191,7 @@ class MaskScheduleSection:
 
 @dataclass
 class DrawingSection:
-    """Faster, not as published: see `models/drawing_options.py` and docs/performance.md."""
+    """Faster, not as published: see `models/generation/sampling.py` and docs/performance.md."""
 
     refresh_every: int = 1  # steps; in between, tokens that were known keep their keys and values
     guidance_start: float = 0.0  # guidance is used from this share of the steps on

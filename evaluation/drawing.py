@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.config import mask_schedule_of
 from evaluation.task import Item, Task
-from models import DrawingOptions
+from models import SamplingParameters
 from models.images import load_image, preprocess
 
 
@@ -34,7 +34,7 @@ class DrawingTask(Task):
     @property
     def _options(self) -> dict[str, Any]:
         """The `drawing.*` keys that are not neutral."""
-        neutral = DrawingOptions()
+        neutral = SamplingParameters()
         return {f"drawing.{k}": value for k, value in self.config.drawing.items() if value != getattr(neutral, k)}
 
     def notes(self) -> list[str]:
@@ -52,7 +52,7 @@ class DrawingTask(Task):
             timesteps=self.config.generation_timesteps,
             temperature=self.config.generation_temperature,
             generator=generator,
-            options=DrawingOptions(**self.config.drawing),
+            sampling=SamplingParameters(**self.config.drawing),
         )
         return [save(self.folder, self.file_of(item), image) for item, image in zip(items, drawn, strict=True)]
 

@@ -1,20 +1,19 @@
 """Show-o's model side: what others import, in one place."""
 
 from models.clip_encoder import CLIPVisionTower
-from models.drawing_options import DrawingOptions
+from models.generation.sampling import SamplingParameters, get_mask_schedule
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
 from models.modeling_showo import Showo, ShowoConfig
 from models.omni_attention import OmniMask
 from models.pipeline_showo import ShowoPipeline
 from models.prompting import UniversalPrompting
-from models.sampling import get_mask_schedule
 
 __all__ = [
     "CLIPVisionTower",
-    "DrawingOptions",
     "MAGVITv2",
     "MAGVITv2Config",
     "OmniMask",
+    "SamplingParameters",
     "Showo",
     "ShowoConfig",
     "ShowoPipeline",

@@ -3,12 +3,11 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PhiConfig, PhiForCausalLM, PhiModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PhiConfig, PhiForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from models.checkpoint_io import (
@@ -18,17 +17,16 @@ from models.checkpoint_io import (
     resize_rows,
     resolve_folder,
 )
-from models.generation import ShowoGeneration
+from models.generation.image import ImageGeneration
+from models.generation.text import TextGeneration
 from models.head_loss import TASKS, Supervised, head_loss
-from models.omni_attention import OmniMask
+from models.omni_attention import OmniMask, dense_for_attention
 from models.packing import PACKED_SDPA, Packing
 from models.step_plan import StepPlan
 from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
 
 # B rows, L positions, H hidden size, V vocabulary, S supervised positions
 PHI_1_5 = "microsoft/phi-1_5"
-# renamed in transformers 5.24, which warns of the old name and will drop it in 5.40
-CACHE_ARGUMENT = "cache" if "cache" in signature(PhiModel.forward).parameters else "past_key_values"
 
 
 class ShowoConfig(PreTrainedConfig):
@@ -95,6 +93,8 @@ class ShowoConfig(PreTrainedConfig):
         """The language model's configuration with QK-norm and the joint vocabulary."""
         settings = {k: v for k, v in self.llm_config.items() if k not in ("vocab_size", "qk_layernorm", "dtype")}
         settings = {k: v for k, v in settings.items() if k not in ("torch_dtype", "model_type", "architectures")}
+        if settings.get("hidden_act", "gelu_new") == "gelu_new":  # the same formula as one operation instead of eight
+            settings["hidden_act"] = "gelu_pytorch_tanh"
         return PhiConfig(**settings, vocab_size=self.vocab_size, qk_layernorm=True)
 
 
@@ -135,7 +135,7 @@ class ShowoOutput(ModelOutput):
     statistics: dict[str, torch.Tensor] | None = None
 
 
-class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
+class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
     """Phi-1.5 over one sequence of text and image tokens.
 
     State-dict names are the published ones: ``showo.model.*``, ``showo.lm_head.*`` and, with `w_clip_vit`,
@@ -162,6 +162,14 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
                 nn.Linear(config.clip_feature_size, size), nn.GELU(), nn.Linear(size, size)
             )
         self.post_init()
+        self.step_caches: dict | None = None  # see compile_steps
+
+    def compile_steps(self) -> None:
+        """Compiles generation steps for fixed shapes by `torch.compile`; on a GPU they become CUDA graphs.
+
+        The first step of a shape takes its time: image side, batch size and the next multiple of 64 positions count.
+        """
+        self.step_caches = {}  # caches that no runner uses, by (rows, length)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -270,32 +278,22 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
         attention_mask,
         *,
         image_features=None,
-        position_ids=None,
-        past_key_values=None,
         packing: Packing | None = None,
         check_features: bool = True,
     ):
-        """Final hidden states (B, Q, H) of the given positions; appends to `past_key_values` when passed.
-
-        With `packing` (R, C, H): of the rows as they run.
-        """
-        num_keys = input_ids.shape[1] if past_key_values is None else None  # a cache checks for itself
-        embeds, more = self.embed(input_ids, image_features, check_features), {}
+        """Final hidden states (B, L, H); with `packing` (R, C, H), of the rows as they run."""
+        embeds, more, position_ids = self.embed(input_ids, image_features, check_features), {}, None
         if packing is None:
-            mask = self._spell_mask(attention_mask, input_ids.shape, num_keys)
+            mask = self._mask_for_attention(attention_mask, input_ids.shape)
         else:
             embeds, position_ids = packing.gather(embeds), packing.position_ids
             if self.showo.config._attn_implementation == PACKED_SDPA:
                 mask, more = None, {"pieces": packing.lengths(), "piece_masks": packing.piece_masks()}
             else:
-                mask = self._spell_mask(packing.mask, packing.index.shape)
-        return self.showo.model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=past_key_values is not None,
-            **({} if past_key_values is None else {CACHE_ARGUMENT: past_key_values}),
-            **more,
+                mask = self._mask_for_attention(packing.mask, packing.index.shape)
+        decoder = self.showo.get_decoder()
+        return decoder(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False, **more
         ).last_hidden_state
 
     def embed(
@@ -317,25 +315,17 @@ class Showo(CheckpointMixin, ShowoGeneration, PreTrainedModel):
         projected = self.mm_projector(image_features.to(self.mm_projector[0].weight.dtype)).to(embeds.dtype)
         return embeds.masked_scatter(is_feature[..., None], projected)
 
-    def _spell_mask(self, mask: OmniMask | torch.Tensor, shape: tuple[int, int], num_keys: int | None = None):
-        """The mask in the form the attention back end understands; each takes another one without complaint."""
+    def _mask_for_attention(self, mask: OmniMask | torch.Tensor, shape: tuple[int, int]):
+        """The mask of rows (B, L) in the form that the attention implementation takes."""
         if isinstance(mask, torch.Tensor) and (mask.dtype != torch.bool or mask.ndim != 4):
             raise ValueError(
                 f"attention_mask must be an OmniMask or bool (B, 1, L, L); got {mask.dtype} {tuple(mask.shape)}"
             )
         batch_size, length = shape
-        if tuple(mask.shape) != (batch_size, 1, length, num_keys or mask.shape[3]):
+        if tuple(mask.shape) != (batch_size, 1, length, length):
             raise ValueError(f"attention_mask of shape {tuple(mask.shape)} does not fit ids {tuple(shape)}")
-        implementation = self.showo.config._attn_implementation
-        if implementation == "flex_attention":
-            return mask.block_mask() if isinstance(mask, OmniMask) else _block_mask_of(mask)
-        dense = mask.dense() if isinstance(mask, OmniMask) else mask
-        if implementation == "eager":  # adds the mask to the scores, so a bool one would be wrong without a word
-            dtype = self.showo.lm_head.weight.dtype
-            return torch.zeros(dense.shape, dtype=dtype, device=dense.device).masked_fill(
-                ~dense, torch.finfo(dtype).min
-            )
-        return dense
+        form = self.showo.config._attn_implementation, self.get_input_embeddings().weight.dtype
+        return mask.for_attention(*form) if isinstance(mask, OmniMask) else dense_for_attention(mask, *form)
 
     def _losses(
         self,
@@ -404,21 +394,6 @@ def _means(values: torch.Tensor, groups: torch.Tensor, num_groups: int) -> torch
     """(num_groups,): mean of the values (S,) of each group, 0 where there are none."""
     sums = values.new_zeros(num_groups).index_add_(0, groups, values)
     return sums / values.new_zeros(num_groups).index_add_(0, groups, torch.ones_like(values)).clamp(min=1)
-
-
-def _block_mask_of(dense: torch.Tensor):
-    """A dense (B, 1, L, L) mask as `BlockMask`: FlexAttention crashes on tensors."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    batch_size, _, num_queries, num_keys = dense.shape
-    return create_block_mask(
-        lambda batch, head, query, key: dense[batch, 0, query, key],
-        batch_size,
-        None,
-        num_queries,
-        num_keys,
-        device=dense.device,
-    )
 
 
 AutoConfig.register(ShowoConfig.model_type, ShowoConfig)

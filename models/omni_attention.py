@@ -1,19 +1,20 @@
-"""Omni-attention as two integer vectors (SPEC §3): causal for text, full inside images.
+"""Omni-attention as two integer vectors (spec §3): causal for text, full inside images.
 
 Key j is visible to the rows i with ``visible_from[j] <= i < visible_until[j]``. Every attention rule of the paper has
-this shape, and so have a cached prefix, a decode step and several samples packed in one row.
-Nothing else writes a mask.
+this shape, and so have a cached prefix, a decode step and several samples packed in one row. No other module writes a
+mask.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from models.devices import send
 from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
 
-# B rows of a batch, L keys (the whole sequence), Q queries (L, or fewer after `rows`)
+# B rows of a batch, L keys (the whole sequence), Q queries (L, or fewer after `at`)
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,12 @@ class OmniMask:
     Args:
         visible_from: (B, L) int64, first row that sees key j.
         visible_until: (B, L) int64, one past the last row that sees key j.
-        query_start: position of the first query row.
-        num_queries: number of query rows; None means all up to L.
+        queries: (Q,) or (B, Q) int64, positions of the query rows; None means all of 0 … L − 1.
     """
 
     visible_from: torch.Tensor
     visible_until: torch.Tensor
-    query_start: int = 0
-    num_queries: int | None = None
+    queries: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.visible_from.ndim != 2 or self.visible_from.shape != self.visible_until.shape:
@@ -38,10 +37,8 @@ class OmniMask:
                 f"visible_from and visible_until must both be (B, L); got {tuple(self.visible_from.shape)} "
                 f"and {tuple(self.visible_until.shape)}"
             )
-        if self.num_queries is None:
-            object.__setattr__(self, "num_queries", self.visible_from.shape[1] - self.query_start)
 
-    # ---- constructors, one per row kind of SPEC §3 ----
+    # ---- constructors, one per row kind of spec §3 ----
 
     @classmethod
     def lm(cls, batch_size: int, length: int, device=None) -> "OmniMask":
@@ -109,21 +106,29 @@ class OmniMask:
 
     @classmethod
     def cat(cls, masks: Sequence["OmniMask"]) -> "OmniMask":
-        """Joins the rows of batches of one length (and, after `rows`, of one slice)."""
-        slices = {(m.query_start, m.num_queries) for m in masks}
-        assert len(slices) == 1, f"masks of different queries cannot be joined: {slices}"
-        vectors = torch.cat([m.visible_from for m in masks]), torch.cat([m.visible_until for m in masks])
-        return cls(*vectors, *slices.pop())
+        """Joins the rows of whole batches (no `queries`) of one length."""
+        assert all(mask.queries is None for mask in masks), "masks of chosen queries cannot be joined"
+        return cls(torch.cat([m.visible_from for m in masks]), torch.cat([m.visible_until for m in masks]))
 
     # ---- slices ----
 
-    def rows(self, start: int, stop: int) -> "OmniMask":
-        """Queries start…stop−1 against the keys 0…stop−1: what a cached prefix followed by these rows attends to."""
-        return OmniMask(self.visible_from[:, :stop], self.visible_until[:, :stop], start, stop - start)
+    def at(self, queries: slice | torch.Tensor, num_keys: int) -> "OmniMask":
+        """Some query rows against the keys 0 … num_keys − 1, as a step over a key/value cache needs them.
+
+        Args:
+            queries: positions, a slice with both ends or (Q,) or (B, Q) int64.
+        """
+        if isinstance(queries, slice):
+            queries = torch.arange(queries.start, queries.stop, device=self.device)
+        return OmniMask(self.visible_from[:, :num_keys], self.visible_until[:, :num_keys], queries)
 
     def drop_keys(self, count: int) -> "OmniMask":
         """Without the first `count` positions, keys and queries both (common left padding)."""
         return OmniMask(self.visible_from[:, count:] - count, self.visible_until[:, count:] - count)
+
+    def keys(self, count: int) -> "OmniMask":
+        """The first `count` positions alone, keys and queries both. Requires that none of them sees a later one."""
+        return OmniMask(self.visible_from[:, :count], self.visible_until[:, :count])
 
     def extend(self, count: int) -> "OmniMask":
         """With `count` causal positions (newly generated text) at the end.
@@ -138,13 +143,18 @@ class OmniMask:
             torch.cat([until, torch.full_like(new, length + count)], dim=1),
         )
 
-    def keys(self, count: int) -> "OmniMask":
-        """The first `count` positions alone, keys and queries both; what comes behind them must not be seen there."""
-        return OmniMask(self.visible_from[:, :count], self.visible_until[:, :count])
-
     def hide(self, keys: torch.Tensor) -> "OmniMask":
         """Without the keys where the (B, L) bool tensor is True: no row sees them (pads before an answer)."""
-        return OmniMask(self.visible_from, self.visible_until.masked_fill(keys, 0), self.query_start, self.num_queries)
+        return replace(self, visible_until=self.visible_until.masked_fill(keys, 0))
+
+    def pad_to(self, length: int) -> "OmniMask":
+        """With keys up to `length` that no row sees: the unused slots of a cache of fixed size."""
+        missing = (0, length - self.visible_from.shape[1])
+        return replace(
+            self,
+            visible_from=torch.nn.functional.pad(self.visible_from, missing),
+            visible_until=torch.nn.functional.pad(self.visible_until, missing),
+        )
 
     def packed(self, rows: Sequence[Sequence[tuple[int, int, int]]], length: int) -> "OmniMask":
         """Pieces of these rows one after another in new rows; no piece sees another, and what is left over sees itself.
@@ -171,11 +181,12 @@ class OmniMask:
 
     def select(self, index) -> "OmniMask":
         """Some rows of the batch, by index, slice or boolean tensor."""
-        return OmniMask(self.visible_from[index], self.visible_until[index], self.query_start, self.num_queries)
+        queries = self.queries[index] if self.queries is not None and self.queries.ndim == 2 else self.queries
+        return OmniMask(self.visible_from[index], self.visible_until[index], queries)
 
     def to(self, device) -> "OmniMask":
-        vectors = send(self.visible_from, device), send(self.visible_until, device)
-        return OmniMask(*vectors, self.query_start, self.num_queries)
+        queries = None if self.queries is None else send(self.queries, device)
+        return OmniMask(send(self.visible_from, device), send(self.visible_until, device), queries)
 
     @property
     def device(self) -> torch.device:
@@ -184,35 +195,47 @@ class OmniMask:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, 1, Q, L), the shape of `dense()`."""
-        return (self.visible_from.shape[0], 1, self.num_queries, self.visible_from.shape[1])
+        batch_size, length = self.visible_from.shape
+        return (batch_size, 1, length if self.queries is None else self.queries.shape[-1], length)
 
-    def sees_all(self) -> torch.Tensor:
-        """(L,) bool: whether position i of every sample sees all keys up to and with its own."""
-        position = torch.arange(self.visible_from.shape[1], device=self.device)
-        begun = self.visible_from.cummax(1).values <= position
-        return (begun & (position < self.visible_until.cummin(1).values)).all(0)
-
-    # ---- spellings ----
+    # ---- the forms that attention back ends take ----
 
     def dense(self) -> torch.Tensor:
         """(B, 1, Q, L) bool, True = may attend: what sdpa takes."""
-        query = torch.arange(self.query_start, self.query_start + self.num_queries, device=self.device)[
-            :, None
-        ]  # (Q, 1)
+        query = self._query_positions()[..., :, None]  # (Q, 1) or (B, Q, 1)
         return ((self.visible_from[:, None] <= query) & (query < self.visible_until[:, None]))[:, None]
 
     def block_mask(self):
         """The same mask as a FlexAttention `BlockMask`."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        visible_from, visible_until, start = self.visible_from, self.visible_until, self.query_start
+        visible_from, visible_until = self.visible_from, self.visible_until
+        queries = self._query_positions().expand(self.shape[0], -1)
 
         def mask_mod(batch, head, query, key):
-            row = query + start
+            row = queries[batch, query]
             return (visible_from[batch, key] <= row) & (row < visible_until[batch, key])
 
         batch_size, _, num_queries, length = self.shape
         return create_block_mask(mask_mod, batch_size, None, num_queries, length, device=self.device)
+
+    def for_attention(self, implementation: str, dtype: torch.dtype):
+        """The form that one of transformers' attention implementations takes; `dtype` is that of the queries."""
+        if implementation == "flex_attention":
+            return self.block_mask()
+        return dense_for_attention(self.dense(), implementation, dtype)
+
+    def _query_positions(self) -> torch.Tensor:
+        return torch.arange(self.shape[3], device=self.device) if self.queries is None else self.queries
+
+
+def dense_for_attention(dense: torch.Tensor, implementation: str, dtype: torch.dtype):
+    """As `OmniMask.for_attention`, of a mask that is given as (B, 1, Q, L) bool."""
+    if implementation == "flex_attention":  # takes no tensors; on a CPU they crash the process
+        batch_size, _, num_queries, length = dense.shape
+        mask_mod = lambda batch, head, query, key: dense[batch, 0, query, key]  # noqa: E731
+        return create_block_mask(mask_mod, batch_size, None, num_queries, length, device=dense.device)
+    if implementation == "eager":  # adds the mask to the scores, so a bool one would be wrong without an error
+        return torch.zeros(dense.shape, dtype=dtype, device=dense.device).masked_fill(~dense, torch.finfo(dtype).min)
+    return dense
 
 
 def _hide_left_pads(visible_until: torch.Tensor, num_pads: torch.Tensor) -> torch.Tensor:

@@ -100,7 +100,7 @@ def load(source: Source) -> dict:
         vq_model = load_magvitv2(vq_folder, source.vq_weights).to(device)
         model = Showo.from_pretrained(folder, config=config, **settings).to(device)
     if source.compile:
-        model.showo.model.compile(dynamic=True)  # once for all lengths; found out by itself, the second length fails
+        model.compile_steps()
     parts = {"model": model, "vq_model": vq_model, "prompting": prompting, "clip": clip}
     return parts | {"resolution": source.resolution}
 

@@ -19,13 +19,12 @@ from transformers import TextStreamer
 from common.errors import UserError
 from llava import SYSTEM_PROMPT, question_prompt_vit, question_prompt_vq
 from models.clip_encoder import CLIPVisionTower
-from models.drawing_options import DrawingOptions
+from models.generation.sampling import SamplingParameters, Schedule, get_mask_schedule
 from models.images import load_image, preprocess, to_pil
 from models.modeling_magvitv2 import MAGVITv2
 from models.modeling_showo import Showo
 from models.pipeline_loading import Source, check_config, load
 from models.prompting import UniversalPrompting
-from models.sampling import Schedule, get_mask_schedule
 from models.vocabulary import PAD_TOKEN, SPECIAL_TOKENS
 
 # B pictures, W tokens along a window's side (N = W * W), h x w tokens of a canvas
@@ -38,7 +37,7 @@ class ShowoPipeline:
     """A Show-o with its two tokenizers and, if it answers from CLIP features, the CLIP tower.
 
     Drawing methods pass further keyword arguments on to `draw_codes`: guidance_scale, timesteps, temperature,
-    generator, callback, progress, options. One `generator` (of the model's device) may serve any number of calls; the
+    generator, callback, progress, sampling. One `generator` (of the model's device) may serve any number of calls; the
     draws then come in the published order.
 
     Args:
@@ -151,14 +150,14 @@ class ShowoPipeline:
         generator: torch.Generator | None = None,
         callback: Callable[[int, torch.Tensor], None] | None = None,
         progress: bool = False,
-        options: DrawingOptions | None = None,
+        sampling: SamplingParameters | None = None,
     ) -> torch.Tensor:
         """Draws the unknown codes of one batch.
 
         Args:
             prompts: B texts.
             codes: (B, N) int64, −1 where unknown; the others stay.
-            guidance_scale, timesteps, temperature, generator, options: see `Showo.t2i_generate`.
+            guidance_scale, timesteps, temperature, generator, sampling: see `Showo.t2i_generate`.
             callback: called as ``callback(step, codes)`` after each step; `decode(codes)` makes pictures of them.
             progress: shows a bar on a terminal.
 
@@ -168,8 +167,9 @@ class ShowoPipeline:
         vocabulary = self.model.vocabulary
         image_ids = torch.where(codes == UNKNOWN, vocabulary.mask_token_id, codes + vocabulary.image_offset)
         check_texts(prompts)
-        rows = self.prompting((list(prompts), image_ids), "t2i_gen").input_ids
-        empty = self.prompting(([""] * len(codes), image_ids), "t2i_gen").input_ids
+        texts = [*prompts, *[""] * len(prompts)] if guidance_scale > 0 else list(prompts)
+        rows = self.prompting((texts, image_ids.repeat(len(texts) // len(codes), 1)), "t2i_gen")
+        cond, uncond = rows.input_ids[: len(codes)], rows.input_ids[len(codes) :]
         with tqdm(total=timesteps, desc="drawing", leave=False, disable=None if progress else True) as bar:
 
             def after_step(step: int, drawn: torch.Tensor) -> None:
@@ -178,15 +178,16 @@ class ShowoPipeline:
                     callback(step, drawn)
 
             return self.model.t2i_generate(
-                rows,
-                empty,
+                cond,
+                uncond if guidance_scale > 0 else None,
+                attention_mask=rows.attention_mask,
                 guidance_scale=guidance_scale,
                 timesteps=timesteps,
                 temperature=temperature,
                 noise_schedule=self.noise_schedule,
                 generator=generator,
                 callback=after_step,
-                options=options,
+                sampling=sampling,
             )
 
     # ---- drawing ----
@@ -382,7 +383,8 @@ class ShowoPipeline:
         ids = self.prompting.tokenizer(f" {answer.strip()}", add_special_tokens=False, return_tensors="pt")["input_ids"]
         ids = ids.to(self.device)
         input_ids = torch.cat([rows.pop("input_ids"), ids], dim=1)
-        logits = self.model(input_ids, **rows).logits[0, -ids.shape[1] - 1 : -1].float()  # (answer, vocabulary)
+        mask = rows.pop("attention_mask").extend(ids.shape[1])
+        logits = self.model(input_ids, mask, **rows).logits[0, -ids.shape[1] - 1 : -1].float()  # (answer, vocabulary)
         return float(F.cross_entropy(logits, ids[0])), bool((logits.argmax(dim=-1) == ids[0]).all())
 
     def _question_rows(self, images: list[Picture], index: list[int], questions: list[str]) -> dict:
@@ -391,11 +393,17 @@ class ShowoPipeline:
         if not self.model.config.w_clip_vit:
             image_ids = self.encode(images)[index] + self.model.vocabulary.image_offset
             texts = [question_prompt_vq(question) for question in questions]
-            return {"input_ids": self.prompting((image_ids, texts), "mmu_gen").input_ids}
+            rows = self.prompting((image_ids, texts), "mmu_gen")
+            return {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
         features = self.clip(self.clip.preprocess([_open(image) for image in images]))  # (n, F, C)
         texts = [question_prompt_vit(question) for question in questions]
         rows = self.prompting((texts, features.shape[1], SYSTEM_PROMPT), "mmu_vit")
-        return {"input_ids": rows.input_ids.to(self.device), "image_features": features[index]}
+        mask = rows.attention_mask.to(self.device)
+        return {
+            "input_ids": rows.input_ids.to(self.device),
+            "attention_mask": mask,
+            "image_features": features[index],
+        }
 
 
 class _Words(TextStreamer):

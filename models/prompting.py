@@ -62,8 +62,9 @@ class UniversalPrompting:
         Args:
             inputs: ``"t2i"``: (texts, image_ids (B, N), labels (B, N)); ``"t2i_gen"``: (texts, image_ids);
                 ``"lm"``: (texts, L); ``"mmu"``: (image_ids, texts); ``"mmu_gen"``: (image_ids, texts), open-ended
-                prompts padded on the left; ``"mmu_vit"``: (texts, num_features, system_prompt or None), features at
-                id −200, padded on the left. Image ids carry the vocabulary's offset.
+                prompts; ``"mmu_vit"``: (texts, num_features, system_prompt or None), open-ended too, features at id
+                −200. Prompts are padded on the right and their pads hidden, as `mmu_generate` continues them. Image
+                ids carry the vocabulary's offset.
             generator: draws the text dropout of ``"t2i"``, one number per sample.
 
         Raises:
@@ -166,7 +167,7 @@ class UniversalPrompting:
     def _mmu_gen(self, image_ids, texts) -> Rows:
         _check_pairs(len(texts), image_ids)
         prefix = self._image_prefix(image_ids).tolist()
-        return self._left_padded([p + self.text_ids(t) for p, t in zip(prefix, texts, strict=True)], image_ids.device)
+        return self._prompts([p + self.text_ids(t) for p, t in zip(prefix, texts, strict=True)], image_ids.device)
 
     def _mmu_vit(self, texts, num_features: int, system_prompt: str | None = None) -> Rows:
         """``<mmu>`` system ids ``<soi>`` features ``<eoi>`` text, without bos (SPEC §2)."""
@@ -176,17 +177,18 @@ class UniversalPrompting:
 
         features = [IMAGE_FEATURE_ID] * num_features
         prefix = [self.vocabulary.mmu_id, *ids_of(system_prompt), self.vocabulary.soi_id, *features]
-        rows = self._left_padded([[*prefix, self.vocabulary.eoi_id, *ids_of(text)] for text in texts])
+        rows = self._prompts([[*prefix, self.vocabulary.eoi_id, *ids_of(text)] for text in texts])
         after_eoi = (rows.input_ids == self.vocabulary.eoi_id).int().cumsum(1) > 0
-        is_text = after_eoi & (rows.input_ids != self.vocabulary.eoi_id)
+        is_text = after_eoi & (rows.input_ids != self.vocabulary.eoi_id) & (rows.input_ids != self.vocabulary.pad_id)
         rows.labels = torch.where(is_text, rows.input_ids, self.ignore_id)
         return rows
 
-    def _left_padded(self, rows: list[list[int]], device=None) -> Rows:
+    def _prompts(self, rows: list[list[int]], device=None) -> Rows:
+        """Right-padded, so that what prompts have in common at the front is aligned."""
         length = max(map(len, rows))
-        pad = self.vocabulary.pad_id
-        input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
-        return Rows(input_ids, None, OmniMask.from_ids(input_ids, self.vocabulary))
+        input_ids = torch.tensor([self._pad_right(row, length) for row in rows], device=device)
+        mask = OmniMask.from_ids(input_ids, self.vocabulary).hide(input_ids == self.vocabulary.pad_id)
+        return Rows(input_ids, None, mask)
 
 
 def _with_image(before: torch.Tensor, image_ids: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models.sampling import Schedule
+from models.generation.sampling import Schedule
 from models.vocabulary import IGNORE_ID
 
 # B images, N = w * w tokens each

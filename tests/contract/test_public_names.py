@@ -13,7 +13,7 @@ from models.vocabulary import Vocabulary
 
 REQUIRED = inspect.Parameter.empty
 NAMES = """Showo ShowoConfig MAGVITv2 MAGVITv2Config CLIPVisionTower UniversalPrompting OmniMask ShowoPipeline
-DrawingOptions get_mask_schedule""".split()
+SamplingParameters get_mask_schedule""".split()
 
 
 @pytest.mark.parametrize("name", NAMES)

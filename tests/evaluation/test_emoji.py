@@ -8,7 +8,7 @@ from PIL import Image
 
 from common.errors import UserError
 from evaluation.tasks.emoji_drawing import RECONSTRUCTED, name_ranks
-from models import DrawingOptions, ShowoPipeline
+from models import SamplingParameters, ShowoPipeline
 from tests.evaluation.conftest import Evaluation
 from tests.evaluation.official import EMOJI, emoji_key, solid, write_emoji
 from tests.parity.goldens import prompting, tiny_showo
@@ -95,7 +95,7 @@ def test_drawing_options_reach_the_model(evaluation, monkeypatch):
         ShowoPipeline, "text_to_image", lambda self, *a, **more: given.append(more["options"]) or draw(self, *a, **more)
     )
     evaluation.run("emoji_drawing", "drawing.order=halton", "drawing.refresh_every=1")
-    assert set(given) == {DrawingOptions(order="halton")}
+    assert set(given) == {SamplingParameters(order="halton")}
     assert "3 steps, drawing.order=halton" in (evaluation.folder / "results.md").read_text()
     with pytest.raises(UserError, match="drawing.order=halton, now it is not set"):
         evaluation.run("emoji_drawing")

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from models.greedy_head import GreedyHead, greedy_head
 from torch import nn
 
 from models import greedy_head as module
-from models.greedy_head import GreedyHead, greedy_head
 from tests.parity.goldens import tiny_showo
 
 V, H = 5000, 96

@@ -1,13 +1,51 @@
-"""What the sampler and the training noise share: mask schedules, one MaskGIT step, top-k / top-p (SPEC §6, §7)."""
+"""Sampling rules of both loops: mask schedules, one MaskGIT step and its options, top-k / top-p (spec §6, §7, §8)."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from models.multinomial import multinomial_at
-
+# B images or prompts, N image positions, U of them with logits, C codes, V vocabulary
 Schedule = Callable[[torch.Tensor], torch.Tensor]
+ORDERS = ("confidence", "halton")
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """Ways to sample an image that are not the published one; the defaults give the published tokens.
+
+    What each costs in quality is in docs/performance.md.
+
+    Args:
+        refresh_every: every so many steps all positions run; in between only those that were unknown at the last such
+            step do, the others keep their keys and values.
+        guidance_start, guidance_stop: guidance is used in steps k of K with start <= k / K < stop; the others run
+            without the unconditional rows.
+        order: in which positions become known: ``confidence`` (the published one) or ``halton``, a fixed order that
+            spreads each step's positions evenly over the image and needs no noise.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    refresh_every: int = 1
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
+    order: str = "confidence"
+
+    def __post_init__(self):
+        if self.refresh_every < 1:
+            raise ValueError(f"refresh_every is {self.refresh_every}, expected at least 1")
+        if not 0 <= self.guidance_start <= self.guidance_stop <= 1:
+            span = f"{self.guidance_start} and {self.guidance_stop}"
+            raise ValueError(f"guidance_start and guidance_stop are {span}, expected 0 <= start <= stop <= 1")
+        if self.order not in ORDERS:
+            raise ValueError(f"order is {self.order!r}, expected {' or '.join(ORDERS)}")
+
+    def guides(self, step: int, timesteps: int) -> bool:
+        """Whether guidance, if there is any, is used in this step."""
+        return self.guidance_start <= step / timesteps < self.guidance_stop
 
 
 def _sigmoid_schedule(t: torch.Tensor, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> torch.Tensor:
@@ -55,6 +93,23 @@ def gumbel_noise(like: torch.Tensor, generator: torch.Generator | None = None) -
     return -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()
 
 
+def multinomial_at(
+    probabilities: torch.Tensor, positions: torch.Tensor, num_positions: int, generator: torch.Generator | None
+) -> torch.Tensor:
+    """(B, U) int64: samples at `positions` exactly as `torch.multinomial` over all B·N rows would with this generator.
+
+    Args:
+        probabilities: (B, U, C) at the positions.
+        positions: (B, U) int64, ascending.
+        num_positions: N.
+    """
+    batch_size, _, num_codes = probabilities.shape
+    whole = probabilities.new_ones(batch_size, num_positions, num_codes)
+    whole.scatter_(1, positions[..., None].expand_as(probabilities), probabilities)
+    drawn = torch.multinomial(whole.flatten(0, 1), 1, generator=generator).view(batch_size, num_positions)
+    return drawn.gather(1, positions)
+
+
 def maskgit_step(
     logits: torch.Tensor,
     image_ids: torch.Tensor,
@@ -65,21 +120,23 @@ def maskgit_step(
     generator: torch.Generator | None = None,
     positions: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
+    multinomial_at: Callable = multinomial_at,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws all unknown codes, keeps the most confident ones (SPEC §7, steps 2 to 5).
+    """Samples all unknown codes and keeps the most confident ones (spec §7, steps 2 to 5).
 
     Args:
         logits: (B, U, C) over the image codes.
         image_ids: (B, N) codes 0…C−1, or `mask_token_id` where unknown.
         mask_ratio: scalar fp32 tensor, share of positions to leave masked.
         temperature: weight of the Gumbel noise on the confidence.
-        positions: (B, U) int64, ascending, where the logits stand: every unknown position and perhaps some known ones;
-            default: all N.
-        order: (N,) places in which positions become known, instead of the most confident ones first (not published).
+        positions: (B, U) int64, ascending, that the logits belong to: every unknown position and perhaps some known
+            ones; default: all N.
+        order: (N,) ranks in which positions become known, instead of the most confident ones first (not published).
+        multinomial_at: a function that returns what this module's `multinomial_at` does.
 
     Returns:
-        sampled: (B, N) codes, the draw; known positions keep their value.
-        remaining: (B, N) bool, True where the next step must draw again.
+        sampled: (B, N) codes; known positions keep their value.
+        remaining: (B, N) bool, True where the next step must sample again.
 
     Raises:
         RuntimeError: logits that are not finite.
@@ -106,6 +163,36 @@ def maskgit_step(
         confidence = torch.where(unknown, -order.to(confidence.dtype), largest)
     cut_off = confidence.sort(dim=-1).values.gather(-1, num_masked)
     return sampled, confidence < cut_off
+
+
+def halton_order(num_positions: int) -> torch.Tensor:
+    """(N,) int64, the rank of each position of a square image in the two-dimensional Halton sequence.
+
+    Points with the bases 2 and 3 fall on the W × W grid; a position's rank is that of the first point in it.
+
+    Raises:
+        ValueError: N is no square.
+    """
+    side = math.isqrt(num_positions)
+    if side**2 != num_positions:
+        raise ValueError(f"order='halton' samples square images, not {num_positions} positions")
+    ranks: dict[int, int] = {}
+    point = 0
+    while len(ranks) < num_positions:
+        point += 1
+        row, column = (int(_radical_inverse(point, base) * side) for base in (2, 3))
+        ranks.setdefault(row * side + column, len(ranks))
+    return torch.tensor([ranks[position] for position in range(num_positions)])
+
+
+def _radical_inverse(number: int, base: int) -> float:
+    """The digits of the number mirrored at the point, in [0, 1)."""
+    value, unit = 0.0, 1.0
+    while number:
+        unit /= base
+        number, digit = divmod(number, base)
+        value += unit * digit
+    return value
 
 
 def is_greedy(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> bool:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from models.incremental import ModulePhi, PlainPhi, incremental
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import OmniMask
-from models.incremental import ModulePhi, PlainPhi, incremental
 from tests.parity.goldens import tiny_showo
 
 PAD, SOI, EOI, T2I, MMU, OFFSET, MASK, N = 118, 119, 120, 123, 124, 128, 192, 16

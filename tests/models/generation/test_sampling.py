@@ -1,13 +1,13 @@
-"""Schedules, one MaskGIT step and next-token sampling against versions that spell out SPEC §6 and §7 in loops."""
+"""Schedules, one MaskGIT step and next-token sampling against versions that spell out spec §6 and §7 in loops."""
 
 import math
 
 import pytest
 import torch
 
-from models import get_mask_schedule, multinomial
-from models.multinomial import multinomial_at
-from models.sampling import gumbel_noise, maskgit_step, sample_next
+from models import SamplingParameters, get_mask_schedule
+from models.generation import cpu, sampling
+from models.generation.sampling import gumbel_noise, halton_order, maskgit_step, sample_next
 
 MASK = 1000
 
@@ -61,7 +61,7 @@ def test_unknown_schedule_is_named_with_the_known_ones(name):
 
 
 def plain_step(logits, image_ids, ratio, temperature, generator):
-    """SPEC §7, steps 2 to 5, position by position; draws in the published order."""
+    """spec §7, steps 2 to 5, position by position; draws in the published order."""
     probabilities = logits.softmax(-1)
     batch_size, num_positions, num_codes = logits.shape
     draw = torch.multinomial(probabilities.view(-1, num_codes), 1, generator=generator).view(batch_size, num_positions)
@@ -104,11 +104,10 @@ def test_step_equals_the_plain_one(seed):
         assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("emulated", [True, False])
+@pytest.mark.parametrize("module", [sampling, cpu])
 @pytest.mark.parametrize("seed", range(8))
-def test_logits_at_unknown_positions_are_enough(monkeypatch, seed, emulated):
-    """The same codes from the same random numbers, on both ways to draw; 50 positions are more than one chunk."""
-    monkeypatch.setattr(multinomial, "exponential_is_plain", lambda: emulated)
+def test_logits_at_unknown_positions_are_enough(seed, module):
+    """The same codes from the same random numbers, by both functions; 50 positions are more than one chunk."""
     torch.manual_seed(seed)
     logits, image_ids = 3 * torch.randn(3, 50, 7), torch.randint(0, 7, (3, 50))
     unknown = torch.rand(3, 50) < (seed + 1) / 10
@@ -118,6 +117,7 @@ def test_logits_at_unknown_positions_are_enough(monkeypatch, seed, emulated):
     generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
     expected = plain_step(logits, image_ids, torch.tensor(0.4), 1.0, generators[0])
     settings = {"mask_ratio": torch.tensor(0.4), "temperature": 1.0, "positions": positions}
+    settings["multinomial_at"] = module.multinomial_at
     at_positions = logits.gather(1, positions[..., None].expand(-1, -1, 7))
     for plain, ours in zip(
         expected, maskgit_step(at_positions, image_ids, MASK, **settings, generator=generators[1]), strict=True
@@ -127,13 +127,13 @@ def test_logits_at_unknown_positions_are_enough(monkeypatch, seed, emulated):
     assert torch.equal(*follow)  # as many numbers were taken, so the next draw of a run is the published one, too
 
 
-def test_a_whole_draw_is_the_multinomial_of_torch():
+def test_sampling_everywhere_is_torch_multinomial():
     """At the published size, bit for bit: an exponential number for every code of every position."""
     probabilities = (2 * torch.randn(1, 100, 8192)).softmax(-1)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     expected = torch.multinomial(probabilities[0], 1, generator=generators[0])[:, 0]
-    ours = multinomial_at(probabilities, torch.arange(100)[None], 100, generators[1])
-    assert multinomial.exponential_is_plain()  # else the test says nothing about this build
+    ours = cpu.multinomial_at(probabilities, torch.arange(100)[None], 100, generators[1])
+    assert cpu.exponential_is_log_of_uniform()  # else the test says nothing about this build
     assert torch.equal(ours[0], expected)
     assert torch.equal(*(generator.get_state() for generator in generators))
 
@@ -218,6 +218,56 @@ def test_gumbel_noise():
     assert noise.isfinite().all()
     assert abs(float(noise.mean()) - 0.5772) < 0.01 and abs(float(noise.var()) - math.pi**2 / 6) < 0.03
     assert torch.equal(noise, gumbel_noise(torch.zeros(200_000), torch.Generator().manual_seed(3)))
+
+
+# ---- ways that are not published ----
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"refresh_every": 0}, "refresh_every is 0"),
+        ({"guidance_start": -0.1}, "guidance_start"),
+        ({"guidance_stop": 1.1}, "guidance_stop"),
+        ({"guidance_start": 0.6, "guidance_stop": 0.5}, "0.6 and 0.5"),
+        ({"order": "random"}, "order is 'random', expected confidence or halton"),
+    ],
+)
+def test_values_out_of_range(values, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParameters(**values)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 8, 16, 32])
+def test_halton_order_is_a_permutation_that_spreads(side):
+    order = halton_order(side**2)
+    assert sorted(order.tolist()) == list(range(side**2))
+    if side >= 8:  # the first quarter has as many positions in each quadrant, within one in eight
+        first = (order < side**2 // 4).view(2, side // 2, 2, side // 2).sum(dim=(1, 3)).float()
+        assert (first - side**2 / 16).abs().max() <= max(1, side**2 / 128)
+
+
+def test_the_first_points_of_halton():
+    """(1/2, 1/3), (1/4, 2/3), (3/4, 1/9), (1/8, 4/9) on a grid of four."""
+    order = halton_order(16).view(4, 4)
+    assert [order[2, 1], order[1, 2], order[3, 0], order[0, 1]] == [0, 1, 2, 3]
+
+
+def test_halton_needs_a_square():
+    with pytest.raises(ValueError, match="square images, not 15"):
+        halton_order(15)
+
+
+def test_a_step_in_a_given_order():
+    image_ids = torch.full((2, 16), MASK)
+    image_ids[1, 4] = 7
+    order = halton_order(16)
+    sampled, remaining = maskgit_step(
+        torch.randn(2, 16, 64), image_ids, MASK, mask_ratio=torch.tensor(0.5), temperature=5.0, order=order
+    )
+    assert remaining[0].tolist() == (order >= 8).tolist()  # the last half stays masked
+    last = order.masked_fill(image_ids[1] != MASK, -1).argsort(descending=True)[:8]
+    assert set(remaining[1].nonzero()[:, 0].tolist()) == set(last.tolist()) and sampled[1, 4] == 7
 
 
 # ---- next token ----

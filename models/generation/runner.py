@@ -1,0 +1,156 @@
+"""Runs chosen positions of a batch through any decoder, against the cached keys and values of all others (spec §7, §8).
+
+One `step(ids, positions)` serves every task: a MaskGIT step (the image block), a decode step (one position), the check
+of drafted tokens (1 + k positions), a partial refresh (some positions of the block). The decoder runs through its own
+modules, so adapters, hooks and quantised or sharded weights take effect without anything here knowing of them.
+"""
+
+from functools import cache, wraps
+from inspect import signature
+
+import torch
+from torch import nn
+
+from models.generation.kv_cache import KVCache
+from models.omni_attention import OmniMask
+
+# R rows, B distinct rows of ids (R is a multiple of B), n positions of a step, L positions in all, H hidden size
+BUCKET = 64  # slots; a compiled step serves all lengths up to the same multiple of it
+
+
+class Runner:
+    """The rows of a batch on their way through a decoder.
+
+    Args:
+        model: a `Showo`; after `model.compile_steps()` steps run compiled, at fixed shapes.
+        mask: attention of the R rows over every position that will come.
+        position_ids: (R, L) int64 rotary positions; default: 0, 1, … in every row.
+    """
+
+    def __init__(self, model, mask: OmniMask, position_ids: torch.Tensor | None = None):
+        self.model, self.decoder = model, model.showo.get_decoder()
+        # renamed in transformers 5.24, which warns of the old name and will drop it in 5.40
+        parameters = signature(self.decoder.forward).parameters
+        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._begin(mask, position_ids)
+
+    def _begin(self, mask: OmniMask, position_ids: torch.Tensor | None) -> None:
+        """Sets the rows, with an empty cache for them."""
+        num_rows, length = mask.shape[0], mask.shape[3]
+        num_layers, spare = self.decoder.config.num_hidden_layers, self.model.step_caches
+        self.num_rows, self.cached_mask = num_rows, (None, None)
+        if position_ids is None:
+            position_ids = torch.arange(length, device=mask.device)[None]
+        if spare is None:
+            self.cache = KVCache(num_layers, length)
+        else:
+            fixed = -(-length // BUCKET) * BUCKET
+            mask, position_ids = mask.pad_to(fixed), nn.functional.pad(position_ids, (0, fixed - length))
+            self.cache = spare.pop((num_rows, fixed), None) or KVCache(num_layers, fixed, static=True)
+            self.cache.reset()
+        self.mask, self.position_ids = mask, position_ids  # over the slots of the cache
+
+    @property
+    def length(self) -> int:
+        """Positions that are cached."""
+        return self.cache.length
+
+    def prefill(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
+        """Final hidden states (R, n, H) of the next n positions. Never compiled, since prompts have all lengths.
+
+        Args:
+            input_ids: (B, n) int64; with B < R the rows are repeated as a whole.
+            image_features: for the −200 positions, see `Showo.embed`.
+        """
+        embeds = self.model.embed(input_ids, image_features)
+        return self._run(run_decoder, embeds, slice(self.length, self.length + input_ids.shape[1]))
+
+    def step(self, input_ids: torch.Tensor, positions: slice | torch.Tensor | None = None) -> torch.Tensor:
+        """Final hidden states (R, n, H) of tokens (B, n) at `positions`, whose keys and values they replace.
+
+        Args:
+            positions: a slice, or (B, n) int64 among the cached positions; default: the next n.
+        """
+        if positions is None:
+            positions = slice(self.length, self.length + input_ids.shape[1])
+        run = run_decoder if self.model.step_caches is None else compiled_decoder(input_ids.device.type)
+        return self._run(run, self.model.get_input_embeddings()(input_ids), positions)
+
+    def crop(self, length: int) -> None:
+        """Drops the positions from `length` on."""
+        self.cache.crop(length)
+
+    def expand(self, mask: OmniMask, position_ids: torch.Tensor | None = None) -> None:
+        """Broadcasts the cached positions of a single row to the batch of `mask` (shared-prefix prefill)."""
+        prefix = self.cache
+        self._begin(mask, position_ids)
+        self.cache.expand_from(prefix, self.num_rows)
+
+    def release(self) -> None:
+        """Leaves a cache of fixed size to the next runner: CUDA graphs are recorded for its addresses."""
+        if self.model.step_caches is not None:
+            self.model.step_caches[self.num_rows, self.cache.max_length] = self.cache
+
+    def _run(self, run, embeds: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
+        groups = self.num_rows // len(embeds)
+        if isinstance(positions, slice):
+            self.cache.length = max(self.length, positions.stop)
+        else:
+            positions = positions.repeat(groups, 1)
+        mask, position_ids, slots = self._attention_at(positions)
+        self.cache.write_at(slots)
+        inputs = {"attention_mask": mask, "position_ids": position_ids, self.cache_argument: self.cache}
+        return run(self.decoder, inputs | {"inputs_embeds": embeds.repeat(groups, 1, 1)})
+
+    def _attention_at(self, positions: slice | torch.Tensor):
+        """Mask in the back end's form, rotary positions and cache slots of a step; kept while a slice comes again."""
+        asked = (positions, self.length)
+        if isinstance(positions, slice) and asked == self.cached_mask[0]:
+            return self.cached_mask[1]
+        num_keys = self.cache.max_length if self.cache.static else self.length
+        form = self.mask.at(positions, num_keys).for_attention(
+            self.decoder.config._attn_implementation, self.model.get_input_embeddings().weight.dtype
+        )
+        slots = positions
+        if isinstance(positions, slice):
+            position_ids = self.position_ids[:, positions]
+            if self.cache.static:  # a slice would be compiled in
+                slots = torch.arange(positions.start, positions.stop, device=position_ids.device)
+        else:
+            position_ids = self.position_ids.expand(self.num_rows, -1).gather(1, positions)
+        self.cached_mask = asked, (form, position_ids, slots)
+        return self.cached_mask[1]
+
+
+def inference(method):
+    """Runs a method without gradients and in evaluation mode; in training mode, activation checkpointing drops caches."""
+
+    @wraps(method)
+    def run(self, *args, **kwargs):
+        was_training = self.training
+        self.train(False)
+        try:
+            with torch.no_grad():
+                return method(self, *args, **kwargs)
+        finally:
+            self.train(was_training)
+
+    return run
+
+
+def run_decoder(decoder: nn.Module, inputs: dict) -> torch.Tensor:
+    """Final hidden states (R, n, H)."""
+    return decoder(**inputs, use_cache=True).last_hidden_state
+
+
+@cache
+def compiled_decoder(device_type: str):
+    """`run_decoder` compiled for fixed shapes; on a GPU its kernels are replayed as one CUDA graph."""
+    mode = "reduce-overhead" if device_type == "cuda" else None
+    run = torch.compile(run_decoder, dynamic=False, mode=mode)
+
+    def run_step(decoder: nn.Module, inputs: dict) -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # the hidden states of the step before may be overwritten
+        return run(decoder, inputs)
+
+    return run_step

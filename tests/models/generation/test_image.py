@@ -1,0 +1,374 @@
+"""`t2i_generate` against the published loop, which recomputes everything at every step (spec §7)."""
+
+import pytest
+import torch
+from tests.tiny_llms import FAMILIES
+from tests.tiny_llms import tiny_showo as showo_of
+from torch._dynamo.utils import counters
+
+from benchmarks import published
+from models import SamplingParameters, ShowoPipeline, get_mask_schedule
+from models.generation import cpu
+from models.generation.image import Denoiser
+from models.generation.runner import Runner
+from models.omni_attention import OmniMask
+from tests.parity.goldens import facts, prompting, tensors, tiny_showo
+from tests.tiny import tiny_vq
+
+PAD, OFFSET, NUM_CODES, MASK, N = 118, 128, 64, 192, 16
+LONG = " ".join(f"w{n}" for n in range(30))
+TEXTS = ["w1 w2", "", LONG]
+PLAIN = {"guidance_scale": 0.0, "timesteps": 5, "temperature": 1.0, "noise_schedule": "cosine"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_showo()
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def t2i_rows(texts: list[str], known: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Conditional and unconditional rows; `known` (B, N) codes, −1 where unknown."""
+    image_ids = torch.full((len(texts), N), MASK)
+    if known is not None:
+        image_ids = torch.where(known < 0, MASK, known + OFFSET)
+    build, unknown = prompting(), torch.full_like(image_ids, MASK)
+    return build((texts, image_ids), "t2i_gen").input_ids, build(([""] * len(texts), unknown), "t2i_gen").input_ids
+
+
+def compare(model, texts, known=None, seed=0, sampling=None, scales=None, **settings):
+    """Codes of every step, ours and published; `scales`: the published guidance of each step."""
+    settings = PLAIN | settings
+    ids, uncond_ids = t2i_rows(texts, known)
+    before, expected, steps = ids.clone(), [], []
+    schedule = get_mask_schedule(settings["noise_schedule"])
+    record = {"callback": lambda step, codes: expected.append(codes.clone()), "noise_schedule": schedule}
+    guidance = {"guidance_scale": settings["guidance_scale"] if scales is None else scales}
+    published.t2i_generate(model, ids, uncond_ids, generator=seeded(seed), **settings | record | guidance)
+    codes = model.t2i_generate(
+        ids,
+        uncond_ids if settings["guidance_scale"] > 0 else None,
+        generator=seeded(seed),
+        callback=lambda step, codes: steps.append((step, codes.clone())),
+        sampling=sampling,
+        **settings,
+    )
+    assert codes.shape == (len(texts), N) and 0 <= int(codes.min()) and int(codes.max()) < NUM_CODES
+    assert torch.equal(codes, expected[-1])
+    assert torch.equal(ids, before)  # the caller's ids are not written to
+    assert [step for step, _ in steps] == list(range(settings["timesteps"]))
+    for (_, ours), theirs in zip(steps, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    return codes
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [["w1 w2"], [""], [LONG], TEXTS, ["w5 w6", "w7", "w8 w9 w10", "w11 w12 w13 w14 w15"]],
+    ids=["one", "empty", "full", "all", "different pads"],
+)
+@pytest.mark.parametrize("guidance_scale", [0.0, 3.0])
+def test_published_tokens_for_all_paddings(model, texts, guidance_scale):
+    compare(model, texts, guidance_scale=guidance_scale)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"timesteps": 1},
+        {"timesteps": 2, "noise_schedule": "linear"},
+        {"timesteps": 18, "guidance_scale": 1.75, "temperature": 4.5},
+        {"timesteps": 6, "noise_schedule": "sigmoid", "temperature": 0.0},
+        {"timesteps": 20, "noise_schedule": "pow2", "guidance_scale": 5.0},
+    ],
+)
+def test_published_tokens_for_all_settings(model, settings):
+    compare(model, ["w3 w4", "w5"], seed=7, **settings)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 2.0])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_known_codes_stay(model, guidance_scale, share):
+    known = torch.randint(0, NUM_CODES, (3, N), generator=seeded(1))
+    unknown = torch.rand(3, N, generator=seeded(2)) < share
+    codes = compare(model, ["w1", "", "w2 w3"], known.masked_fill(unknown, -1), guidance_scale=guidance_scale)
+    assert torch.equal(codes[~unknown], known[~unknown]) and not torch.equal(codes, known)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_tokens_for_every_language_model(family, implementation):
+    """Guidance, different text lengths, grouped keys and values, tied and untied heads without bias."""
+    model = showo_of(family, attn_implementation=implementation, tie_word_embeddings=family in ("llama", "qwen2"))
+    compare(model, TEXTS, guidance_scale=2.0)
+    cpu.enable(model)
+    compare(model, TEXTS, guidance_scale=2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["phi", "llama"])
+def test_flex_attention_gives_the_same_tokens(family):
+    ids, uncond_ids = t2i_rows(["w1 w2", ""])
+    settings = {"guidance_scale": 2.0, "timesteps": 3}
+    codes = [
+        showo_of(family, attn_implementation=form).t2i_generate(ids, uncond_ids, generator=seeded(5), **settings)
+        for form in ("sdpa", "flex_attention")
+    ]
+    assert torch.equal(*codes)
+
+
+def test_schedule_as_a_function(model):
+    ids, _ = t2i_rows(["w1"])
+    by_name = model.t2i_generate(ids, timesteps=4, noise_schedule="pow2", generator=seeded(3))
+    by_function = model.t2i_generate(ids, timesteps=4, noise_schedule=lambda t: 1 - t**2, generator=seeded(3))
+    assert torch.equal(by_name, by_function)
+
+
+def test_a_given_mask_is_used(model):
+    """That of the rows changes nothing; another one does."""
+    ids, uncond_ids = t2i_rows(TEXTS)
+    mask = OmniMask.from_ids(torch.cat([ids, uncond_ids]), model.vocabulary)
+    settings = {"guidance_scale": 2.0, "timesteps": 4}
+    own, same, causal = (
+        model.t2i_generate(ids, uncond_ids, attention_mask=m, generator=seeded(6), **settings)
+        for m in (None, mask, OmniMask.lm(6, ids.shape[1]))
+    )
+    assert torch.equal(own, same) and not torch.equal(own, causal)
+
+
+def test_the_image_part_of_unconditional_rows_is_ignored(model):
+    ids, uncond_ids = t2i_rows(["w1 w2"])
+    other = uncond_ids.clone()
+    other[:, -(N + 1) : -1] = OFFSET + 3
+    first, second = (
+        model.t2i_generate(ids, u, guidance_scale=3.0, timesteps=4, generator=seeded(6)) for u in (uncond_ids, other)
+    )
+    assert torch.equal(first, second)
+
+
+def test_one_generator_serves_consecutive_batches(model):
+    ids, _ = t2i_rows(["w1", "w2"])
+    generator = seeded(8)
+    first, second = (model.t2i_generate(ids, timesteps=3, generator=generator) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, model.t2i_generate(ids, timesteps=3, generator=seeded(8)))
+
+
+def positions_run(model, **settings) -> list[tuple[int, int]]:
+    """(rows, positions) of each pass through the first layer."""
+    ids, uncond_ids = t2i_rows(["w1", "w2 w3"])
+    shapes = []
+    hook = model.showo.model.layers[0].register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[:2]))
+    try:
+        model.t2i_generate(ids, uncond_ids, guidance_scale=1.0, **settings)
+    finally:
+        hook.remove()
+    return [tuple(shape) for shape in shapes]
+
+
+def test_the_text_is_encoded_once(model):
+    """<t2i> bos w2 w3 eos: the pads that all rows share are dropped."""
+    assert positions_run(model, timesteps=3) == [(4, 5)] + [(4, N + 2)] * 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "settings", "message"),
+    [
+        (lambda ids: ids, {"timesteps": 0}, "timesteps is 0"),
+        (lambda ids: ids, {"guidance_scale": 1.0}, "needs uncond_input_ids"),
+        (
+            lambda ids: ids,
+            {"guidance_scale": 1.0, "uncond_input_ids": torch.zeros(1, 31).long()},
+            "needs uncond_input_ids",
+        ),
+        (lambda ids: ids, {"noise_schedule": "spiral"}, "unknown mask schedule 'spiral'"),
+        (lambda ids: ids[:, :12], {}, "<soi>"),
+        (lambda ids: torch.cat([ids[:1], ids[1:].roll(-1, 1)]), {}, "<soi> at one common position"),
+        (lambda ids: ids[:, :-1], {}, "end in <eoi>"),
+        (lambda ids: ids.where(ids != MASK, 3), {}, "image ids"),  # codes without their offset
+    ],
+)
+def test_rows_and_settings_that_are_refused(model, spoil, settings, message):
+    ids, _ = t2i_rows(["w1", "w2"])
+    with pytest.raises(ValueError, match=message):
+        model.t2i_generate(spoil(ids), **{"timesteps": 2} | settings)
+
+
+def test_the_state_of_the_model_stays():
+    """No graph, no change of mode; in training mode activation checkpointing would drop the cache."""
+    training, ids = tiny_showo().train(), t2i_rows(["w1 w2", ""])
+    getattr(training, "activation_checkpointing_enable", training.gradient_checkpointing_enable)()
+    settings = {"guidance_scale": 2.0, "timesteps": 4}
+    codes = [m.t2i_generate(*ids, generator=seeded(5), **settings) for m in (tiny_showo(), training)]
+    assert torch.equal(*codes) and not codes[1].requires_grad and training.training
+
+
+@pytest.mark.parametrize("family", ["phi", "qwen2"])
+def test_half_precision(family):
+    ids, model = t2i_rows(["w1 w2", ""]), showo_of(family)
+    for context, m in ((torch.autocast("cpu", torch.bfloat16), model), (torch.no_grad(), showo_of(family).bfloat16())):
+        with context:
+            codes = m.t2i_generate(*ids, guidance_scale=2.0, timesteps=3)
+            assert 0 <= int(codes.min()) <= int(codes.max()) < NUM_CODES
+
+
+# ---- compiled ----
+
+
+@pytest.mark.slow
+def test_compiled_once_for_all_steps_and_prompts():
+    """Counted by torch: after the first image nothing is compiled again; the tokens are the published ones."""
+    model = tiny_showo()
+    model.compile_steps()
+    counters.clear()
+    compare(model, ["w1 w2"], guidance_scale=3.0, timesteps=4)
+    graphs = counters["stats"]["unique_graphs"]
+    for seed, (texts, scale) in enumerate(([["w3"], 3.0], [["w4 w5 w6"], 5.0], [["w1 w2 w3 w4 w5"], 1.5])):
+        compare(model, texts, seed=seed, guidance_scale=scale, timesteps=3 + seed)
+    assert counters["stats"]["unique_graphs"] == graphs == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_on_a_gpu(dtype):
+    """Logits of eager and of replayed steps, more of them than CUDA graphs need to warm up."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    eager, compiled = (tiny_showo().to("cuda", dtype) for _ in range(2))
+    compiled.compile_steps()
+    rows = torch.cat(t2i_rows(["w1 w2", LONG])).cuda()
+    mask, codes = OmniMask.from_ids(rows, eager.vocabulary), torch.full((2, N), MASK, device="cuda")
+    bound = 1e-3 if dtype == torch.float32 else 0.1
+    with torch.no_grad():
+        denoisers = [Denoiser(m, rows, mask, 2, 2.0) for m in (eager, compiled)]
+        for step in range(4):
+            (expected, _), (logits, _) = (denoiser(step, codes) for denoiser in denoisers)
+            torch.testing.assert_close(logits, expected, atol=bound, rtol=bound)
+            codes[:, step] = step
+
+
+# ---- ways that are not published ----
+
+
+def generate(model, sampling=None, known=None, **settings):
+    ids, uncond_ids = t2i_rows(TEXTS, known)
+    settings = {"guidance_scale": 3.0, "timesteps": 8} | settings
+    return model.t2i_generate(ids, uncond_ids, generator=seeded(0), sampling=sampling, **settings)
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_neutral_values_give_the_published_tokens(model, case):
+    settings, texts = facts()["generate"][case], facts()["t2i_texts"]
+    ids, uncond_ids = t2i_rows(texts)
+    codes = model.t2i_generate(
+        ids,
+        uncond_ids,
+        generator=seeded(settings["seed"]),
+        sampling=SamplingParameters(refresh_every=1, guidance_start=0.0, guidance_stop=1.0, order="confidence"),
+        **{key: settings[key] for key in ("guidance_scale", "timesteps", "temperature")},
+    )
+    assert torch.equal(codes, tensors()[f"generate.{case}.tokens"])
+
+
+def test_a_partial_refresh_runs_what_was_unknown_at_the_last_refresh(model, monkeypatch):
+    places, step = [], Runner.step
+    monkeypatch.setattr(Runner, "step", lambda self, ids, at: (places.append(at), step(self, ids, at))[1])
+    generate(model, SamplingParameters(refresh_every=3))
+    assert [isinstance(at, slice) for at in places] == ([True, False, False] * 3)[:8]
+    first = places[0].start  # of <soi>
+    assert places[1].tolist() == [[first + i for i in range(N + 2)]] * 3  # nothing was known at first
+    counts = [at.shape[1] for at in places if not isinstance(at, slice)]
+    assert counts == sorted(counts, reverse=True) and counts[-1] < counts[0]
+    for at in places:
+        assert isinstance(at, slice) or (at[:, 0] == first).all() and (at[:, -1] == first + N + 1).all()
+
+
+@pytest.mark.parametrize("family", ["phi", "llama"])
+@pytest.mark.parametrize("known_share", [0.0, 0.5])
+def test_a_partial_refresh_sees_new_tokens_in_place(family, known_share):
+    """With all tokens unknown at the refresh it is the exact pass; with some known it differs, but little."""
+    model = showo_of(family)
+    known = torch.randint(0, NUM_CODES, (3, N), generator=seeded(1))
+    settled = torch.rand(3, N, generator=seeded(2)) < known_share
+    codes = known.masked_fill(~settled, MASK)
+    later = torch.where(torch.rand(3, N, generator=seeded(3)) < 0.5, known, codes)
+    rows = torch.cat(t2i_rows(TEXTS))
+    mask, found = OmniMask.from_ids(rows, model.vocabulary), []
+    with torch.no_grad():
+        for every in (1, 9):
+            denoiser = Denoiser(model, rows, mask, 3, 2.0, every)
+            denoiser(0, codes)
+            logits, positions = denoiser(1, later)
+            found.append(logits[(later == MASK).gather(1, positions)])
+    assert found[0].shape == found[1].shape and len(found[0])
+    if known_share == 0:
+        torch.testing.assert_close(*found, atol=2e-4, rtol=1e-4)
+    else:
+        assert not torch.allclose(*found, atol=1e-3)
+        assert torch.nn.functional.cosine_similarity(*found).min() > 0.9
+
+
+def test_partial_refreshes_of_rows_with_different_numbers_of_known_codes(model):
+    known = torch.randint(0, NUM_CODES, (3, N), generator=seeded(1))
+    known[0, :3], known[1, ::2], known[2] = -1, -1, -1
+    for every in (1, 2, 4):
+        codes = generate(model, SamplingParameters(refresh_every=every), known)
+        assert torch.equal(codes[known >= 0], known[known >= 0])
+        assert 0 <= int(codes.min()) and int(codes.max()) < NUM_CODES
+
+
+@pytest.mark.parametrize("span", [(0.0, 0.5), (0.25, 0.75), (0.5, 1.0), (0.0, 0.0), (0.95, 1.0)])
+def test_guidance_in_a_part_of_the_steps(model, span):
+    """The last two spans hold no step, so nothing is guided."""
+    scales = [3.0 * (span[0] <= k / 8 < span[1]) for k in range(8)]
+    sampling = SamplingParameters(guidance_start=span[0], guidance_stop=span[1])
+    compare(model, TEXTS, sampling=sampling, scales=scales, timesteps=8, guidance_scale=3.0)
+
+
+def test_halton_fixes_the_same_positions_for_every_seed(model):
+    ids, uncond_ids = t2i_rows(TEXTS)
+
+    def kept(seed: int) -> torch.Tensor:
+        seen = []
+        model.t2i_generate(
+            ids,
+            uncond_ids,
+            guidance_scale=3.0,
+            timesteps=6,
+            generator=seeded(seed),
+            callback=lambda _, codes: seen.append(codes.clone()),
+            sampling=SamplingParameters(order="halton"),
+        )
+        return torch.stack([a == b for a, b in zip(seen, seen[1:], strict=False)])
+
+    in_both = kept(1) & kept(2)  # (steps, B, N); positions resampled to the same code by chance are few
+    fixed = 0
+    for step in in_both:
+        always = step.all(0)
+        assert int(always.sum()) >= fixed
+        fixed = int(always.sum())
+    assert fixed > 0
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParameters(refresh_every=3), SamplingParameters(guidance_stop=0.5), SamplingParameters(order="halton")],
+)
+def test_the_pipeline_passes_them_on(model, sampling):
+    pipeline = ShowoPipeline(model, tiny_vq(), prompting())
+    settings = {"timesteps": 6, "guidance_scale": 3.0}
+
+    def images(**more):
+        made = pipeline.text_to_image(["w1 w2", "w3"], generator=seeded(3), **settings, **more)
+        white = made[0].convert("L").point(lambda _: 255)
+        white.paste(0, (0, 0, white.width // 2, white.height))
+        made += pipeline.inpaint(made[0], white, "w4", generator=seeded(3), **settings, **more)
+        return [image.tobytes() for image in made]
+
+    exact = images()
+    assert images(sampling=SamplingParameters()) == exact
+    assert images(sampling=sampling) != exact

@@ -1,0 +1,402 @@
+"""`mmu_generate` against the published loop; prompts that share a prefix; drafts that change no token (spec §8)."""
+
+import pytest
+import torch
+from tests.tiny_llms import FAMILIES
+from tests.tiny_llms import tiny_showo as showo_of
+from torch._dynamo.utils import counters
+
+from benchmarks import published
+from models import OmniMask
+from models.generation import cpu
+from models.generation.runner import Runner
+from models.generation.text import PromptLookup, Prompts
+from models.vocabulary import IMAGE_FEATURE_ID
+from tests.parity.goldens import prompting, tiny_showo
+
+PAD, SOI, EOI, MMU, OFFSET, NUM_CODES, N, CLIP_SIZE = 118, 119, 120, 124, 128, 64, 16, 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_showo()
+
+
+@pytest.fixture(scope="module")
+def clip_model():
+    return tiny_showo(w_clip_vit=True, clip_feature_size=CLIP_SIZE)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def image_block(seed: int) -> list[int]:
+    codes = torch.randint(0, NUM_CODES, (N,), generator=seeded(seed)) + OFFSET
+    return [SOI, *codes.tolist(), EOI]
+
+
+PROMPTS = [
+    [MMU, *image_block(1), 117, 3, 4, 5, 6],
+    [MMU, *image_block(2), 117, 9],
+    [MMU, 20, 21, 22, *image_block(3), 117, 30, 31],  # a system prompt
+    [MMU, *image_block(4), *image_block(5), 117, 40, 41, 42],  # two images
+    [117, 50, 51, 52, 53],  # no image at all
+]
+
+
+def padded(prompts: list[list[int]], side: str) -> torch.Tensor:
+    length = max(map(len, prompts)) + 1  # one more than anybody needs
+    pads = [[PAD] * (length - len(prompt)) for prompt in prompts]
+    rows = [pad + prompt if side == "left" else prompt + pad for pad, prompt in zip(pads, prompts, strict=True)]
+    return torch.tensor(rows)
+
+
+def plain_answer(model, prompt, num_tokens, stops=(), features=None):
+    """The published loop of a single row."""
+    ids = torch.tensor([prompt])
+    return published.mmu_generate(model, ids, max_new_tokens=num_tokens, eot_token=stops, image_features=features)[
+        0
+    ].tolist()
+
+
+@pytest.fixture(scope="module")
+def answers(model):
+    return [plain_answer(model, prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("row", range(len(PROMPTS)))
+def test_answer_equals_the_plain_loop(model, answers, row):
+    assert model.mmu_generate(torch.tensor([PROMPTS[row]]), max_new_tokens=12, top_k=1).tolist() == [answers[row]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_of_a_batch_are_those_of_its_rows(family, implementation, side):
+    """Prompts of different lengths and kinds, with none, one and two images; plain, and with what pays on CPUs."""
+    model = showo_of(family, attn_implementation=implementation, tie_word_embeddings=family in ("llama", "qwen2"))
+    answers = [plain_answer(model, prompt, 8) for prompt in PROMPTS]
+    ids = padded(PROMPTS, side)
+    before = ids.clone()
+    assert model.mmu_generate(ids, max_new_tokens=8, top_k=1).tolist() == answers
+    assert torch.equal(ids, before)
+    cpu.enable(model)
+    assert model.mmu_generate(ids, max_new_tokens=8, top_k=1).tolist() == answers
+    alone = [model.mmu_generate(torch.tensor([prompt]), max_new_tokens=8, top_k=1)[0].tolist() for prompt in PROMPTS]
+    assert alone == answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["phi", "llama"])
+def test_flex_attention_gives_the_same_answers(family):
+    answers = [
+        showo_of(family, attn_implementation=form).mmu_generate(padded(PROMPTS[:2], "left"), max_new_tokens=4, top_k=1)
+        for form in ("sdpa", "flex_attention")
+    ]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.slow
+def test_compiled_once_for_all_prompts(model, answers):
+    """One graph for a token, one for a draft; prompts of another length need no other."""
+    compiled = tiny_showo()
+    compiled.compile_steps()
+    counters.clear()
+    repeating = [117, *[3, 4, 5] * 6]
+    expected = model.mmu_generate(torch.tensor([repeating]), max_new_tokens=20, top_k=1)
+    assert torch.equal(compiled.mmu_generate(torch.tensor([repeating]), max_new_tokens=20, top_k=1), expected)
+    graphs = counters["stats"]["unique_graphs"]
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert compiled.mmu_generate(torch.tensor([prompt]), max_new_tokens=12, top_k=1).tolist() == [answer]
+    assert counters["stats"]["unique_graphs"] == graphs == 2
+
+
+def test_the_answers_differ(answers):
+    """Otherwise the tests above would show little."""
+    assert len({tuple(answer) for answer in answers}) == len(answers)
+
+
+def test_rows_stop_by_themselves(model, answers):
+    stops = [answers[0][3], answers[1][6], answers[2][1]]
+    expected = [plain_answer(model, prompt, 12, stops) for prompt in PROMPTS]
+    new_ids = model.mmu_generate(padded(PROMPTS, "left"), max_new_tokens=12, top_k=1, eot_token=stops)
+    longest = max(map(len, expected))
+    assert len({len(row) for row in expected}) > 2  # they really stop at different times
+    assert new_ids.tolist() == [row + [PAD] * (longest - len(row)) for row in expected]
+
+
+@pytest.mark.parametrize("eot_token", ["int", "list", "tuple", "tensor", "scalar tensor"])
+def test_all_stopped_ends_the_loop(model, answers, eot_token):
+    stop = answers[0][2]
+    eot = {"int": stop, "list": [stop], "tuple": (1, stop)}.get(eot_token, torch.tensor([stop]))
+    eot = eot[0] if eot_token == "scalar tensor" else eot
+    expected = plain_answer(model, PROMPTS[0], 12, [stop])
+    seen = []
+    new_ids = model.mmu_generate(
+        torch.tensor(PROMPTS[:1]), max_new_tokens=12, top_k=1, eot_token=eot, callback=seen.append
+    )
+    assert new_ids.tolist() == [expected] and len(seen) == len(expected) < 12
+
+
+def test_streaming_shows_every_token_as_it_comes(model, answers):
+    seen = []
+    stop = answers[1][4]
+    new_ids = model.mmu_generate(
+        padded(PROMPTS, "left"), max_new_tokens=7, top_k=1, eot_token=stop, callback=lambda t: seen.append(t.clone())
+    )
+    assert torch.equal(torch.stack(seen, 1), new_ids)
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 1])
+def test_few_tokens(model, answers, max_new_tokens):
+    new_ids = model.mmu_generate(padded(PROMPTS, "left"), max_new_tokens=max_new_tokens, top_k=1)
+    assert new_ids.tolist() == [row[:max_new_tokens] for row in answers]
+    assert new_ids.dtype == torch.int64
+
+
+def test_each_token_costs_one_position(model):
+    shapes = []
+    first = model.showo.model.layers[0]
+    hook = first.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
+    try:
+        model.mmu_generate(padded(PROMPTS[:2], "right"), max_new_tokens=4, top_k=1)
+    finally:
+        hook.remove()
+    assert shapes == [(2, len(PROMPTS[0]))] + [(2, 1)] * 3  # padding beyond the longest is not computed
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 10, "top_p": 0.8, "temperature": 2.0}],
+)
+@torch.no_grad()
+def test_sampling_follows_the_settings(model, settings):
+    """The first token of many copies of a prompt has the distribution of the settings (see test_sampling)."""
+    copies = 3000
+    logits = model(torch.tensor(PROMPTS[:1])).logits[0, -1] / settings.get("temperature", 1.0)
+    order = logits.argsort(descending=True)[: settings.get("top_k")]
+    probabilities = logits[order].softmax(0)
+    reached = probabilities.cumsum(0) - probabilities >= settings.get("top_p", 2.0)
+    order, probabilities = order[~reached], probabilities[~reached]
+    expected = torch.zeros(193).scatter(0, order, probabilities / probabilities.sum())
+    ids = torch.tensor(PROMPTS[:1]).repeat(copies, 1)
+    tokens = model.mmu_generate(ids, max_new_tokens=1, generator=seeded(1), **settings)[:, 0]
+    frequency = tokens.bincount(minlength=193) / copies
+    assert not frequency[expected == 0].any()
+    torch.testing.assert_close(frequency, expected, atol=0.035, rtol=0)
+
+
+def test_sampling_uses_the_generator(model):
+    ids = padded(PROMPTS, "left")
+    first, again, other = (model.mmu_generate(ids, max_new_tokens=6, generator=seeded(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.0}, {"top_k": 0}, {"temperature": -1.0}])
+def test_sampling_settings_out_of_range(model, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        model.mmu_generate(torch.tensor(PROMPTS[:1]), max_new_tokens=2, **settings)
+
+
+# ---- image features ----
+
+
+def feature_prompt(num_features: int, text: list[int], system: tuple[int, ...] = ()) -> list[int]:
+    return [MMU, *system, SOI, *[IMAGE_FEATURE_ID] * num_features, EOI, *text]
+
+
+def test_answers_from_features_batched(clip_model):
+    features = torch.randn(3, 9, CLIP_SIZE, generator=seeded(4))
+    prompts = [feature_prompt(9, [3, 4, 5]), feature_prompt(9, [6], (50, 51)), feature_prompt(9, [7, 8, 9, 10, 11])]
+    expected = [plain_answer(clip_model, p, 8, features=f[None]) for p, f in zip(prompts, features, strict=True)]
+    for side in ("left", "right"):
+        new_ids = clip_model.mmu_generate(padded(prompts, side), image_features=features, max_new_tokens=8, top_k=1)
+        assert new_ids.tolist() == expected
+    swapped = clip_model.mmu_generate(
+        padded(prompts, "left"), image_features=features.flip(0), max_new_tokens=8, top_k=1
+    )
+    assert swapped.tolist() != expected
+
+
+def test_rows_with_and_without_features(clip_model):
+    features = torch.randn(3, 9, CLIP_SIZE, generator=seeded(4))
+    two_images = [MMU, *(feature_prompt(9, [])[1:] * 2), 3, 4]
+    prompts = [two_images, [117, 50, 51], feature_prompt(9, [6, 7])]
+    own = [features[:2], None, features[2:]]
+    expected = [plain_answer(clip_model, p, 6, features=f) for p, f in zip(prompts, own, strict=True)]
+    new_ids = clip_model.mmu_generate(padded(prompts, "right"), image_features=features, max_new_tokens=6, top_k=1)
+    assert new_ids.tolist() == expected
+
+
+def test_missing_features_are_refused(clip_model):
+    with pytest.raises(ValueError, match="room for 9 image features .* got 0"):
+        clip_model.mmu_generate(torch.tensor([feature_prompt(9, [3])]), max_new_tokens=2)
+
+
+# ---- a common prefix ----
+
+
+IMAGE = [SOI, *range(OFFSET, OFFSET + N), EOI]
+OTHER = [SOI, *range(OFFSET + 1, OFFSET + N + 1), EOI]
+FEATURES = 5
+SEEN = [SOI, *[IMAGE_FEATURE_ID] * FEATURES, EOI]
+
+
+def recorded(monkeypatch) -> list[tuple[int, int]]:
+    """(rows, positions) of every pass through the decoder from here on."""
+    passes, run = [], Runner._run
+
+    def counted(self, run_decoder, embeds, positions):
+        passes.append(tuple(embeds.shape[:2]))
+        return run(self, run_decoder, embeds, positions)
+
+    monkeypatch.setattr(Runner, "_run", counted)
+    return passes
+
+
+QUESTIONS = [[117, 3, 4, 5], [117, 3, 9], [117, 3, 4, 5, 6, 7]]
+COMMON = {
+    "one image": ([[MMU, *IMAGE, *question] for question in QUESTIONS], 1 + len(IMAGE) + 2),
+    "other images": ([[MMU, *image, 117, 3] for image in (IMAGE, OTHER)], 0),
+    "two images, the first in common": ([[MMU, *IMAGE, *image, 117, 3] for image in (IMAGE, OTHER)], 1 + len(IMAGE)),
+    "a system prompt in common": ([[MMU, 20, 21, *image, 117] for image in (IMAGE, OTHER)], 0),  # it sees the image
+    "text": ([[117, 3, 4, 5, 6], [117, 3, 4, 8]], 3),
+    "the same": ([[MMU, *IMAGE, 117, 3]] * 3, 1 + len(IMAGE) + 1),  # the last id gives the hidden state
+    "one begins the other": ([[MMU, *IMAGE, 117], [MMU, *IMAGE, 117, 3]], 1 + len(IMAGE)),
+    "one row": ([[MMU, *IMAGE, 117, 3]], 0),
+}
+
+
+@pytest.mark.parametrize("case", COMMON)
+def test_the_common_prefix(model, case):
+    prompts, shared = COMMON[case]
+    assert Prompts.of(padded(prompts, "right"), None, model.vocabulary).shared == shared
+
+
+@pytest.mark.parametrize("case", COMMON)
+def test_answers_are_those_of_single_rows(model, case):
+    """Also where rows share nothing."""
+    prompts = COMMON[case][0]
+    alone = [model.mmu_generate(torch.tensor([prompt]), max_new_tokens=8, top_k=1)[0].tolist() for prompt in prompts]
+    assert model.mmu_generate(padded(prompts, "right"), max_new_tokens=8, top_k=1).tolist() == alone
+
+
+def test_an_image_is_encoded_once_for_all_questions(model, monkeypatch):
+    passes = recorded(monkeypatch)
+    model.mmu_generate(padded(COMMON["one image"][0], "right"), max_new_tokens=3, top_k=1)
+    assert passes == [(1, 1 + len(IMAGE) + 2), (3, 4), (3, 1), (3, 1)]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_features_are_shared_only_if_they_are_the_same(clip_model, same):
+    prompts = [[MMU, 20, 21, *SEEN, *question] for question in QUESTIONS]
+    features = torch.randn(3, FEATURES, 24, generator=torch.Generator().manual_seed(0))
+    features = features[:1].repeat(3, 1, 1) if same else features
+    rows = Prompts.of(padded(prompts, "right"), None, clip_model.vocabulary, features)
+    assert rows.shared == (3 + len(SEEN) + 2 if same else 0)
+    answers = clip_model.mmu_generate(padded(prompts, "right"), image_features=features, max_new_tokens=6, top_k=1)
+    for prompt, image, answer in zip(prompts, features, answers, strict=True):
+        ids = torch.tensor([prompt])
+        alone = clip_model.mmu_generate(ids, image_features=image[None], max_new_tokens=6, top_k=1)
+        assert torch.equal(alone[0], answer)
+
+
+def test_an_image_after_the_common_prefix_is_not_shared(clip_model):
+    prompts = [[MMU, *SEEN, *SEEN, 117], [MMU, *SEEN, 117, 5, *SEEN, 117]]
+    features = torch.randn(4, FEATURES, 24, generator=torch.Generator().manual_seed(0))
+    features[2] = features[0]
+    answers = clip_model.mmu_generate(padded(prompts, "right"), image_features=features, max_new_tokens=5, top_k=1)
+    for index, prompt in enumerate(prompts):
+        own, ids = features[2 * index : 2 * index + 2], torch.tensor([prompt])
+        alone = clip_model.mmu_generate(ids, image_features=own, max_new_tokens=5, top_k=1)
+        assert torch.equal(alone[0], answers[index])
+
+
+def test_a_mask_of_ones_own(model):
+    """Right-padded prompts are taken as they are, as `UniversalPrompting` makes them."""
+    image_ids = torch.randint(OFFSET, OFFSET + NUM_CODES, (2, N), generator=seeded(1))
+    rows = prompting()((image_ids, ["w1 w2 w3", "w4"]), "mmu_gen")
+    expected = model.mmu_generate(rows.input_ids, max_new_tokens=6, top_k=1)
+    given = {"attention_mask": rows.attention_mask, "max_new_tokens": 6, "top_k": 1}
+    assert torch.equal(model.mmu_generate(rows.input_ids, **given), expected)
+    causal = given | {"attention_mask": OmniMask.lm(*rows.input_ids.shape)}
+    assert not torch.equal(model.mmu_generate(rows.input_ids, **causal), expected)
+    with pytest.raises(ValueError, match="must be padded on the right"):
+        model.mmu_generate(rows.input_ids.flip(1), **given)
+
+
+# ---- drafts ----
+
+
+def test_a_draft_repeats_the_last_occurrence():
+    lookup = PromptLookup([1, 2, 3, 4, 9, 2, 3, 5, 6, 2, 3], 15)
+    assert lookup.draft(10) == [5, 6, 2]  # after the later "2 3"; three at first
+    assert lookup.draft(2) == [5, 6] and lookup.draft(0) == []
+    lookup.add(4)  # "2 3 4" occurred once
+    assert lookup.draft(10) == [9, 2, 3]
+    lookup.add(77)
+    assert lookup.draft(10) == []
+
+
+def test_drafts_grow_when_accepted_and_shrink_when_not():
+    lookup = PromptLookup([1, 2, *range(10, 40), 1, 2], 8)
+    lengths = []
+    for accepted in (3, 6, 8, 8, 2, 0):
+        lengths.append(len(lookup.draft(100)))
+        lookup.adapt(lengths[-1], accepted)
+    assert lengths == [3, 6, 8, 8, 8, 2] and len(lookup.draft(100)) == 1
+    lookup.adapt(0, 0)  # there was no draft: nothing changes
+    assert len(lookup.draft(100)) == 1
+
+
+SETTINGS = [{"top_k": 1}, {"temperature": 0.05}, {"top_k": 2, "temperature": 0.3}]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_drafts_change_no_token(settings, implementation, monkeypatch):
+    """Greedy and sampled: every random number is drawn at the same point of the generator."""
+    model = tiny_showo(attn_implementation=implementation)
+    passes = recorded(monkeypatch)
+    prompt = torch.tensor([[MMU, *IMAGE, 117, *[3, 4, 5] * 4]])
+
+    def answer(**more):
+        passes.clear()
+        generator = torch.Generator().manual_seed(1)
+        ids = model.mmu_generate(prompt, max_new_tokens=60, generator=generator, **settings, **more)
+        return ids, generator.get_state(), len(passes)
+
+    (plain, state, count), (drafted, state_2, count_2) = answer(max_draft=0), answer()
+    assert torch.equal(plain, drafted) and torch.equal(state, state_2)
+    if settings == {"top_k": 1}:
+        assert count == 60 and count_2 < 50  # this model repeats itself soon
+        assert max(n for _, n in passes) > 3
+
+
+def test_drafts_stop_at_the_end_token_and_stream_one_by_one(model):
+    prompt = torch.tensor([[MMU, *IMAGE, 117, 3, 4]])
+    whole = model.mmu_generate(prompt, max_new_tokens=40, top_k=1)[0].tolist()
+    stop = whole[30]
+    seen = []
+    ids = model.mmu_generate(prompt, max_new_tokens=40, top_k=1, eot_token=stop, callback=seen.append)
+    assert ids[0].tolist() == whole[: whole.index(stop) + 1] == [int(token) for token in seen]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_drafts_never_pass_the_end(model, count):
+    prompt = torch.tensor([[117, *[3, 4, 5] * 6]])
+    whole = model.mmu_generate(prompt, max_new_tokens=40, top_k=1, max_draft=0)
+    assert torch.equal(model.mmu_generate(prompt, max_new_tokens=count, top_k=1), whole[:, :count])
+
+
+def test_no_drafts_in_half_precision(monkeypatch):
+    """Unless they are asked for: how a product is rounded depends on the number of its rows there."""
+    model = tiny_showo().bfloat16()
+    passes = recorded(monkeypatch)
+    prompt = torch.tensor([[117, *[3, 4, 5] * 6]])
+    model.mmu_generate(prompt, max_new_tokens=30, top_k=1)
+    assert len(passes) == 30
+    passes.clear()
+    model.mmu_generate(prompt, max_new_tokens=30, top_k=1, max_draft=4)
+    assert len(passes) < 30
