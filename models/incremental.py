@@ -227,6 +227,8 @@ def is_compiled(showo: nn.Module) -> bool:
 def is_plain(showo: nn.Module) -> bool:
     """Whether the weights alone say what the layers compute."""
     config, phi = showo.config, showo.model
+    if config.model_type != "phi":
+        return False
     heads_agree = config.num_key_value_heads == config.num_attention_heads
     fixed_rotation = config.rope_parameters["rope_type"] == "default"
     if config._attn_implementation not in ("sdpa", PACKED_SDPA) or not heads_agree or not fixed_rotation:
