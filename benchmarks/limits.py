@@ -108,22 +108,22 @@ def layers(config: ShowoConfig, tokens: float, pairs: float, *, num_layers: int 
         pairs: query-key pairs that the mask lets see each other, over all rows.
         num_layers: default: all.
     """
-    phi = config.phi_config()
-    hidden, inner = phi.hidden_size, phi.intermediate_size
-    num_layers = phi.num_hidden_layers if num_layers is None else num_layers
+    llm = config.backbone_config()
+    hidden, inner = llm.hidden_size, llm.intermediate_size
+    num_layers = llm.num_hidden_layers if num_layers is None else num_layers
     return Work(num_layers * (2 * tokens * (4 * hidden**2 + 2 * hidden * inner) + 4 * pairs * hidden))
 
 
 def head(config: ShowoConfig, positions: float, vocabulary: int | None = None) -> Work:
     """The vocabulary head at some positions, over all of the vocabulary or a part of it."""
-    return Work(2 * positions * config.phi_config().hidden_size * (vocabulary or config.vocab_size))
+    return Work(2 * positions * config.backbone_config().hidden_size * (vocabulary or config.vocab_size))
 
 
 def weights(config: ShowoConfig, bytes_per_weight: int = 4, *, with_head: bool = True) -> Work:
     """Reading the layers' weights, and the head's, once."""
-    phi = config.phi_config()
-    layer = 4 * phi.hidden_size**2 + 2 * phi.hidden_size * phi.intermediate_size
-    count = phi.num_hidden_layers * layer + with_head * config.vocab_size * phi.hidden_size
+    llm = config.backbone_config()
+    layer = 4 * llm.hidden_size**2 + 2 * llm.hidden_size * llm.intermediate_size
+    count = llm.num_hidden_layers * layer + with_head * config.vocab_size * llm.hidden_size
     return Work(0.0, count * bytes_per_weight)
 
 

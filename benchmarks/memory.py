@@ -88,10 +88,10 @@ def terms(
         trained: parameters that are trained; default: all.
         frozen: parameters of other models on the GPU.
     """
-    phi, count = model.phi_config(), parameters(Showo, model)
+    llm, count = model.backbone_config(), parameters(Showo, model)
     trained = count if trained is None else trained
-    head = model.vocab_size * phi.hidden_size
-    layer = (count - 2 * head) / phi.num_hidden_layers
+    head = model.vocab_size * llm.hidden_size
+    layer = (count - 2 * head) / llm.num_hidden_layers
     positions = rows * length
     return Terms(
         weights={"1 GPU": 4 * count, "ZeRO-2": 2 * count, "FSDP2": 4 * count / GPUS},
@@ -103,11 +103,11 @@ def terms(
         # bf16; autocast keeps bf16 copies of what is multiplied.
         buffers={"1 GPU": 2 * (count - head), "ZeRO-2": 2 * 5e8, "FSDP2": 2 * (2 * head + 2 * layer)},
         frozen=4 * frozen,
-        kept=4 * phi.num_hidden_layers * positions * phi.hidden_size,
+        kept=4 * llm.num_hidden_layers * positions * llm.hidden_size,
         # Normed input, q, k, v, attention in fp32 and bf16, the MLP's inner width before and behind the fused GELU.
-        one_layer=positions * (4 * phi.hidden_size * 8 + 2 * phi.intermediate_size * 4),
+        one_layer=positions * (4 * llm.hidden_size * 8 + 2 * llm.intermediate_size * 4),
         # One chunk of logits, whatever is supervised, and the hidden states there with their gradient.
-        loss=4 * min(CHUNK, model.vocab_size * sum(supervised)) + 8 * phi.hidden_size * sum(supervised),
+        loss=4 * min(CHUNK, model.vocab_size * sum(supervised)) + 8 * llm.hidden_size * sum(supervised),
         head_gradient=4 * head,
     )
 

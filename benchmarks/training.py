@@ -34,16 +34,17 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
 
 import torch
+from transformers.activations import NewGELUActivation
 
 from benchmarks import limits, published, report
 from models import OmniMask, Showo, ShowoConfig, get_mask_schedule
-from models.modeling_showo import read_llm_config
+from models.backbones import read_llm_config
 from models.packing import PACKED_SDPA
 from models.step_plan import StepPlan
 from models.vocabulary import IGNORE_ID, Vocabulary
 from training.masking import MaskingNoise
 from training.optimization import adamw
-from training.parts import enable_gradient_checkpointing, fuse_activations
+from training.parts import enable_gradient_checkpointing
 
 KINDS = ("published", "ours", "ours, packed", "ours, packed, checkpointing")
 COEFFICIENTS = (1.0, 0.1, 1.0)  # t2i, lm, mmu
@@ -51,7 +52,7 @@ TINY = str(report.ROOT / "checkpoints" / "showo-tiny" / "llm")
 # glibc keeps freed blocks of up to 32 MiB, which made half of the peaks; with this, larger ones go back at once. It
 # costs time, so that is measured without it.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
-PHI_512 = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
+LLM_512 = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
 LAYERS = {"100m": 12, "8x512": 8}
 
 
@@ -85,7 +86,7 @@ def sizes(name: str) -> Size:
     """``tiny``: `checkpoints/showo-tiny`; under the whole published vocabulary ``100m``: 12 layers of 512, ``8x512``,
     and ``1.3b``: Phi-1.5."""
     if name in LAYERS:
-        return Size(ShowoConfig(llm_config=PHI_512 | {"num_hidden_layers": LAYERS[name]}, num_vq_tokens=256), 128)
+        return Size(ShowoConfig(llm_config=LLM_512 | {"num_hidden_layers": LAYERS[name]}, num_vq_tokens=256), 128)
     if name == "1.3b":
         return Size(ShowoConfig(num_vq_tokens=256), 128)
     vocabulary = {"llm_vocab_size": 800, "codebook_size": 4096, "vocab_size": 4907}
@@ -170,8 +171,9 @@ def make_model(kind: str, size: Size, device: str = "cpu", attention: str = "sdp
     attention = PACKED_SDPA if "packed" in kind and attention == "sdpa" else attention
     model = Showo._from_config(size.config, attn_implementation="sdpa" if kind == "published" else attention)
     model.to(device).train()
-    if kind != "published":
-        fuse_activations(model)
+    if kind == "published":
+        for layer in model.showo.model.layers:  # whose activation is eight operations there
+            layer.mlp.activation_fn = NewGELUActivation()
     if "checkpointing" in kind:
         enable_gradient_checkpointing(model)
     return model

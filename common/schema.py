@@ -53,10 +53,11 @@ class ShowoSection:
     w_clip_vit: bool = False
     vocab_size: int = 58498
     llm_vocab_size: int = 50295
-    llm_model_path: str = "microsoft/phi-1_5"  # hub name or folder
+    llm_model_path: str | None = None  # hub name or folder; null: the published one (models/backbones.py)
     codebook_size: int = 8192
     num_vq_tokens: int = 256
     num_new_special_tokens: int = 10
+    qk_norm: bool | None = None  # null: as the language model's family has it, see models/backbones.py
 
 
 @dataclass

@@ -1,15 +1,14 @@
-"""Show-o: one transformer that reads and draws. Phi with QK-norm, omni-attention and three losses (SPEC §4, §5)."""
+"""Show-o: one transformer that reads and generates, with omni-attention and three losses (spec §4, §5)."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PhiConfig, PhiForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from models.backbones import DEFAULT_LLM, Backbone, backbone_config, find_backbone, has_qk_norm, read_llm_config
 from models.checkpoint_io import (
     CheckpointMixin,
     check_state_dict,
@@ -26,32 +25,33 @@ from models.step_plan import StepPlan
 from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
 
 # B rows, L positions, H hidden size, V vocabulary, S supervised positions
-PHI_1_5 = "microsoft/phi-1_5"
 
 
 class ShowoConfig(PreTrainedConfig):
-    """Sizes of a Show-o; the keyword names are those of the published `config.json` (SPEC §12).
+    """Sizes of a Show-o; the keyword names are those of the published `config.json` (spec §12).
 
     Args:
-        llm_model_path: hub name or folder of the language model whose architecture is used. Phi-1.5's is built in, so
-            the default needs no network.
+        llm_model_path: hub name or folder of the language model whose architecture is used, of one of the families in
+            `models/backbones.py`. The default's is built in and needs no network.
         vocab_size: text ids + new special tokens + image codes + mask token.
-        llm_vocab_size, num_new_special_tokens, codebook_size: the parts of the vocabulary (SPEC §1).
-        num_vq_tokens: N, image tokens of a picture.
+        llm_vocab_size, num_new_special_tokens, codebook_size: the parts of the vocabulary (spec §1).
+        num_vq_tokens: N, image tokens of an image.
         w_clip_vit: understanding from CLIP features through `mm_projector` instead of image codes.
         clip_feature_size: width of those features.
         load_from_showo: published key, kept for the record; weights are chosen by the caller.
-        llm_config: the language model's own configuration; found by `llm_model_path` when absent.
+        llm_config: the language model's own configuration; found by `llm_model_path` when absent. Its `model_type` is
+            the family, so a saved folder says which language model it holds.
+        qk_norm: whether queries and keys are normalised; default: as the family has it, added to the default's.
 
     Raises:
-        ValueError: the sizes do not add up, or a published key holds a value this code does not honour.
+        ValueError: the sizes do not add up, or the language model or a published key's value does not work here.
     """
 
     model_type = "showo"
 
     def __init__(
         self,
-        llm_model_path: str = PHI_1_5,
+        llm_model_path: str = DEFAULT_LLM,
         vocab_size: int = 58498,
         llm_vocab_size: int = 50295,
         num_new_special_tokens: int = 10,
@@ -62,6 +62,7 @@ class ShowoConfig(PreTrainedConfig):
         load_from_showo: bool = True,
         llm_config: dict | None = None,
         mask_token_id: int | None = None,
+        qk_norm: bool | None = None,
         **kwargs,
     ):
         self.llm_model_path = llm_model_path
@@ -74,6 +75,7 @@ class ShowoConfig(PreTrainedConfig):
         self.clip_feature_size = clip_feature_size
         self.load_from_showo = load_from_showo
         self.llm_config = llm_config if llm_config is not None else read_llm_config(llm_model_path)
+        self.qk_norm = has_qk_norm(self.llm_config, qk_norm, llm_model_path)
         expected = self.vocabulary.vocab_size
         if vocab_size != expected:
             raise ValueError(
@@ -83,37 +85,21 @@ class ShowoConfig(PreTrainedConfig):
         if mask_token_id not in (None, vocab_size - 1):
             raise ValueError(f"mask_token_id is {mask_token_id}; the mask token is vocab_size - 1 = {vocab_size - 1}")
         self.mask_token_id = vocab_size - 1
+        self.backbone_config()  # refuses attention that does not work here before any weights are made
         super().__init__(**kwargs)
 
     @property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary(self.llm_vocab_size, self.num_new_special_tokens, self.codebook_size)
 
-    def phi_config(self) -> PhiConfig:
-        """The language model's configuration with QK-norm and the joint vocabulary."""
-        settings = {k: v for k, v in self.llm_config.items() if k not in ("vocab_size", "qk_layernorm", "dtype")}
-        settings = {k: v for k, v in settings.items() if k not in ("torch_dtype", "model_type", "architectures")}
-        if settings.get("hidden_act", "gelu_new") == "gelu_new":  # the same formula as one operation instead of eight
-            settings["hidden_act"] = "gelu_pytorch_tanh"
-        return PhiConfig(**settings, vocab_size=self.vocab_size, qk_layernorm=True)
+    @property
+    def backbone(self) -> Backbone:
+        """What is particular to the language model's family."""
+        return find_backbone(self.llm_config, self.llm_model_path)
 
-
-def read_llm_config(llm_model_path: str) -> dict:
-    """The language model's settings: a folder's `config.json`, Phi-1.5's own (PhiConfig's defaults), or the hub's.
-
-    Raises:
-        ValueError: not a Phi. OSError: neither a folder nor to be had from the hub.
-    """
-    file = Path(llm_model_path) / "config.json"
-    if file.is_file():
-        settings = json.loads(file.read_text())
-    elif llm_model_path == PHI_1_5:
-        return {}
-    else:
-        settings = AutoConfig.from_pretrained(llm_model_path).to_dict()
-    if settings.get("model_type") != "phi":
-        raise ValueError(f"llm_model_path {llm_model_path!r} is a {settings.get('model_type')!r} model, expected 'phi'")
-    return {key: value for key, value in settings.items() if not key.startswith("_")}  # no `_name_or_path`
+    def backbone_config(self) -> PreTrainedConfig:
+        """The language model's own configuration with the joint vocabulary."""
+        return backbone_config(self.llm_config, self.vocab_size, self.qk_norm, self.llm_model_path)
 
 
 @dataclass
@@ -136,7 +122,7 @@ class ShowoOutput(ModelOutput):
 
 
 class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
-    """Phi-1.5 over one sequence of text and image tokens.
+    """A causal language model over one sequence of text and image tokens.
 
     State-dict names are the published ones: ``showo.model.*``, ``showo.lm_head.*`` and, with `w_clip_vit`,
     ``mm_projector.{0,2}.*``.
@@ -146,18 +132,18 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
     base_model_prefix = ""
     published_class_name = "Showo"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PhiDecoderLayer"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: ShowoConfig):
         super().__init__(config)
-        phi_config = config.phi_config()
-        phi_config._attn_implementation = self.config._attn_implementation
-        self.showo = PhiForCausalLM(phi_config)
+        llm_config = config.backbone_config()
+        llm_config._attn_implementation = self.config._attn_implementation
+        self.showo = config.backbone.model_class(llm_config)
+        self._no_split_modules = [config.backbone.layer_class]  # where FSDP and `device_map` may cut
         if config.w_clip_vit:
-            size = phi_config.hidden_size
+            size = llm_config.hidden_size
             self.mm_projector = nn.Sequential(
                 nn.Linear(config.clip_feature_size, size), nn.GELU(), nn.Linear(size, size)
             )
@@ -184,7 +170,7 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
     @classmethod
     def _adapt_state_dict(cls, state_dict, config):
         """Resizes the vocabulary to the configuration's: kept rows stay, new ones are initialised (SPEC §4, §12)."""
-        std = config.phi_config().initializer_range
+        std = config.backbone_config().initializer_range
         new_row_std = {"model.embed_tokens.weight": std, "lm_head.weight": std, "lm_head.bias": 0.0}
         stored = {f"showo.{name}": row_std for name, row_std in new_row_std.items() if f"showo.{name}" in state_dict}
         sizes = {len(state_dict[name]) for name in stored}
@@ -195,9 +181,10 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
 
     @classmethod
     def from_llm(cls, config: ShowoConfig, llm_model_path: str | None = None, **kwargs) -> "Showo":
-        """A new start from a language model's weights in fp32 (`load_from_showo: False`, SPEC §4).
+        """A new start from a language model's weights in fp32 (`load_from_showo: False`, spec §4).
 
-        QK norms (and `mm_projector`) keep their initialisation; spare vocabulary rows of the language model are kept.
+        The logits of its own ids stay what they were on text rows, unless QK-norm is added. Added norms and
+        `mm_projector` have their initialisation; spare rows of the language model's matrices are kept.
 
         Raises:
             UserError: no such folder or hub name, damaged weights, or weights of another architecture.
@@ -207,7 +194,7 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
         state_dict = {f"showo.{k}": v.float() for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
         state_dict = cls._adapt_state_dict(state_dict, config)
         model = cls._from_config(config, **kwargs)
-        fresh = ("q_layernorm", "k_layernorm", "mm_projector", *model.all_tied_weights_keys)
+        fresh = (*config.backbone.qk_norm_names, "mm_projector", *model.all_tied_weights_keys)
         expected = {k: v for k, v in model.state_dict().items() if k in state_dict or not any(f in k for f in fresh)}
         check_state_dict(str(path), expected, state_dict)
         model.load_state_dict(state_dict, strict=False)

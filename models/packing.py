@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -133,7 +132,7 @@ def packed_sdpa(module, query, key, value, attention_mask, *, pieces=None, piece
     Without pieces it is transformers' sdpa.
 
     Args:
-        query, key, value: (R, heads, C, D).
+        query, key, value: (R, heads, C, D); keys and values may have fewer heads, which are shared then.
         pieces, piece_masks: of `Packing.lengths` and `Packing.piece_masks`.
 
     Returns:
@@ -144,13 +143,13 @@ def packed_sdpa(module, query, key, value, attention_mask, *, pieces=None, piece
     rows = []
     for row, (sizes, masks) in enumerate(zip(pieces, piece_masks, strict=True)):
         parts = zip(*(states[row : row + 1].split(sizes, dim=2) for states in (query, key, value)), strict=True)
-        outputs = [
-            scaled_dot_product_attention(*part, attn_mask=mask, scale=scaling)
+        outputs = [  # transformers' own, which repeats keys and values where several heads share them
+            sdpa_attention_forward(module, *part, mask, scaling=scaling)[0]  # (1, n, heads, D)
             for part, mask in zip(parts, masks, strict=False)
         ]
-        filler = query.new_zeros(1, query.shape[1], sizes[-1], query.shape[3])
-        rows.append(torch.cat([*outputs, filler], dim=2))
-    return torch.cat(rows).transpose(1, 2).contiguous(), None
+        filler = query.new_zeros(1, sizes[-1], query.shape[1], query.shape[3])
+        rows.append(torch.cat([*outputs, filler], dim=1))
+    return torch.cat(rows), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED_SDPA, packed_sdpa)

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
+from models.backbones import DEFAULT_LLM
 from models.checkpoint_io import TOKENIZER_FILES, check_state_dict, load_weights_file, read_json, resolve_folder
 from models.clip_encoder import CLIP_VIT_L_336, CLIPVisionTower
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
-from models.modeling_showo import PHI_1_5, Showo, ShowoConfig
+from models.modeling_showo import Showo, ShowoConfig
 from models.prompting import UniversalPrompting
 from models.vocabulary import Vocabulary
 
@@ -89,7 +90,7 @@ def load(source: Source) -> dict:
     device = choose_device(source.device)
     dtype = choose_dtype(source.dtype, device)
     folder, vq_folder = resolve_folder(source.showo), resolve_folder(source.vq_model)
-    llm = source.llm or read_json(folder / "config.json").get("llm_model_path", PHI_1_5)
+    llm = source.llm or read_json(folder / "config.json").get("llm_model_path", DEFAULT_LLM)
     prompting = load_prompting(llm, source.max_seq_length)
     config = read_showo_config(folder, llm, source.sizes)
     check_text_tokenizer(llm, prompting, config)

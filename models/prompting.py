@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.backbones import complete_tokenizer
 from models.omni_attention import OmniMask
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID, PAD_TOKEN, SPECIAL_TOKENS, Vocabulary
 
@@ -23,7 +24,8 @@ class UniversalPrompting:
     """Builds the rows of every task.
 
     Args:
-        tokenizer: the language model's tokenizer; the pad and the nine special tokens are added to it.
+        tokenizer: the language model's tokenizer; the pad and the nine special tokens are added to it, and where it
+            has none a bos token (see `complete_tokenizer`).
         max_text_len: M, room for the text of a row.
         ignore_id: label of unsupervised positions.
         cond_dropout_prob: probability that a t2i training text is emptied, for classifier-free guidance.
@@ -33,8 +35,7 @@ class UniversalPrompting:
     """
 
     def __init__(self, tokenizer, max_text_len: int = 128, ignore_id: int = IGNORE_ID, cond_dropout_prob: float = 0.1):
-        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer needs a bos and an eos token, e.g. <|endoftext|> for both")
+        complete_tokenizer(tokenizer)
         known = tokenizer.get_vocab()
         llm_vocab_size = known.get(PAD_TOKEN, len(tokenizer))
         self.vocabulary = Vocabulary(llm_vocab_size)  # sizes behind the special tokens do not matter here

@@ -2,16 +2,14 @@
 
 from pathlib import Path
 
-from torch import nn
 from transformers import AutoTokenizer
-from transformers.activations import NewGELUActivation
 
 from common.config import mask_schedule_of, resolve_path
 from common.errors import UserError
 from models import MAGVITv2, Showo, ShowoConfig, UniversalPrompting, get_mask_schedule
+from models.backbones import DEFAULT_LLM, read_llm_config
 from models.checkpoint_io import resolve_folder
 from models.clip_encoder import read_clip_config
-from models.modeling_showo import read_llm_config
 from models.packing import PACKED_SDPA
 from models.pipeline_loading import load_magvitv2, without_loading_bars
 from training.batches import BatchBuilder
@@ -29,12 +27,14 @@ def make_model(config, start: Path | None = None) -> Showo:
         UserError: the weights are missing or do not fit the sizes of the configuration.
     """
     settings = config.model.showo
-    keys = ("llm_vocab_size", "vocab_size", "codebook_size", "num_vq_tokens", "num_new_special_tokens", "w_clip_vit")
-    llm_path = str(resolve_path(settings.llm_model_path))
+    keys = ("llm_vocab_size", "vocab_size", "codebook_size", "num_vq_tokens", "num_new_special_tokens")
+    keys += ("w_clip_vit", "qk_norm")
+    llm = settings.llm_model_path or DEFAULT_LLM
+    llm_path = str(resolve_path(llm))
     source = start or config.experiment.init_from
     try:
         showo_config = ShowoConfig(
-            llm_model_path=settings.llm_model_path,  # as given, so that no path of this machine is saved
+            llm_model_path=llm,  # as given, so that no path of this machine is saved
             llm_config=read_llm_config(llm_path),
             attn_implementation=_attention(config),
             **_feature_size(config),
@@ -114,13 +114,13 @@ def make_prompting(config) -> UniversalPrompting:
     Raises:
         UserError: it cannot be loaded, or has another number of entries than the model's vocabulary leaves it.
     """
-    path, expected = config.model.showo.llm_model_path, config.model.showo.llm_vocab_size
+    path, expected = config.model.showo.llm_model_path or DEFAULT_LLM, config.model.showo.llm_vocab_size
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(resolve_path(path)), padding_side="left")
+        max_text_len = config.dataset.preprocessing.max_seq_length
+        prompting = UniversalPrompting(tokenizer, max_text_len, cond_dropout_prob=config.training.cond_dropout_prob)
     except (ValueError, OSError) as error:
         raise UserError(f"model.showo.llm_model_path {path!r}: {str(error).splitlines()[0]}") from error
-    max_text_len = config.dataset.preprocessing.max_seq_length
-    prompting = UniversalPrompting(tokenizer, max_text_len, cond_dropout_prob=config.training.cond_dropout_prob)
     found = prompting.vocabulary.llm_vocab_size
     if found != expected:
         raise UserError(
@@ -165,14 +165,6 @@ def _packing_length(config, row_length: int) -> int | None:
             f"dataset.packing_length is {longest}, but a sample may have {row_length} positions; give that or more"
         )
     return longest
-
-
-def fuse_activations(model: Showo) -> Showo:
-    """Phi-1.5's GELU as one operation instead of eight, each of which would keep its result for the backward pass."""
-    for layer in model.showo.model.layers:
-        if isinstance(layer.mlp.activation_fn, NewGELUActivation):
-            layer.mlp.activation_fn = nn.GELU(approximate="tanh")
-    return model
 
 
 def enable_gradient_checkpointing(model: Showo) -> None:

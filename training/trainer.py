@@ -39,7 +39,6 @@ from training.optimization import WeightAverage, gradient_norms, make_optimizer,
 from training.parts import (
     check_sizes,
     enable_gradient_checkpointing,
-    fuse_activations,
     make_builder,
     make_model,
     make_prompting,
@@ -95,7 +94,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = training.enable_tf32
         if training.seed is not None:
             set_seed(training.seed)  # the same new weights everywhere: FSDP keeps each process's own part
-        self.model = fuse_activations(make_model(config, self.start.weights if self.start else None))
+        self.model = make_model(config, self.start.weights if self.start else None)
         understanding.attach(self.model, device)
         if training.seed is not None:
             set_seed(training.seed, device_specific=True)  # but masks of its own for each process

@@ -10,6 +10,7 @@ quantised and sharded weights.
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,16 @@ from torch import nn
 from models.generation import sampling
 from models.generation.text import greedy_ids
 
+
+def read_cpuinfo() -> str:
+    """What Linux says of the processor; nothing elsewhere."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.is_file() else ""
+
+
 # B rows of a batch, n positions, M = B n, V tokens, H hidden size, K candidates
-FEW_ROWS = 32  # M up to which W xᵀ is faster
+# Numbers of rows for which W xᵀ is faster: up to 32, on Intel's processors only from 8 on (docs/performance.md).
+FEW_ROWS = range(1 if "AuthenticAMD" in read_cpuinfo() else 8, 33)
 BLOCKS = 8  # of the weights that a single row is multiplied with at once; in one piece the product runs on one core
 
 
@@ -42,7 +51,7 @@ class SkinnyLinear(nn.Linear):
     """`nn.Linear` that multiplies a few rows as W xᵀ."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if 0 < x.shape[:-1].numel() <= FEW_ROWS and is_plain(self.weight, x):
+        if x.shape[:-1].numel() in FEW_ROWS and is_plain(self.weight, x):
             return skinny_product(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], -1)
         return F.linear(x, self.weight, self.bias)
 

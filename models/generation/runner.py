@@ -123,7 +123,7 @@ class Runner:
 
 
 def inference(method):
-    """Runs a method without gradients and in evaluation mode; in training mode, activation checkpointing drops caches."""
+    """Runs a method without gradients, in evaluation mode: in training mode, activation checkpointing drops caches."""
 
     @wraps(method)
     def run(self, *args, **kwargs):

@@ -145,10 +145,10 @@ def maskgit_step(
     if positions is None:
         positions = torch.arange(num_positions, device=image_ids.device).expand(batch_size, -1)
     probabilities = logits.softmax(dim=-1)
+    if not probabilities[..., :1].isfinite().all():  # one NaN or infinity makes a whole row NaN
+        raise RuntimeError("the logits of image codes are not all finite")
     drawn = multinomial_at(probabilities, positions, num_positions, generator)  # (B, U)
     chosen = probabilities.gather(-1, drawn[..., None])[..., 0]
-    if not chosen.isfinite().all():
-        raise RuntimeError("the logits of image codes are not all finite")
     unknown = image_ids == mask_token_id
     sampled = torch.where(unknown, image_ids.scatter(1, positions, drawn), image_ids)
 

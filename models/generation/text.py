@@ -78,7 +78,7 @@ class TextGeneration:
         return torch.stack(new_ids, dim=1) if new_ids else input_ids[:, :0]
 
     def greedy_chooser(self, count: int) -> Callable[[torch.Tensor], Iterator[torch.Tensor]]:
-        """The function that picks the likeliest tokens of `count` steps; `cpu.enable` puts a faster one in its place."""
+        """The function that picks the likeliest tokens in `count` steps; `cpu.enable` replaces it with a faster one."""
         return partial(greedy_ids, self.showo.get_output_embeddings())
 
 

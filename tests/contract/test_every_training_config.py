@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import inference_mmu
 import inference_t2i
 from models import Showo, ShowoConfig
-from models.modeling_showo import read_llm_config
+from models.backbones import read_llm_config
 from tests.training import tiny
 from tests.training.tiny_sources import CLIP_WIDTH, write_clip, write_imagenet, write_llava, write_phi_weights
 from training import train, train_w_clip_vit

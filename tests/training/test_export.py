@@ -54,7 +54,7 @@ def test_an_exported_model_needs_nothing_of_this_machine(world, tmp_path):
     assert str(tmp_path) not in content and json.loads(content)["llm_model_path"] == "llm"
     shutil.rmtree(tmp_path / "llm")
     loaded = Showo.from_pretrained(str(tmp_path / "showo"))
-    assert loaded.config.phi_config().hidden_size == 32
+    assert loaded.config.backbone_config().hidden_size == 32
     with torch.no_grad():
         assert torch.isfinite(loaded(torch.arange(20)[None]).logits).all()
 

@@ -1,13 +1,13 @@
-"""The quick head names the token that the whole head names (SPEC §8)."""
+"""What pays on CPUs changes no token, and leaves alone what it does not serve."""
 
 import copy
 
 import pytest
 import torch
-from models.greedy_head import GreedyHead, greedy_head
 from torch import nn
 
-from models import greedy_head as module
+from models.generation import cpu
+from models.generation.cpu import GreedyHead, SkinnyLinear, skinny_product
 from tests.parity.goldens import tiny_showo
 
 V, H = 5000, 96
@@ -19,22 +19,85 @@ def no_grad():
         yield
 
 
-@pytest.fixture
-def small_heads(monkeypatch):
-    monkeypatch.setattr(module, "SMALLEST", 1)
-
-
-def make_head(seed: int = 0, num_tokens: int = V, bias: bool = True) -> nn.Linear:
+def make_head(seed: int = 0, bias: bool = True, num_tokens: int = V) -> SkinnyLinear:
     torch.manual_seed(seed)
-    return nn.Linear(H, num_tokens, bias=bias)
+    head = nn.Linear(H, num_tokens, bias=bias)
+    head.__class__ = SkinnyLinear
+    return head
+
+
+class Holder(nn.Module):
+    """The part of a Showo that a `GreedyHead` sees."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    @property
+    def showo(self):
+        return self
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def greedy(head: nn.Module) -> GreedyHead:
+    return GreedyHead(Holder(head))
+
+
+# ---- linear layers ----
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, H), (1, 7, H), (4, 8, H), (3, H), (1, H), (2, 40, H), (0, H)])
+@pytest.mark.parametrize("num_outputs", [64, 50])
+def test_products(monkeypatch, shape, num_outputs, bias):
+    """One row in blocks where they divide, a few, many; all numbers of rows count as few here."""
+    monkeypatch.setattr(cpu, "FEW_ROWS", range(1, 33))
+    linear, x = make_head(bias=bias, num_tokens=num_outputs), torch.randn(shape)
+    torch.testing.assert_close(linear(x), nn.functional.linear(x, linear.weight, linear.bias), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_not_served_runs_as_it_is(monkeypatch):
+    """Gradients, autocast, other dtypes, weights of another kind; hooks and names stay."""
+    monkeypatch.setattr(cpu, "skinny_product", lambda *args: pytest.fail("must not be used"))
+    monkeypatch.setattr(cpu, "FEW_ROWS", range(1, 33))
+    linear, x = make_head(), torch.randn(2, H)
+    with torch.enable_grad():
+        linear(x).sum().backward()
+    assert linear.weight.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x).dtype == torch.bfloat16
+    copy.deepcopy(linear).bfloat16()(x.bfloat16())
+
+    class Other(nn.Parameter):
+        pass
+
+    linear.weight = Other(linear.weight)
+    linear(x)
+
+
+def test_enable_keeps_names_and_hooks():
+    model, other = tiny_showo(), tiny_showo()
+    seen = []
+    model.showo.get_decoder().layers[0].mlp.fc1.register_forward_hook(lambda *args: seen.append(1))
+    cpu.enable(model)
+    assert list(model.state_dict()) == list(other.state_dict())
+    ids = torch.randint(0, 100, (1, 9))
+    torch.testing.assert_close(model(ids).logits, other(ids).logits, atol=1e-5, rtol=1e-5)
+    assert seen
+
+
+# ---- the greedy head ----
 
 
 def assert_same(head: nn.Linear, hidden: torch.Tensor) -> None:
-    """Equal ids; the whole head is taken in fp64, so that fp32 rounding decides nothing."""
-    logits = nn.functional.linear(
-        hidden.double(), head.weight.double(), None if head.bias is None else head.bias.double()
-    )
-    assert torch.equal(GreedyHead(head).argmax(hidden), logits.argmax(1))
+    """Equal ids; the whole head is taken in float64, so that float32 rounding decides nothing."""
+    bias = None if head.bias is None else head.bias.double()
+    logits = nn.functional.linear(hidden.double(), head.weight.double(), bias)
+    quick = greedy(head)
+    quick.copy()
+    assert torch.equal(quick.argmax(hidden), logits.argmax(1))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 4])
@@ -74,68 +137,74 @@ def test_hidden_states_with_an_outlier():
 def test_equal_tokens_give_the_first():
     head = make_head()
     head.weight[[40, 4000, 700]], head.bias[[40, 4000, 700]] = 2 * torch.ones(H), 0.0
-    assert GreedyHead(head).argmax(torch.ones(2, H)).tolist() == [40, 40]
+    assert_same(head, torch.ones(2, H))
 
 
-@pytest.mark.parametrize("in_place", ["optimizer", "data", "load", "swap"])
-def test_changed_weights_are_noticed(small_heads, in_place):
+@pytest.fixture
+def small_heads(monkeypatch):
+    monkeypatch.setattr(GreedyHead, "SMALLEST", 1)
+
+
+@pytest.mark.parametrize("way", ["optimizer", "data", "load", "swap", "bias"])
+def test_changed_weights_are_noticed(small_heads, way):
     """Also by the ways that leave no trace on the parameter, as sharded optimizers do it."""
     head, other = make_head(), make_head(seed=1)
-    first = greedy_head(head, 1)
-    assert greedy_head(head, 1) is first
-    if in_place == "optimizer":
+    quick, hidden = greedy(head), torch.randn(1, 1, H)
+    list(quick.chooser(99)(hidden))
+    if way == "optimizer":
         head.weight.copy_(other.weight)
-    elif in_place == "data":
+    elif way == "data":
         head.weight.data.copy_(other.weight)
-    elif in_place == "load":
+    elif way == "load":
         head.load_state_dict(other.state_dict())
-    else:
+    elif way == "swap":
         head.weight.data = head.weight.data.flip(0)
-    hidden = torch.randn(1, H)
-    assert greedy_head(head, 1) is not first
-    assert torch.equal(greedy_head(head, 1).argmax(hidden), head(hidden).argmax(1))
-
-
-def test_a_changed_bias_counts(small_heads):
-    head, hidden = make_head(), torch.randn(1, H)
-    greedy_head(head, 1)
-    head.bias.data[77] = 1e3
-    assert greedy_head(head, 1).argmax(hidden).item() == 77
-    head.bias.data = head.bias.data.roll(1)
-    assert greedy_head(head, 1).argmax(hidden).item() == 78
+    else:
+        head.bias.data[77] = 1e3
+    assert next(quick.chooser(99)(hidden)) == head(hidden).argmax(-1)[:, 0]
 
 
 def test_where_a_plain_product_is_better(small_heads):
-    head = make_head()
-    assert greedy_head(head, 1) is not None
-    assert greedy_head(head, 64) is None
-    assert greedy_head(copy.deepcopy(head).bfloat16(), 1) is None
-    assert greedy_head(nn.Linear(36, V), 1) is None, "torch's 8-bit product reads past rows of this length"
+    quick, hidden = greedy(make_head()), torch.randn(1, 1, H)
+    assert quick.serves(hidden)
+    assert not quick.serves(torch.randn(64, 1, H))
+    assert not quick.serves(hidden.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        assert greedy_head(head, 1) is None
-    head.register_forward_hook(lambda module, args, output: -output)
-    assert greedy_head(head, 1) is None
+        assert not quick.serves(hidden)
+    quick.head.register_forward_hook(lambda module, args, output: -output)
+    assert not quick.serves(hidden)
+    odd = nn.Linear(36, V)  # torch's 8-bit product reads past rows of this length
+    odd.__class__ = SkinnyLinear
+    assert not greedy(odd).serves(torch.randn(1, 1, 36))
+    assert not greedy(nn.Linear(H, V)).serves(hidden)
 
 
 def test_small_heads_are_left_alone():
-    assert greedy_head(make_head(), 1) is None
+    assert not greedy(make_head()).serves(torch.randn(1, 1, H))
 
 
-def test_copies_go_with_their_heads(small_heads):
-    head = make_head()
-    greedy_head(head, 1)
-    kept = len(module._copies)
-    del head
-    assert len(module._copies) == kept - 1
+def test_the_head_of_the_moment_counts(small_heads):
+    """As when an adapter replaces it."""
+    model, ids = tiny_showo(), torch.randint(0, 100, (1, 9))
+    cpu.enable(model)
+    model.mmu_generate(ids, max_new_tokens=20, top_k=1)
+    model.showo.set_output_embeddings(nn.Linear(64, 193))
+    expected = copy.deepcopy(tiny_showo())
+    expected.showo.set_output_embeddings(model.showo.get_output_embeddings())
+    settings = {"max_new_tokens": 20, "top_k": 1}
+    assert torch.equal(model.mmu_generate(ids, **settings), expected.mmu_generate(ids, **settings))
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_answers_are_the_same(monkeypatch, num_rows):
-    model = tiny_showo()
-    ids = torch.randint(0, 100, (num_rows, 9))
-    settings = {"max_new_tokens": 40, "top_k": 1}
+def test_answers_are_the_same(small_heads, monkeypatch, num_rows):
+    model, ids, settings = tiny_showo(), torch.randint(0, 100, (num_rows, 9)), {"max_new_tokens": 40, "top_k": 1}
     expected = model.mmu_generate(ids, **settings)
-    assert model.showo.lm_head not in module._copies
-    monkeypatch.setattr(module, "SMALLEST", 1)
-    assert torch.equal(model.mmu_generate(ids, **settings), expected)
-    assert model.showo.lm_head in module._copies
+    cpu.enable(model)
+    calls, argmax = [], GreedyHead.argmax
+    monkeypatch.setattr(GreedyHead, "argmax", lambda self, hidden: (calls.append(1), argmax(self, hidden))[1])
+    assert torch.equal(model.mmu_generate(ids, **settings), expected) and calls
+
+
+def test_a_single_row_in_blocks_is_the_product():
+    weight, row = torch.randn(64, H), torch.randn(1, H)
+    torch.testing.assert_close(skinny_product(row, weight), row @ weight.t(), atol=1e-5, rtol=1e-5)

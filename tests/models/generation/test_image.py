@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tests.tiny_llms import FAMILIES
-from tests.tiny_llms import tiny_showo as showo_of
 from torch._dynamo.utils import counters
 
 from benchmarks import published
@@ -14,6 +12,8 @@ from models.generation.runner import Runner
 from models.omni_attention import OmniMask
 from tests.parity.goldens import facts, prompting, tensors, tiny_showo
 from tests.tiny import tiny_vq
+from tests.tiny_llms import FAMILIES
+from tests.tiny_llms import tiny_showo as showo_of
 
 PAD, OFFSET, NUM_CODES, MASK, N = 118, 128, 64, 192, 16
 LONG = " ".join(f"w{n}" for n in range(30))

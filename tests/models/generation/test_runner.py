@@ -1,21 +1,21 @@
-"""Positions that come piece by piece give the hidden states of whole rows, by both runners (SPEC §7, §8)."""
+"""Positions that run piece by piece give the hidden states of whole rows, over every language model (spec §7, §8)."""
 
 import pytest
 import torch
-from models.incremental import ModulePhi, PlainPhi, incremental
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from models import OmniMask
+from benchmarks import published
+from models import OmniMask, get_mask_schedule
+from models.generation import cpu
+from models.generation import runner as runner_module
+from models.generation.kv_cache import KVCache
+from models.generation.runner import BUCKET, Runner, run_decoder
 from tests.parity.goldens import tiny_showo
+from tests.tiny_llms import FAMILIES
+from tests.tiny_llms import tiny_showo as showo_of
 
 PAD, SOI, EOI, T2I, MMU, OFFSET, MASK, N = 118, 119, 120, 123, 124, 128, 192, 16
 BLOCK = [SOI, *(OFFSET + 2 * i if i % 3 else MASK for i in range(N)), EOI]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_showo()
 
 
 @pytest.fixture(autouse=True)
@@ -33,212 +33,186 @@ def padded(rows: list[list[int]]) -> torch.Tensor:
     return torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
 
 
-DRAWING = padded([[T2I, 117, *text, 117, *BLOCK] for text in ([3, 4, 5, 6, 7, 8], [20, 21], [])])
-ANSWERING = padded([[MMU, *BLOCK, 117, 3, 4, 5, 6], [MMU, SOI, *range(OFFSET, OFFSET + 9), EOI, 117, 9, 10, 11]])
+IMAGES = padded(
+    [[T2I, 117, *text, 117, *BLOCK] for text in ([3, 4, 5, 6, 7, 8], [20, 21], [])]
+)  # the block begins at 9
+QUESTIONS = padded([[MMU, *BLOCK, 117, 3, 4, 5, 6], [MMU, SOI, *range(OFFSET, OFFSET + 9), EOI, 117, 9, 10, 11]])
 TEXT = torch.arange(40).view(2, 20)
-# Positions that see each other (an image, and all up to the end of it in an answer) are one piece.
+# Positions that see each other (an image, and all up to the end of it in a question) are one piece.
 CASES = {
-    "drawing": (DRAWING, [6, 3, N + 2]),
-    "drawing, text at once": (DRAWING, [9, N + 2]),
-    "answering": (ANSWERING, [20, 1, 1, 2]),
+    "image": (IMAGES, [9, N + 2]),
+    "image, text in pieces": (IMAGES, [6, 3, N + 2]),
+    "question": (QUESTIONS, [20, 1, 1, 2]),
     "text": (TEXT, [7, 1, 1, 5, 6]),
-    "one piece": (ANSWERING, [24]),
 }
 
 
-@pytest.mark.parametrize("runner", [PlainPhi, ModulePhi])
-@pytest.mark.parametrize("case", CASES)
-def test_pieces_equal_the_whole(model, runner, case):
-    ids, sizes = CASES[case]
-    mask = OmniMask.from_ids(ids, model.vocabulary)
-    transformer = runner(model, mask)
-    parts = [transformer.extend(part) for part in ids.split(sizes, dim=1)]
-    same(torch.cat(parts, dim=1), model.hidden_states(ids, mask))
-
-
-@pytest.mark.parametrize("runner", [PlainPhi, ModulePhi])
-@pytest.mark.parametrize("case", CASES)
-def test_only_the_needed_positions(model, runner, case):
-    """Of every piece, other positions in every row."""
-    ids, sizes = CASES[case]
-    mask = OmniMask.from_ids(ids, model.vocabulary)
-    transformer, whole = runner(model, mask), model.hidden_states(ids, mask)
-    for part, expected in zip(ids.split(sizes, dim=1), whole.split(sizes, dim=1), strict=True):
-        needed = torch.stack([torch.randperm(part.shape[1])[: (part.shape[1] + 1) // 2] for _ in part])
-        rows = torch.arange(len(part))[:, None]
-        same(transformer.extend(part, needed=needed), expected[rows, needed])
-
-
-@pytest.mark.parametrize("runner", [PlainPhi, ModulePhi])
-def test_none_needed(model, runner):
-    """The keys and values are kept all the same."""
-    mask = OmniMask.from_ids(DRAWING, model.vocabulary)
-    transformer = runner(model, mask)
-    assert transformer.extend(DRAWING[:, :9], needed=torch.zeros(3, 0).long()).shape == (3, 0, 64)
-    same(transformer.extend(DRAWING[:, 9:]), model.hidden_states(DRAWING, mask)[:, 9:])
-
-
-@pytest.mark.parametrize("runner", [PlainPhi, ModulePhi])
-def test_equal_rows_are_given_once(model, runner):
-    """Rows of other texts and the same images; positions are asked for in the order of the rows given."""
-    ids = torch.cat([DRAWING[:2, :9], DRAWING[1:, :9]])
-    blocks = DRAWING[:2, 9:].clone()
-    blocks[1, 3:9] = MASK
-    whole = torch.cat([ids, blocks.repeat(2, 1)], dim=1)
-    mask = OmniMask.from_ids(whole, model.vocabulary)
-    expected = model.hidden_states(whole, mask)[:, 9:]
-    transformer = runner(model, mask)
-    transformer.extend(ids)
-    same(transformer.extend(blocks), expected)
-    transformer.forget(N + 2)
-    needed = torch.tensor([[1, 4, 9], [2, 3, 17]])
-    same(transformer.extend(blocks, needed=needed), expected[torch.arange(4)[:, None], needed.repeat(2, 1)])
-
-
-@pytest.mark.parametrize("runner", [PlainPhi, ModulePhi])
-def test_forgotten_positions_leave_nothing(model, runner):
-    mask = OmniMask.from_ids(DRAWING, model.vocabulary)
-    transformer = runner(model, mask)
-    transformer.extend(DRAWING[:, :9])
-    transformer.extend(DRAWING[:, 9:].flip(0))
-    transformer.forget(N + 2)
-    same(transformer.extend(DRAWING[:, 9:]), model.hidden_states(DRAWING, mask)[:, 9:])
-
-
-@pytest.mark.parametrize("runner", [PlainPhi, ModulePhi])
-def test_image_features(runner):
-    model = tiny_showo(w_clip_vit=True, clip_feature_size=24)
-    ids = torch.tensor([[MMU, SOI, *[-200] * 9, EOI, 117, 3, 4, 5]])
-    features, mask = torch.randn(1, 9, 24), OmniMask.from_ids(ids, model.vocabulary)
-    transformer = runner(model, mask)
-    parts = [transformer.extend(ids[:, :13], image_features=features), transformer.extend(ids[:, 13:])]
-    same(torch.cat(parts, dim=1), model.hidden_states(ids, mask, image_features=features))
-
-
-@pytest.mark.parametrize("runner", [PlainPhi, ModulePhi])
-def test_autocast(model, runner):
-    mask = OmniMask.from_ids(ANSWERING, model.vocabulary)
-    transformer, whole = runner(model, mask), model.hidden_states(ANSWERING, mask)
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = [transformer.extend(part) for part in ANSWERING.split([20, 1, 3], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1).float(), whole, atol=0.15, rtol=0)
-
-
-class Doubled(nn.Linear):
-    """A layer of another class in the place of a linear one, as adapters and quantised layers are."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def add_hook(showo):
-    showo.model.layers[0].mlp.fc1.register_forward_hook(lambda module, args, output: 2 * output)
-
-
-def replace_forward(showo):
-    fc1 = showo.model.layers[0].mlp.fc1
-    plain = fc1.forward
-    fc1.forward = lambda x: 2 * plain(x)
-
-
-def replace_layer(showo):
-    fc1 = showo.model.layers[0].mlp.fc1
-    doubled = Doubled(fc1.in_features, fc1.out_features)
-    doubled.load_state_dict(fc1.state_dict())
-    showo.model.layers[0].mlp.fc1 = doubled
-
-
-@pytest.mark.parametrize("change", [add_hook, replace_forward, replace_layer])
-def test_what_modules_do_beyond_their_weights_is_done(model, change):
-    changed = tiny_showo()
-    change(changed.showo)
-    mask = OmniMask.from_ids(ANSWERING, model.vocabulary)
-    hidden = incremental(changed, mask).extend(ANSWERING)
-    same(hidden, changed.hidden_states(ANSWERING, mask))
-    assert not torch.allclose(hidden, model.hidden_states(ANSWERING, mask), atol=1e-3)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pieces_equal_the_whole(family, implementation, static, monkeypatch):
+    """Also in a cache of fixed size, as compiled steps use it, here without compiling."""
+    monkeypatch.setattr(runner_module, "compiled_decoder", lambda device_type: run_decoder)
+    model = showo_of(family, attn_implementation=implementation)
+    for ids, sizes in CASES.values():
+        model.step_caches = {} if static else None
+        mask = OmniMask.from_ids(ids, model.vocabulary)
+        runner, (first, *rest) = Runner(model, mask), ids.split(sizes, dim=1)
+        assert runner.cache.max_length == (-(-ids.shape[1] // BUCKET) * BUCKET if static else ids.shape[1])
+        parts = [runner.prefill(first), *(runner.step(part) for part in rest)]
+        same(torch.cat(parts, dim=1), model.hidden_states(ids, mask))
+        assert runner.length == ids.shape[1]
 
 
 @pytest.mark.slow
-def test_choice_of_the_runner(model):
-    mask = OmniMask.from_ids(ANSWERING, model.vocabulary)
-    assert isinstance(incremental(model, mask), PlainPhi)
-    assert isinstance(incremental(tiny_showo(attn_implementation="eager"), mask), ModulePhi)
-    compiled = tiny_showo()
-    compiled.showo.model.compile()
-    assert isinstance(incremental(compiled, mask), ModulePhi)
+@pytest.mark.parametrize("family", ["phi", "llama"])
+def test_pieces_under_flex_attention(family):
+    model, (ids, sizes) = showo_of(family, attn_implementation="flex_attention"), CASES["image"]
+    mask = OmniMask.from_ids(ids, model.vocabulary)
+    runner, (first, *rest) = Runner(model, mask), ids.split(sizes, dim=1)
+    parts = [runner.prefill(first), *(runner.step(part) for part in rest)]
+    same(torch.cat(parts, dim=1), showo_of(family).hidden_states(ids, mask))
 
 
-def linear_flops(run) -> int:
-    """Counted multiplications and additions of the linear layers; torch's counter does not know addmm_ by itself."""
-
-    def addmm_(total_shape, a_shape, b_shape, **_):
-        return 2 * a_shape[0] * a_shape[1] * b_shape[1]
-
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
-        run()
-    return sum(n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
-
-
-def test_only_what_is_needed_is_computed(model):
-    """Multiplications of the linear layers: the first layer once for equal rows, the last for needed positions only."""
-    ids, block = DRAWING[:2, :9], DRAWING[:1, 9:]
-    mask = OmniMask.from_ids(torch.cat([ids, block.repeat(2, 1)], dim=1), model.vocabulary)
-    transformer = PlainPhi(model, mask)
-    transformer.extend(ids)
-    counted = linear_flops(lambda: transformer.extend(block, needed=torch.tensor([[1, 2, 3]])))
-    layer = model.showo.model.layers[0]
-    sizes = {name: module.weight.numel() for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    dense, key_value = sizes.pop("self_attn.dense"), sizes.pop("self_attn.k_proj") + sizes.pop("self_attn.v_proj")
-    own = sum(sizes.values())  # query and MLP
-    length, num_middle = N + 2, len(model.showo.model.layers) - 2
-    first, last = length * (key_value + own + 2 * dense), 2 * (length * key_value + 3 * (own + dense))
-    assert counted == 2 * (first + num_middle * 2 * length * (key_value + own + dense) + last)
+@pytest.mark.parametrize("family", ["phi", "qwen3"])
+def test_a_step_replaces_positions(family):
+    """Of a slice, and of other positions in each row; the rows with and without text share the ids of their images."""
+    model = showo_of(family)
+    ids = torch.cat([IMAGES[:2], torch.cat([IMAGES[1:, :9], IMAGES[:2, 9:]], dim=1)])  # 4 rows, 2 images
+    mask = OmniMask.from_ids(ids, model.vocabulary)
+    runner = Runner(model, mask)
+    runner.prefill(ids[:, :9])
+    block = slice(9, 9 + N + 2)
+    same(runner.step(ids[:2, block], block), model.hidden_states(ids, mask)[:, block])
+    at = torch.tensor([[9, 10, 13, 20, 26], [9, 11, 12, 25, 26]])  # rows (2, n)
+    new_ids = torch.tensor([[SOI, OFFSET + 1, OFFSET + 2, OFFSET + 3, EOI], [SOI, OFFSET + 4, MASK, OFFSET + 5, EOI]])
+    changed = ids.scatter(1, at.repeat(2, 1), new_ids.repeat(2, 1))
+    hidden = runner.step(new_ids, at)
+    # in the first layer of a whole pass, nothing but the replaced positions differs
+    everything = torch.arange(9, 27).repeat(2, 1)
+    same(runner.step(changed[:2, block], everything), model.hidden_states(changed, mask)[:, block])
+    assert hidden.shape == (4, 5, 32) and runner.length == ids.shape[1]
 
 
-def test_the_first_layer_computes_each_token_once(model):
-    """With `ids_recur`, of a picture of which three tokens become known: the projections of three positions."""
-    ids, block = DRAWING[:2, :9], torch.tensor([[SOI, *[MASK] * N, EOI]])
-    mask = OmniMask.from_ids(torch.cat([ids, block.repeat(2, 1)], dim=1), model.vocabulary)
-    runners = [PlainPhi(model, mask, ids_recur=recur) for recur in (False, True)]
-    known = block.clone()
-    known[0, [2, 5, 6]] = torch.tensor([OFFSET + 1, OFFSET + 9, OFFSET + 20])
-    for runner in runners:
-        runner.extend(ids)
-        runner.extend(block)
-        runner.forget(N + 2)
-    same(*(runner.extend(known) for runner in runners))
-    for runner in runners:
-        runner.forget(N + 2)
-    known[0, [1, 2, 3, 4]] = torch.tensor([OFFSET + 9, OFFSET + 2, OFFSET + 3, OFFSET + 4])  # 2, 3, 4 are new
-    plain, memo = (linear_flops(lambda runner=runner: runner.extend(known)) for runner in runners)
-    layer = model.showo.model.layers[0]
-    sizes = {name: module.weight.numel() for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    del sizes["self_attn.dense"]
-    assert plain - memo == 2 * (N + 2 - 3) * sum(sizes.values())
+def test_cropped_positions_leave_nothing():
+    model, mask = tiny_showo(), OmniMask.lm(2, 20)
+    runner = Runner(model, mask)
+    runner.prefill(TEXT[:, :9])
+    runner.step(TEXT[:, 9:].flip(0))
+    runner.crop(9)
+    same(runner.step(TEXT[:, 9:14]), model.hidden_states(TEXT, mask)[:, 9:14])
 
 
-@pytest.mark.parametrize("needed", [None, torch.tensor([[0, 2, 3], [1, 2, 4]])])
-def test_rewritten_positions(model, needed):
-    """Other tokens at some positions: the others keep the keys and values they had, the new ones are seen."""
-    ids, blocks = torch.cat([DRAWING[:2, :9], DRAWING[1:, :9]]), DRAWING[:2, 9:]
-    whole = torch.cat([ids, blocks.repeat(2, 1)], dim=1)
-    mask = OmniMask.from_ids(whole, model.vocabulary)
-    transformer = PlainPhi(model, mask)
-    transformer.extend(whole)
-    at = torch.tensor([[10, 12, 13, 20, 25], [9, 11, 12, 13, 26]])
-    same_ids = blocks.gather(1, at - 9)
-    rows = torch.arange(4)[:, None]
-    expected = model.hidden_states(whole, mask)[rows, at.repeat(2, 1)]
-    picked = slice(None) if needed is None else (rows, needed.repeat(2, 1))
-    same(transformer.rewrite(same_ids, at, needed), expected[picked])  # nothing new: nothing changes
-    everything = torch.arange(9, 9 + N + 2).expand(2, -1)
-    other = blocks.roll(3, 1)
-    all_new = torch.cat([ids, other.repeat(2, 1)], dim=1)
-    transformer.rewrite(other, everything)
-    same(transformer.rewrite(other, everything), model.hidden_states(all_new, mask)[:, 9:])
-    kept = [layer.keys.clone() for layer in transformer.layers]
-    hidden = transformer.rewrite(same_ids, at)
-    assert not torch.allclose(hidden, model.hidden_states(all_new, mask)[rows, at.repeat(2, 1)], atol=1e-3)
-    for layer, before in zip(transformer.layers, kept, strict=True):
-        changed = (layer.keys != before).flatten(2).any(-1)
-        assert changed.sum() <= 4 * at.shape[1] and not changed[:, :9].any()
+@pytest.mark.parametrize("family", ["phi", "mistral"])
+def test_expanding_a_prefix(family):
+    """The rows go on differently, at rotary positions of their own."""
+    model = showo_of(family)
+    rows = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, 7, 20, 21, 22]])
+    mask, position_ids = OmniMask.lm(2, 6), torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 7, 8, 9]])
+    whole = Runner(model, mask, position_ids).prefill(rows)
+    runner = Runner(model, OmniMask.lm(1, 3))
+    runner.prefill(rows[:1, :3])
+    runner.expand(mask, position_ids)
+    same(runner.step(rows[:, 3:]), whole[:, 3:])
+    assert not torch.allclose(whole[1, 3:], Runner(model, mask).prefill(rows)[1, 3:], atol=1e-3)
+
+
+def test_a_released_cache_is_used_again():
+    """At its address, and without what it held."""
+    model, mask = tiny_showo(), OmniMask.lm(2, 20)
+    model.step_caches = {}
+    addresses = []
+    for ids in (TEXT, TEXT.flip(1)):
+        runner = Runner(model, mask)
+        same(runner.prefill(ids), model.hidden_states(ids, mask))
+        runner.cache.values[0][:, :, 30] = torch.nan  # an overflow, say, in a slot that is hidden
+        addresses.append(runner.cache.keys[0].data_ptr())
+        runner.release()
+    assert addresses[0] == addresses[1] and list(model.step_caches) == [(2, BUCKET)]
+    other = Runner(model, mask)
+    assert Runner(model, mask).cache is not other.cache  # it serves one runner at a time
+
+
+def test_the_cache_writes_in_all_three_ways():
+    cache = KVCache(1, 6)
+    cache.length = 6
+    keys = torch.randn(2, 3, 4, 5)
+    cache.write_at(slice(1, 5))
+    cache.update(keys, -keys, 0)
+    assert torch.equal(cache.keys[0][:, :, 1:5], keys) and torch.equal(cache.values[0][:, :, 1:5], -keys)
+    cache.write_at(torch.tensor([5, 0, 1, 2]))
+    assert torch.equal(cache.update(keys, -keys, 0)[0][:, :, [5, 0, 1, 2]], keys)
+    slots = torch.tensor([[0, 1, 2, 3], [5, 4, 3, 2]])
+    cache.write_at(slots)
+    found = cache.update(keys, -keys, 0)[1]
+    assert torch.equal(found[0][:, slots[0]], -keys[0]) and torch.equal(found[1][:, slots[1]], -keys[1])
+    cache.crop(4)
+    assert cache.get_seq_length() == 4
+
+
+def test_image_features():
+    model = tiny_showo(w_clip_vit=True, clip_feature_size=24)
+    ids = torch.tensor([[MMU, SOI, *[-200] * 9, EOI, 117, 3, 4, 5]])
+    features, mask = torch.randn(1, 9, 24), OmniMask.from_ids(ids, model.vocabulary)
+    runner = Runner(model, mask)
+    parts = [runner.prefill(ids[:, :13], features), runner.step(ids[:, 13:])]
+    same(torch.cat(parts, dim=1), model.hidden_states(ids, mask, image_features=features))
+
+
+def test_half_precision_and_autocast():
+    model, (ids, sizes) = tiny_showo(), CASES["question"]
+    mask = OmniMask.from_ids(ids, model.vocabulary)
+    whole = model.hidden_states(ids, mask)
+    for context, m in ((torch.autocast("cpu", torch.bfloat16), model), (torch.no_grad(), tiny_showo().bfloat16())):
+        with context:
+            runner, (first, *rest) = Runner(m, mask), ids.split(sizes, dim=1)
+            parts = [runner.prefill(first), *(runner.step(part) for part in rest)]
+        torch.testing.assert_close(torch.cat(parts, dim=1).float(), whole, atol=0.15, rtol=0)
+
+
+# ---- what is put on a model from outside ----
+
+
+def lora(model):
+    """Adapters on every linear layer of a decoder layer, with weights that change the outcome."""
+    peft = pytest.importorskip("peft")
+    targets = [name for name, module in model.showo.get_decoder().named_modules() if isinstance(module, nn.Linear)]
+    model.showo = peft.get_peft_model(
+        model.showo, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    )
+
+
+def int8(model):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model.showo, quantization.Int8WeightOnlyConfig())
+
+
+def hook(model):
+    model.showo.get_decoder().layers[0].register_forward_hook(lambda module, args, output: output + 0.5)
+
+
+@pytest.mark.parametrize("with_cpu", [False, True])
+@pytest.mark.parametrize("family", ["phi", "llama"])
+@pytest.mark.parametrize("change", [lora, int8, hook])
+def test_changes_from_outside_take_effect_in_both_loops(family, change, with_cpu):
+    """Cached equals uncached with them, and differs from without."""
+    torch.manual_seed(0)
+    model, plain = showo_of(family), showo_of(family)
+    if with_cpu:
+        cpu.enable(model)
+    change(model)
+    model.eval()
+    question = torch.tensor([[MMU, *BLOCK, 117, 3, 4, 5]])
+    expected = published.mmu_generate(model, question, max_new_tokens=8)
+    assert torch.equal(model.mmu_generate(question, max_new_tokens=8, top_k=1), expected)
+    ids, uncond_ids = IMAGES[:1].clone(), IMAGES[2:].clone()
+    ids[:, 10:26] = MASK
+    settings = {"guidance_scale": 2.0, "timesteps": 4, "temperature": 1.0}
+    schedule = {"noise_schedule": get_mask_schedule("cosine")}
+    codes = published.t2i_generate(
+        model, ids, uncond_ids, **settings, **schedule, generator=torch.Generator().manual_seed(0)
+    )
+    ours = model.t2i_generate(ids, uncond_ids, **settings, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ours, codes)
+    before = plain(ids).logits
+    assert not torch.equal(model(ids).logits, before)

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tests.tiny_llms import FAMILIES
-from tests.tiny_llms import tiny_showo as showo_of
 from torch._dynamo.utils import counters
 
 from benchmarks import published
@@ -13,6 +11,8 @@ from models.generation.runner import Runner
 from models.generation.text import PromptLookup, Prompts
 from models.vocabulary import IMAGE_FEATURE_ID
 from tests.parity.goldens import prompting, tiny_showo
+from tests.tiny_llms import FAMILIES
+from tests.tiny_llms import tiny_showo as showo_of
 
 PAD, SOI, EOI, MMU, OFFSET, NUM_CODES, N, CLIP_SIZE = 118, 119, 120, 124, 128, 64, 16, 24
 
