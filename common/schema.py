@@ -401,7 +401,7 @@ def find_problems(config: DictConfig) -> list[str]:
     if config.dataset.packing and config.compile and config.attn_implementation == "sdpa":
         found.append(
             "dataset.packing with compile=true recompiles at every step under attn_implementation=sdpa; give "
-            "attn_implementation=flex_attention, or drop one of the two"
+            "flex_attention, or drop one of the two"
         )
     if config.dataset.packing_length is not None and not config.dataset.packing:
         found.append("dataset.packing_length has no effect without dataset.packing=true")
