@@ -1,14 +1,13 @@
-"""Questions about pictures (SPEC §8, §13).
+"""Answers questions about images (SPEC §8, §13).
 
     python3 inference_mmu.py config=configs/showo_tiny_demo.yaml mmu_image_root=mmu_validation/emoji \
         question='What is this?'
     python3 inference_mmu.py config=configs/showo_demo_w_clip_vit_512x512.yaml max_new_tokens=100 \
         mmu_image_root=./mmu_validation question='Please describe this image in detail. *** Where is it?'
 
-Every question is asked about every picture of the folder (or about the one file) `mmu_image_root`. Answers go to the
-terminal as they are produced, to `{output_dir}/results.jsonl` with the pictures as the model sees them (`0000.png` …),
-to `grid.png`, and to the panel `multimodal understanding` in wandb. Without `output_dir` the folder is
-`{experiment.output_dir}/mmu`.
+Every question is asked about every image of the folder `mmu_image_root`, which may also be a single file. Answers are
+printed while they are generated. `output_dir` (default: `{experiment.output_dir}/mmu`) gets `results.jsonl`, the images
+as the model sees them (`0000.png` …) and `grid.png`; wandb gets the panel `multimodal understanding`.
 """
 
 from collections import defaultdict
@@ -20,14 +19,14 @@ from common.inputs import required_path, split_pieces
 from common.results import ResultFolder, check_output_dir
 from common.tracking import Tracker
 
-PANEL_SIZE = 100  # pictures reported to wandb at once
+PANEL_SIZE = 100  # images logged to wandb at once
 
 
-def find_pictures(value: str | None, resolution: int) -> list[Path]:
-    """The pictures of `mmu_image_root` in the order of their names; what cannot be shown is skipped with a line.
+def find_images(value: str | None, resolution: int) -> list[Path]:
+    """The images of `mmu_image_root`, sorted by name; unusable files are skipped and named on the terminal.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no usable image.
     """
     from models.images import load_image, resized_size
 
@@ -35,16 +34,16 @@ def find_pictures(value: str | None, resolution: int) -> list[Path]:
     if root.is_file():
         resized_size(load_image(root).size, resolution, root)
         return [root]
-    pictures = []
+    images = []
     for path in sorted(path for path in root.iterdir() if path.is_file()):
         try:
             resized_size(load_image(path).size, resolution, path)
-            pictures.append(path)
+            images.append(path)
         except UserError as error:
             print(f"skipped: {error}", flush=True)
-    if not pictures:
-        raise UserError(f"mmu_image_root={value} holds no readable picture; give a folder of pictures")
-    return pictures
+    if not images:
+        raise UserError(f"mmu_image_root={value} contains no readable image; give a folder of images")
+    return images
 
 
 def main(argv: list[str]) -> None:
@@ -58,18 +57,20 @@ def main(argv: list[str]) -> None:
 
     check_config(config)
     check_texts(questions)
-    paths = find_pictures(config.mmu_image_root, config.dataset.preprocessing.resolution)
+    paths = find_images(config.mmu_image_root, config.dataset.preprocessing.resolution)
     pipeline = ShowoPipeline.from_config(config)
     results = ResultFolder(output_dir)
     run = f"{config.experiment.name}_mmu"
     with Tracker(config.experiment.project, run, output_dir, config=config, wandb_config=config.wandb) as tracker:
         answer_all(pipeline, config, paths, questions, results, tracker)
-    print(f"answers about {len(paths)} pictures in {results.lines}; all of them: {results.write_grid()}")
+    print(f"answers written to {results.lines}, images: {len(paths)}; overview: {results.write_grid()}")
 
 
 class Transcript:
-    """Prints the conversation about pictures in its order: of the answer whose turn it is, every word as it comes, of
-    later ones what has come when their turn comes."""
+    """Prints questions and answers in order although the answers of a batch arrive together.
+
+    Words of the current answer are printed at once; words of later answers wait for their turn.
+    """
 
     def __init__(self, paths: list[Path], questions: list[str]):
         self.pairs = [(image, question) for image in range(len(paths)) for question in range(len(questions))]
@@ -79,7 +80,7 @@ class Transcript:
         self._ask()
 
     def add(self, image: int, question: int, words: str) -> None:
-        """The next words of an answer; "" ends it."""
+        """Takes the next words of an answer; "" ends it."""
         self.waiting[image, question].append(words)
         while self.turn < len(self.pairs) and (arrived := self.waiting.pop(self.pairs[self.turn], None)):
             print("".join(arrived), end="", flush=True)
@@ -97,7 +98,7 @@ class Transcript:
 
 
 def answer_all(pipeline, config, paths: list[Path], questions, results: ResultFolder, tracker: Tracker) -> None:
-    """Ask everything with one generator; print, write and report as answers come."""
+    """Asks every question about every image with one random generator; prints, writes and logs as answers arrive."""
     generator = pipeline.generator(config.seed)
     answers = pipeline.iter_answers(
         paths,
@@ -109,13 +110,13 @@ def answer_all(pipeline, config, paths: list[Path], questions, results: ResultFo
     )
     panel, start = [], 0
     for path in paths:
-        replies = [(question, next(answers)[2]) for question in questions]  # in the order of pictures, then questions
-        picture, caption = pipeline.view(path), "".join(f"User: {q}\n Answer : {a}\n" for q, a in replies)
-        record = {"file": results.save(picture), "mode": "mmu", "image": path.name}
+        replies = [(question, next(answers)[2]) for question in questions]  # ordered by image, then question
+        image, caption = pipeline.view(path), "".join(f"User: {q}\n Answer : {a}\n" for q, a in replies)
+        record = {"file": results.save(image), "mode": "mmu", "image": path.name}
         for question, answer in replies:
             results.add(**record, question=question, answer=answer, seed=generator.initial_seed())
-        results.show(picture, caption)
-        panel.append((picture, caption))
+        results.show(image, caption)
+        panel.append((image, caption))
         if len(panel) == PANEL_SIZE or path is paths[-1]:
             images, captions = zip(*panel, strict=True)
             tracker.log_images("multimodal understanding", list(images), list(captions), start, save=False)

@@ -6,8 +6,8 @@
     python3 inference_t2i.py config=configs/showo_demo.yaml batch_size=1 guidance_scale=1.75 generation_timesteps=16 \
         mode=extrapolation extra_direction='left *** up' offset=0 prompt='… *** …' image_path=…
 
-Writes `{output_dir}/0000.png` …, `results.jsonl` and `grid.png`, and the panel `generated_images` to wandb. Without
-`output_dir` the folder is `{experiment.output_dir}/{mode}`.
+Writes `0000.png` …, `results.jsonl` and `grid.png` to `output_dir` (default: `{experiment.output_dir}/{mode}`); logs
+the panel `generated_images` to wandb.
 """
 
 import math
@@ -22,11 +22,11 @@ from common.inputs import SEPARATOR, read_prompts, required_path, split_pieces
 from common.results import ResultFolder, check_output_dir
 from common.tracking import Tracker
 
-Drawn = Iterator[tuple[list[str], list[Image.Image]]]  # batch by batch: the prompts and their pictures
+Batches = Iterator[tuple[list[str], list[Image.Image]]]  # of each batch the prompts and their images
 
 
 class TextToImage:
-    """The prompts of `prompt` or else of `validation_prompts_file`, `batch_size` at a time."""
+    """One image for each prompt in `prompt`, or else in `validation_prompts_file`, `batch_size` at a time."""
 
     def __init__(self, config):
         from models.pipeline_showo import check_texts
@@ -41,21 +41,21 @@ class TextToImage:
     def inputs(self, pipeline) -> list[tuple[Image.Image, str]]:
         return []
 
-    def draw(self, pipeline, **drawing) -> Drawn:
+    def generate(self, pipeline, **sampling) -> Batches:
         for start in range(0, len(self.prompts), self.batch_size):
             batch = self.prompts[start : start + self.batch_size]
-            yield batch, pipeline.text_to_image(batch, **drawing)
+            yield batch, pipeline.text_to_image(batch, **sampling)
 
 
 class Inpainting:
-    """`image_path` with the white part of `inpainting_mask_path` painted anew, `batch_size` times."""
+    """The image with the white regions of the mask regenerated, `batch_size` times."""
 
     def __init__(self, config):
         from models.images import load_image
         from models.pipeline_showo import check_texts, mask_tokens
 
         if not config.prompt:
-            raise UserError("prompt is not given; add prompt='what the white part of the mask should show'")
+            raise UserError("prompt is not given; add prompt='what the white regions of the mask should show'")
         check_texts([config.prompt])
         self.prompt, self.batch_size = config.prompt, config.batch_size
         self.count = config.num_images_per_prompt or config.batch_size
@@ -69,13 +69,13 @@ class Inpainting:
         mask = self.mask.convert("L")
         return [(pipeline.view(self.image), "original image"), (pipeline.view(mask), "inpainting mask")]
 
-    def draw(self, pipeline, **drawing) -> Drawn:
+    def generate(self, pipeline, **sampling) -> Batches:
         settings = {"num_images_per_prompt": self.count, "batch_size": self.batch_size}
-        yield [self.prompt] * self.count, pipeline.inpaint(self.image, self.mask, self.prompt, **settings, **drawing)
+        yield [self.prompt] * self.count, pipeline.inpaint(self.image, self.mask, self.prompt, **settings, **sampling)
 
 
 class Extrapolation:
-    """`image_path` grown in each `extra_direction` in turn, `batch_size` times."""
+    """The image extended in each direction of `extra_direction` in turn, `batch_size` times."""
 
     def __init__(self, config):
         from models.images import load_image
@@ -92,10 +92,10 @@ class Extrapolation:
     def inputs(self, pipeline) -> list[tuple[Image.Image, str]]:
         return [(pipeline.view(self.image), "original image")]
 
-    def draw(self, pipeline, **drawing) -> Drawn:
+    def generate(self, pipeline, **sampling) -> Batches:
         settings = {"num_images_per_prompt": self.count, "batch_size": self.batch_size, "offset": self.offset}
-        pictures = pipeline.extrapolate(self.image, self.directions, self.prompts, **settings, **drawing)
-        yield [SEPARATOR.join(self.prompts)] * self.count, pictures
+        images = pipeline.extrapolate(self.image, self.directions, self.prompts, **settings, **sampling)
+        yield [SEPARATOR.join(self.prompts)] * self.count, images
 
 
 MODES = {"t2i": TextToImage, "inpainting": Inpainting, "extrapolation": Extrapolation}
@@ -117,19 +117,19 @@ def main(argv: list[str]) -> None:
     results = ResultFolder(output_dir)
     run = f"{config.experiment.name}_t2i_{config.mode}"
     with Tracker(config.experiment.project, run, output_dir, config=config, wandb_config=config.wandb) as tracker:
-        draw_all(task, pipeline, config, results, tracker)
-    print(f"{results.count} pictures in {output_dir}; all of them: {results.write_grid()}")
+        generate_all(task, pipeline, config, results, tracker)
+    print(f"images written to {output_dir}: {results.count}; overview: {results.write_grid()}")
 
 
-def draw_all(task, pipeline, config, results: ResultFolder, tracker: Tracker) -> None:
-    """Draw batch by batch with one generator; write and report each batch at once."""
+def generate_all(task, pipeline, config, results: ResultFolder, tracker: Tracker) -> None:
+    """Generates batch by batch with one random generator; writes and logs each batch as soon as it is done."""
     from models import SamplingParameters
 
     generator = pipeline.generator(config.seed)
     inputs = task.inputs(pipeline)
     for image, caption in inputs:
         results.show(image, caption)
-    batches = task.draw(
+    batches = task.generate(
         pipeline,
         guidance_scale=config.guidance_scale,
         timesteps=config.generation_timesteps,
@@ -138,16 +138,16 @@ def draw_all(task, pipeline, config, results: ResultFolder, tracker: Tracker) ->
         progress=True,
         sampling=SamplingParameters(**config.drawing),
     )
-    for prompts, pictures in batches:
+    for prompts, generated in batches:
         step = results.count
-        for prompt, picture in zip(prompts, pictures, strict=True):
-            name = results.save(picture)
+        for prompt, image in zip(prompts, generated, strict=True):
+            name = results.save(image)
             results.add(file=name, mode=config.mode, prompt=prompt, seed=generator.initial_seed())
-            results.show(picture, prompt)
+            results.show(image, prompt)
             print(f"{name}  {prompt}", flush=True)
         if config.mode == "extrapolation":
             prompts = [prompt.replace(SEPARATOR, " ") for prompt in prompts]
-        images, captions = zip(*inputs, *zip(pictures, prompts, strict=True), strict=True)
+        images, captions = zip(*inputs, *zip(generated, prompts, strict=True), strict=True)
         tracker.log_images("generated_images", list(images), list(captions), step, save=False)
 
 

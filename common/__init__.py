@@ -1,1 +1,1 @@
-"""What every entry point shares: configuration, tracking, errors. Knows nothing of models or training."""
+"""What all entry points share: configuration, tracking, errors. Imports neither models nor training."""

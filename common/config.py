@@ -1,9 +1,9 @@
-"""From a command line to a typed config: dataclass defaults, then the YAML of `config=`, then `a.b=c` arguments.
+"""A typed config from a command line: dataclass defaults, then the YAML file of `config=`, then `a.b=c` arguments.
 
     config = load_config(["config=configs/showo_demo.yaml", "mode=t2i", "training.seed=7"], InferenceConfig)
 
-Nothing is passed over in silence: unknown keys, wrong types, unset environment variables and senseless values are all
-listed in one `UserError`. `${a.b}` and `${oc.env:NAME}` work everywhere.
+Nothing is ignored silently: unknown keys, wrong types, unset environment variables and values out of range are
+collected and reported in one `UserError`. `${a.b}` and `${oc.env:NAME}` work everywhere.
 """
 
 import os
@@ -39,16 +39,20 @@ DATA_PATH = re.compile(r"dataset\.params\.(train|eval)_(t2i|mmu|lm)_")
 
 
 def resolve_path(path: str | Path) -> Path:
-    """A relative path is looked up in the current folder, then in the repository; where neither has it, it stays."""
+    """Looks a relative path up in the current folder, then in the repository; returned as it is if neither has it."""
     path = Path(path).expanduser()
     return REPOSITORY / path if not path.exists() and (REPOSITORY / path).exists() else path
 
 
 def read_settings(argv: list[str], schema: type, example: str) -> DictConfig:
-    """`key=value` arguments of a tool that has no config file; `???` in the schema marks what must be given.
+    """Settings of a tool that has no config file, from `key=value` arguments.
+
+    Args:
+        schema: a dataclass; a default of `???` marks a setting that must be given.
+        example: an argument to quote when one is missing.
 
     Raises:
-        UserError: an unknown key, a wrong type, or something not given; `example` is then quoted.
+        UserError: an unknown key, a wrong type or a missing setting.
     """
     hints, given = get_type_hints(schema), {}
     for argument in argv:
@@ -65,16 +69,17 @@ def read_settings(argv: list[str], schema: type, example: str) -> DictConfig:
 
 
 def load_config(argv: list[str], schema: type) -> DictConfig:
-    """Merge defaults, file and command line into one config, complete and resolved.
+    """Merges defaults, YAML file and command line into one complete config with all references resolved.
 
     Args:
-        argv: `key=value` arguments; exactly the key `config` names the YAML file.
-        schema: a dataclass of dataclasses. Three optional attributes: `ALIASES` (short name → dotted key it sets),
-            `problems(config) -> list[str]`, and `unread(config) -> list[str]`, the keys that a run leaves unread.
+        argv: `key=value` arguments; the key `config` names the YAML file.
+        schema: a dataclass of dataclasses with three optional attributes: `ALIASES` (short name → the dotted key that
+            it sets), `problems(config) -> list[str]`, and `unread(config) -> list[str]`, keys that this run does not
+            read, so that their environment variables need not be set.
 
     Raises:
-        UserError: no `config=`, a missing or broken file, unknown keys (with the nearest known one), wrong types,
-            unset environment variables, values that `schema.problems` objects to.
+        UserError: no `config=`, a missing or damaged file, unknown keys (with the nearest known one), wrong types,
+            unset environment variables, or `schema.problems`.
     """
     known = dict(_leaves(schema))
     path, arguments = _read_arguments(argv, known)
@@ -82,7 +87,7 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
     given = {}
     for source in (dict(_flatten(_read_yaml(path), known, problems)), dict(_flatten(arguments, known, problems))):
         for short, key in getattr(schema, "ALIASES", {}).items():
-            value = source.pop(short, given)  # `given` stands for nothing: it is no value
+            value = source.pop(short, given)  # `given` itself means "absent", since null is a value
             if value is not given and (value is not None or type(None) in get_args(known[key])):
                 source[key] = value
         given |= source
@@ -99,7 +104,7 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key of nested groups, with its value."""
+    """(dotted key, value) of every leaf of a nested dictionary."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{name}.")
@@ -108,7 +113,7 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key of a schema, with its annotation."""
+    """(dotted key, type annotation) of every leaf of a schema."""
     hints = get_type_hints(schema)
     for item in fields(schema):
         hint = hints[item.name]
@@ -119,7 +124,7 @@ def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _read_arguments(argv: list[str], known: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Split the command line into the file of `config=` and {dotted key: value}."""
+    """Splits the command line into the path of `config=` and {dotted key: value}."""
     path, values = None, {}
     for argument in argv:
         key, equals, text = argument.partition("=")
@@ -135,7 +140,7 @@ def _read_arguments(argv: list[str], known: dict[str, Any]) -> tuple[Path, dict[
 
 
 def _parse(key: str, text: str, hint: Any) -> Any:
-    """Read one command-line value. Text stays as it is: a prompt may hold '=', quotes, ': ' and '#'."""
+    """Parses a value as YAML, except where text is wanted: a prompt may contain '=', quotes, ': ' and '#'."""
     if hint is str or set(get_args(hint)) == {str, type(None)}:
         return None if text == "null" else text
     if hint is Any and not text.startswith("["):
@@ -148,35 +153,35 @@ def _parse(key: str, text: str, hint: Any) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"config={path} does not exist (or is no file); relative paths start at the current folder")
+        raise UserError(f"config={path} does not exist or is not a file; relative paths start at the current folder")
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"config={path} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"config={path} must hold keys and values, not {type(tree).__name__}")
+        raise UserError(f"config={path} must contain keys and values, not a {type(tree).__name__}")
     return tree
 
 
 def _flatten(tree: dict, known: dict[str, Any], problems: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk a tree down to the schema's keys; note what is not in the schema."""
+    """(dotted key, value) of a tree, down to the keys of the schema; unknown keys are added to `problems`."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         is_section = any(other.startswith(f"{key}.") for other in known)
         if value is None and get_origin(known.get(key)) is dict:
-            continue  # an empty group gives nothing
+            continue  # an empty group sets nothing
         if key in known or get_origin(known.get(key.rpartition(".")[0])) is dict:
             yield key, value
         elif is_section and isinstance(value, dict):
             yield from _flatten(value, known, problems, f"{key}.")
-        elif is_section and value is not None:  # an empty section gives nothing
+        elif is_section and value is not None:  # an empty section sets nothing
             problems.append(f"{key} is {value!r}; it must be a group of keys")
         elif not is_section:
             problems.append(f"unknown key {key}; the nearest known key is {_nearest(key, known)}")
 
 
 def _nearest(key: str, known: dict[str, Any]) -> str:
-    """The known key or section most like `key`, as a whole and in its last word."""
+    """The known key or section that is most similar to `key`, by the whole name and by its last part."""
     names = {name.rsplit(".", depth)[0] for name in known for depth in range(name.count(".") + 1)}
 
     def likeness(name: str) -> float:
@@ -187,7 +192,7 @@ def _nearest(key: str, known: dict[str, Any]) -> str:
 
 
 def _integral(value: Any, hint: Any) -> Any:
-    """`4e7` is read as a float; where a whole number is wanted, it is one."""
+    """YAML reads `4e7` as a float; converts it where the schema wants an int."""
     wants_int = hint is int or int in get_args(hint)
     return int(value) if wants_int and isinstance(value, float) and value.is_integer() else value
 
@@ -201,10 +206,10 @@ def _describe(hint: Any) -> str:
 
 
 def _resolve(config: DictConfig, path: Path, unread: list[str]) -> None:
-    """Replace every `${…}` by its value; an unset environment variable in a key of `unread` leaves it null.
+    """Replaces every `${…}` by its value; keys of `unread` whose environment variables are unset become null.
 
-    Where all others are of paths of data, these become ``$NAME``, which is refused with all that is missing of the data
-    (`training/data/paths.py`).
+    If the other unset variables all belong to data paths, these become ``$NAME``, so that `training/data/paths.py` can
+    list them together with the files that are missing.
     """
     unset: dict[str, list[str]] = {}
     for key, value in leaves(OmegaConf.to_container(config, resolve=False)):
@@ -225,9 +230,9 @@ def _resolve(config: DictConfig, path: Path, unread: list[str]) -> None:
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        raise UserError(f"config={path} holds a reference that leads nowhere: {error}") from None
+        raise UserError(f"config={path} refers to a key that does not exist: {error}") from None
     if blank := OmegaConf.missing_keys(config):
-        raise UserError(f"{', '.join(sorted(blank))} is '???', which stands for a value yet to be given; give one")
+        raise UserError(f"{', '.join(sorted(blank))} is '???', a placeholder; give a value")
 
 
 def _raise(problems: list[str], path: Path) -> None:

@@ -1,13 +1,13 @@
-"""Pictures with captions on one sheet, for people to look at."""
+"""Images with captions on one sheet, for people to look at."""
 
 import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN = 8  # pixels around pictures and text
+MARGIN = 8  # pixels around images and text
 INK, PAPER = (30, 30, 30), (255, 255, 255)
-FRAME = (190, 190, 190)  # one pixel outside a picture, so that a white one has an edge on the paper
+FRAME = (190, 190, 190)  # one pixel wide around an image, so that a white one is visible on the paper
 MAX_LINES, MAX_CHARACTERS = 8, 600  # of a caption
 
 
@@ -18,20 +18,21 @@ def contact_sheet(
     cell: int | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """Lay pictures of any sizes out in a grid, each in a thin frame, captions wrapped below.
+    """Lays images of any sizes out in a grid, each in a thin frame with its caption wrapped below.
 
     Args:
         images: at least one, any mode.
-        captions: one per picture (line breaks are kept), or None.
-        columns: by default as many as make the grid about square, four at least where there are four pictures.
-        cell: side of the square a picture is fitted into; by default the largest side, within 128 … 384. Smaller
-            pictures are enlarged by whole factors without smoothing, so single pixels stay visible.
-        title: one line above all.
+        captions: one per image (line breaks are kept), or None.
+        columns: default: about a square grid, with at least four columns if there are four images.
+        cell: side in pixels of the square that an image is fitted into; default: the largest side of all images,
+            within 128 … 384. Smaller images are enlarged by whole factors without smoothing, so that single pixels
+            stay visible.
+        title: a line at the top.
 
     Returns:
-        An RGB picture.
+        An RGB image.
     """
-    assert images, "a contact sheet needs at least one picture"
+    assert images, "a contact sheet needs at least one image"
     assert captions is None or len(captions) == len(images), f"{len(images)} images, {len(captions)} captions"
     cell = cell or min(max(128, *(max(image.size) for image in images)), 384)
     columns = columns or min(len(images), max(4, math.ceil(math.sqrt(len(images)))))
@@ -40,9 +41,9 @@ def contact_sheet(
     )
     line_height = sum(font.getmetrics())
     texts = [_wrap(caption, font, cell) for caption in captions or [""] * len(images)]
-    pictures = [_fit(image, cell) for image in images]
+    fitted = [_fit(image, cell) for image in images]
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
-    tallest = [max(pictures[index].height for index in row) for row in rows]
+    tallest = [max(fitted[index].height for index in row) for row in rows]
     heights = [
         tall + MARGIN + line_height * max(len(texts[index]) for index in row) + MARGIN
         for row, tall in zip(rows, tallest, strict=True)
@@ -54,10 +55,10 @@ def contact_sheet(
         draw.text((MARGIN, MARGIN), title, INK, heading)
     for row, tall, height in zip(rows, tallest, heights, strict=True):
         for column, index in enumerate(row):
-            left, picture = MARGIN + column * (cell + MARGIN), pictures[index]
-            x, y = left + (cell - picture.width) // 2, top + (tall - picture.height) // 2
-            draw.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=FRAME)
-            sheet.paste(picture, (x, y))
+            left, image = MARGIN + column * (cell + MARGIN), fitted[index]
+            x, y = left + (cell - image.width) // 2, top + (tall - image.height) // 2
+            draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline=FRAME)
+            sheet.paste(image, (x, y))
             for number, line in enumerate(texts[index]):
                 draw.text((left, top + tall + MARGIN // 2 + number * line_height), line, INK, font)
         top += height
@@ -65,7 +66,7 @@ def contact_sheet(
 
 
 def _font(size: int, texts: Sequence[str]) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, which knows ASCII only; for other letters one of the system's, if it has any."""
+    """Pillow's built-in font, which covers ASCII only; for other letters a system font, if there is one."""
     for name in () if all(text.isascii() for text in texts) else ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
         try:
             return ImageFont.truetype(name, size)
@@ -75,7 +76,7 @@ def _font(size: int, texts: Sequence[str]) -> ImageFont.FreeTypeFont:
 
 
 def _fit(image: Image.Image, cell: int) -> Image.Image:
-    """Enlarge by a whole factor, or shrink smoothly, into a square of side `cell`; transparency becomes paper."""
+    """Fits an image into `cell` x `cell`, enlarged by a whole factor or shrunk smoothly; transparency becomes white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         paper = Image.new("RGBA", image.size, PAPER)
         image = Image.alpha_composite(paper, image.convert("RGBA"))
@@ -89,7 +90,7 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break a caption into lines no wider than `width` pixels; words that are wider are cut."""
+    """Breaks a caption into lines of at most `width` pixels; wider words are split, long captions end in "..."."""
     lines = []
     for paragraph in text[:MAX_CHARACTERS].splitlines():
         line = ""

@@ -1,29 +1,29 @@
-"""Mistakes a user can make, and how a script ends on one."""
+"""Errors that a user can cause and fix, and how a script reports them."""
 
 import sys
 from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user did and can mend.
+    """An error that the user can fix.
 
-    The message is one line: which setting, what was given, what is allowed, how to mend it. What *we* did wrong is an
-    `assert` or an ordinary exception with its traceback.
+    The message is one line: the setting, what was given, what is allowed and how to fix it. For our own mistakes there
+    are `assert` and ordinary exceptions, which keep their traceback.
     """
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())  # library messages quoted in ours may span lines
+        return " ".join(super().__str__().split())  # quoted messages of libraries may span lines
 
 
 def run_cli(main: Callable[[list[str]], None]) -> None:
-    """Call `main` with the command-line arguments; turn a `UserError` into one line and exit code 2.
+    """Calls `main` with the command-line arguments; a `UserError` becomes one line on stderr and exit code 2.
 
-    Ctrl-C ends with 130, as shells expect, and everything else keeps its traceback.
+    Ctrl-C gives exit code 130, as shells expect. Any other exception keeps its traceback.
     """
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.stdout.flush()  # what was answered so far stands before the error, also through a pipe
+        sys.stdout.flush()  # so that earlier output precedes the error, also through a pipe
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -1,30 +1,30 @@
-"""Prompts, questions and pictures as users give them on a command line (SPEC §13)."""
+"""Prompts, questions and paths from the command line (SPEC §13)."""
 
 from pathlib import Path
 
 from common.config import resolve_path
 from common.errors import UserError
 
-SEPARATOR = " *** "  # between several prompts, directions or questions in one argument
+SEPARATOR = " *** "  # separates several prompts, directions or questions in one argument
 
 
 def split_pieces(key: str, text: str | None) -> list[str]:
-    """The pieces of `a *** b`, empty ones dropped.
+    """The non-empty pieces of `a *** b`.
 
     Raises:
-        UserError: nothing was given for `key`, or nothing is left.
+        UserError: there are none; the message names the setting `key`.
     """
     pieces = [piece for piece in (text or "").split(SEPARATOR) if piece]
     if not pieces:
-        raise UserError(f"{key} is not given; add {key}='…' (several are separated by '{SEPARATOR}')")
+        raise UserError(f"{key} is not given; add {key}='…' (separate several by '{SEPARATOR}')")
     return pieces
 
 
 def required_path(key: str, value: str | None) -> Path:
-    """The existing path under a key, seen from the current folder or the repository.
+    """The path that the setting `key` names, relative to the current folder or the repository.
 
     Raises:
-        UserError: it was not given or does not exist.
+        UserError: it is not given or does not exist.
     """
     if not value:
         raise UserError(f"{key} is not given; add {key}=PATH")
@@ -35,12 +35,12 @@ def required_path(key: str, value: str | None) -> Path:
 
 
 def read_prompts(value: str) -> list[str]:
-    """The lines of `validation_prompts_file` as they stand, for drawing after and during training alike.
+    """The lines of `validation_prompts_file`, unstripped; used during training and by inference.
 
-    A blank line between others is the empty prompt, as published; blank ones at the end do not count.
+    A blank line between others is the empty prompt, as published; blank lines at the end are ignored.
 
     Raises:
-        UserError: the file is missing, no text, or holds no prompt.
+        UserError: the file is missing, not UTF-8 text, or contains no prompt.
     """
     path = required_path("validation_prompts_file", value)
     try:

@@ -1,4 +1,4 @@
-"""How many processes were launched, as `accelerate launch` and `torchrun` say it in the environment."""
+"""The number of launched processes, from the environment that `accelerate launch` and `torchrun` set."""
 
 import os
 
@@ -6,13 +6,13 @@ from common.errors import UserError
 
 
 def launched_processes() -> int:
-    """The number of processes that belong together, 1 without a launcher.
+    """The number of processes of this run, 1 without a launcher.
 
     Raises:
-        UserError: several were asked for, but each runs alone.
+        UserError: the launcher started several processes that do not know of each other.
     """
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate's MULTI_CPU without MPI
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # accelerate's MULTI_CPU without MPI does so
         raise UserError(
-            "several processes were asked for, but each runs alone; use accelerate_configs/2_cpu_ddp.yaml as an example"
+            "several processes were launched, but each runs alone; start from accelerate_configs/2_cpu_ddp.yaml"
         )
     return int(os.environ.get("WORLD_SIZE", 1))

@@ -1,7 +1,7 @@
-"""Every setting of Show-o, its type and its default: the published keys (SPEC §14), the command line's (§13) and ours.
+"""Every setting of Show-o, its type and its default: published keys and command-line keys (SPEC §13, §14), and ours.
 
-The defaults are what the published training files have in common. A script that needs more keys subclasses a section
-and puts it into its own top-level class.
+The defaults are the values that all published training files share. A script that needs more keys subclasses a section
+and uses it in a top-level class of its own.
 """
 
 import math
@@ -17,7 +17,7 @@ class WandbSection:
     entity: str | None = None
     resume: bool | str | None = "auto"
     run_id: str | None = None
-    mode: str | None = None  # online, offline, disabled; null: online if logged in, else offline
+    mode: str | None = None  # online, offline or disabled; null: online if logged in, else offline
 
 
 @dataclass
@@ -32,18 +32,20 @@ class ExperimentSection:
     generate_every: int = 1000
     log_every: int = 50
     log_grad_norm_every: int = 500
-    init_from: str | None = None  # weights that a new run starts from: a folder (a stage's result) or a hub name
+    init_from: str | None = (
+        None  # weights that a new run starts from: a folder (e.g. of the previous stage) or a hub name
+    )
     resume_from_checkpoint: bool | str | None = "latest"
-    accept_config_changes: bool = False  # continue a run although settings that change what is learnt differ
+    accept_config_changes: bool = False  # resume a run although settings that affect training have changed
     checkpoints_total_limit: int | None = None
-    eval_batches: int = 8  # of each flow that has held-out data
+    eval_batches: int = 8  # batches per evaluation, of each flow that has held-out data
 
 
 @dataclass
 class VqModelSection:
     type: str = "magvitv2"
     vq_model_name: str = "showlab/magvitv2"  # hub name or folder
-    pretrained_model_path: str | None = None  # a file holding a dict with the key `model`
+    pretrained_model_path: str | None = None  # a file with a state dict under the key `model`
 
 
 @dataclass
@@ -64,27 +66,29 @@ class ShowoSection:
 class ModelSection:
     vq_model: VqModelSection = field(default_factory=VqModelSection)
     showo: ShowoSection = field(default_factory=ShowoSection)
-    clip_vit_name: str = "openai/clip-vit-large-patch14-336"  # hub name or folder, read with `w_clip_vit`
+    clip_vit_name: str = "openai/clip-vit-large-patch14-336"  # hub name or folder; used only with `w_clip_vit`
     gradient_checkpointing: bool = True
 
 
 @dataclass
 class DataParams:
-    train_t2i_shards_path_or_url: Any = None  # one path or brace list, or several
+    train_t2i_shards_path_or_url: Any = None  # a path, glob or brace list, or a list of them
     train_mmu_shards_path_or_url: Any = None
-    train_mmu_image_root: str | None = None  # LLaVA: the folder that the json's image names are relative to
+    train_mmu_image_root: str | None = None  # LLaVA: the folder that image names in the JSON are relative to
     train_lm_shards_path_or_url: Any = None
-    train_t2i_image_root: str | None = None  # likewise for file names in parquet files; null: the folder of that file
-    eval_t2i_shards_path_or_url: Any = None  # held-out data; null: that flow is not evaluated
+    train_t2i_image_root: str | None = None  # the same for file names in parquet files; null: the folder of that file
+    eval_t2i_shards_path_or_url: Any = None  # held-out data; null: this flow is not evaluated
     eval_mmu_shards_path_or_url: Any = None
     eval_lm_shards_path_or_url: Any = None
     eval_t2i_image_root: str | None = None  # null: as for training
     eval_mmu_image_root: str | None = None
-    class_names_path: str | None = None  # imagenet1k: a name for each class folder, one a line or as JSON
-    image_column: str | None = None  # of parquet files with pictures; null: found by its usual names
+    class_names_path: str | None = (
+        None  # imagenet1k: a file with the name of each class folder, one per line or as JSON
+    )
+    image_column: str | None = None  # of parquet files with images; null: the first column with a usual name
     text_column: str | None = None
-    lm_column: str = "content"  # of parquet and jsonl files with texts
-    max_skipped_fraction: float = 0.1  # of a flow's samples that cannot be read; more ends the run
+    lm_column: str = "content"  # text column of parquet and jsonl files of the lm flow
+    max_skipped_fraction: float = 0.1  # the run ends when a larger share of a flow's samples cannot be read
     add_caption_prompt: bool = True
     external_caption_path: str | None = None
     external_journeydb_caption_path: str | None = None
@@ -103,10 +107,10 @@ class DataParams:
 class PreprocessingSection:
     max_seq_length: int = 128
     resolution: int = 256
-    center_crop: bool = False  # pictures are always centre-cropped, as published
+    center_crop: bool = False  # no effect: images are always centre-cropped, as published
     random_flip: bool = False
-    und_random_flip: bool = False  # flips the pictures of the mmu flow alone
-    und_jitter: float = 0.0  # shifts and scales them by up to this share
+    und_random_flip: bool = False  # flips images of the mmu flow only
+    und_jitter: float = 0.0  # shifts and scales images of the mmu flow by up to this share
 
 
 @dataclass
@@ -115,8 +119,8 @@ class DatasetSection:
     und_type: str = "captioning"
     combined_loader_mode: str = "max_size_cycle"
     add_system_prompt: bool = False
-    packing: bool = False  # several samples share a row, so that no padding is computed; the losses stay the same
-    packing_length: int | None = None  # most positions of such a row; null: four times an ordinary row's
+    packing: bool = False  # puts several samples into a row, so that no padding is computed; same losses
+    packing_length: int | None = None  # maximum length of a packed row; null: four times an ordinary row's
     params: DataParams = field(default_factory=DataParams)
     preprocessing: PreprocessingSection = field(default_factory=PreprocessingSection)
 
@@ -124,7 +128,7 @@ class DatasetSection:
 @dataclass
 class OptimizerParams:
     learning_rate: float = 1e-4
-    scale_lr: bool = False  # multiplies the rate by the rows of one optimiser step over all processes
+    scale_lr: bool = False  # multiplies the rate by the number of rows of an optimiser step, over all processes
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01
@@ -160,7 +164,7 @@ class TrainingSection:
     batch_size_t2i: int = 10
     batch_size_lm: int = 4
     batch_size_mmu: int = 10
-    batch_size: int = 1  # pictures drawn at once by the inference scripts
+    batch_size: int = 1  # images generated at once by the inference scripts
     mixed_precision: str = "bf16"
     enable_tf32: bool = True
     seed: int | None = 10086
@@ -176,12 +180,14 @@ class TrainingSection:
     t2i_coeff: float = 1.0
     lm_coeff: float = 0.1
     mmu_coeff: float = 1.0
-    und_mask_ratio: float = 0.0  # mmu pictures hide a random share of their tokens, up to this
-    vq_dtype: str = "fp32"  # of the image tokenizer while it encodes; bf16 changes some of the codes
-    vq_compile: bool = False  # compiles the tokenizer's encoder
-    max_nonfinite_batches: int | None = 10  # NaN or Inf losses that are dropped before a run ends; null: not looked at
-    ema_decay: float | None = None  # keeps a moving average of the weights; it is what is saved and sampled
-    mask_schedule: str = "cosine"  # the section of the same name wins
+    und_mask_ratio: float = 0.0  # masks a random share, up to this one, of the image tokens of mmu rows
+    vq_dtype: str = "fp32"  # of the image tokenizer's encoder; bf16 changes some codes
+    vq_compile: bool = False  # compiles the image tokenizer's encoder
+    max_nonfinite_batches: int | None = 10  # skipped batches with NaN or Inf losses before the run ends; null: no check
+    ema_decay: float | None = (
+        None  # keeps an exponential moving average of the weights, which is saved and sampled from
+    )
+    mask_schedule: str = "cosine"  # the section of the same name takes precedence
 
 
 @dataclass
@@ -192,17 +198,17 @@ class MaskScheduleSection:
 
 @dataclass
 class DrawingSection:
-    """Faster, not as published: see `models/generation/sampling.py` and docs/performance.md."""
+    """Approximate, faster image generation; the defaults are exact. docs/performance.md gives the cost of each."""
 
-    refresh_every: int = 1  # steps; in between, tokens that were known keep their keys and values
-    guidance_start: float = 0.0  # guidance is used from this share of the steps on
-    guidance_stop: float = 1.0  # … and before this one
-    order: str = "confidence"  # or halton
+    refresh_every: int = 1  # all keys and values are computed every so many steps; in between, known tokens keep theirs
+    guidance_start: float = 0.0  # guidance is used from this share of the steps on,
+    guidance_stop: float = 1.0  # and up to this share
+    order: str = "confidence"  # in which positions become known: confidence or halton
 
 
 @dataclass
 class TrainingConfig:
-    """What `training/*.py` reads: the published sections, and where and how to run."""
+    """Settings of the training scripts: the published sections, and where and how to run."""
 
     wandb: WandbSection = field(default_factory=WandbSection)
     experiment: ExperimentSection = field(default_factory=ExperimentSection)
@@ -213,7 +219,7 @@ class TrainingConfig:
     training: TrainingSection = field(default_factory=TrainingSection)
     mask_schedule: MaskScheduleSection = field(default_factory=MaskScheduleSection)
 
-    # Short names: giving the one on the left sets the key on the right; reading either gives the same value.
+    # Short names: setting the left one sets the key on the right, and both read the same value.
     ALIASES: ClassVar[dict[str, str]] = {
         "seed": "training.seed",
         "output_dir": "experiment.output_dir",
@@ -229,27 +235,27 @@ class TrainingConfig:
 
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
-        """What is wrong with the values of a merged and resolved config, one sentence each."""
+        """What is wrong with the values of a merged and resolved config, one message each."""
         found = find_problems(config)
         if config.dtype is not None:
             found.append("dtype has no effect on training; give training.mixed_precision")
         if config.device not in (None, "cpu", "cuda"):
             found.append(
-                f"device is {config.device!r}, but the launcher gives each process its GPU; leave it out and choose by "
+                f"device is {config.device!r}, but the launcher gives each process its GPU; omit it and set "
                 "CUDA_VISIBLE_DEVICES"
             )
         return found
 
     @staticmethod
     def unread(config: DictConfig) -> list[str]:
-        """Data paths of flows that are off: what they refer to need not exist."""
+        """The data paths of flows that are off, which need not exist."""
         sizes = OmegaConf.to_container(config.training, resolve=False)
         return data_paths(config, [flow for flow in FLOWS if sizes[f"batch_size_{flow}"] == 0])
 
 
 @dataclass
 class InferenceConfig(TrainingConfig):
-    """What `inference_t2i.py` and `inference_mmu.py` read: all the rest, and the command line's own keys (SPEC §13)."""
+    """Settings of the inference scripts: the above and the published command-line keys (SPEC §13)."""
 
     ALIASES: ClassVar[dict[str, str]] = {
         "seed": "training.seed",
@@ -259,7 +265,7 @@ class InferenceConfig(TrainingConfig):
         "generation_timesteps": "training.generation_timesteps",
         "generation_temperature": "training.generation_temperature",
     }
-    output_dir: str | None = None  # null: a folder of {experiment.output_dir} that is named after the mode
+    output_dir: str | None = None  # null: {experiment.output_dir}/{mode}
     batch_size: int = II("training.batch_size")
     guidance_scale: float = II("training.guidance_scale")
     generation_timesteps: int = II("training.generation_timesteps")
@@ -272,23 +278,23 @@ class InferenceConfig(TrainingConfig):
     inpainting_mask_path: str | None = None
     extra_direction: str | None = None
     offset: int = 0
-    num_images_per_prompt: int | None = None  # null: 1; with inpainting and extrapolation batch_size, as published
+    num_images_per_prompt: int | None = None  # null: 1, but batch_size for inpainting and extrapolation, as published
 
     question: str | None = None
     mmu_image_root: str | None = None
     max_new_tokens: int = 100
-    temperature: float = 1.0  # of the answers; pictures have generation_temperature
+    temperature: float = 1.0  # of answers; images have generation_temperature
     top_k: int | None = 1
     top_p: float | None = None
 
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
-        """As for training, where `dtype` and `device` are chosen otherwise."""
+        """As for training, but any `dtype` and `device` may be chosen."""
         return find_problems(config)
 
     @staticmethod
     def unread(config: DictConfig) -> list[str]:
-        """All data paths, so that a training file serves for inference where its data is not."""
+        """All data paths, so that a training file can be used for inference without its data."""
         return data_paths(config, FLOWS)
 
 
@@ -319,7 +325,7 @@ CHOICES = {
     "training.mixed_precision": ("no", "bf16", "fp16"),
 }
 
-RANGES = {  # both ends allowed, infinity never
+RANGES = {  # both ends are allowed, infinite values never
     **{f"experiment.{what}_every": (1, math.inf) for what in ("save", "eval", "generate", "log", "log_grad_norm")},
     "dataset.preprocessing.max_seq_length": (1, math.inf),
     "dataset.preprocessing.resolution": (8, math.inf),
@@ -361,20 +367,20 @@ RANGES = {  # both ends allowed, infinity never
     "top_p": (0, 1),
     "training.seed": (0, 2**63 - 1),
 }
-ABOVE_LOW = ("top_p",)  # these must be more than their lower end
+ABOVE_LOW = ("top_p",)  # the lower end is not allowed
 
 FLOWS = ("t2i", "mmu", "lm")
 SHARDS = [f"dataset.params.{split}_{flow}_shards_path_or_url" for split in ("train", "eval") for flow in FLOWS]
 
 
 def data_paths(config: DictConfig, flows: Iterable[str]) -> list[str]:
-    """The keys that say where these flows read, for training and evaluation."""
+    """The keys of these flows' paths, for training and evaluation."""
     starts = tuple(f"{split}_{flow}_" for split in ("train", "eval") for flow in flows)
     return [f"dataset.params.{name}" for name in config.dataset.params if name.startswith(starts)]
 
 
 def out_of_range(config: DictConfig, ranges: dict[str, tuple[float, float]] | None = None) -> list[str]:
-    """Settings that are none of their `CHOICES`, or outside `RANGES` or `ranges`; what a config lacks is fine."""
+    """Messages about values that are not in `CHOICES`, or outside `RANGES` or `ranges`; absent keys are fine."""
     found = []
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(config, key)
@@ -391,12 +397,12 @@ def out_of_range(config: DictConfig, ranges: dict[str, tuple[float, float]] | No
 
 
 def find_problems(config: DictConfig) -> list[str]:
-    """Values of the right type that make no sense, or that would be passed over in silence."""
+    """Messages about values of the right type that are invalid, contradictory or would be ignored silently."""
     found = out_of_range(config)
     if config.dataset.packing and config.compile and config.attn_implementation == "sdpa":
         found.append(
-            "dataset.packing with compile=true would compile every step anew under attn_implementation=sdpa; give "
-            "flex_attention, or leave one of them out"
+            "dataset.packing with compile=true recompiles at every step under attn_implementation=sdpa; give "
+            "flex_attention, or drop one of the two"
         )
     if config.dataset.packing_length is not None and not config.dataset.packing:
         found.append("dataset.packing_length has no effect without dataset.packing=true")
@@ -412,7 +418,7 @@ def find_problems(config: DictConfig) -> list[str]:
     ):
         value, expected = OmegaConf.select(config, key), OmegaConf.select(config, same)
         if value != expected:
-            found.append(f"{key} is {value} and {same} is {expected}; they must agree (leave the first one out)")
+            found.append(f"{key} is {value} and {same} is {expected}; they must agree (omit the first one)")
     drawing = OmegaConf.select(config, "drawing")
     if drawing is not None and drawing.guidance_start > drawing.guidance_stop:
         span = f"{drawing.guidance_start} and {drawing.guidance_stop}"
@@ -423,6 +429,6 @@ def find_problems(config: DictConfig) -> list[str]:
 
 
 def mask_schedule_of(config: DictConfig) -> tuple[str, dict[str, Any]]:
-    """Name and parameters of the masking schedule: the section `mask_schedule`, else `training.mask_schedule`."""
+    """Name and parameters of the mask schedule: the section `mask_schedule`, else `training.mask_schedule`."""
     section = config.mask_schedule
     return section.schedule or config.training.mask_schedule, OmegaConf.to_container(section.params)

@@ -1,4 +1,4 @@
-"""Metrics and pictures of a run: in wandb (online, offline or not at all) and always on disk as well."""
+"""Logs metrics and images of a run, to wandb (online, offline or disabled) and always to disk."""
 
 import json
 import math
@@ -17,20 +17,23 @@ from common.contact_sheet import contact_sheet
 from common.errors import UserError
 from common.schema import CHOICES
 
-INIT_TIMEOUT = 20  # seconds until an online run that does not start becomes an offline one
+INIT_TIMEOUT = 20  # seconds; an online run that has not started by then becomes an offline one
 
 
 class Tracker:
-    """What the main process of a run reports.
+    """The logger of a run.
 
     Args:
-        project, name: of the wandb run.
-        output_dir: gets `metrics.jsonl` (one line per `log`, appended), `images/` and wandb's own `wandb/`.
+        project, name: project and name of the wandb run.
+        output_dir: receives `metrics.jsonl` (one line per `log`, appended), `images/` and wandb's own `wandb/`.
         config: the run's settings, shown in wandb.
         wandb_config: the section `wandb` of a config: `entity`, `resume`, `run_id`, `mode`.
-        last_step: of a training run, where it goes on; what `metrics.jsonl` holds of later steps is taken away, since
-            they are taken again.
-        enabled: False on all processes but the main one; then every method does nothing.
+        last_step: the step from which a training run resumes; lines of later steps are removed from `metrics.jsonl`,
+            since these steps will be logged again.
+        enabled: False on all processes but the main one; every method is then a no-op.
+
+    Raises:
+        UserError: the environment variable WANDB_MODE has an unknown value.
     """
 
     def __init__(
@@ -50,11 +53,11 @@ class Tracker:
         if enabled:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             if last_step is not None:
-                _forget_after(last_step, self.output_dir / "metrics.jsonl")
+                _remove_lines_after(last_step, self.output_dir / "metrics.jsonl")
             self.run = _start_run(project, name, self.output_dir, _plain(config), _plain(wandb_config))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Report numbers (or strings) of one step; tensors of one element are taken as numbers."""
+        """Logs numbers or strings of one step; tensors of one element become numbers."""
         if not self.enabled:
             return
         values = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
@@ -66,9 +69,10 @@ class Tracker:
     def log_images(
         self, panel: str, images: list[Image.Image], captions: list[str], step: int, *, save: bool = True
     ) -> None:
-        """Show captioned pictures under a panel name; `save` also writes them as one sheet.
+        """Logs captioned images to a wandb panel; `save` also writes them to disk as one sheet.
 
-        The sheet is `images/{panel in lower case, words joined by -}-{step, 8 digits}.png`.
+        The sheet is `images/{panel}-{step}.png`, with the panel's name in lower case, its words joined by hyphens, and
+        the step in 8 digits.
         """
         if not self.enabled or not images:
             return
@@ -81,11 +85,11 @@ class Tracker:
         if self.run is not None:
             import wandb
 
-            pictures = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
-            self.run.log({panel: pictures}, step=step)
+            entries = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
+            self.run.log({panel: entries}, step=step)
 
     def log_table(self, panel: str, columns: list[str], rows: list[list[Any]]) -> None:
-        """Show a table under a panel name in wandb; pictures may be cells. What is to stay on disk, others write."""
+        """Logs a table to a wandb panel; cells may be PIL images. Nothing is written to disk."""
         if self.run is None or not rows:
             return
         import wandb
@@ -100,27 +104,27 @@ class Tracker:
         self.finish()
 
     def finish(self) -> None:
-        """Send what is left. Nothing can be logged to wandb afterwards."""
+        """Sends pending data; nothing can be logged to wandb afterwards."""
         if self.run is not None:
             self.run.finish()
             self.run = None
 
 
-def _forget_after(last_step: int, file: Path) -> None:
-    """Rewrites the file without the lines of later steps and without a line that a crash has cut in two.
+def _remove_lines_after(last_step: int, file: Path) -> None:
+    """Removes lines of later steps, and a last line that a crash has cut off, from `metrics.jsonl`.
 
-    It is written aside and then put in place, so that a crash leaves the old file or the new one.
+    The new content is written to a temporary file and renamed, so that a crash leaves the old file or the new one.
     """
     before = file.read_bytes() if file.exists() else b""
     lines = [line + b"\n" for line in before.split(b"\n") if _step_of(line) <= last_step]
     if (kept := b"".join(lines)) == before:
         return
-    aside = file.with_name(f".{file.name}.partial")
-    with aside.open("wb") as stream:
+    temporary = file.with_name(f".{file.name}.partial")
+    with temporary.open("wb") as stream:
         stream.write(kept)
         stream.flush()
         os.fsync(stream.fileno())
-    aside.replace(file)
+    temporary.replace(file)
 
 
 def _step_of(line: bytes) -> float:
@@ -135,10 +139,10 @@ def _plain(config: DictConfig | dict | None) -> dict[str, Any]:
 
 
 def _start_run(project: str, name: str, folder: Path, config: dict, options: dict) -> Any:
-    """A wandb run, or None where wandb is turned off or absent. Never asks.
+    """A wandb run, or None if wandb is disabled or not installed. Never prompts.
 
     Raises:
-        UserError: the environment variable WANDB_MODE is none of `CHOICES["wandb.mode"]`.
+        UserError: the environment variable WANDB_MODE has an unknown value.
     """
     mode = options.get("mode") or os.environ.get("WANDB_MODE") or None
     if mode not in (None, *CHOICES["wandb.mode"]):
@@ -148,10 +152,10 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
     try:
         import wandb
     except ImportError:
-        print(f"wandb is not installed: metrics and pictures go to {folder} only")
+        print(f"wandb is not installed: metrics and images go to {folder} only")
         return None
     if mode != "offline" and not _logged_in():
-        print("wandb: no login found, so this run is recorded offline (upload it later with `wandb sync`)")
+        print("wandb: not logged in, so this run is recorded offline (upload it later with `wandb sync`)")
         mode = "offline"
     run_id = options.get("run_id")
     arguments: dict[str, Any] = {
@@ -165,16 +169,16 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
     settings = wandb.Settings(init_timeout=INIT_TIMEOUT, silent=True)
     if mode != "offline":
         try:
-            resume = options.get("resume") if run_id else None  # as published: only a named run is resumed
+            resume = options.get("resume") if run_id else None  # as published, only a run with an id is resumed
             return wandb.init(**arguments, mode=mode or "online", resume=resume, settings=settings)
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split())[:200]
-            print(f"wandb: cannot go online ({reason}); this run is recorded offline")
+            print(f"wandb: no connection ({reason}); this run is recorded offline")
     return wandb.init(**arguments, mode="offline", settings=settings)
 
 
 def _logged_in() -> bool:
-    """Whether wandb would find a key without asking."""
+    """Whether wandb would find an API key without prompting."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

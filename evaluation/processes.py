@@ -37,7 +37,7 @@ def joined_processes(config) -> Iterator[Processes]:
     """The processes that were launched; gives each its own GPU.
 
     Raises:
-        UserError: several were asked for, but each runs alone.
+        UserError: several were launched, but each runs alone.
     """
     count = launched_processes()
     if count == 1:

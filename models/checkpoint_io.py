@@ -1,4 +1,4 @@
-"""Checkpoints (SPEC §12): hub name or folder, published and own names, checked key by key, never executing code."""
+"""Reads checkpoints by hub name or folder, published and our own; every key is checked, no code is run (SPEC §12)."""
 
 import json
 import logging
@@ -33,20 +33,20 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_
 
 
 def resolve_folder(name_or_path: str | Path, files: Sequence[str] = CHECKPOINT_FILES, **options) -> Path:
-    """A local folder as it is, a hub name as its downloaded snapshot.
+    """The folder of a checkpoint; a hub name is downloaded first.
 
     Args:
-        files: patterns of what is downloaded.
-        options: of the download, some of `HUB_OPTIONS`.
+        files: patterns of the files to download.
+        options: download options, see `HUB_OPTIONS`.
 
     Raises:
-        UserError: no such folder, and not a hub name or the hub cannot be reached.
+        UserError: neither an existing folder nor a hub name, or the download failed.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise UserError(f"{folder} is a file; give the checkpoint's folder (the one that holds config.json)")
+        raise UserError(f"{folder} is a file; give the checkpoint's folder (the one with config.json)")
     name = str(name_or_path)
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.parent.is_dir():
         raise UserError(
@@ -56,35 +56,41 @@ def resolve_folder(name_or_path: str | Path, files: Sequence[str] = CHECKPOINT_F
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(files), **options))
-    except Exception as error:  # the hub's client raises a dozen unrelated classes for "no network"
+    except Exception as error:  # without network the client raises a dozen unrelated classes
         raise UserError(
-            f"{name!r} is no local folder and could not be fetched from the hub ({type(error).__name__}); "
+            f"{name!r} is not a local folder and could not be fetched from the hub ({type(error).__name__}); "
             "download the repository elsewhere and give the path of its folder instead"
         ) from error
 
 
 def read_json(file: Path) -> dict:
-    """A JSON object from a file; `UserError` when it is missing or damaged."""
+    """The JSON object in a file.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds anything but an object.
+    """
     if not file.is_file():
-        raise UserError(f"{file} is missing; a checkpoint folder holds config.json and the weights")
+        raise UserError(f"{file} is missing; a checkpoint folder holds config.json and weights")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no valid JSON ({error}); copy the file again") from error
+        raise UserError(f"{file} is not valid JSON ({error}); copy the file again") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, expected an object")
     return content
 
 
 def load_weights_file(file: str | Path) -> dict[str, torch.Tensor]:
-    """Tensors of one weight file, `.safetensors` or pickled with `weights_only=True`; unwraps the key ``model``.
+    """The state dict in one file, `.safetensors` or pickled (read with `weights_only=True`, so no code in it runs).
+
+    A dictionary under the key ``model`` is unwrapped.
 
     Raises:
-        UserError: the file is missing, truncated, or holds anything but tensors (a malicious pickle is never run).
+        UserError: the file is missing, truncated, or holds anything but tensors.
     """
     file = Path(file)
     if not file.is_file():
-        raise UserError(f"weight file {file} is missing; copy it again or point to another checkpoint")
+        raise UserError(f"weight file {file} is missing; copy it again or give another checkpoint")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -93,18 +99,22 @@ def load_weights_file(file: str | Path) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{file} is damaged, or holds more than tensors and was not executed; get a clean copy"
         ) from error
-    except Exception as error:  # damaged bytes end in a dozen unrelated classes
+    except Exception as error:  # damaged files raise a dozen unrelated classes
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{file} cannot be read, it may be truncated ({reason}); copy it again") from error
+        raise UserError(f"{file} cannot be read; it may be truncated ({reason}); copy it again") from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{file} does not hold a plain dictionary of tensors; expected a state dict")
+        raise UserError(f"{file} is not a state dict (a dictionary of tensors); give a file of weights")
     return content
 
 
 def load_state_dict_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """The whole state dict of a checkpoint folder, sharded or not, under any of the published names."""
+    """The state dict of a checkpoint folder, sharded or not, under any of the published file names.
+
+    Raises:
+        UserError: there are no weights, or they cannot be read.
+    """
     for name in INDEX_NAMES:
         if (folder / name).is_file():
             return _load_shards(folder, folder / name)
@@ -123,7 +133,7 @@ def _load_shards(folder: Path, index: Path) -> dict[str, torch.Tensor]:
     state_dict = {}
     for name in sorted(set(weight_map.values()), key=str):
         if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{index} points outside its folder ({name!r}); refused")
+            raise UserError(f"{index} refers to a file outside its folder ({name!r}); get a clean copy")
         state_dict.update(load_weights_file(folder / name))
     lost = sorted(set(weight_map) - set(state_dict))
     if lost:
@@ -132,12 +142,15 @@ def _load_shards(folder: Path, index: Path) -> dict[str, torch.Tensor]:
 
 
 def check_state_dict(name: str, expected: dict, given: dict, allow_missing: tuple[str, ...] = ()) -> None:
-    """Refuses a state dict that does not fit, naming the missing, unexpected and mis-shaped keys.
+    """Compares the keys and shapes of a state dict with those of the model.
 
     Args:
-        name: what to call the checkpoint in the message.
-        expected, given: name → tensor (or anything with `.shape`).
+        name: names the checkpoint in the error message.
+        expected, given: key → tensor (or anything with `.shape`).
         allow_missing: prefixes of keys that may be absent.
+
+    Raises:
+        UserError: some keys are missing, unexpected or mis-shaped; the message names them.
     """
     missing = sorted(k for k in expected if k not in given and not k.startswith(allow_missing or ("\0",)))
     unexpected = sorted(k for k in given if k not in expected)
@@ -162,7 +175,7 @@ def _some(names: list[str], limit: int = 6) -> str:
 
 @contextmanager
 def without_key_report() -> Iterator[None]:
-    """Keeps transformers' table of keys and its list of unsharded layers away: keys are compared here."""
+    """Silences transformers' report on missing and unexpected keys, which `check_state_dict` replaces."""
     names = ("modeling_utils", "distributed.tensor_parallel")
     reporters = [logging.getLogger(f"transformers.{name}") for name in names]
     levels = [reporter.level for reporter in reporters]
@@ -176,7 +189,7 @@ def without_key_report() -> Iterator[None]:
 
 
 def resize_rows(tensor: torch.Tensor, rows: int, std: float) -> torch.Tensor:
-    """First `rows` rows of an embedding, head or head bias; new rows are normal with `std` (0 for a bias)."""
+    """An embedding, head or head bias cut or extended to `rows` rows; new ones are normal with `std` (0 for a bias)."""
     if len(tensor) >= rows:
         return tensor[:rows].clone()
     new = torch.randn(rows - len(tensor), *tensor.shape[1:], dtype=torch.float32) * std
@@ -184,9 +197,9 @@ def resize_rows(tensor: torch.Tensor, rows: int, std: float) -> torch.Tensor:
 
 
 class CheckpointMixin:
-    """`from_pretrained` for published and own folders, on top of transformers' loading.
+    """`from_pretrained` for published folders and our own, on top of transformers' loading.
 
-    The host class sets `config_class` and `published_class_name`; it may override `_adapt_state_dict`.
+    A class that uses it sets `config_class` and `published_class_name`, and may override `_adapt_state_dict`.
     """
 
     published_class_name: str
@@ -195,19 +208,20 @@ class CheckpointMixin:
     def from_pretrained(
         cls, name_or_path, *, config=None, allow_missing: tuple[str, ...] = (), dtype=torch.float32, **kwargs
     ):
-        """Loads a hub name or a folder.
+        """Loads a model by hub name or folder.
 
         Args:
-            config: replaces the folder's own; with another `vocab_size` the vocabulary is resized.
-            allow_missing: prefixes of parameters that may be absent and then keep their initialisation.
+            config: used instead of the folder's `config.json`; the vocabulary is resized to its `vocab_size`.
+            allow_missing: prefixes of parameters that may be absent from the checkpoint and then keep their
+                initialisation.
             dtype: float32 by default, as the published code loads; ``"auto"`` keeps the stored one.
-            kwargs: configuration keys to override, options of the download (`HUB_OPTIONS`) or of `transformers`
+            kwargs: configuration keys to override, download options (`HUB_OPTIONS`) or options of `transformers`
                 (`attn_implementation`, `device_map`, `quantization_config`, …).
 
         Raises:
-            UserError: folder, weights or architecture are not what is expected.
+            UserError: the folder, the weights or the architecture do not fit.
         """
-        if name_or_path is None:  # transformers' own spelling: a config and a state dict
+        if name_or_path is None:  # transformers calls it so, with a config and a state dict
             return super().from_pretrained(None, config=config, dtype=dtype, **kwargs)
         folder = resolve_folder(name_or_path, **{key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs})
         if config is None:
@@ -224,13 +238,13 @@ class CheckpointMixin:
         with without_key_report():
             model = super().from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype, **kwargs)
         if new := [k for k in expected if k not in state_dict and k not in tied]:
-            logger.warning("%s does not hold %s: new, with random weights", name_or_path, ", ".join(new))
+            logger.warning("%s does not hold %s; initialised at random", name_or_path, ", ".join(new))
         model.config.name_or_path = str(name_or_path)
         return model
 
     @classmethod
     def _read_config(cls, folder: Path, kwargs: dict):
-        """The folder's configuration with the overrides found (and removed) in `kwargs`."""
+        """The folder's configuration, with the keys of it that are in `kwargs` overridden (and removed there)."""
         content = read_json(folder / "config.json")
         kind = content.get("_class_name") or content.get("model_type")
         if kind not in (cls.published_class_name, cls.config_class.model_type):
@@ -238,14 +252,15 @@ class CheckpointMixin:
         content = {k: v for k, v in content.items() if not k.startswith("_") and k != "model_type"}
         defaults = cls.config_class().to_dict()
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in defaults}
-        if "vocab_size" in overrides:  # the mask token is its last id
+        if "vocab_size" in overrides:  # the stored one was the last id of the old vocabulary
             content.pop("mask_token_id", None)
         content |= overrides
         try:
             return cls.config_class(**content)
-        except (ValueError, TypeError, OSError) as error:  # OSError: the language model it names is out of reach
+        except (ValueError, TypeError, OSError) as error:  # OSError: the language model that it names cannot be fetched
             raise UserError(f"{folder / 'config.json'}: {error}") from error
 
     @classmethod
     def _adapt_state_dict(cls, state_dict: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
+        """A hook for changes that `config` asks for, such as another vocabulary size, before keys are compared."""
         return state_dict

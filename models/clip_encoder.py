@@ -13,14 +13,14 @@ CLIP_VIT_L_336 = "openai/clip-vit-large-patch14-336"
 
 
 def image_processor_class() -> type:
-    """CLIP's image processor; without torchvision the PIL one by its own name, since the other name warns then."""
+    """CLIP's image processor. Without torchvision it is imported by its PIL name, since the general name warns."""
     if not is_torchvision_available() and hasattr(transformers, "CLIPImageProcessorPil"):
         return transformers.CLIPImageProcessorPil
     return transformers.CLIPImageProcessor
 
 
 def read_clip_config(folder: str | Path) -> transformers.CLIPVisionConfig:
-    """Settings of the vision tower in a CLIP folder, without its weights."""
+    """Configuration of the vision tower in a CLIP folder; reads no weights."""
     return transformers.CLIPVisionConfig.from_pretrained(folder)
 
 
@@ -30,14 +30,14 @@ def num_features(config: transformers.CLIPVisionConfig) -> int:
 
 
 class CLIPVisionTower(nn.Module):
-    """CLIP patch features for `mm_projector`.
+    """CLIP patch features, the input of `mm_projector`.
 
     Args:
-        name_or_path: hub name or folder of a CLIP (vision) model with its image processor.
-        layer: hidden state to take; −2 as published. The CLS position is dropped.
+        name_or_path: hub name or folder of a CLIP or CLIP vision model with its image processor.
+        layer: which hidden state to return (without the CLS position); −2 as published.
 
     Raises:
-        ValueError: weights of the tower are missing (those of a text half may be there, and are passed over).
+        ValueError: weights of the vision tower are missing. Those of a text tower are ignored.
     """
 
     def __init__(self, name_or_path: str = CLIP_VIT_L_336, layer: int = -2):
@@ -53,7 +53,7 @@ class CLIPVisionTower(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "CLIPVisionTower":
-        """Stays in evaluation mode: the tower is frozen."""
+        """Keeps evaluation mode whatever `mode` is, since the tower is frozen."""
         return super().train(False)
 
     @property
@@ -62,12 +62,12 @@ class CLIPVisionTower(nn.Module):
         return num_features(self.vision_tower.config)
 
     def preprocess(self, images: list) -> torch.Tensor:
-        """PIL images → (B, 3, S, S) float32, CLIP's own resize, crop and normalisation."""
+        """PIL images → pixel values (B, 3, S, S) float32, by CLIP's own resize, crop and normalisation."""
         return self.image_processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) → (B, num_features, hidden), float32 (B, 576, 1024) for the published tower."""
+        """Pixel values (B, 3, S, S) → features (B, num_features, hidden); published: (B, 576, 1024) float32."""
         parameter = next(self.vision_tower.parameters())
         states = self.vision_tower(pixel_values.to(parameter), output_hidden_states=True).hidden_states
         return states[self.layer][:, 1:]

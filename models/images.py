@@ -1,4 +1,4 @@
-"""Pictures on disk ↔ PIL ↔ tensors (SPEC §11)."""
+"""Image files ↔ PIL images ↔ tensors (SPEC §11)."""
 
 import warnings
 from pathlib import Path
@@ -12,46 +12,49 @@ from common.errors import UserError
 
 __all__ = ["contact_sheet", "load_image", "preprocess", "to_pil"]
 
-MAX_PIXELS = 178_956_970  # beyond it PIL speaks of decompression bombs
+MAX_PIXELS = 178_956_970  # PIL's own limit, beyond which it raises DecompressionBombError
 
 
-def load_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """Read a picture completely and convert it.
+def load_image(path: str | Path, mode: str | None = "RGB") -> Image.Image:
+    """Reads and decodes an image file.
 
     Args:
-        path: any format PIL reads; of an animation the first frame is taken.
-        mode: `RGB` for pictures, `L` for inpainting masks.
+        path: any format that PIL reads; the first frame of an animation.
+        mode: PIL mode of the result, `RGB` for images and `L` for inpainting masks; None keeps the file's.
 
     Raises:
-        UserError: the file is missing, no picture, truncated, or has more than 178,956,970 pixels.
+        UserError: the file is missing, truncated, not an image, or has more than 178,956,970 pixels.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"picture {path} does not exist (or is no file); relative paths start at the current folder")
+        raise UserError(f"image {path} does not exist or is not a file; relative paths start at the current folder")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit, which we allow
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # raised from half of the limit on
             with Image.open(path) as image:
                 _check_size(image.size, path)
                 return image.convert(mode)  # Faithful: EXIF rotation is not applied
     except Image.DecompressionBombError:
-        raise UserError(f"picture {path} has more than {MAX_PIXELS:,} pixels; scale it down first") from None
+        raise UserError(f"image {path} has more than {MAX_PIXELS:,} pixels; scale it down first") from None
     except UserError:
         raise
-    except Exception as error:  # decoders of broken files raise almost anything
-        raise UserError(f"picture {path} cannot be read, it is broken or no picture: {error}") from None
+    except Exception as error:  # the decoders raise many unrelated classes
+        raise UserError(f"image {path} cannot be read; it is damaged or not an image ({error})") from None
 
 
 def preprocess(image: Image.Image, resolution: int, *, normalize: bool = True) -> torch.Tensor:
-    """Resize the shorter side (bicubic), crop the centre, scale.
+    """Resizes the shorter side (bicubic), crops the centre and scales the values: an image as the models take it.
 
     Args:
-        image: any mode; read as RGB, only masks (mode `L` with `normalize=False`) keep their one channel.
+        image: any mode; converted to RGB, except for masks (mode `L` with `normalize=False`), which keep one channel.
         resolution: side of the result in pixels.
-        normalize: to [-1, 1] instead of [0, 1].
+        normalize: scale to [-1, 1] instead of [0, 1].
 
     Returns:
-        (3, resolution, resolution) or (1, resolution, resolution), float32.
+        (3 or 1, resolution, resolution) float32.
+
+    Raises:
+        UserError: the resized image would have more than 178,956,970 pixels.
     """
     pixels = resized(image, resolution, keep_grey=not normalize)
     if normalize:
@@ -60,7 +63,7 @@ def preprocess(image: Image.Image, resolution: int, *, normalize: bool = True) -
 
 
 def resized(image: Image.Image, resolution: int, *, keep_grey: bool = False) -> torch.Tensor:
-    """The shorter side resized (bicubic), the centre cropped: (resolution, resolution, 3 or 1) uint8."""
+    """The geometric half of `preprocess`: (resolution, resolution, 3 or 1) uint8."""
     if image.mode != "RGB" and not (keep_grey and image.mode == "L"):
         image = image.convert("RGB")
     size = resized_size(image.size, resolution, f"of {image.width} x {image.height} pixels")
@@ -73,7 +76,14 @@ def resized(image: Image.Image, resolution: int, *, keep_grey: bool = False) -> 
 
 
 def resized_size(size: tuple[int, int], resolution: int, what: str | Path) -> tuple[int, int]:
-    """Width and height once the shorter side is `resolution`; `UserError` where a narrow picture becomes enormous."""
+    """(width, height) after the shorter side was resized to `resolution`.
+
+    Args:
+        what: names the image in the error message.
+
+    Raises:
+        UserError: more than 178,956,970 pixels, as for a long strip whose shorter side grows.
+    """
     short, long = min(size), max(size)
     new_long = int(resolution * long / short)
     size = (resolution, new_long) if size[0] == short else (new_long, resolution)
@@ -82,13 +92,13 @@ def resized_size(size: tuple[int, int], resolution: int, what: str | Path) -> tu
 
 
 def normalized(pixels: torch.Tensor) -> torch.Tensor:
-    """(…, H, W, C) uint8 → (…, C, H, W) float32 in [-1, 1]."""
+    """(…, H, W, C) uint8 → (…, C, H, W) float32 in [-1, 1]; also called on batches, after they left the workers."""
     values = pixels.movedim(-1, -3).contiguous().float()
     return values.div_(255).sub_(0.5).div_(0.5)
 
 
 def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
-    """Turn (B, 3, H, W) in [-1, 1], any float dtype and device, into pictures; values outside are clamped."""
+    """Pixels (B, 3, H, W) in [-1, 1], any float dtype and device → B PIL images; values outside are clamped."""
     values = torch.clamp((pixels.detach().float() + 1) / 2, 0, 1) * 255
     values = values.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)  # Faithful: truncated, not rounded
     return [Image.fromarray(value) for value in values]
@@ -96,4 +106,5 @@ def to_pil(pixels: torch.Tensor) -> list[Image.Image]:
 
 def _check_size(size: tuple[int, int], what: str | Path) -> None:
     if size[0] * size[1] > MAX_PIXELS:
-        raise UserError(f"picture {what} would take {size[0]} x {size[1]} pixels; at most {MAX_PIXELS:,} are read")
+        grown = f"{size[0]} x {size[1]} pixels"
+        raise UserError(f"image {what} would become {grown}, at most {MAX_PIXELS:,} in all are allowed; crop it first")

@@ -1,9 +1,9 @@
-"""MAGVIT-v2 image tokenizer: pixels <-> integer codes, and the losses of its lookup-free quantiser (SPEC §10).
+"""The MAGVIT-v2 image tokenizer: pixels <-> integer codes, and its quantiser losses (SPEC §10).
 
-Sizes come from `MAGVITv2Config`; its defaults are the published tokenizer (16x down, 13 bits, 95.4 M parameters),
-and a small tokenizer is the same class with other numbers. Parameter names are the published ones.
+The defaults of `MAGVITv2Config` are the published tokenizer (16x downsampling, 13 bits, 95.4 M parameters); a small
+tokenizer is the same class with other sizes. Parameter names are the published ones.
 
-Shape suffixes: B batch, H/W pixels, h/w = H/factor, W/factor tokens, C channels, K code bits, N = h*w.
+Shapes: B images, H x W pixels, h x w tokens (h = H / factor), N = h * w, C channels, K bits per code.
 """
 
 import math
@@ -21,21 +21,22 @@ from models.checkpoint_io import CheckpointMixin
 
 
 class MAGVITv2Config(PretrainedConfig):
-    """Sizes of a tokenizer.
+    """Sizes of an image tokenizer.
 
     Args:
-        ch: channel unit; every width is `ch` times a multiplier.
-        encoder_ch_mult, decoder_ch_mult: one multiplier per resolution, finest first; equally many on both sides.
+        ch: base width; a level has `ch` times its multiplier channels.
+        encoder_ch_mult, decoder_ch_mult: one multiplier per resolution, finest first; encoder and decoder must have
+            the same number.
         encoder_num_res_blocks, decoder_num_res_blocks: residual blocks per resolution, finest first.
         code_bits: bits per code; the codebook has `2 ** code_bits` entries.
         num_groups: groups of every GroupNorm; must divide every width.
-        stem_patch_size: k > 1 folds k x k pixels into channels before the first convolution and unfolds them after
-            the last, so that a small tokenizer does no work at full resolution.
-        encoder_mid, decoder_mid: whether the block-attention-block at the coarsest resolution is there (published:
-            both). Small tokenizers may spend these parameters elsewhere.
+        stem_patch_size: k > 1 moves k x k pixels into channels before the first convolution and back after the last
+            one, so that a small tokenizer computes nothing at full resolution.
+        encoder_mid, decoder_mid: whether to have the block-attention-block at the coarsest resolution. Both are
+            published; a small tokenizer may spend these parameters elsewhere.
 
     Raises:
-        ValueError: the sizes contradict each other.
+        ValueError: the sizes are inconsistent.
     """
 
     model_type = "magvitv2"
@@ -97,12 +98,12 @@ class MAGVITv2Config(PretrainedConfig):
 
 @dataclass
 class MAGVITv2Output(ModelOutput):
-    """What `MAGVITv2.forward` returns.
+    """Result of `MAGVITv2.forward`.
 
     Attributes:
-        reconstruction: (B, 3, H, W) pixels, not clamped.
+        reconstruction: (B, 3, H, W) pixels, about [-1, 1], not clamped.
         latents: (B, K, h, w) before quantisation.
-        codes: (B, N) int64.
+        codes: (B, N) int64 in [0, 2^K).
         loss_commit, loss_entropy: scalars, the published quantiser losses with their published weights.
     """
 
@@ -114,19 +115,19 @@ class MAGVITv2Output(ModelOutput):
 
 
 def bit_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of bits with P(1) = sigmoid(logits), any shape. Its gradient stays finite at sure bits."""
+    """Entropy in nats of bits with P(1) = sigmoid(logits), elementwise; written so that no gradient is infinite."""
     return F.softplus(logits) - logits * torch.sigmoid(logits)
 
 
 def distribution_entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """-p log p, entry by entry. Its gradient is infinite at 0, so what underflowed counts as 1e-12."""
+    """-p log p, elementwise. The gradient is infinite at 0, so probabilities that underflowed are raised to 1e-12."""
     return torch.special.entr(probabilities.clamp_min(1e-12))
 
 
 class LookupFreeQuantizer(nn.Module):
-    """One bit per channel: its sign. The codebook is every corner of the cube, so nothing is looked up or learnt.
+    """One bit per channel: its sign. The codebook is all corners of a hypercube, so nothing is looked up or learned.
 
-    `embedding` and `power_vals` follow from `code_bits`; they are buffers because published checkpoints hold them.
+    `embedding` and `power_vals` follow from `code_bits`; they are buffers because published checkpoints contain them.
     """
 
     def __init__(self, code_bits: int):
@@ -147,20 +148,20 @@ class LookupFreeQuantizer(nn.Module):
         return ((latents > 0).flatten(2) * self.power_vals[:, None]).sum(1)  # (B, N)
 
     def latents_of(self, codes: torch.Tensor) -> torch.Tensor:
-        """Any integer shape (...) -> (..., K) of +-1 in the dtype of the model."""
+        """Integer codes of any shape (...) -> (..., K) of +-1 in the dtype of the model."""
         bits = (codes[..., None] & self.power_vals) != 0
         return bits.to(self.embedding.dtype) * 2 - 1
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, K, h, w) -> the same shape, +-1, with the gradient of the identity (straight-through)."""
+        """Signs of (B, K, h, w) latents as +-1, same shape; the gradient is the identity's (straight-through)."""
         return latents + (torch.where(latents > 0, 1.0, -1.0).to(latents.dtype) - latents).detach()
 
     def losses(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Published commitment and entropy loss of (B, K, h, w) latents, computed in float32.
+        """Published commitment and entropy losses of (B, K, h, w) latents: two scalars, computed in float32.
 
-        Faithful: through the straight-through output the second commitment term pushes latents *away* from their
-        corner and takes back a quarter of the first one's pull; pinned by
-        tests/models/test_modeling_magvitv2.py.
+        Faithful: since it goes through the straight-through output, the gradient of the second commitment term points
+        *away* from the corner and cancels a quarter of the first term's (pinned by
+        tests/models/test_modeling_magvitv2.py).
         """
         latents = latents.float()
         quantized = self(latents)
@@ -168,7 +169,7 @@ class LookupFreeQuantizer(nn.Module):
         to_latents = F.mse_loss(quantized, latents.detach())
         commit = 0.1 * (to_quantized + 0.25 * to_latents)
 
-        logits = 4 * latents  # the logits -(z-1)^2 and -(z+1)^2 of a bit differ by 4z
+        logits = 4 * latents  # the two logits of a bit, -(z-1)^2 and -(z+1)^2, differ by 4z
         per_token = bit_entropy(logits).mean()
         mean_bits = torch.stack([torch.sigmoid(logits), torch.sigmoid(-logits)]).mean((1, 3, 4))  # (2, K)
         of_the_mean = distribution_entropy(mean_bits).sum(0).mean()
@@ -176,6 +177,8 @@ class LookupFreeQuantizer(nn.Module):
 
 
 class ResnetBlock(nn.Module):
+    """Norm, swish, 3x3, twice, with a residual connection; (B, C, h, w) -> (B, C', h, w)."""
+
     def __init__(self, in_channels: int, out_channels: int, num_groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(num_groups, in_channels, eps=1e-6)
@@ -209,6 +212,8 @@ class AttnBlock(nn.Module):
 
 
 class Middle(nn.Module):
+    """The block-attention-block at the coarsest resolution."""
+
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, num_groups)
@@ -225,7 +230,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # Faithful: padding right and below only; pinned by the goldens
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # Faithful: pads right and bottom only (pinned by the goldens)
 
 
 class Upsample(nn.Module):
@@ -238,7 +243,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, then the step to the next one, if any."""
+    """The residual blocks of one resolution, then the change to the next resolution, if any."""
 
     def __init__(self, in_channels, out_channels, num_blocks, num_groups, *, downsample=False, upsample=False):
         super().__init__()
@@ -279,7 +284,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, K, h, w) of +-1 -> (B, 3, H, W) pixels. `up[0]` is the finest resolution, as published."""
+    """Quantised latents (B, K, h, w) of +-1 -> (B, 3, H, W) pixels.
+
+    `up[0]` is the finest level although it runs last, since published parameter names count that way.
+    """
 
     def __init__(self, config: MAGVITv2Config):
         super().__init__()
@@ -304,7 +312,10 @@ class Decoder(nn.Module):
 
 
 class MAGVITv2(CheckpointMixin, PreTrainedModel):
-    """The tokenizer. Pixels are float (B, 3, H, W) in [-1, 1]; H and W any multiples of `downsampling_factor`."""
+    """The image tokenizer.
+
+    Pixels are float (B, 3, H, W) in [-1, 1], where H and W may be any multiples of `downsampling_factor`.
+    """
 
     config_class = MAGVITv2Config
     published_class_name = "MAGVITv2"
@@ -318,7 +329,7 @@ class MAGVITv2(CheckpointMixin, PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
-        # PyTorch's own start for convolutions: the library's normal(0, 0.02) ignores the fan-in of a convolution.
+        # torch's default initialisation of convolutions: transformers' normal(0, 0.02) would ignore their fan-in.
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             bound = 1 / math.sqrt(module.weight[0].numel())
@@ -334,10 +345,10 @@ class MAGVITv2(CheckpointMixin, PreTrainedModel):
         return self.config.downsampling_factor
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> latents (B, K, h, w), not quantised.
+        """Pixels (B, 3, H, W) in [-1, 1] -> latents (B, K, h, w), not quantised.
 
         Raises:
-            ValueError: not three channels, or H or W is no multiple of `downsampling_factor`.
+            ValueError: not three channels, or H or W is not a multiple of `downsampling_factor`.
         """
         factor = self.downsampling_factor
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] % factor or pixels.shape[3] % factor:
@@ -348,24 +359,24 @@ class MAGVITv2(CheckpointMixin, PreTrainedModel):
         return self.encoder(pixels)
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
-        """(B, K, h, w) of +-1 -> pixels (B, 3, H, W), about [-1, 1] and not clamped."""
+        """Quantised latents (B, K, h, w) of +-1 -> pixels (B, 3, H, W), about [-1, 1], not clamped."""
         return self.decoder(quantized)
 
     @torch.no_grad()
     def get_code(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> codes (B, N) int64 in [0, 2^K), row by row from the top left."""
+        """Pixels (B, 3, H, W) in [-1, 1] -> codes (B, N) int64 in [0, 2^K), in raster order."""
         return self.quantize.codes_of(self.encode(pixels))
 
     @torch.no_grad()
     def decode_code(self, codes: torch.Tensor, shape: tuple[int, int] | None = None) -> torch.Tensor:
-        """Codes (B, N) -> pixels (B, 3, H, W).
+        """Codes (B, N) -> pixels (B, 3, H, W), about [-1, 1], not clamped.
 
         Args:
-            codes: integers in [0, 2^K).
-            shape: (h, w) in tokens with h * w = N; None means a square.
+            codes: integers in [0, 2^K), in raster order.
+            shape: (h, w) in tokens with h * w = N; default: a square.
 
         Raises:
-            ValueError: N does not fit `shape`, is no square without one, or a code is out of range.
+            ValueError: N is not h * w (without `shape`: not a square), or a code is out of range.
         """
         side = math.isqrt(codes.shape[1])
         height, width = shape or (side, side)
@@ -381,7 +392,7 @@ class MAGVITv2(CheckpointMixin, PreTrainedModel):
         return self.decode(quantized.unflatten(2, (height, width)))
 
     def forward(self, pixels: torch.Tensor) -> MAGVITv2Output:
-        """Training step: (B, 3, H, W) -> reconstruction, latents, codes and the two published quantiser losses."""
+        """Pixels (B, 3, H, W) -> everything that a training step needs, see `MAGVITv2Output`."""
         latents = self.encode(pixels)
         commit, entropy = self.quantize.losses(latents)
         return MAGVITv2Output(

@@ -1,8 +1,8 @@
-"""Every id and offset of the one vocabulary that text and image tokens share (SPEC §1).
+"""Every id and offset of the vocabulary that text and images share (SPEC §1).
 
     text ids | [PAD] and nine task/boundary tokens | image codes | mask token
 
-All offsets follow from three sizes, so another language model or a small tokenizer works by configuration alone.
+All offsets follow from three sizes, so another language model or a small tokenizer needs a configuration, no code.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ PAD_TOKEN = "[PAD]"
 SPECIAL_TOKENS = (
     "<|soi|>",  # start / end of image
     "<|eoi|>",
-    "<|sov|>",  # start / end of video (kept for the published ids, unused)
+    "<|sov|>",  # start / end of video; unused like the last three, but part of the published ids
     "<|eov|>",
     "<|t2i|>",  # task: text to image
     "<|mmu|>",  # task: multimodal understanding
@@ -20,7 +20,7 @@ SPECIAL_TOKENS = (
     "<|lvg|>",
 )
 IMAGE_FEATURE_ID = -200  # placeholder id of a continuous image feature (LLaVA's IMAGE_TOKEN_INDEX)
-IGNORE_ID = -100  # label of a position that no loss supervises
+IGNORE_ID = -100  # label of an unsupervised position
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Vocabulary:
 
     Args:
         llm_vocab_size: number of text ids, 50295 for Phi-1.5.
-        num_new_special_tokens: tokens between text ids and image codes, the pad counted; 10 as published.
+        num_new_special_tokens: number of ids between text and image codes, the pad included; 10 as published.
         codebook_size: number of image codes.
 
     Raises:

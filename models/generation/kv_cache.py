@@ -68,6 +68,9 @@ class KVCache(Cache):
             if tensor is not None:
                 tensor.zero_()
 
+    def __len__(self) -> int:
+        return len(self.keys)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 

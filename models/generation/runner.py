@@ -46,7 +46,8 @@ class Runner:
         else:
             fixed = -(-length // BUCKET) * BUCKET
             mask, position_ids = mask.pad_to(fixed), nn.functional.pad(position_ids, (0, fixed - length))
-            self.cache = spare.pop((num_rows, fixed), None) or KVCache(num_layers, fixed, static=True)
+            new = KVCache(num_layers, fixed, static=True)
+            self.cache = spare.pop((num_rows, fixed), new)
             self.cache.reset()
         self.mask, self.position_ids = mask, position_ids  # over the slots of the cache
 

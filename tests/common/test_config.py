@@ -189,7 +189,7 @@ def test_no_environment_variable_is_needed_for_what_the_command_line_gives(load)
 
 
 def test_a_reference_that_leads_nowhere(load):
-    assert "leads nowhere" in refused(load, "experiment: {name: '${experiment.nothing}'}")
+    assert "refers to a key that does not exist" in refused(load, "experiment: {name: '${experiment.nothing}'}")
     assert "???" in refused(load, "", "question=???")
 
 

@@ -1,4 +1,4 @@
-"""`inference_mmu.py` from published-format folders to answers on the terminal, in lines, grid and wandb."""
+"""`inference_mmu.py` from published-format folders to answers on the terminal, in results.jsonl, grid and wandb."""
 
 import json
 from pathlib import Path

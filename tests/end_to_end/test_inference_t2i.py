@@ -119,7 +119,7 @@ def test_a_new_run_takes_the_place_of_the_one_before(places, tmp_path, capsys):
     run(places, tmp_path, "mode=t2i", "prompt=w4")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["0000.png", "0007.png", "grid.png", "results.jsonl"]
-    assert f"1 pictures in {tmp_path}" in capsys.readouterr().out
+    assert f"images written to {tmp_path}: 1;" in capsys.readouterr().out
 
 
 def test_without_output_dir_each_mode_has_its_folder(places, tmp_path):

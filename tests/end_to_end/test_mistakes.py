@@ -169,14 +169,14 @@ def test_questions(refused, loads_nothing, places, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("no picture")
     message = refused("question=w1", f"mmu_image_root={tmp_path}/empty", script=inference_mmu)
-    assert "no readable picture" in message
+    assert "no readable image" in message
 
 
 @pytest.mark.slow
 def test_an_output_dir_that_is_a_file(places, tmp_path):
     (tmp_path / "file").write_text("mine")
     for output_dir in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="is no folder"):
+        with pytest.raises(UserError, match="is not a folder"):
             inference_t2i.main([f"config={places['demo']}", *DOG, f"output_dir={output_dir}"])
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -203,7 +203,7 @@ def broken_picture(request, places, tmp_path) -> tuple[Path, str]:
     elif request.param != "missing":
         contents = {"text": b"no picture", "truncated": whole[: len(whole) // 2], "enormous": enormous_png()}
         path.write_bytes(contents[request.param])
-    expected = {"missing": "does not exist", "folder": "is no file", "enormous": "178,956,970 pixels"}
+    expected = {"missing": "does not exist", "folder": "is not a file", "enormous": "178,956,970 pixels"}
     return path, expected.get(request.param, "cannot be read")
 
 
@@ -289,7 +289,7 @@ def test_checkpoint_folders_that_are_missing_or_empty(refused, part, tmp_path):
     (folder / "config.json").unlink()
     assert "config.json is missing" in refused(*DOG, f"{key}={folder}")
     (folder / "config.json").write_text("{")
-    assert "no valid JSON" in refused(*DOG, f"{key}={folder}")
+    assert "not valid JSON" in refused(*DOG, f"{key}={folder}")
 
 
 @pytest.mark.slow

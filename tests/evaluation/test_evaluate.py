@@ -126,7 +126,7 @@ def test_a_broken_picture_ends_the_run_on_the_way(places, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as exited:
         run_cli(evaluate.main)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert exited.value.code == 2 and f"picture {broken} cannot be read" in line
+    assert exited.value.code == 2 and f"image {broken} cannot be read" in line
     assert [line["key"] for line in lines(evaluation.folder / "gqa/answers-000.jsonl")] == ["201", "202"]
     broken.write_bytes(whole)
     assert evaluation.run("gqa", "batch_size=2")["gqa"]["items"] == 3

@@ -222,7 +222,7 @@ def test_a_malicious_pickle_is_never_executed(form, protocol, state_dict, tmp_pa
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, torch.zeros(3), {"model": {"a": "text"}}])
 def test_only_a_dictionary_of_tensors_is_a_state_dict(content, tmp_path):
     torch.save(content, tmp_path / "weights.bin")
-    with pytest.raises(UserError, match="weights.bin does not hold a plain dictionary of tensors"):
+    with pytest.raises(UserError, match="weights.bin is not a state dict"):
         load_weights_file(tmp_path / "weights.bin")
 
 
@@ -370,7 +370,7 @@ def test_hub_name_without_network_tells_the_way_by_folder(cls, monkeypatch):
 
     assert huggingface_hub.constants.HF_HUB_OFFLINE  # set by tests/conftest.py
     with pytest.raises(
-        UserError, match="'showlab/none-such' is no local folder .* give the path of its folder instead"
+        UserError, match="'showlab/none-such' is not a local folder .* give the path of its folder instead"
     ):
         cls.from_pretrained("showlab/none-such")
 

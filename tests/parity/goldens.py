@@ -1,4 +1,4 @@
-"""The published system's outputs and the tiny model they came from (SPEC §17)."""
+"""The published system's outputs and the tiny model they came from."""
 
 import importlib.util
 import json

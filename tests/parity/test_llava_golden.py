@@ -1,4 +1,4 @@
-"""LLaVA samples equal the published system's, case by case (SPEC §8, §9, §17), with Phi-1.5's real tokenizer."""
+"""LLaVA samples equal the published system's, case by case (SPEC §8, §9), with Phi-1.5's real tokenizer."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The full-size image tokenizer gives the published codes, pictures and losses (SPEC §10, §17)."""
+"""The full-size image tokenizer gives the published codes, pictures and losses (SPEC §10)."""
 
 import json
 

@@ -310,7 +310,7 @@ def test_the_published_way_starts_from_a_checkpoint_of_the_vq_branch(world, tmp_
     trainer = run(world, tmp_path, settings(world))
     (told,) = [record.getMessage() for record in caplog.records if "does not hold" in record.getMessage()]
     names = ", ".join(f"mm_projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias"))
-    assert told.endswith(f"does not hold {names}: new, with random weights")
+    assert told.endswith(f"does not hold {names}; initialised at random")
     assert "LOAD REPORT" not in "".join(capfd.readouterr()) + caplog.text
     assert trainer.state.global_step == 2
     assert all(torch.equal(tensor, weights(tmp_path)[name]) for name, tensor in weights(vq_run).items())

@@ -269,4 +269,4 @@ def test_a_launch_that_falls_apart_into_single_runs_is_refused(world, tmp_path):
     file.write_text(yaml.safe_dump(settings | {"compute_environment": "LOCAL_MACHINE", "use_cpu": True}))
     done = launched([str(ACCELERATE), "launch", "--config_file", str(file)], world, tmp_path)
     assert done.returncode != 0 and not (tmp_path / "out").exists()
-    assert "error: several processes were asked for, but each runs alone" in done.stderr
+    assert "error: several processes were launched, but each runs alone" in done.stderr
