@@ -17,7 +17,7 @@ from models import OmniMask, Showo
 
 def all_logits(model: Showo, input_ids: torch.Tensor, dense_mask: torch.Tensor) -> torch.Tensor:
     """(B, L, V) logits of whole rows."""
-    return model(input_ids, dense_mask, return_logits=True).logits.float()
+    return model(input_ids, dense_mask).logits.float()
 
 
 @torch.no_grad()

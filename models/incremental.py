@@ -13,7 +13,6 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from models.omni_attention import OmniMask
-from models.packing import PACKED_SDPA
 from models.plain_layer import Buffers, Place, PlainLayer, TokenMemo, norm_of, pick
 from models.thin import Desk, ThinLayers, is_thin
 
@@ -229,7 +228,7 @@ def is_plain(showo: nn.Module) -> bool:
     config, phi = showo.config, showo.model
     heads_agree = config.num_key_value_heads == config.num_attention_heads
     fixed_rotation = config.rope_parameters["rope_type"] == "default"
-    if config._attn_implementation not in ("sdpa", PACKED_SDPA) or not heads_agree or not fixed_rotation:
+    if not config._attn_implementation.endswith("sdpa") or not heads_agree or not fixed_rotation:
         return False
     return not any(_is_changed(module) for module in phi.modules())
 
