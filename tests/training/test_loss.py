@@ -144,3 +144,17 @@ def test_what_labels_supervise():
     torch.testing.assert_close(found.position_weights((1, 0.1, 2)), torch.tensor([1 / 3] * 3 + [0.05] * 2 + [1.0] * 2))
     empty = Objective.from_labels(labels[2:], (0, 0, 1), max_seq_length=4)
     assert empty.counts == (0, 0, 2) and empty.position_weights((1, 1, 1)).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_not_compiled_anew_for_each_batch():
+    """Rows per task and supervised positions change from batch to batch; only the layers are compiled."""
+    graphs, model = [], tiny_showo().train()
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for supervised, rows in ((5, (2, 1, 1)), (3, (1, 2, 1)), (7, (1, 0, 3)), (2, (0, 4, 0))):
+        labels = torch.full((4, 31), -100)
+        labels[:, 31 - supervised :] = 5
+        objective = Objective.from_labels(labels, rows, 12, coefficients=(1.0, 0.1, 1.0), statistics=True)
+        forward(labels.clamp(min=0), OmniMask.lm(4, 31), objective).loss.backward()
+    assert len(graphs) == 1
