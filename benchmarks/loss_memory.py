@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import published, report
 from models import OmniMask, Showo, ShowoConfig
+from training.loss import Objective
 
 MAX_TEXT, TOKENS, COUNTS = 128, 256, (5, 2, 5)
 TEXT = 24  # words of a caption
@@ -57,13 +58,13 @@ def peak(kind: str) -> float:
     model = Showo(ShowoConfig(llm_config=llm | {"intermediate_size": 2048}))
     ids, labels, mask = rows(model)
     hidden = torch.randn(*ids.shape, 512, requires_grad=True)
-    model.hidden_states = lambda *args, **settings: hidden  # so that no layer is measured
+    model.embed = model.hidden_states = lambda *args, **settings: hidden  # so that no layer is measured
     before = report.memory_in_use("cpu")
     if kind == "published":
         loss = sum(published.losses(model, ids, mask, labels, COUNTS, MAX_TEXT))
     else:
-        sizes = dict(zip(("batch_size_t2i", "batch_size_lm", "batch_size_mmu"), COUNTS, strict=True))
-        loss = model(ids, mask, labels, max_seq_length=MAX_TEXT, loss_coefficients=(1, 1, 1), **sizes).loss
+        objective = Objective.from_labels(labels, COUNTS, MAX_TEXT, coefficients=(1.0, 1.0, 1.0))
+        loss = model(ids, mask, objective).loss
     loss.backward()
     assert hidden.grad is not None and model.showo.lm_head.weight.grad is not None
     return report.peak_memory("cpu") - before

@@ -21,7 +21,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from benchmarks import training
 from benchmarks.report import MIB, ROOT
 from models import MAGVITv2, MAGVITv2Config, Showo, ShowoConfig
-from models.head_loss import CHUNK
+from training.loss import MAX_LOGITS
 
 GPUS = 8
 MEAN_MASK = 2 / torch.pi  # of the cosine schedule
@@ -107,7 +107,7 @@ def terms(
         # Normed input, q, k, v, attention in fp32 and bf16, the MLP's inner width before and behind the fused GELU.
         one_layer=positions * (4 * llm.hidden_size * 8 + 2 * llm.intermediate_size * 4),
         # One chunk of logits, whatever is supervised, and the hidden states there with their gradient.
-        loss=4 * min(CHUNK, model.vocab_size * sum(supervised)) + 8 * llm.hidden_size * sum(supervised),
+        loss=4 * min(MAX_LOGITS, model.vocab_size * sum(supervised)) + 8 * llm.hidden_size * sum(supervised),
         head_gradient=4 * head,
     )
 
@@ -151,8 +151,8 @@ def calculated_100m(rows: int) -> float:
     """MiB of the step that `benchmarks/training.py --size 100m --rows N` measures on a CPU: fp32, no copies in bf16."""
     size = training.sizes("100m")
     batch = training.make_batch(size, rows)
-    plan = training.plan_of("ours, packed", batch, size.config)
-    found = terms(size.config, 1, plan.num_run, list(plan.supervised.counts))
+    objective = training.objective_of("ours, packed", batch, size.config)
+    found = terms(size.config, 1, objective.packing.num_positions, list(objective.counts))
     found.buffers["1 GPU"] = found.roots["1 GPU"] = 0.0  # AdamW takes one parameter after the other there
     return found.peak("1 GPU") / MIB
 

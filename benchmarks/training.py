@@ -39,11 +39,11 @@ from transformers.activations import NewGELUActivation
 from benchmarks import limits, published, report
 from models import OmniMask, Showo, ShowoConfig, get_mask_schedule
 from models.backbones import read_llm_config
-from models.packing import PACKED_SDPA
-from models.step_plan import StepPlan
 from models.vocabulary import IGNORE_ID, Vocabulary
+from training.loss import Objective
 from training.masking import MaskingNoise
 from training.optimization import adamw
+from training.packing import PACKED_SDPA, Packing
 from training.parts import enable_gradient_checkpointing
 
 KINDS = ("published", "ours", "ours, packed", "ours, packed, checkpointing")
@@ -144,25 +144,26 @@ def _caption(v: Vocabulary, room: int, words: tuple[int, int]) -> list[int]:
     return [end, *torch.randint(1, min(v.llm_vocab_size, 50256), (num_words,)).tolist(), end]
 
 
-def plan_of(kind: str, batch: Batch, config: ShowoConfig) -> StepPlan | None:
+def objective_of(kind: str, batch: Batch, config: ShowoConfig) -> Objective | None:
     """What a run's batches bring along, made on the CPU; rows of four samples' length where they are packed."""
     if kind == "published":
         return None
-    ids, device = batch.ids.cpu(), batch.ids.device
-    longest = 4 * ids.shape[1] if "packed" in kind else None
-    is_used = ids != config.vocabulary.pad_id
-    plan = StepPlan.of(batch.labels.cpu(), batch.mask.to("cpu"), is_used, batch.counts, batch.max_text, longest)
-    return plan.to(device)
+    ids, packing = batch.ids.cpu(), None
+    if "packed" in kind:
+        packing = Packing.from_mask(ids != config.vocabulary.pad_id, batch.mask.to("cpu"), 4 * ids.shape[1])
+    settings = {"packing": packing, "coefficients": COEFFICIENTS, "statistics": True}
+    objective = Objective.from_labels(batch.labels.cpu(), batch.counts, batch.max_text, **settings)
+    return objective.to(batch.ids.device)
 
 
-def losses_of(kind: str, model: Showo, batch: Batch, plan: StepPlan | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def losses_of(
+    kind: str, model: Showo, batch: Batch, objective: Objective | None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The weighted loss with its graph; t2i, lm and mmu loss."""
     if kind == "published":
         parts = published.losses(model, batch.ids, batch.mask, batch.labels, batch.counts, batch.max_text)
         return sum(c * part for c, part in zip(COEFFICIENTS, parts, strict=True)), list(parts)
-    names = ("batch_size_t2i", "batch_size_lm", "batch_size_mmu")
-    settings = {"plan": plan, "loss_coefficients": COEFFICIENTS, "return_statistics": True}
-    out = model(batch.ids, batch.mask, **dict(zip(names, batch.counts, strict=True)), **settings)
+    out = model(batch.ids, batch.mask, objective)
     return out.loss, [out.loss_t2i, out.loss_lm, out.loss_mmu]
 
 
@@ -192,9 +193,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
     seconds, first = [], None
     for _ in range(args.steps + 1):  # the first step makes the moments
         started = time.perf_counter()
-        plan = plan_of(kind, batch, size.config)
+        objective = objective_of(kind, batch, size.config)
         with autocast:
-            loss, losses = losses_of(kind, model, batch, plan)
+            loss, losses = losses_of(kind, model, batch, objective)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -204,14 +205,15 @@ def measure(kind: str, args: argparse.Namespace) -> dict:
         seconds.append(time.perf_counter() - started)
         del loss, losses
     parameters = sum(p.numel() for p in model.parameters())
+    packing = objective.packing if objective else None
     return {
         "peak_mib": report.peak_memory(args.device) - before,
         "fixed_mib": 16 * parameters / report.MIB,  # fp32 weights, gradients and two moments
         "seconds": min(seconds[1:]),
         "losses": first,
         "parameters": parameters,
-        "supervised": len(plan.supervised.index) if plan else int((batch.labels != IGNORE_ID).sum()),
-        "positions": (plan and plan.num_run) or batch.labels.numel(),
+        "supervised": len(objective.index) if objective else int((batch.labels != IGNORE_ID).sum()),
+        "positions": packing.num_positions if packing else batch.labels.numel(),
     }
 
 
@@ -225,17 +227,17 @@ def limit(args: argparse.Namespace) -> dict:
     """Seconds that the packed step's counted work takes at this machine's best, by part."""
     size = size_of(args)
     batch = make_batch(size, args.rows, stage=STAGES[args.stage])
-    plan = plan_of("ours, packed", batch, size.config)
+    objective = objective_of("ours, packed", batch, size.config)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     rates = limits.measure(args.device, dtype)
     used = (batch.ids != size.config.vocabulary.pad_id).sum().item()
-    filler = plan.num_run - used
-    pairs = plan.packing.mask.dense().sum().item() - filler  # filler sees itself
+    filler = objective.packing.num_positions - used
+    pairs = objective.packing.mask.dense().sum().item() - filler  # filler sees itself
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Showo(size.config).parameters())
     work = {
         "layers": limits.layers(size.config, used, pairs) * 3,
-        "head": limits.head(size.config, len(plan.supervised.index)) * 3,
+        "head": limits.head(size.config, len(objective.index)) * 3,
         "optimiser": limits.Work(0.0, 28 * parameters),  # reads 4 numbers of each, writes 3
     }
     parts = {name: rates.floor(one) for name, one in work.items()}

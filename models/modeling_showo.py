@@ -1,6 +1,6 @@
 """Show-o: one transformer that reads and generates, with omni-attention and three losses (spec §4, §5)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,10 @@ from models.checkpoint_io import (
 )
 from models.generation.image import ImageGeneration
 from models.generation.text import TextGeneration
-from models.head_loss import TASKS, Supervised, head_loss
 from models.omni_attention import OmniMask, dense_for_attention
-from models.packing import PACKED_SDPA, Packing
-from models.step_plan import StepPlan
 from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
 
-# B rows, L positions, H hidden size, V vocabulary, S supervised positions
+# B rows, L positions, H hidden size, V vocabulary
 
 
 class ShowoConfig(PreTrainedConfig):
@@ -104,13 +101,10 @@ class ShowoConfig(PreTrainedConfig):
 
 @dataclass
 class ShowoOutput(ModelOutput):
-    """logits (B, L, V), absent when labels were given and `return_logits` was not asked for; losses are scalars.
+    """What `Showo.forward` returns: without labels logits (B, L, V), with labels scalar losses in fp32.
 
-    loss: with `loss_coefficients`, their weighted sum; then it has a graph, and the single losses have none.
-
-    With `return_statistics`, for each task present: `statistics["correct_t2i"]` and `statistics["supervised_t2i"]`, the
-    supervised positions (of t2i: image codes) whose likeliest token is right and all of them; and ``row_loss_t2i``
-    (B_t2i,), each row's mean. All are detached.
+    loss: the weighted sum of the tasks' losses, where the training objective has coefficients; then it has a graph, and
+    the single losses have none. statistics: further detached figures that the objective was asked for.
     """
 
     loss: torch.Tensor | None = None
@@ -204,83 +198,74 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
         self,
         input_ids: torch.Tensor,
         attention_mask: OmniMask | torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        labels: torch.Tensor | Callable[..., ShowoOutput] | None = None,
         batch_size_t2i: int = 0,
         batch_size_lm: int = 0,
         batch_size_mmu: int = 0,
         max_seq_length: int = 128,
         image_features: torch.Tensor | None = None,
-        label_smoothing: float = 0.0,
-        return_logits: bool | None = None,
-        return_statistics: bool = False,
-        loss_coefficients: Sequence[float] | None = None,
-        plan: StepPlan | None = None,
     ) -> ShowoOutput:
         """Logits without labels, losses with them.
 
         Args:
             input_ids: (B, L) int64, rows in the order t2i, lm, mmu; −200 where an image feature goes.
             attention_mask: `OmniMask` or bool (B, 1, L, L), True = may attend; None reads it off the ids.
-            labels: (B, L) int64, −100 where nothing is supervised.
-            batch_size_t2i, batch_size_lm, batch_size_mmu: rows of each task; they add up to B when labels are given.
-            max_seq_length: M; the t2i loss starts at position M + 1.
+            labels: (B, L) int64, −100 where nothing is supervised. Or an objective, such as `training.loss.Objective`:
+                its result for (model, input_ids, attention_mask, image_features) is returned, so that a loss of any
+                kind runs inside this call, as DDP, DeepSpeed and FSDP2 need it.
+            batch_size_t2i, batch_size_lm, batch_size_mmu: rows of each task; they add up to B. For tensor labels only.
+            max_seq_length: M; the t2i loss starts at position M + 1. For tensor labels only.
             image_features: (images, features, clip_feature_size) raw CLIP features, spliced in order.
-            label_smoothing: as in `torch.nn.functional.cross_entropy`.
-            return_logits: default: only without labels, since the losses need the head at supervised positions alone.
-            return_statistics: also how many tokens were predicted right, see `ShowoOutput`.
-            loss_coefficients: of t2i, lm and mmu, for one weighted `loss` with a graph in place of three, which needs
-                the head's gradient once only.
-            plan: what the labels supervise and how rows are packed, found on the host beforehand, so that nothing here
-                waits for a GPU; labels are not read then.
 
         Raises:
             ValueError: row counts, mask or features do not fit the ids.
         """
         if attention_mask is None:
             attention_mask = OmniMask.from_ids(input_ids, self.vocabulary)
-        supervised = plan.supervised if plan is not None else None
-        packing = plan.packing if plan is not None else None
-        if plan is None and labels is not None:
-            supervised = Supervised.of(labels, (batch_size_t2i, batch_size_lm, batch_size_mmu), max_seq_length)
-        if packing is not None and (return_logits or supervised is None):
-            raise ValueError("packed rows give losses only; leave the packing out for logits")
-        hidden = self.hidden_states(  # (B, L, H), or packed (R, C, H)
-            input_ids, attention_mask, image_features=image_features, packing=packing, check_features=plan is None
-        )
-        output = ShowoOutput()
-        if supervised is not None:
-            places = supervised.index if packing is None else packing.place[supervised.index]
-            output.statistics = {} if return_statistics else None
-            self._losses(hidden.flatten(0, 1)[places], supervised, loss_coefficients, label_smoothing, output)
-            if return_statistics and batch_size_t2i:
-                rows = supervised.index[: supervised.counts[0]] // input_ids.shape[1]
-                output.statistics["row_loss_t2i"] = _means(output.statistics.pop("losses_t2i"), rows, batch_size_t2i)
-        if return_logits or (return_logits is None and supervised is None):
-            output.logits = self.showo.lm_head(hidden)
-        return output
+        if labels is None:
+            hidden = self.hidden_states(input_ids, attention_mask, image_features=image_features)  # (B, L, H)
+            return ShowoOutput(logits=self.get_output_embeddings()(hidden))
+        if isinstance(labels, torch.Tensor):
+            # Imported here because losses belong to training, which imports the model; inference never needs them.
+            from training.loss import Objective
+
+            check_image_features(input_ids, image_features)
+            labels = Objective.from_labels(labels, (batch_size_t2i, batch_size_lm, batch_size_mmu), max_seq_length)
+        return labels(self, input_ids, attention_mask, image_features)
 
     def hidden_states(
         self,
-        input_ids,
-        attention_mask,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: OmniMask | torch.Tensor | None = None,
         *,
-        image_features=None,
-        packing: Packing | None = None,
-        check_features: bool = True,
-    ):
-        """Final hidden states (B, L, H); with `packing` (R, C, H), of the rows as they run."""
-        embeds, more, position_ids = self.embed(input_ids, image_features, check_features), {}, None
-        if packing is None:
-            mask = self._mask_for_attention(attention_mask, input_ids.shape)
-        else:
-            embeds, position_ids = packing.gather(embeds), packing.position_ids
-            if self.showo.config._attn_implementation == PACKED_SDPA:
-                mask, more = None, {"pieces": packing.lengths(), "piece_masks": packing.piece_masks()}
-            else:
-                mask = self._mask_for_attention(packing.mask, packing.index.shape)
-        decoder = self.showo.get_decoder()
-        return decoder(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False, **more
+        image_features: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **attention_arguments,
+    ) -> torch.Tensor:
+        """Final hidden states (B, L, H).
+
+        Args:
+            input_ids, image_features: as in `forward`, or instead
+            inputs_embeds: (B, L, H), what `embed` made of them.
+            attention_mask: `OmniMask` or bool (B, 1, L, L); None only where `attention_arguments` say who sees whom.
+            position_ids: (B, L) int64 for the rotary embedding; default: 0 … L − 1.
+            attention_arguments: handed on to an attention implementation that takes more than a mask.
+
+        Raises:
+            ValueError: no mask, or one that does not fit. A language model left to itself would be causal everywhere.
+        """
+        if attention_mask is None and not attention_arguments:
+            raise ValueError("attention_mask is missing; OmniMask.from_ids reads it off the ids")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, image_features)
+        mask = None if attention_mask is None else self._mask_for_attention(attention_mask, inputs_embeds.shape[:2])
+        return self.showo.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=False,
+            **attention_arguments,
         ).last_hidden_state
 
     def embed(
@@ -314,48 +299,6 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
         form = self.showo.config._attn_implementation, self.get_input_embeddings().weight.dtype
         return mask.for_attention(*form) if isinstance(mask, OmniMask) else dense_for_attention(mask, *form)
 
-    def _losses(
-        self,
-        hidden: torch.Tensor,
-        supervised: Supervised,
-        coefficients: Sequence[float] | None,
-        label_smoothing: float,
-        output: ShowoOutput,
-    ) -> None:
-        """Mean cross-entropy of each task over its positions and the whole vocabulary; 0 if absent.
-
-        Args:
-            hidden: (S, H) at the supervised positions.
-            output: takes the losses and, where there is room for them, the statistics.
-        """
-        statistics, counts = output.statistics, supervised.counts
-        parts = hidden, supervised.labels, supervised.factors(coefficients or (1.0, 1.0, 1.0))
-        pieces = [parts] if coefficients else zip(*(part.split(counts) for part in parts), strict=True)
-        settings = {"label_smoothing": label_smoothing, "predict": statistics is not None}
-        found = [
-            # The zero keeps every parameter in the graph of a distributed step.
-            head_loss(self.showo.lm_head, *piece, **settings) if len(piece[0]) else ((hidden * 0.0).sum(), None, None)
-            for piece in pieces
-        ]
-        losses = torch.cat([losses for _, losses, _ in found if losses is not None] or [hidden.new_empty(0)])
-        means = [part.mean() if len(part) else part.sum() for part in losses.split(counts)]
-        if coefficients:
-            output.loss = found[0][0]
-        else:
-            means = [total for total, _, _ in found]
-        output.loss_t2i, output.loss_lm, output.loss_mmu = means
-        if statistics is None:
-            return
-        statistics["losses_t2i"] = losses[: counts[0]]
-        if not len(losses):
-            return
-        right = torch.cat([predicted for _, _, predicted in found if predicted is not None]) == supervised.labels
-        counted = torch.ones_like(right)  # but <soi> and <eoi>, which are no feat
-        counted[: counts[0]] = supervised.labels[: counts[0]] >= self.vocabulary.image_offset
-        for task, hits, considered in zip(TASKS, (right & counted).split(counts), counted.split(counts), strict=True):
-            if len(hits):
-                statistics[f"correct_{task}"], statistics[f"supervised_{task}"] = hits.sum(), considered.sum()
-
 
 def check_image_features(input_ids: torch.Tensor, image_features: torch.Tensor | None) -> None:
     """Whether rows (B, L) have room for image features (images, features, size), and for whole images each.
@@ -375,12 +318,6 @@ def check_image_features(input_ids: torch.Tensor, image_features: torch.Tensor |
         raise ValueError(
             f"row {int(torn.argmax())} does not hold whole images: each has {image_features.shape[-2]} features"
         )
-
-
-def _means(values: torch.Tensor, groups: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """(num_groups,): mean of the values (S,) of each group, 0 where there are none."""
-    sums = values.new_zeros(num_groups).index_add_(0, groups, values)
-    return sums / values.new_zeros(num_groups).index_add_(0, groups, torch.ones_like(values)).clamp(min=1)
 
 
 AutoConfig.register(ShowoConfig.model_type, ShowoConfig)

@@ -8,12 +8,10 @@ import torch
 from models import OmniMask, UniversalPrompting
 from models.devices import send
 from models.modeling_showo import check_image_features
-from models.step_plan import StepPlan
 from training.data.batching import stack
-from training.data.flow_paths import FLOWS
+from training.loss import TASKS, Objective
 from training.masking import MaskingNoise
-
-TASKS = FLOWS  # one flow feeds one task
+from training.packing import Packing
 
 
 @dataclass
@@ -22,14 +20,14 @@ class OmniBatch:
 
     input_ids, labels: (B, L) int64. counts: rows per task. mask_prob: (B_t2i,) float32. texts, codes (B_t2i, N) int64
     and pixels (B_t2i, 3, res, res; None where shards hold codes): of the t2i rows, for the sample sheets. keys: which
-    samples these are. plan: what the model must know of the rows on the host. num_used: positions that are no padding.
+    samples these are. objective: what the rows are trained on. num_used: positions that are no padding.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: OmniMask
     counts: dict[str, int]
-    plan: StepPlan
+    objective: Objective
     num_used: int
     mask_prob: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
@@ -39,16 +37,19 @@ class OmniBatch:
     keys: list[str] = field(default_factory=list)
 
     def forward_arguments(self) -> dict:
-        """Keyword arguments of `Showo.forward`."""
-        sizes = {f"batch_size_{task}": self.counts[task] for task in TASKS}
+        """Keyword arguments of `Showo.forward`, which gives losses and statistics."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
-            "labels": self.labels,
-            "plan": self.plan,
+            "labels": self.objective,
             "image_features": self.image_features,
-            **sizes,
         }
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that run through the layers: of the packed rows, where samples share rows."""
+        packing = self.objective.packing
+        return self.input_ids.numel() if packing is None else packing.num_positions
 
 
 class BatchBuilder:
@@ -62,6 +63,7 @@ class BatchBuilder:
         row_length: L of all rows.
         packing_length: most positions of a row that several samples share; None: every sample has its own.
         bf16: whether the image tokenizer encodes under bf16 autocast, which changes some codes.
+        coefficients, label_smoothing: of the `Objective`.
     """
 
     def __init__(
@@ -75,14 +77,22 @@ class BatchBuilder:
         *,
         packing_length: int | None = None,
         bf16: bool = False,
+        coefficients: tuple[float, float, float] | None = None,
+        label_smoothing: float = 0.0,
     ):
         self.prompting, self.vq_model, self.noise = prompting, vq_model, noise
         self.understanding, self.row_length, self.device = understanding, row_length, device
         self.packing_length, self.bf16 = packing_length, bf16
+        self.coefficients, self.label_smoothing = coefficients, label_smoothing
 
     def for_evaluation(self, mask_ratio: float | None = None) -> "BatchBuilder":
-        """The same without augmentation and text dropout, and with a fixed mask ratio where one is given."""
+        """The same for the plain loss of each task, without augmentation and text dropout.
+
+        Args:
+            mask_ratio: of all t2i images, where one is given.
+        """
         builder = copy(self)
+        builder.coefficients, builder.label_smoothing = None, 0.0
         builder.prompting = copy(self.prompting)
         builder.prompting.cond_dropout_prob = 0.0
         builder.understanding = self.understanding.for_evaluation()
@@ -125,13 +135,19 @@ class BatchBuilder:
             built, features = self.understanding.rows(items["mmu"], self)
             rows.append(built)
             extra["image_features"] = features
-        # On the host up to here, so that nothing in the step must ask the device how much there is of what.
+        # All on the host up to the copy below: sizes that depend on the data would make the step wait for the device.
         input_ids, labels = (torch.cat([getattr(r, name) for r in rows]) for name in ("input_ids", "labels"))
         mask = OmniMask.cat([r.attention_mask for r in rows])
         check_image_features(input_ids, extra.get("image_features"))
         is_used = input_ids != self.prompting.vocabulary.pad_id
-        plan = StepPlan.of(
-            labels, mask, is_used, tuple(counts.values()), self.prompting.max_text_len, self.packing_length
+        objective = Objective.from_labels(
+            labels,
+            tuple(counts.values()),
+            self.prompting.max_text_len,
+            packing=Packing.from_mask(is_used, mask, self.packing_length) if self.packing_length else None,
+            coefficients=self.coefficients,
+            label_smoothing=self.label_smoothing,
+            statistics=True,
         )
         device = self.device
         return OmniBatch(
@@ -139,7 +155,7 @@ class BatchBuilder:
             send(labels, device),
             mask.to(device),
             counts,
-            plan.to(device),
+            objective.to(device),
             num_used=int(is_used.sum()),
             keys=[f"{task}: {_key(item)}" for task in TASKS for item in items.get(task, ())],
             **extra,

@@ -61,11 +61,7 @@ class HeldOut:
     @torch.no_grad()
     def _measure(self, forward, builder: BatchBuilder, items: dict[str, list], name: str) -> torch.Tensor:
         batch = builder(items)
-        out = forward(
-            **batch.forward_arguments(),
-            max_seq_length=self.config.dataset.preprocessing.max_seq_length,
-            return_statistics=True,
-        )
+        out = forward(**batch.forward_arguments())
         nothing = torch.zeros((), device=builder.device)
         counted = [out.statistics.get(f"{what}_{name}", nothing) for what in ("correct", "supervised")]
         loss = getattr(out, f"loss_{name}")

@@ -7,7 +7,8 @@ import psutil
 import torch
 
 from models.modeling_showo import ShowoOutput
-from training.batches import TASKS, OmniBatch
+from training.batches import OmniBatch
+from training.loss import TASKS
 
 BUCKETS = 5  # of the mask ratio: 0.0-0.2, … 0.8-1.0
 
@@ -29,7 +30,7 @@ class StepMetrics:
     def add_batch(self, batch: OmniBatch, out: ShowoOutput) -> None:
         self.batches += 1
         self.unpacked += batch.input_ids.numel()
-        self.tokens += batch.plan.num_run or batch.input_ids.numel()
+        self.tokens += batch.num_positions
         self.used += batch.num_used
         nothing = torch.zeros((), device=batch.input_ids.device)
         for task in TASKS:

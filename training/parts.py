@@ -10,10 +10,11 @@ from models import MAGVITv2, Showo, ShowoConfig, UniversalPrompting, get_mask_sc
 from models.backbones import DEFAULT_LLM, read_llm_config
 from models.checkpoint_io import resolve_folder
 from models.clip_encoder import read_clip_config
-from models.packing import PACKED_SDPA
 from models.pipeline_loading import load_magvitv2, without_loading_bars
 from training.batches import BatchBuilder
+from training.loss import TASKS
 from training.masking import MaskingNoise
+from training.packing import PACKED_SDPA
 
 
 def make_model(config, start: Path | None = None) -> Showo:
@@ -146,8 +147,18 @@ def make_builder(
         predict_all_tokens=training.predict_all_tokens,
     )
     row_length = model.config.num_vq_tokens + 3 + prompting.max_text_len
-    packing = {"packing_length": _packing_length(config, row_length), "bf16": training.vq_dtype == "bf16"}
-    return BatchBuilder(prompting, vq_model, noise, understanding, row_length, device, **packing)
+    return BatchBuilder(
+        prompting,
+        vq_model,
+        noise,
+        understanding,
+        row_length,
+        device,
+        packing_length=_packing_length(config, row_length),
+        bf16=training.vq_dtype == "bf16",
+        coefficients=tuple(training[f"{task}_coeff"] for task in TASKS),
+        label_smoothing=training.label_smoothing,
+    )
 
 
 def _packing_length(config, row_length: int) -> int | None:

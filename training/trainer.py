@@ -19,7 +19,7 @@ from common.inputs import read_prompts
 from common.tracking import Tracker
 from models import Showo
 from models.modeling_showo import ShowoOutput
-from training.batches import TASKS, OmniBatch
+from training.batches import OmniBatch
 from training.checkpointing import (
     TrainState,
     check_same_config,
@@ -34,6 +34,7 @@ from training.data.skipping import KINDS
 from training.data.streams import StreamState
 from training.evaluation import HeldOut, own_random_numbers
 from training.guards import LOCK, FiniteLosses, StopSignals, check_writable, full_disk_as_user_error, only_run_in
+from training.loss import TASKS
 from training.metrics import StepMetrics
 from training.optimization import WeightAverage, gradient_norms, make_optimizer, make_schedule
 from training.parts import (
@@ -183,13 +184,7 @@ class Trainer:
             items = {name: next(flow) for name, flow in self.flows.items()}
             self.data_time += time.perf_counter() - waiting
             batch = self.builder(items)
-            out = self.forward(
-                **batch.forward_arguments(),
-                max_seq_length=self.config.dataset.preprocessing.max_seq_length,
-                label_smoothing=self.config.training.label_smoothing,
-                return_statistics=True,
-                loss_coefficients=[self.config.training[f"{task}_coeff"] for task in TASKS],
-            )
+            out = self.forward(**batch.forward_arguments())
             losses = {task: getattr(out, f"loss_{task}") for task in TASKS if batch.counts[task]}
             if self.finite.accept(losses, batch.keys, self.state.global_step + 1):
                 return batch, out

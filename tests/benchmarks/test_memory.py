@@ -6,7 +6,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from benchmarks import memory
 from benchmarks.report import ROOT
-from models.head_loss import CHUNK
+from training.loss import MAX_LOGITS
 
 
 def terms(name: str) -> memory.Terms:
@@ -36,7 +36,7 @@ def test_more_supervised_positions_cost_their_hidden_states_only():
     model = memory.training.sizes("100m").config
     few, more = (memory.terms(model, 8, 387, [1000, 50, last]) for last in (10, 20))
     assert more.loss - few.loss == 2 * 4 * 512 * 10
-    assert few.loss - 2 * 4 * 512 * 1060 == 4 * CHUNK, "one chunk of logits"
+    assert few.loss - 2 * 4 * 512 * 1060 == 4 * MAX_LOGITS, "one chunk of logits"
     assert memory.terms(model, 8, 387, [1, 1, 1]).loss == 3 * (4 * 58498 + 2 * 4 * 512)
     assert few.peak("1 GPU") > few.states["1 GPU"]
 

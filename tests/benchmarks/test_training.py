@@ -42,7 +42,7 @@ def test_the_limit_counts_what_is_not_padding(monkeypatch):
     found = training.limit(training.parse(["--size", "tiny", "--rows", "6"]))
     size = training.sizes("tiny")
     batch, hidden = training.make_batch(size, 6), size.config.backbone_config().hidden_size
-    supervised = sum(training.plan_of("ours", batch, size.config).supervised.counts)
+    supervised = sum(training.objective_of("ours", batch, size.config).counts)
     assert found["parts"]["head"] == pytest.approx(3 * 2 * supervised * hidden * 4907 / 1e9)
     assert found["parts"]["optimiser"] == pytest.approx(28 * 3_615_851 / 1e9)
     assert found["seconds"] == pytest.approx(sum(found["parts"].values()))
@@ -65,7 +65,7 @@ def test_all_ways_give_the_same_losses_and_gradients(size):
     batch, found = training.make_batch(size, 6), {}
     for kind in training.KINDS:
         model = training.make_model(kind, size)
-        loss, losses = training.losses_of(kind, model, batch, training.plan_of(kind, batch, size.config))
+        loss, losses = training.losses_of(kind, model, batch, training.objective_of(kind, batch, size.config))
         loss.backward()
         losses = torch.stack(losses).detach()
         found[kind] = [loss.detach(), losses, *(parameter.grad for parameter in model.parameters())]

@@ -123,8 +123,13 @@ def test_the_default_configuration_is_the_published_one():
     assert config.vocabulary == Vocabulary() and config.mask_token_id == 58497
 
 
+def test_the_model_takes_no_settings_of_training():
+    assert list(parameters_of("Showo.forward")) == list(POSITIONAL["Showo.forward"])
+
+
 @pytest.mark.slow
-def test_importing_models_loads_no_torchvision(repository):
-    """torchvision has no CPU build to match; a broken one breaks transformers."""
-    code = "import models, sys; sys.exit('torchvision' in sys.modules)"
+@pytest.mark.parametrize("name", ["torchvision", "training"])
+def test_importing_models_does_not_load(repository, name):
+    """torchvision has no CPU build to match, and a broken one breaks transformers; training stands above the models."""
+    code = f"import models, sys; sys.exit({name!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=repository).returncode == 0

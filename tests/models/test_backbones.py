@@ -11,10 +11,10 @@ from transformers import AutoModel, Gemma2Config, MistralConfig, Qwen2Config
 
 from models import OmniMask, Showo, ShowoConfig
 from models.backbones import BACKBONES
-from models.packing import PACKED_SDPA
-from models.step_plan import StepPlan
 from tests.parity.goldens import prompting, tensors
 from tests.tiny_llms import FAMILIES, WORDS, config_of, showo_config, tiny_llm, tiny_showo, vocabulary
+from training.loss import Objective
+from training.packing import PACKED_SDPA, Packing
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = {"batch_size_t2i": 3, "batch_size_lm": 2, "batch_size_mmu": 2}
@@ -116,8 +116,8 @@ def test_packed_rows_and_checkpointing_give_the_same_losses_and_gradients(family
         if checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         is_used = ids != model.vocabulary.pad_id
-        plan = StepPlan.of(labels, mask, is_used, tuple(COUNTS.values()), 12, 4 * ids.shape[1] if packed else None)
-        out = model(ids, mask, **LOSSES, plan=plan)
+        packing = Packing.from_mask(is_used, mask, 4 * ids.shape[1]) if packed else None
+        out = model(ids, mask, Objective.from_labels(labels, tuple(COUNTS.values()), 12, packing=packing))
         losses = torch.stack([getattr(out, f"loss_{task}") for task in TASKS])
         losses.sum().backward()
         found.append((losses.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModel, DynamicCache, PhiConfig, PhiForCausalLM
+from transformers import AutoConfig, AutoModel, PhiConfig, PhiForCausalLM
 
 from common.errors import UserError
-from models import OmniMask, Showo, ShowoConfig, head_loss
+from models import OmniMask, Showo, ShowoConfig
 from models.vocabulary import Vocabulary
 from tests.parity.goldens import fill_, prompting, tensors, tiny_config, tiny_showo
+from training import loss as training_loss
+from training.loss import Objective
 
 COUNTS = {"batch_size_t2i": 3, "batch_size_lm": 2, "batch_size_mmu": 2}
 LOSSES = {**COUNTS, "max_seq_length": 12}
@@ -170,33 +172,13 @@ def test_the_mask_separates_rows_and_pads(model, batch):
     assert not torch.allclose(model(changed, mask).logits[5, 0], before[5, 0])
 
 
-@pytest.mark.parametrize(
-    ("rows", "prefix", "step"),
-    [
-        (slice(0, 3), 13, 18),  # t2i: the text, then the image block at once
-        (slice(3, 5), 1, 1),  # lm, position by position
-        (slice(3, 5), 10, 7),
-        (slice(5, 7), 19, 1),  # mmu: up to <eoi>, then position by position
-    ],
-)
-@torch.no_grad()
-def test_cached_prefix_and_decode_rows_equal_the_whole(model, batch, rows, prefix, step):
-    ids, mask = batch[0][rows], batch[2].select(rows)
-    cache, length = DynamicCache(config=model.showo.config), ids.shape[1]
-    parts = [model.hidden_states(ids[:, :prefix], mask.rows(0, prefix), past_key_values=cache)]
-    for start in range(prefix, length, step):
-        stop = start + step
-        parts.append(model.hidden_states(ids[:, start:stop], mask.rows(start, stop), past_key_values=cache))
-    same(torch.cat(parts, dim=1), model.hidden_states(ids, mask))
-
-
 @torch.no_grad()
 def test_nothing_is_called_by_a_name_that_transformers_will_drop(model, batch):
     ids, mask = batch[0], batch[2]
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         model(ids, mask)
-        model.hidden_states(ids, mask, past_key_values=DynamicCache(config=model.showo.config))
+        model.mmu_generate(ids[:1], max_new_tokens=2)
 
 
 def test_train_mode_has_no_dropout(batch):
@@ -224,6 +206,10 @@ def whole_head_losses(logits, labels, label_smoothing):
     )
 
 
+def objective_of(labels, **settings) -> Objective:
+    return Objective.from_labels(labels, tuple(COUNTS.values()), LOSSES["max_seq_length"], **settings)
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_losses_equal_those_of_the_whole_head(batch, label_smoothing):
     ids, labels, mask = batch
@@ -233,7 +219,7 @@ def test_losses_equal_those_of_the_whole_head(batch, label_smoothing):
         if whole:
             parts = whole_head_losses(model(ids, mask).logits, labels, label_smoothing)
         else:
-            out = model(ids, mask, labels=labels, label_smoothing=label_smoothing, **LOSSES)
+            out = model(ids, mask, objective_of(labels, label_smoothing=label_smoothing))
             parts = (out.loss_t2i, out.loss_lm, out.loss_mmu)
         losses.append(torch.stack(parts))
         (parts[0] + 0.1 * parts[1] + parts[2]).backward()
@@ -245,30 +231,47 @@ def test_losses_equal_those_of_the_whole_head(batch, label_smoothing):
 def test_label_smoothing_changes_the_losses(model, batch):
     ids, labels, mask = batch
     with torch.no_grad():
-        plain, smooth = (model(ids, mask, labels=labels, label_smoothing=s, **LOSSES) for s in (0.0, 0.2))
+        plain, smooth = (model(ids, mask, objective_of(labels, label_smoothing=s)) for s in (0.0, 0.2))
     assert not torch.isclose(plain.loss_t2i, smooth.loss_t2i)
 
 
 def test_the_head_runs_at_supervised_positions_only(model, batch, monkeypatch):
     ids, labels, mask = batch
     supervised = [int((part != -100).sum()) for part in (labels[:3, 13:], labels[3:5, 1:], labels[5:, 1:])]
-    shapes, linear = [], head_loss.F.linear
-    monkeypatch.setattr(head_loss.F, "linear", lambda x, w, b: (shapes.append(x.shape), linear(x, w, b))[1])
+    shapes, linear = [], training_loss.F.linear
+    monkeypatch.setattr(training_loss.F, "linear", lambda x, w, b: (shapes.append(x.shape), linear(x, w, b))[1])
     hidden = torch.randn(*ids.shape, 64)  # of layers that are not what is counted
     monkeypatch.setattr(model, "hidden_states", lambda *args, **settings: hidden)
     with torch.no_grad():
         assert model(ids, mask, labels=labels, **LOSSES).logits is None
         assert shapes == [(count, 64) for count in supervised] and sum(supervised) < ids.numel() / 2
-        model(ids, mask, labels=labels, **LOSSES, loss_coefficients=(1, 0.1, 1))
+        model(ids, mask, objective_of(labels, coefficients=(1, 0.1, 1)))
     assert shapes[3:] == [(sum(supervised), 64)], "all tasks at once where they make one loss"
 
 
-def test_logits_on_request(model, batch):
+def test_an_objective_gives_the_losses_of_its_labels(model, batch):
     ids, labels, mask = batch
     with torch.no_grad():
-        out = model(ids, mask, labels=labels, return_logits=True, **LOSSES)
-        assert torch.equal(out.logits, model(ids, mask).logits)
-        assert model(ids, mask, return_logits=False).logits is None
+        given, made = model(ids, mask, objective_of(labels)), model(ids, mask, labels=labels, **LOSSES)
+        for task in TASKS:
+            assert torch.equal(getattr(given, f"loss_{task}"), getattr(made, f"loss_{task}"))
+
+
+def test_any_function_of_the_model_can_be_an_objective(model, batch):
+    """So that other losses run inside `forward`, where distributed training needs them."""
+    ids, _, mask = batch
+    with torch.no_grad():
+        out = model(ids, mask, lambda model, ids, mask, _: model.hidden_states(ids, mask).mean())
+        assert torch.equal(out, model.hidden_states(ids, mask).mean())
+
+
+@torch.no_grad()
+def test_embeddings_in_place_of_ids(model, batch):
+    ids, _, mask = batch
+    expected = model.hidden_states(ids, mask)
+    assert torch.equal(model.hidden_states(inputs_embeds=model.embed(ids), attention_mask=mask), expected)
+    with pytest.raises(ValueError, match="attention_mask is missing"):
+        model.hidden_states(ids)
 
 
 def test_t2i_loss_counts_soi_and_eoi_unshifted(model, batch):

@@ -75,7 +75,7 @@ def test_absent_flows_have_no_rows_and_no_loss(builder, model, flows):
     assert batch.counts == {name: len(THREE[name]) if name in flows else 0 for name in ("t2i", "lm", "mmu")}
     assert (batch.mask_prob is None) == ("t2i" not in flows)
     with torch.no_grad():
-        out = model(**batch.forward_arguments(), max_seq_length=MAX_TEXT)
+        out = model(**batch.forward_arguments())
     for name in ("t2i", "lm", "mmu"):
         loss = getattr(out, f"loss_{name}").item()
         assert loss > 4 if name in flows else loss == 0
@@ -87,10 +87,10 @@ def test_a_batch_gives_each_flow_the_loss_it_has_alone(builder, model):
     torch.manual_seed(4)
     alone = builder({"t2i": THREE["t2i"]})
     with torch.no_grad():
-        out = model(**whole.forward_arguments(), max_seq_length=MAX_TEXT)
-        t2i = model(**alone.forward_arguments(), max_seq_length=MAX_TEXT).loss_t2i
-        lm = model(**builder({"lm": THREE["lm"]}).forward_arguments(), max_seq_length=MAX_TEXT).loss_lm
-        mmu = model(**builder({"mmu": THREE["mmu"]}).forward_arguments(), max_seq_length=MAX_TEXT).loss_mmu
+        out = model(**whole.forward_arguments())
+        t2i = model(**alone.forward_arguments()).loss_t2i
+        lm = model(**builder({"lm": THREE["lm"]}).forward_arguments()).loss_lm
+        mmu = model(**builder({"mmu": THREE["mmu"]}).forward_arguments()).loss_mmu
     torch.testing.assert_close(torch.stack([out.loss_t2i, out.loss_lm, out.loss_mmu]), torch.stack([t2i, lm, mmu]))
 
 

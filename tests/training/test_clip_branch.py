@@ -162,10 +162,10 @@ def test_the_model_splices_the_features_and_learns_from_the_text_alone(world, cl
     builder = make_builder(config, model, make_vq_model(), make_prompting(config), understanding, torch.device("cpu"))
     batch = builder({"mmu": items(encode_plain, 1, builder.prompting.tokenizer, understanding)})
     with torch.no_grad():
-        loss = model(**batch.forward_arguments(), max_seq_length=MAX_TEXT).loss_mmu
+        loss = model(**batch.forward_arguments()).loss_mmu
         logits = model(batch.input_ids, batch.attention_mask, image_features=batch.image_features).logits
         batch.image_features[:] = 0
-        blind = model(**batch.forward_arguments(), max_seq_length=MAX_TEXT).loss_mmu
+        blind = model(**batch.forward_arguments()).loss_mmu
     eoi = 2 + NUM_FEATURES
     assert (batch.input_ids[:, eoi] == model.vocabulary.eoi_id).all()
     supervised = batch.labels[:, eoi + 1 :] != -100
@@ -264,7 +264,7 @@ def test_the_losses_of_other_flows_are_those_without_the_clip_rows(world, pretra
     torch.manual_seed(4)
     others = trainer.builder({name: batch[name] for name in ("t2i", "lm")})
     with torch.no_grad():
-        out, alone = (trainer.model(**b.forward_arguments(), max_seq_length=MAX_TEXT) for b in (whole, others))
+        out, alone = (trainer.model(**b.forward_arguments()) for b in (whole, others))
     torch.testing.assert_close(out.loss_t2i, alone.loss_t2i)
     torch.testing.assert_close(out.loss_lm, alone.loss_lm)
     assert alone.loss_mmu == 0 < out.loss_mmu

@@ -1,0 +1,283 @@
+"""The training objective (spec §5): each task's mean cross-entropy over the whole vocabulary at supervised positions.
+
+`Objective` is made for each batch on the host and handed to `Showo.forward` as its `labels`. It runs inside `forward`,
+since DDP, DeepSpeed and FSDP2 prepare parameters and gradients around one call of the wrapped module.
+
+The logits of a batch are never held at once: at the full vocabulary they would take several times the memory of
+everything else. `linear_cross_entropy` goes through the vocabulary head in chunks of positions instead. torch has a
+function of that name from 2.13 on; it knows no label smoothing and does not give the predicted tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.devices import send
+from models.modeling_showo import Showo, ShowoOutput
+from models.omni_attention import OmniMask
+from models.vocabulary import IGNORE_ID
+from training.packing import Packing
+
+# B rows, L positions, S supervised positions, C positions of one chunk, H hidden size, V vocabulary
+TASKS = ("t2i", "lm", "mmu")  # the order of the rows of a batch
+MAX_LOGITS = 2**24  # of one chunk: 64 MiB in fp32, whatever the vocabulary and the batch
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one batch is trained on: host-side metadata, made before the copy to the device, and the losses from it.
+
+    Everything whose size depends on the data (supervised positions, packed rows) is known here beforehand, so that the
+    step never waits for a GPU to tell it.
+
+    Args:
+        index: (S,) int64, row·L + position, of the hidden states that predict a target; t2i first, then lm, mmu.
+        targets: (S,) int64, the token to predict there.
+        counts: supervised positions of t2i, lm and mmu; they add up to S.
+        rows: rows of t2i, lm and mmu in the batch.
+        packing: how samples share rows; None: each has a row of its own.
+        coefficients: of the three tasks in one weighted `loss`, the only output with a graph. Without them each task's
+            loss has its own graph and its own copy of the head's gradient.
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        statistics: whether `ShowoOutput.statistics` is wanted.
+    """
+
+    index: torch.Tensor
+    targets: torch.Tensor
+    counts: tuple[int, int, int]
+    rows: tuple[int, int, int]
+    packing: Packing | None = None
+    coefficients: tuple[float, float, float] | None = None
+    label_smoothing: float = 0.0
+    statistics: bool = False
+
+    @classmethod
+    def from_labels(
+        cls, labels: torch.Tensor, rows: tuple[int, int, int], max_seq_length: int, **settings
+    ) -> "Objective":
+        """The objective of rows in the order t2i, lm, mmu; labels on a GPU are waited for.
+
+        Args:
+            labels: (B, L) int64, −100 (the ignore index) where nothing is supervised.
+            rows: of t2i, lm and mmu.
+            max_seq_length: M; t2i is supervised from position M + 1 (``<soi>``) on.
+            settings: packing, coefficients, label_smoothing, statistics.
+
+        Raises:
+            ValueError: the rows do not add up to B.
+        """
+        if sum(rows) != len(labels):
+            raise ValueError(f"batch_size_t2i, _lm, _mmu are {tuple(rows)}, but there are {len(labels)} rows")
+        first = max_seq_length + 1
+        # Faithful: t2i is unshifted, so <soi> and <eoi> are predicted from themselves (pinned by tests/parity).
+        t2i, lm, mmu = labels.split(rows)
+        targets = torch.full_like(labels, IGNORE_ID)  # (B, L), at the position that predicts them
+        targets[: len(t2i), first:] = t2i[:, first:]
+        targets[len(t2i) :, :-1] = torch.cat([lm, mmu])[:, 1:]
+        counts = tuple(int((part != IGNORE_ID).sum()) for part in targets.split(rows))
+        index = (targets.flatten() != IGNORE_ID).nonzero()[:, 0]
+        return cls(index, targets.flatten()[index], counts, tuple(rows), **settings)
+
+    def to(self, device) -> "Objective":
+        packing = self.packing.to(device) if self.packing is not None else None
+        index, targets = send(self.index, device), send(self.targets, device)
+        return replace(self, index=index, targets=targets, packing=packing)
+
+    def __call__(
+        self,
+        model: Showo,
+        input_ids: torch.Tensor,
+        attention_mask: OmniMask | torch.Tensor,
+        image_features: torch.Tensor | None = None,
+    ) -> ShowoOutput:
+        """The losses of a batch; called by `Showo.forward` with its own arguments, see there.
+
+        The image features must have passed `check_image_features`, which on a GPU would have to wait for the ids.
+        """
+        embeds = model.embed(input_ids, image_features, check_features=False)  # (B, L, H)
+        if self.packing is None:
+            hidden = model.hidden_states(inputs_embeds=embeds, attention_mask=attention_mask)
+        else:
+            arguments = self.packing.decoder_arguments(model.showo.config._attn_implementation)
+            hidden = model.hidden_states(inputs_embeds=self.packing.pack(embeds), **arguments)  # fewer, fuller rows
+        return self._losses(model, hidden, input_ids.shape[1])
+
+    @torch.compiler.disable  # sizes that change from step to step would compile it anew each time
+    def _losses(self, model: Showo, hidden: torch.Tensor, row_length: int) -> ShowoOutput:
+        """Losses and statistics; an absent task contributes 0.
+
+        Args:
+            hidden: final hidden states of all rows, as they ran.
+            row_length: L.
+        """
+        at = self.index if self.packing is None else self.packing.target_index[self.index]
+        hidden = hidden.flatten(0, 1)[at]  # (S, H)
+        coefficients = self.coefficients or (1.0, 1.0, 1.0)
+        whole = hidden, self.targets, self.position_weights(coefficients)
+        # One part for one weighted loss, else a part and a graph for each task.
+        parts = [whole] if self.coefficients else zip(*(tensor.split(self.counts) for tensor in whole), strict=True)
+        head, settings = model.get_output_embeddings(), (self.label_smoothing, self.statistics)
+        totals, losses, predicted = [], [], []
+        for part in parts:
+            if len(part[0]):
+                total, *of_positions = linear_cross_entropy(head, *part, *settings)
+                losses.append(of_positions[0])
+                predicted.append(of_positions[1])
+            else:  # a zero with a graph: processes of a distributed run must all have gradients to exchange
+                total = (hidden * 0.0).sum()
+            totals.append(total)
+        losses = torch.cat(losses or [hidden.new_empty(0)])  # (S,)
+        means = [part.mean() if len(part) else part.sum() for part in losses.split(self.counts)]
+        loss_t2i, loss_lm, loss_mmu = means if self.coefficients else totals
+        return ShowoOutput(
+            loss=totals[0] if self.coefficients else None,
+            loss_t2i=loss_t2i,
+            loss_lm=loss_lm,
+            loss_mmu=loss_mmu,
+            statistics=self._statistics(losses, predicted, row_length, model) if self.statistics else None,
+        )
+
+    def position_weights(self, coefficients: Sequence[float]) -> torch.Tensor:
+        """(S,) float32: the weighted sum over all positions is the sum of each task's mean times its coefficient."""
+        shares = zip(coefficients, self.counts, strict=True)
+        return torch.cat([torch.full((n,), c / max(n, 1), device=self.index.device) for c, n in shares])
+
+    def _statistics(self, losses, predicted, row_length: int, model: Showo) -> dict[str, torch.Tensor]:
+        """Counts for the accuracy of each task that has supervised positions, and the mean loss of each t2i row.
+
+        ``correct_{task}`` and ``supervised_{task}``: positions whose likeliest token is the target, and all of them; of
+        t2i only image codes count, since ``<soi>`` and ``<eoi>`` are given away. ``row_loss_t2i`` (B_t2i,).
+        """
+        found, num_t2i = {}, self.counts[0]
+        if len(losses):
+            correct = torch.cat(predicted) == self.targets
+            considered = torch.ones_like(correct)
+            considered[:num_t2i] = self.targets[:num_t2i] >= model.vocabulary.image_offset
+            by_task = zip((correct & considered).split(self.counts), considered.split(self.counts), strict=True)
+            for task, (hits, all_of_them) in zip(TASKS, by_task, strict=True):
+                if len(hits):
+                    found[f"correct_{task}"], found[f"supervised_{task}"] = hits.sum(), all_of_them.sum()
+        if self.rows[0]:
+            row_of = self.index[:num_t2i] // row_length
+            found["row_loss_t2i"] = _group_means(losses[:num_t2i], row_of, self.rows[0])
+        return found
+
+
+def _group_means(values: torch.Tensor, groups: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """(num_groups,): mean of the values (S,) of each group, 0 where it has none."""
+    sums = values.new_zeros(num_groups).index_add_(0, groups, values)
+    return sums / values.new_zeros(num_groups).index_add_(0, groups, torch.ones_like(values)).clamp(min=1)
+
+
+# ---- the vocabulary head and its cross-entropy in chunks ----
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Σ weight·cross-entropy of a linear layer's outputs.
+
+    The sum is a scalar, so its gradient is known but for one factor: the forward pass makes it chunk by chunk, and the
+    backward pass multiplies. Hence no logits are kept, and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, weights, label_smoothing, predict, dtype):
+        needs_grad = ctx.needs_input_grad[:3]
+        grads = [
+            torch.zeros_like(tensor, dtype=torch.float32) if needed else None
+            for tensor, needed in zip((hidden, weight, bias), needs_grad, strict=True)
+        ]
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        predicted = torch.empty_like(targets) if predict else None
+        inputs, head, offset = hidden.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
+        for chunk in _chunks(len(hidden), len(weight)):
+            logits = F.linear(inputs[chunk], head, offset).float()  # (C, V)
+            if predict:
+                predicted[chunk] = logits.argmax(-1)
+            losses[chunk] = _softmax_(logits, targets[chunk], label_smoothing)
+            if any(needs_grad):
+                _cross_entropy_grad_(logits, targets[chunk], weights[chunk], label_smoothing)
+                _add_grads(grads, logits.to(dtype), inputs[chunk], head, chunk)
+        tensors = zip(grads, (hidden, weight, bias), strict=True)
+        ctx.grads = [grad if grad is None else grad.to(tensor.dtype) for grad, tensor in tensors]
+        ctx.mark_non_differentiable(losses, *([predicted] if predict else []))
+        return torch.dot(losses, weights), losses, predicted
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of the vocabulary head's loss can be asked for once only")
+        grads, ctx.grads = ctx.grads, None
+        return *(grad if grad is None else grad.mul_(grad_output) for grad in grads), *[None] * 5
+
+
+def _chunks(num_positions: int, vocabulary: int) -> list[slice]:
+    size = max(1, MAX_LOGITS // vocabulary)
+    return [slice(start, start + size) for start in range(0, num_positions, size)]
+
+
+def _softmax_(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """Cross-entropy (C,) of logits (C, V), which become probabilities in place."""
+    logits -= logits.amax(-1, keepdim=True)
+    picked = logits.gather(1, targets[:, None])[:, 0]
+    if label_smoothing:
+        picked = (1 - label_smoothing) * picked + label_smoothing * logits.mean(-1)
+    total = logits.exp_().sum(-1)
+    logits /= total[:, None]
+    return total.log() - picked
+
+
+def _cross_entropy_grad_(probabilities, targets, weights, label_smoothing: float) -> None:
+    """Turns probabilities (C, V) in place into the gradient of the logits, weight·(probability − target)."""
+    if label_smoothing:
+        probabilities -= label_smoothing / probabilities.shape[1]
+    probabilities *= weights[:, None]
+    probabilities.scatter_add_(1, targets[:, None], (label_smoothing - 1) * weights[:, None])
+
+
+def _add_grads(grads, grad_logits, inputs, head, chunk: slice) -> None:
+    """Adds one chunk's share: to its own rows of the hidden states' gradient, to all of the weight's and the bias's."""
+    hidden_grad, weight_grad, bias_grad = grads
+    if hidden_grad is not None:
+        hidden_grad[chunk] = grad_logits @ head
+    if weight_grad is not None and weight_grad.dtype == grad_logits.dtype:
+        weight_grad.addmm_(grad_logits.T, inputs)
+    elif weight_grad is not None:
+        weight_grad += grad_logits.T @ inputs
+    if bias_grad is not None:
+        bias_grad += grad_logits.sum(0, dtype=torch.float32)
+
+
+@torch.compiler.disable  # a loop over a number of chunks that changes from step to step
+def linear_cross_entropy(
+    head: nn.Linear,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    label_smoothing: float = 0.0,
+    predict: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Σ weight·cross-entropy over the whole vocabulary, each position's cross-entropy and its likeliest token.
+
+    Under autocast the products run in its precision, softmax and sums in fp32.
+
+    Args:
+        head: H → V, with or without bias.
+        hidden: (S, H). targets: (S,) int64. weights: (S,) float32.
+        predict: whether the likeliest tokens are wanted.
+
+    Returns:
+        A float32 scalar, the only one with a graph, for one backward pass; (S,) float32; (S,) int64 or None.
+
+    Raises:
+        ValueError: the head is no plain linear layer, whose gradients alone are known here.
+    """
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"the loss needs a vocabulary head that is an nn.Linear, got {type(head).__name__}")
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    with torch.autocast(kind, enabled=False):
+        arguments = hidden, head.weight, head.bias, targets, weights, label_smoothing, predict, dtype
+        return _LinearCrossEntropy.apply(*arguments)
