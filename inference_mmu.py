@@ -1,4 +1,4 @@
-"""Answers questions about images (SPEC §8, §13).
+"""Answers questions about images (spec §8, §13).
 
     python3 inference_mmu.py config=configs/showo_tiny_demo.yaml mmu_image_root=mmu_validation/emoji \
         question='What is this?'

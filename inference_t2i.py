@@ -1,4 +1,4 @@
-"""Text to image, inpainting and extrapolation (SPEC §7, §13).
+"""Text to image, inpainting and extrapolation (spec §7, §13).
 
     python3 inference_t2i.py config=configs/showo_tiny_demo.yaml mode=t2i prompt='dog face in noto style'
     python3 inference_t2i.py config=configs/showo_demo.yaml batch_size=1 guidance_scale=1.75 generation_timesteps=16 \

@@ -111,7 +111,7 @@ class Batch:
 
 
 def make_batch(size: Size, rows: int, device: str = "cpu", stage: Stage = STAGES["stage2"]) -> Batch:
-    """Random words and codes in rows of SPEC §2, t2i images masked as in training; text longer than M is cut."""
+    """Random words and codes in rows of spec §2, t2i images masked as in training; text longer than M is cut."""
     torch.manual_seed(0)
     v, num_tokens, counts = size.config.vocabulary, size.config.num_vq_tokens, counts_of(rows, stage)
     t2i, lm, mmu = counts

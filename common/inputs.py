@@ -1,4 +1,4 @@
-"""Prompts, questions and paths from the command line (SPEC §13)."""
+"""Prompts, questions and paths from the command line (spec §13)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every setting of Show-o, its type and its default: published keys and command-line keys (SPEC §13, §14), and ours.
+"""Every setting of Show-o, its type and its default: published keys and command-line keys (spec §13, §14), and ours.
 
 The defaults are the values that all published training files share. A script that needs more keys subclasses a section
 and uses it in a top-level class of its own.
@@ -255,7 +255,7 @@ class TrainingConfig:
 
 @dataclass
 class InferenceConfig(TrainingConfig):
-    """Settings of the inference scripts: the above and the published command-line keys (SPEC §13)."""
+    """Settings of the inference scripts: the above and the published command-line keys (spec §13)."""
 
     ALIASES: ClassVar[dict[str, str]] = {
         "seed": "training.seed",

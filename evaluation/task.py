@@ -66,7 +66,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Paper:
-    """What the paper reports at 512 x 512 (SPEC §16), and how our protocol differs from what is known of its own.
+    """What the paper reports at 512 x 512 (spec §16), and how our protocol differs from what is known of its own.
 
     Args:
         vq, clip_vit: by branch; drawing is the same in both, so its figures stand under `vq` alone.

@@ -1,4 +1,4 @@
-"""LLaVA conversations as training samples (SPEC §9) and the prompts that a trained model is asked with (SPEC §8)."""
+"""LLaVA conversations as training samples (spec §9) and the prompts that a trained model is asked with (spec §8)."""
 
 from llava.conversation import (
     IGNORE_INDEX,

@@ -1,4 +1,4 @@
-"""From LLaVA's turns to token ids and labels (SPEC §9), and the prompts of a question (SPEC §8).
+"""From LLaVA's turns to token ids and labels (spec §9), and the prompts of a question (spec §8).
 
 A conversation is what stands under `conversations` in LLaVA's json: a list of
 `{"from": "human" | "gpt", "value": text}`. It becomes one text,
@@ -36,19 +36,19 @@ _ANSWER_MARK = " ASSISTANT: "
 
 
 def question_prompt_vq(question: str) -> str:
-    """What a model that sees image codes is asked with (SPEC §8)."""
+    """What a model that sees image codes is asked with (spec §8)."""
     return f"USER: \n{question} ASSISTANT:"
 
 
 def question_prompt_vit(question: str) -> str:
-    """What a model that sees CLIP features is asked with, after the system prompt (SPEC §8)."""
+    """What a model that sees CLIP features is asked with, after the system prompt (spec §8)."""
     return f"USER: {question} ASSISTANT:"
 
 
 def encode_conversation(
     turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, torch.Tensor]:
-    """A conversation as one tuning sample: the answers are supervised, the questions are not (SPEC §9).
+    """A conversation as one tuning sample: the answers are supervised, the questions are not (spec §9).
 
     A leading `gpt` turn is dropped; after it the two must take turns, beginning with `human`, and either may end.
     Returns `input_ids` and `labels`, both (L,) int64 with L ≤ 2048 and without bos; a label is its own id (the loss
@@ -69,7 +69,7 @@ def encode_conversation(
 
 
 def encode_plain(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """A question and its answer as one CLIP pre-training sample: the answer, a newline, eos (SPEC §9).
+    """A question and its answer as one CLIP pre-training sample: the answer, a newline, eos (spec §9).
 
     Returns `input_ids` and `labels`, both (L,) int64, equal to each other: every token is supervised.
 
@@ -88,10 +88,10 @@ def encode_plain(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokeni
 def collate(
     samples: Sequence[Mapping[str, torch.Tensor]], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> dict[str, torch.Tensor]:
-    """Samples of `encode_conversation` or `encode_plain` as one batch of exactly `length` columns (SPEC §9).
+    """Samples of `encode_conversation` or `encode_plain` as one batch of exactly `length` columns (spec §9).
 
     Shorter rows are filled on the right with pad (labels: −100), longer ones are cut. A tokenizer that has no pad token
-    is taken to get one as its next id, as SPEC §1 has it.
+    is taken to get one as its next id, as spec §1 has it.
 
     Returns `input_ids` and `labels`, both (B, length) int64.
     """
@@ -178,7 +178,7 @@ def _label_answers(text: str, input_ids: list[int], eos: str, tokenizer: PreTrai
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # LLaVA rows have no bos (SPEC §2), whichever tokenizer it is; `verbose` would complain about what we cut ourselves.
+    # LLaVA rows have no bos (spec §2), whichever tokenizer it is; `verbose` would complain about what we cut ourselves.
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 

@@ -1,4 +1,4 @@
-"""Reads checkpoints by hub name or folder, published and our own; every key is checked, no code is run (SPEC §12)."""
+"""Reads checkpoints by hub name or folder, published and our own; every key is checked, no code is run (spec §12)."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The frozen CLIP vision tower of the `w_clip_vit` branch (SPEC §4)."""
+"""The frozen CLIP vision tower of the `w_clip_vit` branch (spec §4)."""
 
 from pathlib import Path
 

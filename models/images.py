@@ -1,4 +1,4 @@
-"""Image files ↔ PIL images ↔ tensors (SPEC §11)."""
+"""Image files ↔ PIL images ↔ tensors (spec §11)."""
 
 import warnings
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The MAGVIT-v2 image tokenizer: pixels <-> integer codes, and its quantiser losses (SPEC §10).
+"""The MAGVIT-v2 image tokenizer: pixels <-> integer codes, and its quantiser losses (spec §10).
 
 The defaults of `MAGVITv2Config` are the published tokenizer (16x downsampling, 13 bits, 95.4 M parameters); a small
 tokenizer is the same class with other sizes. Parameter names are the published ones.

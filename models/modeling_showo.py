@@ -163,7 +163,7 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
 
     @classmethod
     def _adapt_state_dict(cls, state_dict, config):
-        """Resizes the vocabulary to the configuration's: kept rows stay, new ones are initialised (SPEC §4, §12)."""
+        """Resizes the vocabulary to the configuration's: kept rows stay, new ones are initialised (spec §4, §12)."""
         std = config.backbone_config().initializer_range
         new_row_std = {"model.embed_tokens.weight": std, "lm_head.weight": std, "lm_head.bias": 0.0}
         stored = {f"showo.{name}": row_std for name, row_std in new_row_std.items() if f"showo.{name}" in state_dict}

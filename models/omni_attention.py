@@ -122,6 +122,10 @@ class OmniMask:
             queries = torch.arange(queries.start, queries.stop, device=self.device)
         return OmniMask(self.visible_from[:, :num_keys], self.visible_until[:, :num_keys], queries)
 
+    def rows(self, start: int, stop: int) -> "OmniMask":
+        """Queries start … stop − 1 against the keys 0 … stop − 1: what a cached prefix and these rows attend to."""
+        return self.at(slice(start, stop), stop)
+
     def drop_keys(self, count: int) -> "OmniMask":
         """Without the first `count` positions, keys and queries both (common left padding)."""
         return OmniMask(self.visible_from[:, count:] - count, self.visible_until[:, count:] - count)

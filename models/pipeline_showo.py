@@ -1,4 +1,4 @@
-"""Strings and PIL images in, strings and PIL images out: drawing, inpainting, extrapolation, answers (SPEC §7, §8).
+"""Strings and PIL images in, strings and PIL images out: drawing, inpainting, extrapolation, answers (spec §7, §8).
 
 pipeline = ShowoPipeline.from_pretrained("checkpoints/showo-tiny")
 pipeline.text_to_image(["red apple in noto style"], generator=pipeline.generator(7))[0].save("apple.png")
@@ -445,7 +445,7 @@ def check_texts(texts: Sequence[str]) -> None:
 
 
 def mask_tokens(mask: Picture, image: Image.Image, resolution: int, window: int) -> torch.Tensor:
-    """A mask picture → (1, N) bool, True = paint anew (SPEC §7).
+    """A mask picture → (1, N) bool, True = paint anew (spec §7).
 
     Raises:
         UserError: the mask has colours or another shape than the picture, or nothing on it is white.

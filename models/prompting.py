@@ -1,4 +1,4 @@
-"""How text ids, image ids and special tokens make a row, its labels and its mask together (SPEC §2)."""
+"""How text ids, image ids and special tokens make a row, its labels and its mask together (spec §2)."""
 
 from dataclasses import dataclass
 
@@ -171,7 +171,7 @@ class UniversalPrompting:
         return self._prompts([p + self.text_ids(t) for p, t in zip(prefix, texts, strict=True)], image_ids.device)
 
     def _mmu_vit(self, texts, num_features: int, system_prompt: str | None = None) -> Rows:
-        """``<mmu>`` system ids ``<soi>`` features ``<eoi>`` text, without bos (SPEC §2)."""
+        """``<mmu>`` system ids ``<soi>`` features ``<eoi>`` text, without bos (spec §2)."""
 
         def ids_of(text):
             return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []

@@ -1,4 +1,4 @@
-"""Every id and offset of the vocabulary that text and images share (SPEC §1).
+"""Every id and offset of the vocabulary that text and images share (spec §1).
 
     text ids | [PAD] and nine task/boundary tokens | image codes | mask token
 

@@ -1,4 +1,4 @@
-"""Whole checkpoints of a few kilobytes in the published layout (SPEC §12), for tests that start from files."""
+"""Whole checkpoints of a few kilobytes in the published layout (spec §12), for tests that start from files."""
 
 import json
 from pathlib import Path

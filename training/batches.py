@@ -1,4 +1,4 @@
-"""Three flows → one batch that the model takes as it is (SPEC §2, §5): rows in the order t2i, lm, mmu."""
+"""Three flows → one batch that the model takes as it is (spec §2, §5): rows in the order t2i, lm, mmu."""
 
 from copy import copy
 from dataclasses import dataclass, field, replace

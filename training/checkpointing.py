@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or absent, and everything that must survive a crash (SPEC §12)."""
+"""Checkpoints of a run: whole or absent, and everything that must survive a crash (spec §12)."""
 
 import errno
 import json
@@ -97,7 +97,7 @@ def find_start(output_dir: str | Path, setting: str | bool | None) -> Start | No
     """What a run continues, and how much of it.
 
     A folder named `checkpoint-0` is the last one of the stage before, put there by hand: only its weights are taken
-    (SPEC §12). So it is with a checkpoint of the published code, which holds nothing else.
+    (spec §12). So it is with a checkpoint of the published code, which holds nothing else.
 
     Raises:
         UserError: the checkpoint is incomplete.

@@ -1,4 +1,4 @@
-"""What a step tells of itself, summed up between two log lines (SPEC §15)."""
+"""What a step tells of itself, summed up between two log lines (spec §15)."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""Optimiser, schedule and moving average of a run (SPEC §14)."""
+"""Optimiser, schedule and moving average of a run (spec §14)."""
 
 from contextlib import contextmanager
 
@@ -61,7 +61,7 @@ def make_schedule(optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:
 
 
 def gradient_norms(model: nn.Module, clipping: float = 0.0, loss_scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """``grad_norm/{parameter}`` = L2 norm of its gradient / its number of elements (SPEC §15), still on the device.
+    """``grad_norm/{parameter}`` = L2 norm of its gradient / its number of elements (spec §15), still on the device.
 
     Under FSDP and DeepSpeed all processes must call it.
 

@@ -1,4 +1,4 @@
-"""The models of a run, each made from the configuration and checked before a step is taken (SPEC §12)."""
+"""The models of a run, each made from the configuration and checked before a step is taken (spec §12)."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def make_model(config, start: Path | None = None) -> Showo:
     source = source or settings.pretrained_model_path
     if source is None:
         return Showo(showo_config).train()
-    # Faithful: a checkpoint that has read image codes so far may begin the CLIP-ViT branch (SPEC §12).
+    # Faithful: a checkpoint that has read image codes so far may begin the CLIP-ViT branch (spec §12).
     allowed = ("mm_projector.",) if settings.w_clip_vit else ()
     folder = weights_folder(resolve_path(source))
     with without_loading_bars():

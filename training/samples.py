@@ -1,4 +1,4 @@
-"""Pictures of a run: drawings of the validation prompts, and what the model predicts at masked positions (SPEC §15)."""
+"""Pictures of a run: drawings of the validation prompts, and what the model predicts at masked positions (spec §15)."""
 
 import torch
 from PIL import Image

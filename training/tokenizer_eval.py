@@ -8,7 +8,7 @@ from models.modeling_magvitv2 import MAGVITv2
 
 
 def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) uint8 -> float32 in [-1, 1] (SPEC §11)."""
+    """(B, 3, H, W) uint8 -> float32 in [-1, 1] (spec §11)."""
     return pictures.float() / 127.5 - 1
 
 

@@ -1,6 +1,6 @@
 """Losses for training an image tokenizer: pixels, edges, features of a frozen network, and how codes are used.
 
-The published quantiser losses (SPEC §10) treat every bit alone. Here the entropy of the codebook is computed over
+The published quantiser losses (spec §10) treat every bit alone. Here the entropy of the codebook is computed over
 groups of bits: within a group all combinations are told apart, so bits cannot copy each other, and a group of 7 bits
 needs 128 probabilities per token where a whole 13-bit code would need 8192.
 """

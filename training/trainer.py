@@ -1,4 +1,4 @@
-"""The one training loop of Show-o; the understanding branch is handed in (SPEC §5, §6, §12, §15).
+"""The one training loop of Show-o; the understanding branch is handed in (spec §5, §6, §12, §15).
 
 - `Trainer.train()`: resume → step → every(n): log / evaluate / draw samples / save → final save
 - `Trainer.step()`: build the batch → model → weighted loss → backward → clip → optimiser, schedule

@@ -1,4 +1,4 @@
-"""What differs between the two understanding branches: how an mmu row is built and what is trainable (SPEC §2, §9)."""
+"""What differs between the two understanding branches: how an mmu row is built and what is trainable (spec §2, §9)."""
 
 import torch
 

@@ -55,7 +55,7 @@ def test_drawing_equals_ours(model, guidance_scale, seed):
 @pytest.mark.parametrize("case", range(2))
 def test_answering_equals_goldens_and_ours(model, case):
     ids = tensors()[f"mmu.{case}.input_ids"]
-    new_ids = published.mmu_generate(model, ids, max_new_tokens=24, eot_token=117)
+    new_ids = published.mmu_generate(model, ids, max_new_tokens=24, eot_token=[117])
     assert torch.equal(new_ids[0], tensors()[f"mmu.{case}.new_ids"])
     endless = published.mmu_generate(model, ids, max_new_tokens=40)
     assert torch.equal(endless, model.mmu_generate(ids, max_new_tokens=40, top_k=1))

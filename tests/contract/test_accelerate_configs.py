@@ -1,4 +1,4 @@
-"""Every file of `accelerate_configs/`: accelerate reads it, and starts what SPEC §14 and the file's header say."""
+"""Every file of `accelerate_configs/`: accelerate reads it, and starts what spec §14 and the file's header say."""
 
 from pathlib import Path
 

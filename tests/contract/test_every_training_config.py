@@ -1,4 +1,4 @@
-"""Every YAML takes two real steps; only paths, sizes and step counts are other than written (SPEC §14).
+"""Every YAML takes two real steps; only paths, sizes and step counts are other than written (spec §14).
 
 The eleven training files and those of the emoji world train. The four demo files hold no data and no training keys:
 they draw or answer with two steps of their loop, and train as well when the command line says from what.

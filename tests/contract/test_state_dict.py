@@ -1,4 +1,4 @@
-"""Parameter names and shapes of the full-size models are the published ones (SPEC §4, §12), on the meta device."""
+"""Parameter names and shapes of the full-size models are the published ones (spec §4, §12), on the meta device."""
 
 import json
 from pathlib import Path

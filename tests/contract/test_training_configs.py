@@ -1,4 +1,4 @@
-"""The eleven published training files, row by row (SPEC §14), and the small ones of the emoji world."""
+"""The eleven published training files, row by row (spec §14), and the small ones of the emoji world."""
 
 import re
 from functools import reduce

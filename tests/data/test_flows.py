@@ -1,4 +1,4 @@
-"""Which source and which transform a configuration means, for every kind of data (SPEC §15)."""
+"""Which source and which transform a configuration means, for every kind of data (spec §15)."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""LLaVA's json as WebDataset shards that the captioning flow reads (SPEC §8, §9)."""
+"""LLaVA's json as WebDataset shards that the captioning flow reads (spec §8, §9)."""
 
 import json
 from itertools import islice

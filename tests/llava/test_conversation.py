@@ -1,4 +1,4 @@
-"""Every corner of SPEC §9, by hand: which text a conversation becomes, and which of its tokens are learnt."""
+"""Every corner of spec §9, by hand: which text a conversation becomes, and which of its tokens are learnt."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders of every published form, and every way in which one can be wrong (SPEC §12)."""
+"""Checkpoint folders of every published form, and every way in which one can be wrong (spec §12)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`CLIPVisionTower` on a tiny random CLIP: which features it gives, and that it stays frozen (SPEC §4)."""
+"""`CLIPVisionTower` on a tiny random CLIP: which features it gives, and that it stays frozen (spec §4)."""
 
 import shutil
 

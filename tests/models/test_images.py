@@ -1,4 +1,4 @@
-"""SPEC §11 against torch's own antialiased resize and hand-made crops; and files that are no good pictures."""
+"""spec §11 against torch's own antialiased resize and hand-made crops; and files that are no good pictures."""
 
 import io
 import struct

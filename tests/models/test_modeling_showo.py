@@ -1,4 +1,4 @@
-"""`Showo`: masks, losses, image features, configurations, new starts (SPEC §4, §5). Goldens: tests/parity."""
+"""`Showo`: masks, losses, image features, configurations, new starts (spec §4, §5). Goldens: tests/parity."""
 
 import json
 import warnings
@@ -192,7 +192,7 @@ def test_train_mode_has_no_dropout(batch):
 
 
 def whole_head_losses(logits, labels, label_smoothing):
-    """SPEC §5 with the head at every position."""
+    """spec §5 with the head at every position."""
 
     def mean(logits, labels):
         return F.cross_entropy(
@@ -275,7 +275,7 @@ def test_embeddings_in_place_of_ids(model, batch):
 
 
 def test_t2i_loss_counts_soi_and_eoi_unshifted(model, batch):
-    """Faithful (SPEC §5): with no image label at all, `<soi>` and `<eoi>` are still predicted from themselves."""
+    """Faithful (spec §5): with no image label at all, `<soi>` and `<eoi>` are still predicted from themselves."""
     ids, labels, mask = batch
     ids, labels, mask = ids[:1], labels[:1].clone(), mask.select([0])
     labels[:, 14:-1] = -100

@@ -1,4 +1,4 @@
-"""Strings and pictures in and out; rows, draws and windows of the published rules (SPEC §7, §8)."""
+"""Strings and pictures in and out; rows, draws and windows of the published rules (spec §7, §8)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Rows, labels and masks of every task (SPEC §2). The published rows themselves are in tests/parity."""
+"""Rows, labels and masks of every task (spec §2). The published rows themselves are in tests/parity."""
 
 import pytest
 import torch
@@ -189,17 +189,18 @@ def test_mmu_rows_with_given_labels():
     assert build.mmu_rows(prefix, text).labels.tolist() == [[-100] * 9 + [1, 2, 3, EOT, -100]]
 
 
-def test_mmu_gen_is_open_ended_and_padded_on_the_left():
+def test_mmu_gen_is_open_ended_and_padded_on_the_right():
     build = prompting()
     rows = build((image(2), [words(1, 2, 3), words(9)]), "mmu_gen")
     first, second = image(2).tolist()
     assert rows.input_ids.tolist() == [
         [MMU, SOI, *first, EOI, EOT, 1, 2, 3],
-        [PAD, PAD, MMU, SOI, *second, EOI, EOT, 9],
+        [MMU, SOI, *second, EOI, EOT, 9, PAD, PAD],
     ]
     assert rows.labels is None
-    check_mask(rows, build)
-    assert not rows.attention_mask.dense()[1, 0, 2:, :2].any()
+    hidden = OmniMask.from_ids(rows.input_ids, build.vocabulary).hide(rows.input_ids == PAD)
+    assert torch.equal(rows.attention_mask.dense(), hidden.dense())
+    assert not rows.attention_mask.dense()[1, 0, :, -2:].any()  # nor does what is generated behind the pads
 
 
 @pytest.mark.parametrize("system_prompt", [None, words(50, 51, 52)])
@@ -208,10 +209,10 @@ def test_mmu_vit(system_prompt):
     rows = build(([words(1, 2, 3), words(9)], 5, system_prompt), "mmu_vit")
     system = [50, 51, 52] if system_prompt else []
     prefix = [MMU, *system, SOI, *[-200] * 5, EOI]
-    assert rows.input_ids.tolist() == [[*prefix, 1, 2, 3], [PAD, PAD, *prefix, 9]]  # no bos
+    assert rows.input_ids.tolist() == [[*prefix, 1, 2, 3], [*prefix, 9, PAD, PAD]]  # no bos
     nothing = [-100] * len(prefix)
-    assert rows.labels.tolist() == [[*nothing, 1, 2, 3], [-100, -100, *nothing, 9]]
-    check_mask(rows, build)
+    assert rows.labels.tolist() == [[*nothing, 1, 2, 3], [*nothing, 9, -100, -100]]
+    assert not rows.attention_mask.dense()[1, 0, :, -2:].any()
     published = OmniMask.mmu_vit(1, len(system), 5, rows.input_ids.shape[1])
     assert torch.equal(rows.attention_mask.dense()[:1], published.dense())
 

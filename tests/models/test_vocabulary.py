@@ -1,4 +1,4 @@
-"""Every id follows from three sizes (SPEC §1)."""
+"""Every id follows from three sizes (spec §1)."""
 
 from dataclasses import FrozenInstanceError
 

@@ -16,7 +16,7 @@ SOURCES = {  # name in the package: (name that the tokenizer reads, sha256)
     "encoder.json": ("vocab.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     "vocab.bpe": ("merges.txt", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
-WHITE_SPACE = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]  # ids 50257…50294 (SPEC §1)
+WHITE_SPACE = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]  # ids 50257…50294 (spec §1)
 
 
 def phi15_tokenizer() -> CodeGenTokenizer:

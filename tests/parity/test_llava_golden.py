@@ -1,4 +1,4 @@
-"""LLaVA samples equal the published system's, case by case (SPEC §8, §9), with Phi-1.5's real tokenizer."""
+"""LLaVA samples equal the published system's, case by case (spec §8, §9), with Phi-1.5's real tokenizer."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from llava import SYSTEM_PROMPT, collate, encode_conversation, encode_plain
 from tests.parity.phi15 import phi15_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/public/phi15_text.json").read_text())
-SYSTEM_LENGTH = 28  # tuning rows are collated to max_length − 28 (SPEC §9)
+SYSTEM_LENGTH = 28  # tuning rows are collated to max_length − 28 (spec §9)
 
 
 @pytest.fixture(scope="module")

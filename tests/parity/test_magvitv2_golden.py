@@ -1,4 +1,4 @@
-"""The full-size image tokenizer gives the published codes, pictures and losses (SPEC §10)."""
+"""The full-size image tokenizer gives the published codes, pictures and losses (spec §10)."""
 
 import json
 

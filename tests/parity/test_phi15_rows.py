@@ -1,4 +1,4 @@
-"""Rows and labels of every task equal the published system's with Phi-1.5's real tokenizer (SPEC §1, §2)."""
+"""Rows and labels of every task equal the published system's with Phi-1.5's real tokenizer (spec §1, §2)."""
 
 import json
 from pathlib import Path

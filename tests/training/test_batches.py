@@ -1,4 +1,4 @@
-"""Three flows become one batch: rows in order, one length, each with its labels and mask (SPEC §2, §5)."""
+"""Three flows become one batch: rows in order, one length, each with its labels and mask (spec §2, §5)."""
 
 import pytest
 import torch

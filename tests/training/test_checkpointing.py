@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, ordered by number, and bring everything back (SPEC §12)."""
+"""Checkpoints are whole or absent, ordered by number, and bring everything back (spec §12)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""LLaVA rows of both branches, and the training of the CLIP-ViT branch (SPEC §2, §3, §9, §12)."""
+"""LLaVA rows of both branches, and the training of the CLIP-ViT branch (spec §2, §3, §9, §12)."""
 
 import shutil
 

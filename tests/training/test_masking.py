@@ -1,4 +1,4 @@
-"""The masking rule of training, recomputed by hand from the same draws (SPEC §6)."""
+"""The masking rule of training, recomputed by hand from the same draws (spec §6)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Which parameters are decayed, how the rate moves, and the average of the weights (SPEC §14)."""
+"""Which parameters are decayed, how the rate moves, and the average of the weights (spec §14)."""
 
 import math
 

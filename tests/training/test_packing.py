@@ -180,13 +180,11 @@ def test_gradient_checkpointing_recomputes_the_same():
 def test_sdpa_over_packed_rows_attends_sample_by_sample(monkeypatch):
     """And never to a mask over whole packed rows."""
     batch, shapes = batch_of(3, features=False), []
-    attend = packing_module.scaled_dot_product_attention
+    attend = packing_module.sdpa_attention_forward
     monkeypatch.setattr(
         packing_module,
-        "scaled_dot_product_attention",
-        lambda *args, attn_mask, **rest: (
-            shapes.append(attn_mask.shape[-1]) or attend(*args, attn_mask=attn_mask, **rest)
-        ),
+        "sdpa_attention_forward",
+        lambda *args, **rest: (shapes.append(args[4].shape[-1]), attend(*args, **rest))[1],
     )
     objective = objective_of(batch, 60)
     tiny_showo(attn_implementation=PACKED_SDPA)(batch[0], batch[2], objective)

@@ -1,4 +1,4 @@
-"""The pictures of a run: drawings of the prompts, and predictions at masked positions only (SPEC §15)."""
+"""The pictures of a run: drawings of the prompts, and predictions at masked positions only (spec §15)."""
 
 import numpy as np
 import pytest

@@ -56,7 +56,7 @@ def caption(name: str, style: str) -> str:
 
 
 def conversations(names: list[Name], held_out: bool, seed: int) -> list[dict]:
-    """LLaVA records (SPEC §9), four for each picture of the split: name, group (yes or no), style, caption.
+    """LLaVA records (spec §9), four for each picture of the split: name, group (yes or no), style, caption.
 
     Every second group question, in a shuffled order, is about the picture's own group, so "yes" and "no" are equally
     frequent. The extra key `task` says which of the four questions a record is.

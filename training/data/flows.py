@@ -1,4 +1,4 @@
-"""The three data flows of a run: which source and which transform a configuration means (SPEC §15, docs/data.md).
+"""The three data flows of a run: which source and which transform a configuration means (spec §15, docs/data.md).
 
 An item is ``{"image": (3, res, res) float32 in [-1, 1], "text": str}``; with ``"codes"``, (N,) int64, in place of the
 picture where shards hold codes, ``"pixel_values"``, (3, S, S), in the CLIP-ViT branch, and ``"input_ids"`` and

@@ -1,4 +1,4 @@
-"""Pictures with texts: a raw sample → ``{"image" | "codes" | "pixel_values": tensor, "text": str}`` (SPEC §15)."""
+"""Pictures with texts: a raw sample → ``{"image" | "codes" | "pixel_values": tensor, "text": str}`` (spec §15)."""
 
 import io
 import os

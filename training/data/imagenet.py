@@ -1,4 +1,4 @@
-"""A folder of class folders, such as ImageNet: the text of a picture is the name of its class (SPEC §15)."""
+"""A folder of class folders, such as ImageNet: the text of a picture is the name of its class (spec §15)."""
 
 import json
 import logging

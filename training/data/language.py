@@ -1,4 +1,4 @@
-"""Plain texts: parquet columns, jsonl and txt files (SPEC §15). An item is a text."""
+"""Plain texts: parquet columns, jsonl and txt files (spec §15). An item is a text."""
 
 import json
 import random

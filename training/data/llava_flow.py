@@ -1,4 +1,4 @@
-"""Conversations on pictures in LLaVA's form: ``{"image": tensor, "input_ids", "labels"}`` (SPEC §9)."""
+"""Conversations on pictures in LLaVA's form: ``{"image": tensor, "input_ids", "labels"}`` (spec §9)."""
 
 import json
 import random

@@ -9,7 +9,7 @@ Every question with its answer becomes one sample: the picture and ``USER: \\n{q
 very text that `inference_mmu.py` asks with, so train on it with `dataset.params.add_caption_prompt: False`. With
 `records=true` a sample is the picture and the whole record as `json`, which the flows llava_pretrain and llava_tuning
 read, also when `encode_images.py` has encoded the pictures. `repeat` weighs the values of the records' key `task`.
-Records without a picture are left out (SPEC §9).
+Records without a picture are left out (spec §9).
 """
 
 import json

@@ -181,7 +181,7 @@ def checked_picture(data: bytes, resize: int, quality: int) -> tuple[str, bytes]
             return suffix, data
         picture = image.convert("RGB")  # as the flows read it; without EXIF, whose rotation they do not apply
         if scaled:
-            new_long = int(resize * long / short)  # SPEC §11
+            new_long = int(resize * long / short)  # spec §11
             size = (resize, new_long) if image.width == short else (new_long, resize)
             picture = picture.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()

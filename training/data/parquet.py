@@ -1,4 +1,4 @@
-"""Parquet files as raw samples, read row group by row group (SPEC §15)."""
+"""Parquet files as raw samples, read row group by row group (spec §15)."""
 
 import random
 from collections.abc import Iterator

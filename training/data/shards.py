@@ -1,4 +1,4 @@
-"""WebDataset shards as raw samples, and what the manifest beside them says (SPEC §15).
+"""WebDataset shards as raw samples, and what the manifest beside them says (spec §15).
 
 A raw sample is a dictionary: ``__key__``, ``__url__``, and the undecoded members by suffix (``jpg``, ``txt``, …).
 """
