@@ -161,6 +161,7 @@ class TrainingSection:
     batch_size_lm: int = 4
     batch_size_mmu: int = 10
     batch_size: int = 1  # pictures drawn at once by the inference scripts
+    trainable: str = "all"  # new: what the language model did not bring, see docs/backbones.md
     mixed_precision: str = "bf16"
     enable_tf32: bool = True
     seed: int | None = 10086
@@ -314,6 +315,7 @@ CHOICES = {
         "constant_with_warmup",
     ),
     "training.pre_encode": (False,),
+    "training.trainable": ("all", "new", "lora"),
     "training.vq_dtype": ("fp32", "bf16"),
     "training.noise_type": ("mask", "random_replace"),
     "training.mixed_precision": ("no", "bf16", "fp16"),
@@ -398,6 +400,8 @@ def find_problems(config: DictConfig) -> list[str]:
             "dataset.packing with compile=true would compile every step anew under attn_implementation=sdpa; give "
             "flex_attention, or leave one of them out"
         )
+    if config.training.trainable == "lora":
+        found.append("training.trainable=lora is not built yet; give new to keep the language model as it is, or all")
     if config.dataset.packing_length is not None and not config.dataset.packing:
         found.append("dataset.packing_length has no effect without dataset.packing=true")
     for key in SHARDS:

@@ -23,7 +23,7 @@ import inference_t2i
 from models import Showo, ShowoConfig
 from models.backbones import read_llm_config
 from tests.training import tiny
-from tests.training.tiny_sources import CLIP_WIDTH, write_clip, write_imagenet, write_llava, write_phi_weights
+from tests.training.tiny_sources import CLIP_WIDTH, write_clip, write_imagenet, write_llava, write_llm_weights
 from training import train, train_w_clip_vit
 from training.data import small_clip
 
@@ -50,7 +50,7 @@ def fresh_accelerate():
 def world(tmp_path_factory):
     """Data of every kind, both tokenizers, a language model's weights, a CLIP tower and models to start from."""
     folder = tiny.write_world(tmp_path_factory.mktemp("world") / "tiny")
-    write_phi_weights(folder / "llm")
+    write_llm_weights(folder / "llm")
     write_imagenet(folder / "imagenet")
     for rounds in (1, 2):
         write_llava(folder, rounds)
