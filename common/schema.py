@@ -227,6 +227,7 @@ class TrainingConfig:
     dtype: str | None = None  # null: bf16 on a GPU, fp32 on a CPU
     attn_implementation: str = "sdpa"
     compile: bool = False
+    conversation: str = "vicuna"  # as published; chat: the chat template of the language model (docs/backbones.md)
 
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
@@ -300,6 +301,7 @@ CHOICES = {
     "drawing.order": ("confidence", "halton"),
     "dtype": ("fp32", "bf16", "fp16"),
     "attn_implementation": ("sdpa", "eager", "flex_attention"),
+    "conversation": ("vicuna", "chat"),
     "wandb.mode": ("online", "offline", "disabled"),
     "model.vq_model.type": ("magvitv2",),
     "dataset.gen_type": ("imagenet1k", "t2i", "t2i_parquet"),
@@ -399,6 +401,10 @@ def find_problems(config: DictConfig) -> list[str]:
         found.append(
             "dataset.packing with compile=true would compile every step anew under attn_implementation=sdpa; give "
             "flex_attention, or leave one of them out"
+        )
+    if config.dataset.add_system_prompt and config.conversation == "chat":
+        found.append(
+            "dataset.add_system_prompt has no effect with conversation=chat, whose template has its own; leave it out"
         )
     if config.training.trainable == "lora":
         found.append("training.trainable=lora is not built yet; give new to keep the language model as it is, or all")
