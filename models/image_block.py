@@ -34,7 +34,8 @@ class ImageBlock:
         self.changing: torch.Tensor | None = None  # (B, N) bool, unknown in that step
         head, offset = model.showo.lm_head, vocabulary.image_offset
         codes = slice(offset, offset + vocabulary.codebook_size)
-        self.head_weight, self.head_bias, self.buffers = head.weight[codes], head.bias[codes], Buffers()
+        self.head_weight, self.buffers = head.weight[codes], Buffers()
+        self.head_bias = self.head_weight.new_zeros(len(self.head_weight)) if head.bias is None else head.bias[codes]
 
     def positions(self, step: int, unknown: torch.Tensor) -> torch.Tensor:
         """(B, N) bool -> (B, U) int64, ascending: every unknown position, and others where a row has fewer."""
@@ -55,7 +56,7 @@ class ImageBlock:
             hidden = ((1 + self.guidance_scale) * cond - self.guidance_scale * uncond).to(hidden.dtype)
         self.buffers.look_at(hidden)
         logits = self.buffers.linear("logits", hidden.flatten(0, 1), self.head_weight, self.head_bias)
-        return logits.float().view(*positions.shape, len(self.head_bias))
+        return logits.float().view(*positions.shape, len(self.head_weight))
 
     def _all(self, positions: torch.Tensor) -> torch.Tensor:
         if self.transformer.length:
