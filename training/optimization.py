@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.processes import gradient_of, local, whole
 
-# Faithful: names, not kinds of parameter, decide. Phi's `*_layernorm.weight` and `embed_tokens.weight` hold none of
-# them and are decayed (pinned by tests/training/test_optimization.py).
+# Faithful: names, not kinds of parameter, decide. The published model's `*_layernorm.weight` and `embed_tokens.weight`
+# hold none of them and are decayed (pinned by tests/training/test_optimization.py).
 NO_DECAY = ("bias", "layer_norm.weight", "mlm_ln.weight", "embeddings.weight")
 
 

@@ -37,7 +37,8 @@ def keep_old_rows(model: nn.Module, old_rows: dict[str, int]) -> None:
     """
     parameters = dict(model.named_parameters())
     for name, rows in old_rows.items():
-        parameters[name].register_post_accumulate_grad_hook(lambda parameter, rows=rows: _drop(parameter.grad, rows))
+        if parameters[name].requires_grad:  # CLIP pre-training trains the projector alone
+            parameters[name].register_post_accumulate_grad_hook(lambda p, rows=rows: _drop(p.grad, rows))
 
 
 def _drop(gradient: torch.Tensor, rows: int) -> None:

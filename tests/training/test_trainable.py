@@ -33,6 +33,14 @@ def test_everything_is_trained_by_default():
     assert choose_trainable(model, "all") == {} and all(p.requires_grad for p in model.parameters())
 
 
+def test_what_another_rule_has_frozen_is_left_alone():
+    model = tiny_showo("llama")
+    old_rows = choose_trainable(model, "new")
+    model.requires_grad_(False)
+    keep_old_rows(model, old_rows)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["phi", "llama"])
 def test_old_rows_stay_to_the_last_bit_under_weight_decay(family, tied, tmp_path):
