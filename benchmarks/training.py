@@ -84,7 +84,7 @@ class Size:
 
 def sizes(name: str) -> Size:
     """``tiny``: `checkpoints/showo-tiny`; under the whole published vocabulary ``100m``: 12 layers of 512, ``8x512``,
-    and ``1.3b``: Phi-1.5."""
+    and ``1.3b``: the published model."""
     if name in LAYERS:
         return Size(ShowoConfig(llm_config=LLM_512 | {"num_hidden_layers": LAYERS[name]}, num_vq_tokens=256), 128)
     if name == "1.3b":
@@ -137,7 +137,7 @@ def make_batch(size: Size, rows: int, device: str = "cpu", stage: Stage = STAGES
 
 
 def _caption(v: Vocabulary, room: int, words: tuple[int, int]) -> list[int]:
-    """A number of words between bos and eos, which Phi-1.5 spells with one id."""
+    """A number of words between bos and eos, which the published tokenizer spells with one id."""
     fewest, most = words
     num_words = min(int(torch.randint(fewest, most + 1, ())), room - 2)
     end = 50256 if v.llm_vocab_size > 50256 else 0

@@ -165,6 +165,7 @@ class TrainingSection:
     batch_size_lm: int = 4
     batch_size_mmu: int = 10
     batch_size: int = 1  # images generated at once by the inference scripts
+    trainable: str = "all"  # new: what the language model did not bring, see docs/backbones.md
     mixed_precision: str = "bf16"
     enable_tf32: bool = True
     seed: int | None = 10086
@@ -232,6 +233,7 @@ class TrainingConfig:
     dtype: str | None = None  # null: bf16 on a GPU, fp32 on a CPU
     attn_implementation: str = "sdpa"
     compile: bool = False
+    conversation: str = "vicuna"  # as published; chat: the chat template of the language model (docs/backbones.md)
 
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
@@ -305,6 +307,7 @@ CHOICES = {
     "drawing.order": ("confidence", "halton"),
     "dtype": ("fp32", "bf16", "fp16"),
     "attn_implementation": ("sdpa", "eager", "flex_attention"),
+    "conversation": ("vicuna", "chat"),
     "wandb.mode": ("online", "offline", "disabled"),
     "model.vq_model.type": ("magvitv2",),
     "dataset.gen_type": ("imagenet1k", "t2i", "t2i_parquet"),
@@ -320,6 +323,7 @@ CHOICES = {
         "constant_with_warmup",
     ),
     "training.pre_encode": (False,),
+    "training.trainable": ("all", "new", "lora"),
     "training.vq_dtype": ("fp32", "bf16"),
     "training.noise_type": ("mask", "random_replace"),
     "training.mixed_precision": ("no", "bf16", "fp16"),
@@ -404,6 +408,12 @@ def find_problems(config: DictConfig) -> list[str]:
             "dataset.packing with compile=true recompiles at every step under attn_implementation=sdpa; give "
             "flex_attention, or drop one of the two"
         )
+    if config.dataset.add_system_prompt and config.conversation == "chat":
+        found.append(
+            "dataset.add_system_prompt has no effect with conversation=chat, whose template has its own; leave it out"
+        )
+    if config.training.trainable == "lora":
+        found.append("training.trainable=lora is not built yet; give new to keep the language model as it is, or all")
     if config.dataset.packing_length is not None and not config.dataset.packing:
         found.append("dataset.packing_length has no effect without dataset.packing=true")
     for key in SHARDS:

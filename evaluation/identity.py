@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import resolve_path
+from models.backbones import DEFAULT_LLM
 from models.checkpoint_io import resolve_folder
 from models.pipeline_loading import choose_device, choose_dtype
 
@@ -20,7 +21,9 @@ def model_settings(config) -> dict[str, Any]:
     """
     showo = config.model.showo
     names = {"checkpoint": showo.pretrained_model_path, "image_tokenizer": config.model.vq_model.vq_model_name}
-    names |= {"llm": showo.llm_model_path} | ({"clip": config.model.clip_vit_name} if showo.w_clip_vit else {})
+    names |= {"llm": showo.llm_model_path or DEFAULT_LLM} | (
+        {"clip": config.model.clip_vit_name} if showo.w_clip_vit else {}
+    )
     parts = {part: f"{Path(name).name} ({fingerprint(_folder(name))})" for part, name in names.items()}
     if file := config.model.vq_model.pretrained_model_path:
         parts["image_tokenizer"] += f" with {Path(file).name}"

@@ -5,14 +5,17 @@ A conversation is what stands under `conversations` in LLaVA's json: a list of
 
     USER: {question} ASSISTANT: {answer}<|endoftext|>USER: {question} ASSISTANT: {answer}<|endoftext|>
 
-of which only the answers and the `<|endoftext|>` behind them are learnt. No image is read here: `<image>` tags are
-dropped, and the image's ids or features are put before the text where the row is built.
+of which only the answers and the `<|endoftext|>` behind them are learned; or, with `conversation: chat`, the text that
+the language model's chat template makes of it, of which the answers and the token that ends a turn are learned. No
+image is read here: `<image>` tags are dropped, and the image's ids or features are put before the text where the row is
+built.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 IGNORE_INDEX = -100  # a label that no loss counts
 IMAGE_TOKEN_INDEX = -200  # the id at which an image feature is spliced into a row
 IMAGE_TAG = "<image>"
-MAX_TEXT_TOKENS = 2048  # Phi-1.5's context
+MAX_TEXT_TOKENS = 2048  # of a conversation, as published
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -43,6 +46,115 @@ def question_prompt_vq(question: str) -> str:
 def question_prompt_vit(question: str) -> str:
     """What a model that sees CLIP features is asked with, after the system prompt (spec §8)."""
     return f"USER: {question} ASSISTANT:"
+
+
+@dataclass(frozen=True)
+class QuestionFormat:
+    """How a question is asked: the text of a prompt, and what ends an answer (`conversation: vicuna | chat`).
+
+    Args:
+        before, after: text before and after the question.
+        answer_gap: what an answer begins with behind that.
+        system_prompt: text that a row with CLIP features holds before the features.
+        stop_ids: ids that end an answer.
+    """
+
+    before: str
+    after: str
+    answer_gap: str
+    system_prompt: str | None
+    stop_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, conversation: str, tokenizer: PreTrainedTokenizerBase, with_features: bool) -> QuestionFormat:
+        """
+        Args:
+            conversation: ``vicuna``, as published, or ``chat``, the tokenizer's chat template.
+            with_features: whether the model sees CLIP features instead of image codes.
+
+        Raises:
+            ValueError: the tokenizer has no chat template that serves.
+        """
+        if conversation == "chat":
+            chat = ChatFormat.of(tokenizer)
+            stop_ids = (tokenizer.convert_tokens_to_ids(chat.end_of_turn), tokenizer.eos_token_id)
+            return cls(chat.opening, chat.to_answer, "", None, tuple(dict.fromkeys(stop_ids)))
+        prompt = question_prompt_vit if with_features else question_prompt_vq
+        before, after = prompt("\0").split("\0")
+        return cls(before, after, " ", SYSTEM_PROMPT if with_features else None, (tokenizer.eos_token_id,))
+
+    def prompt(self, question: str) -> str:
+        return f"{self.before}{question}{self.after}"
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What a chat template writes around the messages of a conversation.
+
+    Args:
+        opening: before the first question; begins with bos, as every other row does.
+        to_answer: between a question and its answer.
+        end_of_turn: the token behind an answer, which the model learns to end with.
+        to_question: behind that, before the next question.
+    """
+
+    opening: str
+    to_answer: str
+    end_of_turn: str
+    to_question: str
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+        """Read off the template by what it makes of three marks, so that each piece is tokenised as it is when a
+        question is asked: templates write a turn otherwise once another follows (a date, an empty thought).
+
+        Raises:
+            ValueError: there is no template, or it ends an answer with no token of its own.
+        """
+        if not tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template; give conversation=vicuna")
+        marks = ("QUESTION-ONE", "ANSWER-ONE", "QUESTION-TWO")
+        turns = [
+            {"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)
+        ]
+
+        def written(turns: list[dict]) -> str:
+            return tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+
+        opening, _, to_answer = written(turns[:1]).partition(marks[0])
+        between = written(turns).partition(marks[1])[2].partition(marks[2])[0]
+        first = _tokens(between, tokenizer)[:1]
+        end_of_turn = tokenizer.convert_ids_to_tokens(first)[0] if first else ""
+        if end_of_turn not in tokenizer.get_added_vocab() or not between.startswith(end_of_turn):
+            raise ValueError(
+                f"the chat template ends an answer with {between!r:.40}, no token; give conversation=vicuna"
+            )
+        if tokenizer.bos_token and not opening.startswith(tokenizer.bos_token):
+            opening = tokenizer.bos_token + opening
+        return cls(opening, to_answer, end_of_turn, between.removeprefix(end_of_turn))
+
+    def encode(self, turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+        """A conversation as one tuning sample; as `encode_conversation`, but in this format.
+
+        Raises:
+            ValueError: the turns are malformed.
+        """
+        messages = _read_turns(turns)
+        if messages[0][0] == "gpt":
+            messages = messages[1:]
+        _check_alternation(messages)
+        input_ids, labels = [], []
+        for number, (speaker, message) in enumerate(messages):
+            if speaker == "human":
+                ids = _tokens((self.to_question if number else self.opening) + message + self.to_answer, tokenizer)
+                labels += [IGNORE_INDEX] * len(ids)
+            else:
+                ids = _tokens(message + self.end_of_turn, tokenizer)
+                labels += ids
+            input_ids += ids
+        return _sample(input_ids[:MAX_TEXT_TOKENS], labels[:MAX_TEXT_TOKENS])
 
 
 def encode_conversation(

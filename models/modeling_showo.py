@@ -161,6 +161,20 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
     def get_output_embeddings(self):
         return self.showo.get_output_embeddings()
 
+    def first_new_rows(self) -> dict[str, int]:
+        """Name of each parameter that the language model did not bring, or not whole → its first new row.
+
+        Rows of embedding and head are new from the first id on that the text tokenizer does not have.
+        """
+        head = self.get_output_embeddings()
+        shared = {id(parameter) for parameter in (self.get_input_embeddings().weight, head.weight, head.bias)}
+        added = (*self.config.backbone.qk_norm_names, "mm_projector")
+        return {
+            name: self.config.llm_vocab_size if id(parameter) in shared else 0
+            for name, parameter in self.named_parameters()
+            if id(parameter) in shared or any(part in name for part in added)
+        }
+
     @classmethod
     def _adapt_state_dict(cls, state_dict, config):
         """Resizes the vocabulary to the configuration's: kept rows stay, new ones are initialised (spec §4, §12)."""

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
+from llava import QuestionFormat
 from models.backbones import DEFAULT_LLM
 from models.checkpoint_io import TOKENIZER_FILES, check_state_dict, load_weights_file, read_json, resolve_folder
 from models.clip_encoder import CLIP_VIT_L_336, CLIPVisionTower
@@ -51,6 +52,7 @@ class Source:
     dtype: str | torch.dtype | None = None
     attn_implementation: str = "sdpa"
     compile: bool = False
+    conversation: str = "vicuna"
 
     @classmethod
     def of_folder(cls, name_or_path: str | Path, **settings) -> "Source":
@@ -77,7 +79,7 @@ class Source:
             max_seq_length=config.dataset.preprocessing.max_seq_length,
             resolution=config.dataset.preprocessing.resolution,
             sizes=showo,
-            **{key: config[key] for key in ("device", "dtype", "attn_implementation", "compile")},
+            **{key: config[key] for key in ("device", "dtype", "attn_implementation", "compile", "conversation")},
         )
 
 
@@ -94,6 +96,7 @@ def load(source: Source) -> dict:
     prompting = load_prompting(llm, source.max_seq_length)
     config = read_showo_config(folder, llm, source.sizes)
     check_text_tokenizer(llm, prompting, config)
+    check_conversation(source.conversation, prompting, config)
     check_image_tokenizer(source, config, MAGVITv2._read_config(vq_folder, {}))
     settings = {"dtype": dtype, "attn_implementation": source.attn_implementation}
     with without_loading_bars():
@@ -103,6 +106,7 @@ def load(source: Source) -> dict:
     if source.compile:
         model.compile_steps()
     parts = {"model": model, "vq_model": vq_model, "prompting": prompting, "clip": clip}
+    parts["conversation"] = source.conversation
     return parts | {"resolution": source.resolution}
 
 
@@ -242,6 +246,14 @@ def check_text_tokenizer(llm: str, prompting: UniversalPrompting, config: ShowoC
             f"the tokenizer in model.showo.llm_model_path={llm} has {found} tokens, but llm_vocab_size is "
             f"{config.llm_vocab_size}; give the tokenizer the model was trained with"
         )
+
+
+def check_conversation(conversation: str, prompting: UniversalPrompting, config: ShowoConfig) -> None:
+    """Refuses a format that is none, or that the text tokenizer has no template for."""
+    try:
+        QuestionFormat.of(conversation, prompting.tokenizer, config.w_clip_vit)
+    except ValueError as error:
+        raise UserError(f"conversation={conversation}: {error}") from None
 
 
 def check_image_tokenizer(source: Source, config: ShowoConfig, vq_config: MAGVITv2Config) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from common.errors import UserError
-from llava import SYSTEM_PROMPT, question_prompt_vit, question_prompt_vq
+from llava import QuestionFormat
 from models.clip_encoder import CLIPVisionTower
 from models.generation.sampling import SamplingParameters, Schedule, get_mask_schedule
 from models.images import load_image, preprocess, to_pil
@@ -45,6 +45,7 @@ class ShowoPipeline:
         prompting: the text tokenizer with Show-o's tokens; its `max_text_len` is M, the room for a prompt.
         resolution: side of a picture in pixels; default: the one that makes the model's `num_vq_tokens`.
         noise_schedule: of drawing, see `get_mask_schedule`.
+        conversation: how questions are asked: ``vicuna``, as published, or ``chat``, the language model's template.
 
     Raises:
         ValueError: the resolution is no multiple of the tokenizer's factor, or a `w_clip_vit` model lacks its `clip`.
@@ -58,6 +59,7 @@ class ShowoPipeline:
         resolution: int | None = None,
         clip: CLIPVisionTower | None = None,
         noise_schedule: str | Schedule = "cosine",
+        conversation: str = "vicuna",
     ):
         factor = vq_model.downsampling_factor
         self.resolution = resolution or factor * math.isqrt(model.config.num_vq_tokens)
@@ -68,6 +70,7 @@ class ShowoPipeline:
             raise ValueError("a model with w_clip_vit=True answers from CLIP features; give clip=CLIPVisionTower(…)")
         self.model, self.vq_model, self.clip = model.eval(), vq_model.eval(), clip
         self.prompting, self.noise_schedule = prompting, noise_schedule
+        self.question_format = QuestionFormat.of(conversation, prompting.tokenizer, model.config.w_clip_vit)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **settings) -> "ShowoPipeline":
@@ -78,7 +81,7 @@ class ShowoPipeline:
                 config.json of the language model) and, with CLIP-ViT, `clip/`.
             settings: `vq_model`, `llm`, `clip` (folder or hub name; default: the sub-folder, else the published one),
                 `max_seq_length` (128), `resolution`, `device` (default: a GPU if there is one), `dtype` (`fp32`,
-                `bf16`, `fp16`; default: bf16 on a GPU, else fp32), `attn_implementation`, `compile`.
+                `bf16`, `fp16`; default: bf16 on a GPU, else fp32), `attn_implementation`, `compile`, `conversation`.
 
         Raises:
             UserError: a part is missing, broken, or does not fit the others.
@@ -323,7 +326,7 @@ class ShowoPipeline:
         """
         pairs = [(image, question) for image in range(len(images)) for question in range(len(questions))]
         for batch in _batches(pairs, batch_size):
-            streams = [_Words(self.prompting.tokenizer, callback, pair) for pair in batch] if callback else []
+            streams = [_Words(self, callback, pair) for pair in batch] if callback else []
 
             def put(ids: torch.Tensor, streams=streams) -> None:
                 for stream, one in zip(streams, ids.cpu().split(1), strict=True):
@@ -370,7 +373,7 @@ class ShowoPipeline:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            eot_token=self.prompting.eos_id,
+            eot_token=self.question_format.stop_ids,
             generator=generator,
             callback=callback,
         )
@@ -380,7 +383,8 @@ class ShowoPipeline:
     def answer_loss(self, image: Picture, question: str, answer: str) -> tuple[float, bool]:
         """Mean negative log-likelihood of an answer's tokens (no end token), and whether they are the greedy ones."""
         rows = self._question_rows([image], [0], [question])
-        ids = self.prompting.tokenizer(f" {answer.strip()}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        text = self.question_format.answer_gap + answer.strip()
+        ids = self.prompting.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         ids = ids.to(self.device)
         input_ids = torch.cat([rows.pop("input_ids"), ids], dim=1)
         mask = rows.pop("attention_mask").extend(ids.shape[1])
@@ -390,18 +394,16 @@ class ShowoPipeline:
     def _question_rows(self, images: list[Picture], index: list[int], questions: list[str]) -> dict:
         """Inputs of `mmu_generate`: questions, each about `images[index]`, seen as codes or as CLIP features."""
         check_texts(questions)
+        texts = [self.question_format.prompt(question) for question in questions]
         if not self.model.config.w_clip_vit:
             image_ids = self.encode(images)[index] + self.model.vocabulary.image_offset
-            texts = [question_prompt_vq(question) for question in questions]
             rows = self.prompting((image_ids, texts), "mmu_gen")
             return {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
         features = self.clip(self.clip.preprocess([_open(image) for image in images]))  # (n, F, C)
-        texts = [question_prompt_vit(question) for question in questions]
-        rows = self.prompting((texts, features.shape[1], SYSTEM_PROMPT), "mmu_vit")
-        mask = rows.attention_mask.to(self.device)
+        rows = self.prompting((texts, features.shape[1], self.question_format.system_prompt), "mmu_vit")
         return {
             "input_ids": rows.input_ids.to(self.device),
-            "attention_mask": mask,
+            "attention_mask": rows.attention_mask.to(self.device),
             "image_features": features[index],
         }
 
@@ -409,15 +411,16 @@ class ShowoPipeline:
 class _Words(TextStreamer):
     """The words of one answer, handed on as soon as they are whole."""
 
-    def __init__(self, tokenizer, callback: Callable[[int, int, str], None], pair: tuple[int, int]):
-        super().__init__(tokenizer, skip_special_tokens=True)
+    def __init__(self, pipeline: ShowoPipeline, callback: Callable[[int, int, str], None], pair: tuple[int, int]):
+        super().__init__(pipeline.prompting.tokenizer, skip_special_tokens=True)
+        self.stop_ids = pipeline.question_format.stop_ids
         self.callback, self.pair, self.begun, self.ended = callback, pair, False, False
 
     def put(self, value: torch.Tensor) -> None:
         """One more id; behind the end of an answer come pads."""
         if not self.ended:
             super().put(value)
-            if int(value) == self.tokenizer.eos_token_id:
+            if int(value) in self.stop_ids:
                 self.end()
 
     def end(self) -> None:

@@ -28,7 +28,7 @@ class Vocabulary:
     """Ids of the special tokens, the image codes and the mask token.
 
     Args:
-        llm_vocab_size: number of text ids, 50295 for Phi-1.5.
+        llm_vocab_size: number of text ids, the length of the tokenizer; 50295 as published.
         num_new_special_tokens: number of ids between text and image codes, the pad included; 10 as published.
         codebook_size: number of image codes.
 

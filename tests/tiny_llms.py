@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from models import Showo, ShowoConfig
 from models.backbones import BACKBONES
@@ -48,3 +49,28 @@ def vocabulary() -> dict:
 def tiny_showo(family: str, qk_norm: bool | None = None, attn_implementation: str = "sdpa", **settings) -> Showo:
     config = showo_config(family, qk_norm, **settings)
     return fill_(Showo._from_config(config, attn_implementation=attn_implementation)).eval()
+
+
+CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LLAMA3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+def byte_tokenizer(tokens: tuple[str, ...], **settings) -> PreTrainedTokenizerFast:
+    """One id for each byte, and special tokens behind them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **settings)
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    return tokenizer
+
+
+def qwen_like() -> PreTrainedTokenizerFast:
+    """No bos; the end of a turn is not eos; a pad of its own."""
+    return byte_tokenizer(CHATML_TOKENS, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def llama_like() -> PreTrainedTokenizerFast:
+    """No pad; the end of a turn is not eos."""
+    return byte_tokenizer(LLAMA3_TOKENS, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")

@@ -1,5 +1,6 @@
 """Optimiser, schedule and moving average of a run (spec §14)."""
 
+from collections.abc import Collection
 from contextlib import contextmanager
 
 import torch
@@ -9,39 +10,49 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.processes import gradient_of, local, whole
 
-# Faithful: names, not kinds of parameter, decide. Phi's `*_layernorm.weight` and `embed_tokens.weight` hold none of
-# them and are decayed (pinned by tests/training/test_optimization.py).
+# Faithful: names, not kinds of parameter, decide. The published model's `*_layernorm.weight` and `embed_tokens.weight`
+# hold none of them and are decayed (pinned by tests/training/test_optimization.py).
 NO_DECAY = ("bias", "layer_norm.weight", "mlm_ln.weight", "embeddings.weight")
 
 
-def parameter_groups(named_parameters, weight_decay: float) -> list[dict]:
-    """Trainable parameters with and without weight decay."""
+def parameter_groups(named_parameters, weight_decay: float, undecayed: Collection[str] = ()) -> list[dict]:
+    """Trainable parameters with and without weight decay.
+
+    Args:
+        undecayed: further names without: of parameters some rows of which must stay as they are.
+    """
     groups = {True: [], False: []}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            groups[not any(part in name for part in NO_DECAY)].append(parameter)
+            groups[name not in undecayed and not any(part in name for part in NO_DECAY)].append(parameter)
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, config, scale: float = 1.0) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config, scale: float = 1.0, undecayed: Collection[str] = ()
+) -> torch.optim.Optimizer:
     """AdamW as configured by `optimizer.params`.
 
     Args:
         scale: multiplies the learning rate.
+        undecayed: see `parameter_groups`.
     """
     params = config.optimizer.params
     return adamw(
         model.named_parameters(),
         params.weight_decay,
+        undecayed,
         lr=params.learning_rate * scale,
         betas=(params.beta1, params.beta2),
         eps=params.epsilon,
     )
 
 
-def adamw(named_parameters, weight_decay: float, *, fused: bool = True, **settings) -> torch.optim.AdamW:
+def adamw(
+    named_parameters, weight_decay: float, undecayed: Collection[str] = (), *, fused: bool = True, **settings
+) -> torch.optim.AdamW:
     """AdamW over the groups of `parameter_groups`; fused: one pass over weights, gradients and moments."""
-    return torch.optim.AdamW(parameter_groups(named_parameters, weight_decay), fused=fused, **settings)
+    return torch.optim.AdamW(parameter_groups(named_parameters, weight_decay, undecayed), fused=fused, **settings)
 
 
 def make_schedule(optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:

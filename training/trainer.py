@@ -47,6 +47,7 @@ from training.parts import (
 )
 from training.processes import Agreement, before_each_step, is_sharded, make_accelerator, whole, whole_weights
 from training.samples import GENERATED_PANEL, PREDICTED_PANEL, draw, predict_masked
+from training.trainable import choose_trainable, keep_old_rows
 
 
 class Trainer:
@@ -96,6 +97,7 @@ class Trainer:
         if training.seed is not None:
             set_seed(training.seed)  # the same new weights everywhere: FSDP keeps each process's own part
         self.model = make_model(config, self.start.weights if self.start else None)
+        old_rows = choose_trainable(self.model, training.trainable)
         understanding.attach(self.model, device)
         if training.seed is not None:
             set_seed(training.seed, device_specific=True)  # but masks of its own for each process
@@ -104,11 +106,17 @@ class Trainer:
             enable_gradient_checkpointing(self.model)
         rows = sum(training[f"batch_size_{task}"] for task in TASKS)
         rows *= training.gradient_accumulation_steps * self.accelerator.num_processes
-        self.optimizer = make_optimizer(self.model, config, scale=rows if config.optimizer.params.scale_lr else 1)
+        scale = rows if config.optimizer.params.scale_lr else 1
+        self.optimizer = make_optimizer(self.model, config, scale, undecayed=old_rows)
+        deepspeed = self.accelerator.state.deepspeed_plugin is not None
+        if deepspeed:
+            keep_old_rows(self.model, old_rows)
         # `model` has the methods and the plain names; `wrapped` runs training steps, `forward` perhaps compiled.
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model.to(device), self.optimizer)
-        if self.accelerator.state.deepspeed_plugin is not None:
+        if deepspeed:
             before_each_step(self.wrapped, self.before_deepspeed_step)
+        else:
+            keep_old_rows(self.model, old_rows)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
         self.schedule = make_schedule(self.optimizer, config)
         self.accelerator.register_for_checkpointing(self.schedule)

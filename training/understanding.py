@@ -81,6 +81,7 @@ class ClipVitUnderstanding:
             )
         self.clip_vit_name = str(resolve_path(config.model.clip_vit_name))
         self.projector_only = dataset.und_type == "llava_pretrain"
+        self.system_prompt = not self.projector_only and config.conversation == "vicuna"
         if self.projector_only and not self.has_rows:
             raise UserError("llava_pretrain trains mm_projector alone, but training.batch_size_mmu is 0; raise it")
         check_data(config)  # before CLIP is loaded, perhaps from the hub
@@ -97,7 +98,7 @@ class ClipVitUnderstanding:
 
     def text_length(self, config, prompting) -> int:
         """As in the other branch."""
-        system = [] if self.projector_only else system_ids(prompting)
+        system = system_ids(prompting) if self.system_prompt else []
         return room_for_text(config, self.num_features, len(system))
 
     def attach(self, model, device) -> None:
@@ -116,14 +117,14 @@ class ClipVitUnderstanding:
         """Rows ``<mmu>`` system ``<soi>`` −200 … ``<eoi>`` text, and the features (B, F, size) for the −200."""
         features = self.tower(send(stack(items, "pixel_values"), builder.device))
         places = torch.full(features.shape[:2], IMAGE_FEATURE_ID)  # (B, F)
-        system = [] if self.projector_only else system_ids(builder.prompting)
+        system = system_ids(builder.prompting) if self.system_prompt else []
         rows, _ = conversation_rows(items, places, system, builder)
         rows.attention_mask = OmniMask.mmu_vit(len(items), len(system), places.shape[1], builder.row_length)
         return rows, features
 
 
 def system_ids(prompting) -> list[int]:
-    """LLaVA's system prompt, 28 ids with Phi-1.5's tokenizer."""
+    """LLaVA's system prompt, 28 ids with the published tokenizer."""
     return prompting.tokenizer(SYSTEM_PROMPT, add_special_tokens=False)["input_ids"]
 
 

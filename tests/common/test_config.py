@@ -278,6 +278,9 @@ def test_all_mistakes_come_at_once(load):
         "model.vq_model.type=vqgan",
         "training.pre_encode=true",
         "training.noise_type=salt",
+        "training.trainable=some",
+        "training.trainable=lora",
+        "conversation=llava",
         "optimizer.name=sgd",
         "dataset.gen_type=video",
         "dataset.combined_loader_mode=max_size",
@@ -315,9 +318,10 @@ def test_senseless_and_unhonoured_values(load, argument):
         (["drawing.refresh_every=2", "compile=true"], "needs attn_implementation=sdpa and compile=False"),
         (["drawing.refresh_every=2", "attn_implementation=eager"], "needs attn_implementation=sdpa and compile=False"),
         (["drawing.refresh=2"], "drawing.refresh_every"),
+        (["conversation=chat", "dataset.add_system_prompt=true"], "whose template has its own"),
     ],
 )
-def test_drawing_options_that_do_not_go_together(load, arguments, message):
+def test_options_that_do_not_go_together(load, arguments, message):
     assert message in refused(load, "", *arguments)
 
 

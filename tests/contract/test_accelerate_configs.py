@@ -118,9 +118,9 @@ def test_the_machines_differ_in_nothing_but_their_rank():
     assert all(tree == trees[0] for tree in trees)
 
 
-def test_fsdp_is_version_2_over_phi_layers(monkeypatch):
+def test_fsdp_is_version_2_over_the_layers_of_whichever_language_model(monkeypatch):
     made = plugin("8_gpus_fsdp2", monkeypatch)
     assert (made.fsdp_version, made.reshard_after_forward) == (2, True)
-    assert made.transformer_cls_names_to_wrap == ["PhiDecoderLayer"]
+    assert made.transformer_cls_names_to_wrap is None  # accelerate then asks the model, see models/backbones.py
     assert made.state_dict_type.name == "SHARDED_STATE_DICT"
     assert not made.activation_checkpointing  # model.gradient_checkpointing does it

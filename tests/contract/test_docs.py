@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SPEC = ROOT / "docs" / "spec.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
 CITATION = re.compile(r"\bspec (§\d+(?:(?:, | and )§\d+)*)", re.IGNORECASE)  # "spec §7", "spec §2, §5 and §9"
-FORTHCOMING = {"docs/backbones.md"}  # described already, still to be written; goes when it arrives
+FORTHCOMING: set[str] = set()
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 

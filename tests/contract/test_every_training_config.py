@@ -23,13 +23,16 @@ import inference_t2i
 from models import Showo, ShowoConfig
 from models.backbones import read_llm_config
 from tests.training import tiny
-from tests.training.tiny_sources import CLIP_WIDTH, write_clip, write_imagenet, write_llava, write_phi_weights
+from tests.training.tiny_sources import CLIP_WIDTH, write_clip, write_imagenet, write_llava, write_llm_weights
 from training import train, train_w_clip_vit
 from training.data import small_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
+OTHER_LLMS = {f"showo_{llm}_stage{stage}": llm for llm in ("llama3", "qwen2_5") for stage in (1, 2)}
+FAMILIES = {"llama3": "llama", "qwen2_5": "qwen2"}
 PUBLISHED = sorted(path.stem for path in CONFIGS.glob("showo_*.yaml") if "tiny" not in path.stem)
+PUBLISHED = [name for name in PUBLISHED if name not in OTHER_LLMS]
 DEMOS = [name for name in PUBLISHED if "demo" in name]
 STAGES = [name for name in PUBLISHED if "demo" not in name]
 SMALL = [f"showo_tiny_{stage}" for stage in ("stage1", "stage2", "stage3")]
@@ -50,7 +53,7 @@ def fresh_accelerate():
 def world(tmp_path_factory):
     """Data of every kind, both tokenizers, a language model's weights, a CLIP tower and models to start from."""
     folder = tiny.write_world(tmp_path_factory.mktemp("world") / "tiny")
-    write_phi_weights(folder / "llm")
+    write_llm_weights(folder / "llm")
     write_imagenet(folder / "imagenet")
     for rounds in (1, 2):
         write_llava(folder, rounds)
@@ -113,10 +116,12 @@ def published_sizes(world: Path, name: str, system_prompt: bool) -> dict:
     }
 
 
-def start_of(world: Path, name: str) -> Path | None:
+def start_of(world: Path, name: str, output_dir: Path | None = None) -> Path | None:
     """What a stage begins with; CLIP pre-training begins with a model that has no projector."""
-    if name == "showo_pretraining_stage1":
+    if name == "showo_pretraining_stage1" or name in OTHER_LLMS and name.endswith("stage1"):
         return None
+    if name in OTHER_LLMS:
+        return output_dir.with_name("stage1")
     side = SIDES[read(name)["dataset"]["preprocessing"]["resolution"]]
     return world / f"start{side}{'_w_clip_vit' if 'tuning_2_w_clip' in name else ''}"
 
@@ -127,7 +132,7 @@ def overrides(world: Path, name: str, output_dir: Path) -> list[str]:
     given = data(world, dataset["gen_type"], dataset["und_type"]) | SMALL_BATCHES | STEPS
     given |= published_sizes(world, name, "tuning_2_w_clip" in name)
     given |= {"experiment.output_dir": output_dir, "dataset.params.num_workers": 0}
-    if start := start_of(world, name):
+    if start := start_of(world, name, output_dir):
         given["experiment.init_from"] = start
     return [f"{key}={value}" for key, value in given.items()]
 
@@ -205,6 +210,33 @@ def test_a_stage_begins_in_the_published_way(world, tmp_path):
     run(name, given)
     assert_trained(tmp_path / "out")
     assert_learnt(tmp_path / "out", tmp_path / "before", projector_only=True)
+
+
+# --- other language models
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("llm", FAMILIES)
+def test_another_language_model_takes_two_steps_in_both_stages(llm, world, tmp_path):
+    """Stage 1 leaves all that the language model brought as it was, stage 2 begins there and trains everything."""
+    folder, tied = world / llm, {"tied": llm == "qwen2_5"}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny.write_llm(folder, world / "corpus.txt", family=FAMILIES[llm], **heads)
+    given = load_file(write_llm_weights(folder, **tied) / "model.safetensors")
+    matrices = {name for name in given if name in ("model.embed_tokens.weight", "lm_head.weight")}
+    for stage in (1, 2):
+        name, out = f"showo_{llm}_stage{stage}", tmp_path / f"stage{stage}"
+        arguments = [a for a in overrides(world, name, out) if not a.startswith("model.showo.llm_model_path=")]
+        arguments.append(f"model.showo.llm_model_path={folder}")
+        run(name, arguments)
+        assert_trained(out)
+        got = weights(out)
+        changed = {n for n, old in given.items() if not torch.equal(got[f"showo.{n}"][: len(old)], old.float())}
+        assert changed == (matrices if stage == 1 else set(given))
+        if stage == 1:
+            rows = tiny.LLM_VOCAB_SIZE
+            assert all(torch.equal(got[f"showo.{n}"][:rows], given[n][:rows].float()) for n in matrices)
+    assert Showo.from_pretrained(str(out)).config.llm_config["model_type"] == FAMILIES[llm]
 
 
 # --- the four demo files
@@ -316,4 +348,4 @@ def test_an_entry_point_runs_from_another_folder(script, name, world, tmp_path):
 def test_every_file_is_here():
     assert len(PUBLISHED) == 15 and len(STAGES) == 11 and len(DEMOS) == 4
     others = {"showo_tiny_magvitv2", "showo_tiny_demo"}  # of other scripts
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PUBLISHED, *SMALL} | others
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PUBLISHED, *OTHER_LLMS, *SMALL} | others

@@ -90,6 +90,14 @@ COMMON = {
 CAPTIONS = [f"external_{which}caption_path" for which in ("", "journeydb_", "laion12m_", "cc12m_")]
 
 
+# of other language models: hub name, entries of the tokenizer
+OTHER_LLMS = {
+    f"showo_{llm}_stage{stage}": where
+    for llm, where in (("llama3", ("meta-llama/Llama-3.2-1B", 128256)), ("qwen2_5", ("Qwen/Qwen2.5-1.5B", 151665)))
+    for stage in (1, 2)
+}
+
+
 def file_of(name: str) -> Path:
     return ROOT / "configs" / f"{name}.yaml"
 
@@ -122,7 +130,7 @@ def load(monkeypatch):
 
 
 def test_there_are_fifteen_published_files():
-    files = {path.stem for path in (ROOT / "configs").glob("*.yaml") if "tiny" not in path.stem}
+    files = {path.stem for path in (ROOT / "configs").glob("*.yaml") if "tiny" not in path.stem} - set(OTHER_LLMS)
     demos = {f"showo_demo{branch}{size}" for branch in ("", "_w_clip_vit") for size in ("", "_512x512")}
     assert files == demos | set(NAMES) and len(files) == 15
 
@@ -152,6 +160,34 @@ def test_what_all_have_in_common(name, load):
     assert config.validation_prompts_file == f"validation_prompts/{prompts}.txt"
     assert config.model.showo.w_clip_vit == ("clip" in name)
     assert config.model.showo.pretrained_model_path == "showlab/show-o" + ("-w-clip-vit" if "clip" in name else "")
+
+
+@pytest.mark.parametrize("name", OTHER_LLMS)
+def test_another_language_model_changes_only_what_it_must(name, load):
+    stage = name[-1]
+    before, now = (flat(OmegaConf.to_container(load(n))) for n in (f"showo_pretraining_stage{stage}", name))
+    hub_name, words = OTHER_LLMS[name]
+    changed = {key: value for key, value in now.items() if before[key] != value}
+    folder = {key: changed.pop(key) for key in ("experiment.name", "experiment.output_dir", "output_dir")}
+    assert len(set(folder.values())) == 1
+    assert changed == {
+        "model.showo.llm_model_path": hub_name,
+        "model.showo.llm_vocab_size": words,
+        "model.showo.vocab_size": words + 10 + 8192 + 1,
+        "model.showo.pretrained_model_path": None,
+    } | ({"training.trainable": "new"} if stage == "1" else {})
+    assert f"config=configs/{name}.yaml" in header(name)
+    if stage == "2":
+        earlier = folder["output_dir"].replace("stage2", "stage1")
+        assert f"experiment.init_from={earlier}\n" in header(name)
+        assert f"cp -r {earlier}/checkpoint-500000 {folder['output_dir']}/checkpoint-0\n" in header(name)
+
+
+def flat(tree: dict, before: str = "") -> dict:
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{before}{key}.") if isinstance(value, dict) and value else {before + key: value}
+    return found
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -218,7 +254,7 @@ def test_the_512_stages_start_from_the_published_model(name, load):
     assert f"{load(name).experiment.output_dir}/checkpoint-0/unwrapped_model" in header(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *OTHER_LLMS])
 def test_the_needed_variables_are_in_the_comment_and_the_readme(name):
     readme = (ROOT / "configs/README.md").read_text()
     assert variables(name) == sorted(set(re.findall(r"SHOWO_\w+", header(name))))

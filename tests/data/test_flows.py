@@ -14,8 +14,10 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from common.errors import UserError
+from models import UniversalPrompting
 from models.clip_encoder import image_processor_class
 from models.images import preprocess
+from tests.tiny_llms import qwen_like
 from tests.training.tiny import CAPTIONS, config_of, image_bytes, picture, sample, write_shard, write_texts, write_world
 from training.data.batching import stack
 from training.data.captions import CAPTION_INSTRUCTIONS
@@ -244,6 +246,17 @@ def test_llava(world, tmp_path, tokenizer, processor, kind, clip):
         assert item.keys() == {"pixel_values" if clip else "image", "input_ids", "labels", "key"}
         assert item["labels"].shape == item["input_ids"].shape and (item["labels"] != -100).any()
     assert stack(next(flow), "pixel_values" if clip else "image").shape == ((2, 3, 24, 24) if clip else (2, 3, 32, 32))
+
+
+def test_llava_as_a_chat(world, tmp_path, tokenizer):
+    settings = llava(tmp_path) | {"dataset.und_type": "llava_tuning", f"{PREPROCESSING}.max_seq_length": 80}
+    settings["conversation"] = "chat"
+    chat = UniversalPrompting(qwen_like()).tokenizer
+    (item, _) = next(flow_of(world, "mmu", settings, tokenizer=chat))
+    assert "<|im_start|>user\nWhat?<|im_end|>\n" in chat.decode(item["input_ids"])
+    assert chat.decode(item["labels"][item["labels"] != -100]).endswith("<|im_end|>")
+    with pytest.raises(UserError, match="conversation=chat: the tokenizer has no chat template"):
+        flow_of(world, "mmu", settings, tokenizer=tokenizer)
 
 
 def test_llava_from_shards(world, tmp_path, tokenizer):

@@ -9,10 +9,21 @@ import pytest
 import torch
 from transformers import AutoModel, Gemma2Config, MistralConfig, Qwen2Config
 
-from models import OmniMask, Showo, ShowoConfig
+from models import OmniMask, Showo, ShowoConfig, UniversalPrompting
 from models.backbones import BACKBONES
 from tests.parity.goldens import prompting, tensors
-from tests.tiny_llms import FAMILIES, WORDS, config_of, showo_config, tiny_llm, tiny_showo, vocabulary
+from tests.tiny_llms import (
+    FAMILIES,
+    WORDS,
+    byte_tokenizer,
+    config_of,
+    llama_like,
+    qwen_like,
+    showo_config,
+    tiny_llm,
+    tiny_showo,
+    vocabulary,
+)
 from training.loss import Objective
 from training.packing import PACKED_SDPA, Packing
 
@@ -174,3 +185,24 @@ def test_a_norm_that_the_layers_cannot_have_or_do_without_is_refused(family, wan
 def test_the_rows_of_a_language_models_pad_are_trained():
     """`nn.Embedding(padding_idx=…)` would keep one row, of another token here, out of training."""
     assert tiny_showo("llama", pad_token_id=5).get_input_embeddings().padding_idx is None
+
+
+def test_a_tokenizer_without_bos_begins_rows_with_the_token_that_opens_a_turn():
+    prompting = UniversalPrompting(qwen_like(), max_text_len=8)
+    start, end = prompting.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|endoftext|>"])
+    pad = prompting.vocabulary.pad_id
+    assert pad == prompting.vocabulary.llm_vocab_size == 256 + 3 and pad != end, "Show-o's own, not the tokenizer's"
+    ids = prompting((["ab", "<|im_start|>ab"], 6), "lm").input_ids
+    assert ids[0].tolist() == ids[1].tolist() == [start, *prompting.tokenizer("ab").input_ids, end, pad, pad]
+
+
+def test_a_tokenizer_keeps_its_own_bos_and_needs_no_pad():
+    prompting = UniversalPrompting(llama_like(), max_text_len=8)
+    assert prompting.tokenizer.convert_ids_to_tokens(prompting.bos_id) == "<|begin_of_text|>"
+    assert prompting.tokenizer.pad_token_id == prompting.vocabulary.pad_id == 256 + 5
+
+
+@pytest.mark.parametrize("settings", [{"eos_token": "<|endoftext|>"}, {"bos_token": "<|endoftext|>"}])
+def test_a_tokenizer_without_bos_or_eos_and_without_a_stand_in_is_refused(settings):
+    with pytest.raises(ValueError, match="needs a bos and an eos token"):
+        UniversalPrompting(byte_tokenizer(("<|endoftext|>",), **settings))

@@ -6,10 +6,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from common.errors import UserError
-from models import CLIPVisionTower, ShowoPipeline
+from models import CLIPVisionTower, Showo, ShowoConfig, ShowoPipeline, UniversalPrompting
 from models.pipeline_showo import _Words, mask_tokens
 from tests.parity.goldens import PHI, facts, prompting, tensors, tiny_showo
 from tests.tiny import RESOLUTION, WINDOW, clip_showo, tiny_vq, write_checkpoints, write_clip
+from tests.tiny_llms import qwen_like, showo_config
 
 FAST = {"timesteps": 3, "guidance_scale": 2.0}
 HALF = WINDOW // 2
@@ -296,12 +297,35 @@ def test_words_are_streamed_as_they_come(branch, request):
 def test_the_blank_before_a_first_word_is_not_streamed(pipeline):
     """Byte-level tokenizers begin an answer with one; the answer itself is given without."""
     heard = []
-    words = _Words(pipeline.prompting.tokenizer, lambda image, question, text: heard.append(text), (0, 1))
+    words = _Words(pipeline, lambda image, question, text: heard.append(text), (0, 1))
     for text in (" ", " a ", " b"):
         words.on_finalized_text(text)
     words.end()
     words.end()
     assert heard == ["a ", " b", ""]
+
+
+def test_a_chat_asks_by_the_template_and_stops_at_the_end_of_the_turn(monkeypatch):
+    prompting = UniversalPrompting(qwen_like(), max_text_len=16)
+    words = prompting.vocabulary.llm_vocab_size
+    sizes = {"llm_vocab_size": words, "codebook_size": 64, "num_vq_tokens": 16, "vocab_size": words + 75}
+    llm = showo_config("qwen2").llm_config
+    pipeline = ShowoPipeline(Showo(ShowoConfig(llm_config=llm, **sizes)), tiny_vq(), prompting, conversation="chat")
+    end = prompting.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    given, heard = {}, []
+
+    def generate(input_ids, *, eot_token, callback, **settings):
+        given.update(text=prompting.tokenizer.decode(input_ids[0, 3 + 16 :]), eot_token=eot_token)
+        ids = torch.tensor([[*prompting.tokenizer("A cat.").input_ids, end, prompting.vocabulary.pad_id]])
+        for token in ids.T:
+            callback(token)
+        return ids
+
+    monkeypatch.setattr(pipeline.model, "mmu_generate", generate)
+    answers = pipeline.answer(noise(0), "Who?", callback=lambda image, question, text: heard.append(text))
+    assert given["text"] == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "bos once"
+    assert end in given["eot_token"] and prompting.eos_id in given["eot_token"]
+    assert answers == [["A cat."]] and "".join(heard) == "A cat." and heard.index("") == len(heard) - 1
 
 
 def test_sampled_answers_follow_the_seed(pipeline):

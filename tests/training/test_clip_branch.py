@@ -155,6 +155,14 @@ def test_clip_rows_are_those_of_the_specification(clip_understanding, und_type, 
     assert torch.equal(expected, OmniMask.from_ids(rows.input_ids, vocabulary).dense()), "the ids ask for the same"
 
 
+@pytest.mark.parametrize(("conversation", "expected"), [("vicuna", True), ("chat", False)])
+def test_a_chat_template_brings_its_own_system_prompt(world, conversation, expected):
+    config = config_of(world, overrides=settings(world, "llava_tuning", conversation=conversation))
+    understanding, prompting = ClipVitUnderstanding(config), make_prompting(config)
+    room = config.dataset.preprocessing.max_seq_length + NUM_TOKENS - NUM_FEATURES
+    assert (understanding.text_length(config, prompting) < room) == expected
+
+
 def test_the_model_splices_the_features_and_learns_from_the_text_alone(world, clip_understanding):
     """The loss of a CLIP row is the shifted mean over its text, by hand."""
     config = config_of(world, overrides=settings(world))

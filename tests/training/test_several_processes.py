@@ -14,7 +14,8 @@ import yaml
 from safetensors.torch import load_file
 
 from models.images import preprocess
-from tests.training.tiny import CAPTIONS, arguments, metrics_of, picture
+from tests.training.tiny import CAPTIONS, LLM_VOCAB_SIZE, arguments, metrics_of, picture, write_llm
+from tests.training.tiny_sources import write_llm_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
@@ -65,7 +66,6 @@ def environment(kind: str) -> dict[str, str]:
         settings = yaml.safe_load((ROOT / "accelerate_configs/8_gpus_fsdp2.yaml").read_text())["fsdp_config"]
         kept |= {key.upper(): str(value).lower() for key, value in settings.items()}
         kept["FSDP_AUTO_WRAP_POLICY"] = settings["fsdp_auto_wrap_policy"]
-        kept["FSDP_TRANSFORMER_CLS_TO_WRAP"] = settings["fsdp_transformer_layer_cls_to_wrap"]
         kept["FSDP_STATE_DICT_TYPE"] = settings["fsdp_state_dict_type"]
         kept |= {"ACCELERATE_USE_FSDP": "true", "TEST_FSDP2": "1"}
     return kept
@@ -180,6 +180,41 @@ def test_packed_rows_are_the_same_training(world, tmp_path, whole_runs, kind):
         assert [after[n] for n in names] == pytest.approx([before[n] for n in names], rel=1e-3)
         assert after["padding_share_unpacked"] == pytest.approx(before["padding_share"])
         assert after["padding_share"] < before["padding_share"]
+
+
+@pytest.fixture(scope="module")
+def llama_world(world, tmp_path_factory):
+    """The same data for a Llama whose heads share keys and values, and whose head is its embedding."""
+    folder = tmp_path_factory.mktemp("llama")
+    write_llm(folder / "llm", world / "corpus.txt", family="llama", num_attention_heads=4, num_key_value_heads=2)
+    write_llm_weights(folder / "llm", tied=True)
+    start = {"model.showo.load_from_showo": False, "model.showo.llm_model_path": folder / "llm"}
+    return start | {"training.ema_decay": None, "experiment.generate_every": 99}
+
+
+@pytest.mark.parametrize("trainable", ["all", "new"])
+def test_another_family_is_the_same_training_in_every_kind(world, llama_world, tmp_path, trainable):
+    settings = llama_world | {"training.trainable": trainable, "dataset.packing": trainable == "all"}
+    names = ("step_loss_t2i", "step_loss_lm", "step_loss_mmu", "lr")
+    given = load_file(llama_world["model.showo.llm_model_path"] / "model.safetensors")
+    matrix, found = "model.embed_tokens.weight", {}
+    for kind in KINDS:
+        run(kind, world, tmp_path / kind, settings)
+        found[kind] = [[line[n] for n in names] for line in metrics_of(tmp_path / kind) if "lr" in line]
+        weights = load_file(tmp_path / kind / "model.safetensors")
+        head = {"showo.lm_head.weight"}  # FSDP2 writes a tied matrix twice
+        assert {f"showo.{name}" for name in given} == set(weights) - head
+        changed = {name for name, old in given.items() if not same_rows(weights[f"showo.{name}"], old.float())}
+        assert changed == ({matrix} if trainable == "new" else set(given))
+        if trainable == "new":
+            assert same_rows(weights[f"showo.{matrix}"], given[matrix].float()[:LLM_VOCAB_SIZE]), "to the last bit"
+    for kind in KINDS[1:]:
+        for ours, theirs in zip(found[kind], found["ddp"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def same_rows(tensor: torch.Tensor, old: torch.Tensor) -> bool:
+    return torch.equal(tensor[: len(old)], old)
 
 
 @pytest.fixture(scope="module")

@@ -65,10 +65,10 @@ def make_vq_model(code_bits: int = 6) -> MAGVITv2:
     return model
 
 
-def write_llm(folder: Path, corpus: Path, vocab_size: int = LLM_VOCAB_SIZE) -> Path:
-    """Tokenizer and Phi settings by the project's own command."""
+def write_llm(folder: Path, corpus: Path, vocab_size: int = LLM_VOCAB_SIZE, **more) -> Path:
+    """Tokenizer and settings by the project's own command."""
     sizes = {"vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    settings = {"corpus": corpus, "output_dir": folder, "intermediate_size": 64, **sizes}
+    settings = {"corpus": corpus, "output_dir": folder, "intermediate_size": 64, **sizes, **more}
     small_llm.main([f"{key}={value}" for key, value in settings.items()])
     return folder
 

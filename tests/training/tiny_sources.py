@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.training.tiny import CAPTIONS, COLOURS, LLM_VOCAB_SIZE, picture
 from training.data import small_clip
@@ -52,10 +52,11 @@ def write_clip(folder: Path) -> Path:
     return folder
 
 
-def write_phi_weights(folder: Path, spare_rows: int = 30) -> Path:
+def write_llm_weights(folder: Path, spare_rows: int = 30, tied: bool = False) -> Path:
     """Weights for the folder of `write_llm` as Phi-1.5 has them: half precision, and more rows than its tokenizer."""
-    config = PhiConfig.from_pretrained(folder, vocab_size=LLM_VOCAB_SIZE + spare_rows, tie_word_embeddings=False)
+    settings = {"vocab_size": LLM_VOCAB_SIZE + spare_rows, "tie_word_embeddings": tied}
+    config = AutoConfig.from_pretrained(folder, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        PhiForCausalLM(config).half().save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).half().save_pretrained(folder)
     return folder

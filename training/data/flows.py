@@ -12,7 +12,7 @@ from typing import Any
 
 from common.config import resolve_path
 from common.errors import UserError
-from llava import encode_conversation, encode_plain
+from llava import ChatFormat, encode_conversation, encode_plain
 from training.data.captions import Captions, ExternalCaptions
 from training.data.encoding_records import tokenizer_sha256
 from training.data.flow_paths import LLAVA, FlowPaths, all_or_problems
@@ -150,11 +150,20 @@ class _Setup:
             return text_item
         if kind in LLAVA:
             plain = kind == "llava_pretrain" and self.image_processor is not None
-            encode = encode_plain if plain else encode_conversation
+            encode = encode_plain if plain else self.encode_conversation()
             return LlavaItem(pictures, encode, self.tokenizer, self.text_length)
         external = self.external_captions() if kind in ("t2i", "captioning") else None
         instructions = name == "mmu" and self.params.add_caption_prompt
         return ImageTextItem(pictures, Captions(external, instructions, shorten=name == "t2i"))
+
+    def encode_conversation(self) -> Callable:
+        """Turns and tokenizer → a sample, in the format that `conversation` names."""
+        if self.config.conversation != "chat":
+            return encode_conversation
+        try:
+            return ChatFormat.of(self.tokenizer).encode
+        except ValueError as error:
+            raise UserError(f"conversation=chat: {error}") from None
 
     def pictures(self, name: str) -> Pictures:
         preprocessing, model = self.config.dataset.preprocessing, self.config.model.showo

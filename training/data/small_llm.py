@@ -1,8 +1,8 @@
-"""Makes the language-model folder of a small Show-o: a BPE tokenizer from a text file, and a Phi configuration.
+"""Makes the language-model folder of a small Show-o: a BPE tokenizer from a text file, and a configuration.
 
     python3 training/data/small_llm.py corpus=data/emoji_world/text/train.txt output_dir=checkpoints/showo-tiny/llm
 
-The folder takes the place of `microsoft/phi-1_5` in `model.showo.llm_model_path`; it holds no weights, so start with
+`model.showo.llm_model_path` takes the folder in place of a language model's; it holds no weights, so start with
 `load_from_showo: True` and `pretrained_model_path: null` (random weights).
 """
 
@@ -15,24 +15,27 @@ if __name__ == "__main__":
 
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PhiConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
+from models.backbones import BACKBONES, DEFAULT_MODEL_TYPE
 
-END_OF_TEXT = "<|endoftext|>"  # bos, eos and unk at once, as in Phi-1.5
+END_OF_TEXT = "<|endoftext|>"  # bos, eos and unk at once, as in the published model's tokenizer
 
 
 @dataclass
 class SmallLlmConfig:
     corpus: str = "???"  # text file, one text per line
     output_dir: str = "???"
+    family: str = DEFAULT_MODEL_TYPE  # one of models/backbones.py
     vocab_size: int = 1000  # the end-of-text token counted
     hidden_size: int = 192
     num_hidden_layers: int = 6
     num_attention_heads: int = 3
+    num_key_value_heads: int | None = None  # null: as many; several heads may share keys and values
     intermediate_size: int = 768
-    hidden_act: str = "gelu_pytorch_tanh"  # Phi's gelu_new as one fused operation
+    hidden_act: str | None = None  # null: the family's
     max_position_embeddings: int = 512
     tie_word_embeddings: bool = True
 
@@ -64,12 +67,19 @@ def main(argv: list[str]) -> None:
     corpus = Path(config.corpus)
     if not corpus.is_file():
         raise UserError(f"corpus={corpus} does not exist")
-    settings = OmegaConf.to_container(config)
-    del settings["corpus"], settings["output_dir"]
+    if config.family not in BACKBONES:
+        raise UserError(f"family={config.family!r}; allowed: {', '.join(BACKBONES)}")
+    left_out = ("corpus", "output_dir", "family")
+    settings = {key: value for key, value in OmegaConf.to_container(config).items() if key not in left_out}
+    settings = {key: value for key, value in settings.items() if value is not None}
     tokenizer = train_tokenizer(corpus.read_text(encoding="utf-8").splitlines(), settings["vocab_size"])
     tokenizer.save_pretrained(config.output_dir)
     end_id = tokenizer.eos_token_id
-    PhiConfig(**settings, bos_token_id=end_id, eos_token_id=end_id).save_pretrained(config.output_dir)
+    config_class = BACKBONES[config.family].model_class.config_class
+    llm_config = config_class(**settings, bos_token_id=end_id, eos_token_id=end_id)
+    if hasattr(llm_config, "sliding_window"):
+        llm_config.sliding_window = None  # some families have one by default, which a Show-o cannot use
+    llm_config.save_pretrained(config.output_dir)
     print(f"{config.output_dir}: {settings['vocab_size']} tokens")
 
 
