@@ -136,7 +136,7 @@ def generate_all(task, pipeline, config, results: ResultFolder, tracker: Tracker
         temperature=config.generation_temperature,
         generator=generator,
         progress=True,
-        sampling=SamplingParameters(**config.drawing),
+        sampling=SamplingParameters(**config.sampling),
     )
     for prompts, generated in batches:
         step = results.count

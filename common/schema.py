@@ -198,7 +198,7 @@ class MaskScheduleSection:
 
 
 @dataclass
-class DrawingSection:
+class SamplingSection:
     """Approximate, faster image generation; the defaults are exact. docs/performance.md gives the cost of each."""
 
     refresh_every: int = 1  # all keys and values are computed every so many steps; in between, known tokens keep theirs
@@ -272,7 +272,8 @@ class InferenceConfig(TrainingConfig):
     guidance_scale: float = II("training.guidance_scale")
     generation_timesteps: int = II("training.generation_timesteps")
     generation_temperature: float = II("training.generation_temperature")
-    drawing: DrawingSection = field(default_factory=DrawingSection)
+    cpu_kernels: bool = True  # on a CPU in fp32: faster products for few rows, the same tokens
+    sampling: SamplingSection = field(default_factory=SamplingSection)
 
     mode: str | None = None  # t2i, inpainting, extrapolation
     prompt: str | None = None  # several, and several directions or questions, are split at " *** "
@@ -304,7 +305,7 @@ ShowoScriptConfig = InferenceConfig
 
 CHOICES = {
     "mode": ("t2i", "inpainting", "extrapolation"),
-    "drawing.order": ("confidence", "halton"),
+    "sampling.order": ("confidence", "halton"),
     "dtype": ("fp32", "bf16", "fp16"),
     "attn_implementation": ("sdpa", "eager", "flex_attention"),
     "conversation": ("vicuna", "chat"),
@@ -361,9 +362,9 @@ RANGES = {  # both ends are allowed, infinite values never
     "training.guidance_scale": (0, math.inf),
     "training.generation_timesteps": (1, math.inf),
     "training.generation_temperature": (0, math.inf),
-    "drawing.refresh_every": (1, math.inf),
-    "drawing.guidance_start": (0, 1),
-    "drawing.guidance_stop": (0, 1),
+    "sampling.refresh_every": (1, math.inf),
+    "sampling.guidance_start": (0, 1),
+    "sampling.guidance_stop": (0, 1),
     "num_images_per_prompt": (1, math.inf),
     "max_new_tokens": (1, math.inf),
     "temperature": (0, math.inf),
@@ -429,12 +430,10 @@ def find_problems(config: DictConfig) -> list[str]:
         value, expected = OmegaConf.select(config, key), OmegaConf.select(config, same)
         if value != expected:
             found.append(f"{key} is {value} and {same} is {expected}; they must agree (omit the first one)")
-    drawing = OmegaConf.select(config, "drawing")
-    if drawing is not None and drawing.guidance_start > drawing.guidance_stop:
-        span = f"{drawing.guidance_start} and {drawing.guidance_stop}"
-        found.append(f"drawing.guidance_start and drawing.guidance_stop are {span}; the first must not be larger")
-    if drawing is not None and drawing.refresh_every > 1 and (config.compile or config.attn_implementation != "sdpa"):
-        found.append("drawing.refresh_every > 1 needs attn_implementation=sdpa and compile=False")
+    sampling = OmegaConf.select(config, "sampling")
+    if sampling is not None and sampling.guidance_start > sampling.guidance_stop:
+        span = f"{sampling.guidance_start} and {sampling.guidance_stop}"
+        found.append(f"sampling.guidance_start and sampling.guidance_stop are {span}; the first must not be larger")
     return found
 
 

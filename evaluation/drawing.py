@@ -33,9 +33,9 @@ class DrawingTask(Task):
 
     @property
     def _options(self) -> dict[str, Any]:
-        """The `drawing.*` keys that are not neutral."""
+        """The `sampling.*` keys that are not neutral."""
         neutral = SamplingParameters()
-        return {f"drawing.{k}": value for k, value in self.config.drawing.items() if value != getattr(neutral, k)}
+        return {f"sampling.{k}": value for k, value in self.config.sampling.items() if value != getattr(neutral, k)}
 
     def notes(self) -> list[str]:
         parts = [f"guidance {self.config.guidance_scale:g}", f"{self.config.generation_timesteps} steps"]
@@ -52,7 +52,7 @@ class DrawingTask(Task):
             timesteps=self.config.generation_timesteps,
             temperature=self.config.generation_temperature,
             generator=generator,
-            sampling=SamplingParameters(**self.config.drawing),
+            sampling=SamplingParameters(**self.config.sampling),
         )
         return [save(self.folder, self.file_of(item), image) for item, image in zip(items, drawn, strict=True)]
 

@@ -18,6 +18,7 @@ from llava import QuestionFormat
 from models.backbones import DEFAULT_LLM
 from models.checkpoint_io import TOKENIZER_FILES, check_state_dict, load_weights_file, read_json, resolve_folder
 from models.clip_encoder import CLIP_VIT_L_336, CLIPVisionTower
+from models.generation import cpu
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
 from models.modeling_showo import Showo, ShowoConfig
 from models.prompting import UniversalPrompting
@@ -52,6 +53,7 @@ class Source:
     dtype: str | torch.dtype | None = None
     attn_implementation: str = "sdpa"
     compile: bool = False
+    cpu_kernels: bool = True
     conversation: str = "vicuna"
 
     @classmethod
@@ -79,7 +81,10 @@ class Source:
             max_seq_length=config.dataset.preprocessing.max_seq_length,
             resolution=config.dataset.preprocessing.resolution,
             sizes=showo,
-            **{key: config[key] for key in ("device", "dtype", "attn_implementation", "compile", "conversation")},
+            **{
+                key: config[key]
+                for key in ("device", "dtype", "attn_implementation", "compile", "cpu_kernels", "conversation")
+            },
         )
 
 
@@ -105,6 +110,8 @@ def load(source: Source) -> dict:
         model = Showo.from_pretrained(folder, config=config, **settings).to(device)
     if source.compile:
         model.compile_steps()
+    elif source.cpu_kernels and device.type == "cpu":
+        cpu.enable(model)
     parts = {"model": model, "vq_model": vq_model, "prompting": prompting, "clip": clip}
     parts["conversation"] = source.conversation
     return parts | {"resolution": source.resolution}

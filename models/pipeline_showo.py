@@ -81,7 +81,8 @@ class ShowoPipeline:
                 config.json of the language model) and, with CLIP-ViT, `clip/`.
             settings: `vq_model`, `llm`, `clip` (folder or hub name; default: the sub-folder, else the published one),
                 `max_seq_length` (128), `resolution`, `device` (default: a GPU if there is one), `dtype` (`fp32`,
-                `bf16`, `fp16`; default: bf16 on a GPU, else fp32), `attn_implementation`, `compile`, `conversation`.
+                `bf16`, `fp16`; default: bf16 on a GPU, else fp32), `attn_implementation`, `compile`, `cpu_kernels`,
+                `conversation`.
 
         Raises:
             UserError: a part is missing, broken, or does not fit the others.

@@ -297,10 +297,10 @@ def test_all_mistakes_come_at_once(load):
         "temperature=-1",
         "seed=-1",
         "num_images_per_prompt=0",
-        "drawing.refresh_every=0",
-        "drawing.guidance_start=2",
-        "drawing.guidance_stop=-1",
-        "drawing.order=spiral",
+        "sampling.refresh_every=0",
+        "sampling.guidance_start=2",
+        "sampling.guidance_stop=-1",
+        "sampling.order=spiral",
         "dataset.params.resolution=512",
         "lr_scheduler.params.learning_rate=1",
         "dataset.params.train_lm_shards_path_or_url=[1, 2]",
@@ -314,10 +314,8 @@ def test_senseless_and_unhonoured_values(load, argument):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["drawing.guidance_start=0.8", "drawing.guidance_stop=0.2"], "0.8 and 0.2; the first must not be larger"),
-        (["drawing.refresh_every=2", "compile=true"], "needs attn_implementation=sdpa and compile=False"),
-        (["drawing.refresh_every=2", "attn_implementation=eager"], "needs attn_implementation=sdpa and compile=False"),
-        (["drawing.refresh=2"], "drawing.refresh_every"),
+        (["sampling.guidance_start=0.8", "sampling.guidance_stop=0.2"], "0.8 and 0.2; the first must not be larger"),
+        (["sampling.refresh=2"], "sampling.refresh_every"),
         (["conversation=chat", "dataset.add_system_prompt=true"], "whose template has its own"),
     ],
 )

@@ -94,12 +94,12 @@ def test_drawing_options_reach_the_model(evaluation, monkeypatch):
     monkeypatch.setattr(
         ShowoPipeline, "text_to_image", lambda self, *a, **more: given.append(more["options"]) or draw(self, *a, **more)
     )
-    evaluation.run("emoji_drawing", "drawing.order=halton", "drawing.refresh_every=1")
+    evaluation.run("emoji_drawing", "sampling.order=halton", "sampling.refresh_every=1")
     assert set(given) == {SamplingParameters(order="halton")}
-    assert "3 steps, drawing.order=halton" in (evaluation.folder / "results.md").read_text()
-    with pytest.raises(UserError, match="drawing.order=halton, now it is not set"):
+    assert "3 steps, sampling.order=halton" in (evaluation.folder / "results.md").read_text()
+    with pytest.raises(UserError, match="sampling.order=halton, now it is not set"):
         evaluation.run("emoji_drawing")
-    assert "drawing.refresh_every" not in (evaluation.folder / "emoji_drawing/settings.json").read_text()
+    assert "sampling.refresh_every" not in (evaluation.folder / "emoji_drawing/settings.json").read_text()
 
 
 def test_answers_about_another_world_do_not_mix(places, tmp_path):
