@@ -2,7 +2,7 @@
 
     python3 benchmarks/generation.py                                    # 4 layers of the published width
     python3 benchmarks/generation.py --hidden 512 --layers 8 --heads 8 --timesteps 8 --new-tokens 40
-    python3 benchmarks/generation.py --llm llama --kv-heads 8
+    python3 benchmarks/generation.py --llm FAMILY --kv-heads 8      # of models/backbones.py
     python3 benchmarks/generation.py --loops answer --questions 20 --new-tokens 100
     python3 benchmarks/generation.py --device cuda --layers 24 --resolution 512 --batch 8 --timesteps 18 --repeats 2
 

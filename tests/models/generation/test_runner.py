@@ -8,7 +8,6 @@ from benchmarks import published
 from models import OmniMask, get_mask_schedule
 from models.generation import cpu
 from models.generation import runner as runner_module
-from models.generation.kv_cache import KVCache
 from models.generation.runner import BUCKET, Runner, run_decoder
 from tests.parity.goldens import tiny_showo
 from tests.tiny_llms import FAMILIES
@@ -62,16 +61,6 @@ def test_pieces_equal_the_whole(family, implementation, static, monkeypatch):
         parts = [runner.prefill(first), *(runner.step(part) for part in rest)]
         same(torch.cat(parts, dim=1), model.hidden_states(ids, mask))
         assert runner.length == ids.shape[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["phi", "llama"])
-def test_pieces_under_flex_attention(family):
-    model, (ids, sizes) = showo_of(family, attn_implementation="flex_attention"), CASES["image"]
-    mask = OmniMask.from_ids(ids, model.vocabulary)
-    runner, (first, *rest) = Runner(model, mask), ids.split(sizes, dim=1)
-    parts = [runner.prefill(first), *(runner.step(part) for part in rest)]
-    same(torch.cat(parts, dim=1), showo_of(family).hidden_states(ids, mask))
 
 
 @pytest.mark.parametrize("family", ["phi", "qwen3"])
@@ -131,43 +120,6 @@ def test_a_released_cache_is_used_again():
     assert addresses[0] == addresses[1] and list(model.step_caches) == [(2, BUCKET)]
     other = Runner(model, mask)
     assert Runner(model, mask).cache is not other.cache  # it serves one runner at a time
-
-
-def test_the_cache_writes_in_all_three_ways():
-    cache = KVCache(1, 6)
-    cache.length = 6
-    keys = torch.randn(2, 3, 4, 5)
-    cache.write_at(slice(1, 5))
-    cache.update(keys, -keys, 0)
-    assert torch.equal(cache.keys[0][:, :, 1:5], keys) and torch.equal(cache.values[0][:, :, 1:5], -keys)
-    cache.write_at(torch.tensor([5, 0, 1, 2]))
-    assert torch.equal(cache.update(keys, -keys, 0)[0][:, :, [5, 0, 1, 2]], keys)
-    slots = torch.tensor([[0, 1, 2, 3], [5, 4, 3, 2]])
-    cache.write_at(slots)
-    found = cache.update(keys, -keys, 0)[1]
-    assert torch.equal(found[0][:, slots[0]], -keys[0]) and torch.equal(found[1][:, slots[1]], -keys[1])
-    cache.crop(4)
-    assert cache.get_seq_length() == 4
-
-
-def test_image_features():
-    model = tiny_showo(w_clip_vit=True, clip_feature_size=24)
-    ids = torch.tensor([[MMU, SOI, *[-200] * 9, EOI, 117, 3, 4, 5]])
-    features, mask = torch.randn(1, 9, 24), OmniMask.from_ids(ids, model.vocabulary)
-    runner = Runner(model, mask)
-    parts = [runner.prefill(ids[:, :13], features), runner.step(ids[:, 13:])]
-    same(torch.cat(parts, dim=1), model.hidden_states(ids, mask, image_features=features))
-
-
-def test_half_precision_and_autocast():
-    model, (ids, sizes) = tiny_showo(), CASES["question"]
-    mask = OmniMask.from_ids(ids, model.vocabulary)
-    whole = model.hidden_states(ids, mask)
-    for context, m in ((torch.autocast("cpu", torch.bfloat16), model), (torch.no_grad(), tiny_showo().bfloat16())):
-        with context:
-            runner, (first, *rest) = Runner(m, mask), ids.split(sizes, dim=1)
-            parts = [runner.prefill(first), *(runner.step(part) for part in rest)]
-        torch.testing.assert_close(torch.cat(parts, dim=1).float(), whole, atol=0.15, rtol=0)
 
 
 # ---- what is put on a model from outside ----
