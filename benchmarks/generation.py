@@ -1,16 +1,17 @@
 """Both generation loops against the published algorithm (`benchmarks/published.py`), in one run, on random weights.
 
-    python3 benchmarks/generation.py --hidden 512 --layers 8
-    python3 benchmarks/generation.py --hidden 512 --layers 8 --resolution 512 --loops drawing
-    python3 benchmarks/generation.py --hidden 512 --layers 8 --loops answering --questions 20 --new-tokens 100
-    python3 benchmarks/generation.py --device cuda --hidden 2048 --layers 24 --heads 32 --resolution 512 --batch 8 \
-        --timesteps 50 --loops drawing --repeats 2
+    python3 benchmarks/generation.py                                    # 4 layers of the published width
+    python3 benchmarks/generation.py --hidden 512 --layers 8 --heads 8 --timesteps 8 --new-tokens 40
+    python3 benchmarks/generation.py --llm llama --kv-heads 8
+    python3 benchmarks/generation.py --loops answer --questions 20 --new-tokens 100
+    python3 benchmarks/generation.py --device cuda --layers 24 --resolution 512 --batch 8 --timesteps 18 --repeats 2
 
-Prints a table and last one JSON line: machine, date, commit, seconds, ratios. `limit` is the time of the counted work
-at the machine's measured matmul rate and copy bandwidth (`benchmarks/limits.py`). `--dtype bf16` and `--compile` also
-time ours in that precision and with `torch.compile`, against the published loops in fp32; on a GPU (`--device cuda`)
-both are on. `--questions` asks so many about one picture, one by one and in one batch of ours. The exit code is 1 if
-the tokens in fp32 are not the published ones.
+Prints a table and last one JSON line: machine, date, commit, seconds, ratios. `generate` is transformers' own loop over
+the same weights and prompt under a causal mask, so its tokens are others. `limit` is the time of the counted work at
+the machine's measured matmul rate and copy bandwidth (`benchmarks/limits.py`). `--dtype bf16` and `--compile` also time
+ours in that precision and compiled, against the published loops in fp32; on a GPU (`--device cuda`) both are on.
+`--questions` asks so many about one image, one by one and in one batch. The exit code is 1 if the tokens in fp32 are
+not the published ones.
 """
 
 import argparse
@@ -27,28 +28,33 @@ import torch
 
 from benchmarks import limits, published, report
 from models import Showo, ShowoConfig, get_mask_schedule
+from models.backbones import BACKBONES
+from models.generation import cpu
 
 MAX_TEXT = 128  # M
-LOOPS = ("drawing", "answering")
+LOOPS = ("image", "answer")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--llm", choices=BACKBONES, default=next(iter(BACKBONES)), help="family of the language model")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, help="of keys and values; default: as many")
     parser.add_argument("--tokens", type=int, default=256, help="image tokens, a square")
     parser.add_argument("--resolution", type=int, choices=(256, 512), help="of the published models, instead of tokens")
-    parser.add_argument("--batch", type=int, default=1, help="pictures drawn at once")
+    parser.add_argument("--batch", type=int, default=1, help="images generated at once")
     parser.add_argument("--loops", nargs="+", choices=LOOPS, default=LOOPS)
     parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--timesteps", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=40)
-    parser.add_argument("--questions", type=int, default=0, help="about one picture, one by one against all at once")
+    parser.add_argument("--timesteps", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--questions", type=int, default=0, help="about one image, one by one against all at once")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of further rows; default: bf16 on a GPU, fp32 elsewhere")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="further rows; default: on a GPU")
+    parser.add_argument("--cpu-kernels", action=argparse.BooleanOptionalAction, default=True, help="on a CPU")
     parser.add_argument("--repeats", type=int, default=1, help="the fastest of so many runs counts")
     args = parser.parse_args(argv)
     args.tokens = (args.resolution // 16) ** 2 if args.resolution else args.tokens
@@ -61,30 +67,35 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def make_model(args) -> Showo:
     """Random weights of the given size over the full published vocabulary."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": args.hidden, "num_hidden_layers": args.layers, "num_attention_heads": args.heads}
-    llm = sizes | {"intermediate_size": 4 * args.hidden, "max_position_embeddings": 2048}
+    llm = {"model_type": args.llm, "hidden_size": args.hidden, "num_hidden_layers": args.layers}
+    llm |= {"num_attention_heads": args.heads, "num_key_value_heads": args.kv_heads or args.heads}
+    llm |= {
+        "intermediate_size": 4 * args.hidden,
+        "max_position_embeddings": 2048,
+        "head_dim": args.hidden // args.heads,
+    }
     return Showo(ShowoConfig(llm_config=llm, num_vq_tokens=args.tokens)).eval().to(args.device)
 
 
 def make_prompts(model: Showo, args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Drawing rows with 20 words, their unconditional rows, and a 10-word question about one picture."""
+    """Text-to-image rows with 20 words, their unconditional rows, and a 10-word question about one image."""
     v = model.vocabulary
     words = torch.randint(0, 50000, (30,)).tolist()
     block = [v.soi_id, *[v.mask_token_id] * args.tokens, v.eoi_id]
 
-    def drawing(text: list[int]) -> list[int]:
+    def t2i(text: list[int]) -> list[int]:
         ids = [v.t2i_id, 50256, *text, 50256]
         return [v.pad_id] * (MAX_TEXT + 1 - len(ids)) + ids + block
 
     codes = (v.image_offset + torch.randint(0, v.codebook_size, (args.tokens,))).tolist()
     question = [v.mmu_id, v.soi_id, *codes, v.eoi_id, 50256, *words[20:]]
-    rows = (torch.tensor([row], device=args.device) for row in (drawing(words[:20]), drawing([])))
+    rows = (torch.tensor([row], device=args.device) for row in (t2i(words[:20]), t2i([])))
     return *(row.repeat(args.batch, 1) for row in rows), torch.tensor([question], device=args.device)
 
 
-def timed(run, args):
-    """(seconds of the fastest run, its result)."""
-    best, result = float("inf"), None
+def timed(run: Callable[[], torch.Tensor], args) -> tuple[float, torch.Tensor]:
+    """(seconds of the fastest run, its result), after one run that pays for set-up."""
+    best, result = float("inf"), run()
     for _ in range(args.repeats):
         if args.device != "cpu":
             torch.cuda.synchronize()
@@ -100,19 +111,21 @@ def ours(model: Showo, args, prompts) -> dict[str, Callable]:
     """Our loops as functions without arguments."""
     row, uncond, question = prompts
 
-    def draw():
+    def image() -> torch.Tensor:
         settings = {"guidance_scale": args.guidance, "timesteps": args.timesteps}
         return model.t2i_generate(row, uncond, **settings, generator=torch.Generator(args.device).manual_seed(0))
 
-    answer = partial(model.mmu_generate, question, max_new_tokens=args.new_tokens, top_k=1)
-    return {"drawing": draw, "answering": answer}
+    return {
+        "image": image,
+        "answer": partial(model.mmu_generate, question, max_new_tokens=args.new_tokens, top_k=1),
+    }
 
 
 def baseline(model: Showo, args, prompts) -> dict[str, Callable]:
-    """The published ones."""
+    """The published ones, and transformers' own loop for text."""
     row, uncond, question = prompts
 
-    def draw():
+    def image() -> torch.Tensor:
         return published.t2i_generate(
             model,
             row,
@@ -124,55 +137,70 @@ def baseline(model: Showo, args, prompts) -> dict[str, Callable]:
             generator=torch.Generator(args.device).manual_seed(0),
         )
 
+    length = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens, "do_sample": False}
     return {
-        "drawing": draw,
-        "answering": partial(published.mmu_generate, model, question, max_new_tokens=args.new_tokens),
+        "image": image,
+        "answer": partial(published.mmu_generate, model, question, max_new_tokens=args.new_tokens),
+        "generate": partial(model.showo.generate, question, attention_mask=torch.ones_like(question), **length),
     }
 
 
 def limit(model: Showo, args, prompts, dtype: torch.dtype) -> dict[str, float]:
     """Seconds that the counted work of each loop takes at least, at the machine's measured rates.
 
-    Drawing: text once, then all layers at the image block and the head at N positions and all codes, every step;
-    with guidance twice the rows, but the head once. Ours skips a part of that where codes are known. Answering: the
-    prompt, then all weights read once for every new token.
+    Image: text once, then all layers at the image block and the head at N positions and all codes, every step; with
+    guidance twice the rows, but the head once. Ours skips a part of that where codes are known. Answer: the prompt,
+    then all weights read once for every new token.
     """
     config, rates = model.config, limits.measure(args.device, dtype)
     length, rows = args.tokens + 2, args.batch * (2 if args.guidance > 0 else 1)
     text = int((prompts[0][0] != model.vocabulary.pad_id).sum()) - length
     step = limits.layers(config, rows * length, rows * length * (text + length))
     step += limits.head(config, args.batch * args.tokens, model.vocabulary.codebook_size)
-    drawing = limits.layers(config, rows * text, rows * text * text / 2) + step * args.timesteps
+    image = limits.layers(config, rows * text, rows * text * text / 2) + step * args.timesteps
     prompt = prompts[2].shape[1]
-    answering = rates.floor(limits.layers(config, prompt, prompt * prompt))
-    answering += args.new_tokens * rates.floor(limits.weights(config, dtype.itemsize))
-    return {"drawing": rates.floor(drawing), "answering": answering}
+    answer = rates.floor(limits.layers(config, prompt, prompt * prompt))
+    answer += args.new_tokens * rates.floor(limits.weights(config, dtype.itemsize))
+    return {"image": rates.floor(image), "answer": answer}
 
 
-def compare(theirs, own, floors, args) -> dict:
-    """The loops in fp32, after one run of each: first calls pay for set-up."""
+def compare(model: Showo, args, prompts, floors) -> dict:
+    """The loops in fp32: the published ones and `generate` with transformers' modules as they are, then ours."""
+    loops = [*args.loops, *["generate"] * ("answer" in args.loops)]
+    with published.published_activations(model):
+        theirs = {name: timed(run, args) for name, run in baseline(model, args, prompts).items() if name in loops}
+    if args.device == "cpu" and args.cpu_kernels:
+        cpu.enable(model)
     results = {}
     for name in args.loops:
-        slow, fast, floor = theirs[name], own[name], floors[name]
-        fast(), slow()
-        (fast_seconds, fast_ids), (slow_seconds, slow_ids) = timed(fast, args), timed(slow, args)
-        same, ratio = torch.equal(fast_ids, slow_ids), slow_seconds / fast_seconds
-        results[name] = {"published_s": slow_seconds, "ours_s": fast_seconds, "ratio": ratio, "same_tokens": same}
-        results[name] |= {"limit_s": floor, "share_of_limit": floor / fast_seconds}
-        cells = f"{slow_seconds:12.2f}{fast_seconds:10.2f}{ratio:8.1f}{floor:10.2f}{floor / fast_seconds:8.0%}"
-        print(f"{name + ' fp32':28}{cells}  {same}")
+        (slow, expected), floor = theirs[name], floors[name]
+        fast, found = timed(ours(model, args, prompts)[name], args)
+        result = {
+            "published_s": slow,
+            "ours_s": fast,
+            "ratio": slow / fast,
+            "same_tokens": torch.equal(found, expected),
+        }
+        result |= {"limit_s": floor, "share_of_limit": floor / fast}
+        cells = f"{slow:12.2f}{fast:10.2f}{slow / fast:8.1f}{floor:10.2f}{floor / fast:8.0%}  {result['same_tokens']}"
+        if name == "answer":
+            own = theirs["generate"][0]
+            result |= {"generate_s": own, "generate_ratio": own / fast}
+            cells += f"{own:16.2f}{own / fast:8.1f}"
+        results[name] = result
+        print(f"{name + ' fp32':28}{cells}")
     return results
 
 
 def compare_questions(model: Showo, args, prompts) -> dict:
-    """Questions of 8 to 16 ids about one picture: each by itself, and all in one batch that reads the picture once."""
-    beginning = prompts[2][0, : args.tokens + 3]
+    """Questions of 8 to 16 ids about one image: each by itself, and all in one batch that encodes the image once."""
+    prefix = prompts[2][0, : args.tokens + 3]
     texts = [torch.randint(0, 50000, (8 + number % 9,), device=args.device) for number in range(args.questions)]
-    rows = [torch.cat([beginning, text]) for text in texts]
+    rows = [torch.cat([prefix, text]) for text in texts]
     batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.vocabulary.pad_id)
     settings = {"max_new_tokens": args.new_tokens, "top_k": 1}
 
-    def one_by_one():
+    def one_by_one() -> torch.Tensor:
         return torch.cat([model.mmu_generate(row[None], **settings) for row in rows])
 
     (slow, slow_ids), (fast, fast_ids) = (
@@ -183,20 +211,18 @@ def compare_questions(model: Showo, args, prompts) -> dict:
     return {"one_by_one_s": slow, "ours_s": fast, "ratio": slow / fast, "same_tokens": same}
 
 
-def time_further(model: Showo, own, args, prompts, published_seconds: dict[str, float]) -> dict:
-    """Ours in `args.dtype`, plain (unless that is fp32) and compiled (if asked for)."""
+def time_further(model: Showo, args, prompts, published_seconds: dict[str, float]) -> dict:
+    """Ours in `args.dtype`, eager (unless that is fp32) and compiled (if asked for)."""
     results = {}
     model.to(DTYPES[args.dtype])
     floors = limit(model, args, prompts, DTYPES[args.dtype])
     for compiled in [False] * (args.dtype != "fp32") + [True] * args.compile:
         if compiled:
-            model.showo.model.compile(dynamic=True)  # lengths change; fixed shapes crash on a CPU
+            model.compile_steps()
         for name in args.loops:
-            run, floor = own[name], floors[name]
+            seconds, _ = timed(ours(model, args, prompts)[name], args)
+            ratio, floor = published_seconds[name] / seconds, floors[name]
             label = f"{name} {args.dtype}{' compiled' * compiled}"
-            run()
-            seconds, _ = timed(run, args)
-            ratio = published_seconds[name] / seconds
             results[label] = {"ours_s": seconds, "ratio": ratio, "limit_s": floor, "share_of_limit": floor / seconds}
             print(f"{label:28}{'':12}{seconds:10.2f}{ratio:8.1f}{floor:10.2f}{floor / seconds:8.0%}")
     return results
@@ -214,15 +240,15 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     model = make_model(args)
     prompts = make_prompts(model, args)
-    own = ours(model, args, prompts)
     floors = limit(model, args, prompts, torch.float32)
-    print(f"{'':28}{'published s':>12}{'ours s':>10}{'ratio':>8}{'limit s':>10}{'share':>8}  same tokens")
-    results = compare(baseline(model, args, prompts), own, floors, args)
+    columns = f"{'published s':>12}{'ours s':>10}{'ratio':>8}{'limit s':>10}{'share':>8}  same tokens"
+    print(f"{'':28}{columns}  generate s   ratio")
+    results = compare(model, args, prompts, floors)
     seconds = {name: result["published_s"] for name, result in results.items()}
     if args.questions:
         results["questions"] = compare_questions(model, args, prompts)
     if args.compile or args.dtype != "fp32":
-        results |= time_further(model, own, args, prompts, seconds)
+        results |= time_further(model, args, prompts, seconds)
     print(json.dumps(report.facts() | {"settings": vars(args), "results": results}), flush=True)
     return exit_code(results)
 

@@ -109,9 +109,16 @@ def layers(config: ShowoConfig, tokens: float, pairs: float, *, num_layers: int 
         num_layers: default: all.
     """
     llm = config.backbone_config()
-    hidden, inner = llm.hidden_size, llm.intermediate_size
     num_layers = llm.num_hidden_layers if num_layers is None else num_layers
-    return Work(num_layers * (2 * tokens * (4 * hidden**2 + 2 * hidden * inner) + 4 * pairs * hidden))
+    head_size = getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads
+    return Work(num_layers * (2 * tokens * layer_weights(config) + 4 * pairs * llm.num_attention_heads * head_size))
+
+
+def layer_weights(config: ShowoConfig) -> int:
+    """Weights of the matrices of one transformer layer, whatever the language model."""
+    with torch.device("meta"):
+        decoder = config.backbone.model_class(config.backbone_config()).get_decoder()
+    return sum(weight.numel() for weight in decoder.layers[0].parameters() if weight.ndim == 2)
 
 
 def head(config: ShowoConfig, positions: float, vocabulary: int | None = None) -> Work:
@@ -122,8 +129,7 @@ def head(config: ShowoConfig, positions: float, vocabulary: int | None = None) -
 def weights(config: ShowoConfig, bytes_per_weight: int = 4, *, with_head: bool = True) -> Work:
     """Reading the layers' weights, and the head's, once."""
     llm = config.backbone_config()
-    layer = 4 * llm.hidden_size**2 + 2 * llm.hidden_size * llm.intermediate_size
-    count = llm.num_hidden_layers * layer + with_head * config.vocab_size * llm.hidden_size
+    count = llm.num_hidden_layers * layer_weights(config) + with_head * config.vocab_size * llm.hidden_size
     return Work(0.0, count * bytes_per_weight)
 
 

@@ -5,14 +5,34 @@ mask and takes the whole vocabulary at every position; no keys or values are kep
 it is compared to; the sampling and the order of the random draws are spelled out here once more.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from transformers.activations import GELUTanh, NewGELUActivation
 
 from models import OmniMask, Showo
 
 # B prompts, L row length, N image positions, C codes, V vocabulary
+
+
+@contextmanager
+def published_activations(model: Showo) -> Iterator[None]:
+    """The published GELU in its eight operations, where ours is the same formula as one (`models/backbones.py`)."""
+    fused = [
+        (parent, name, module)
+        for parent in model.modules()
+        for name, module in parent.named_children()
+        if isinstance(module, GELUTanh)
+    ]
+    for parent, name, _ in fused:
+        setattr(parent, name, NewGELUActivation())
+    try:
+        yield
+    finally:
+        for parent, name, module in fused:
+            setattr(parent, name, module)
 
 
 def all_logits(model: Showo, input_ids: torch.Tensor, dense_mask: torch.Tensor, **features) -> torch.Tensor:

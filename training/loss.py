@@ -98,11 +98,11 @@ class Objective:
         The image features must have passed `check_image_features`, which on a GPU would have to wait for the ids.
         """
         embeds = model.embed(input_ids, image_features, check_features=False)  # (B, L, H)
-        if self.packing is None:
-            hidden = model.hidden_states(inputs_embeds=embeds, attention_mask=attention_mask)
-        else:
+        arguments = {"attention_mask": attention_mask}
+        if self.packing is not None:  # fewer, fuller rows; the others are not kept
+            embeds = self.packing.pack(embeds)
             arguments = self.packing.decoder_arguments(model.showo.config._attn_implementation)
-            hidden = model.hidden_states(inputs_embeds=self.packing.pack(embeds), **arguments)  # fewer, fuller rows
+        hidden = model.hidden_states(inputs_embeds=embeds, **arguments)
         return self._losses(model, hidden, input_ids.shape[1])
 
     @torch.compiler.disable  # sizes that change from step to step would compile it anew each time

@@ -77,6 +77,11 @@ def _configure_deepspeed(plugin, config) -> None:
         settings["gradient_clipping"] = 0.0
     if config.compile:
         raise UserError("compile=True does not work with DeepSpeed here; leave it out, or use 8_gpus_fsdp2.yaml")
+    if training.trainable != "all" and plugin.zero_stage == 3:
+        raise UserError(
+            f"training.trainable={training.trainable} does not work with ZeRO-3 here (its first step never ends): use "
+            "ZeRO-2 or FSDP2"
+        )
     if training.ema_decay and plugin.zero_stage == 3:
         raise UserError("training.ema_decay needs whole weights on every process; ZeRO-3 has none: use ZeRO-2 or FSDP2")
 

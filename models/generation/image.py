@@ -26,8 +26,8 @@ from models.generation.sampling import (
 from models.omni_attention import OmniMask
 from models.vocabulary import Vocabulary
 
-# B images, R rows (B, or 2B with guidance), L row length, N image positions, U of them that are sampled, C codes, H
-# hidden size
+# B images, R rows (B, or 2B with guidance), L row length, T text positions, N image positions, U of them that are
+# sampled, C codes, H hidden size
 
 
 class ImageGeneration:
@@ -112,7 +112,7 @@ class ImageGeneration:
 
 
 class Denoiser:
-    """Logits of the image codes from step to step; the text before them is encoded once.
+    """Logits of the image codes from step to step; the text before them is encoded once, in the first step.
 
     Args:
         rows: (B or 2B, L) ids, conditional and unconditional.
@@ -130,7 +130,7 @@ class Denoiser:
         # Padding in front of all rows can go: nothing sees it, and rotary positions are relative.
         first = int((rows == model.vocabulary.pad_id).sum(1).min())
         self.runner = Runner(model, mask.drop_keys(first))
-        self.runner.prefill(rows[:, first:soi])
+        self.text_ids = rows[:, first:soi]  # (R, T)
         self.block = slice(soi - first, rows.shape[1] - first)  # <soi>, N image positions, <eoi>
         self.block_ids = rows[:batch_size, soi:].clone()  # (B, N+2), the same with and without text
         self.head = code_head(model)
@@ -148,12 +148,19 @@ class Denoiser:
         if step - self.last_refresh >= self.refresh_every:
             self.last_refresh, self.stale = step, unknown
             positions = first_positions(unknown.int(), int(unknown.sum(1).max()))
-            hidden, indices = self.runner.step(self.block_ids, self.block), positions + 1  # (R, N+2, H), (B, U)
+            hidden, indices = self._refresh(), positions + 1  # (R, N+2, H), (B, U)
         else:
             positions = first_positions(unknown.int() + self.stale, int(unknown.sum(1).max()))
             hidden, indices = self._partial_refresh(positions)
         indices = indices.repeat(len(hidden) // len(indices), 1)[..., None].expand(-1, -1, hidden.shape[-1])
         return self.head(hidden.gather(1, indices), self.guidance_scale), positions
+
+    def _refresh(self) -> torch.Tensor:
+        """Hidden states (R, N+2, H) of the whole block; the first time, the text before it runs in the same pass."""
+        if self.runner.length:
+            return self.runner.step(self.block_ids, self.block)
+        block_ids = self.block_ids.repeat(len(self.text_ids) // len(self.block_ids), 1)
+        return self.runner.prefill(torch.cat([self.text_ids, block_ids], dim=1))[:, self.block]
 
     def _partial_refresh(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs <soi>, <eoi> and what was unknown at the last refresh; all others keep their keys and values."""

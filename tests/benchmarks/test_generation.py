@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import generation, limits
+from models.backbones import BACKBONES
 
 pytestmark = pytest.mark.slow  # they measure the machine
 TINY = "--hidden 32 --layers 2 --heads 2 --tokens 16 --timesteps 3 --new-tokens 20".split()
@@ -19,20 +20,27 @@ def test_both_loops_give_the_published_tokens(capsys):
     assert generation.main(TINY) == 0
     report = last_line(capsys)
     assert {"machine", "torch", "date", "commit", "settings", "results"} <= set(report)
-    assert list(report["results"]) == ["drawing", "answering"]
+    assert list(report["results"]) == ["image", "answer"]
     for result in report["results"].values():
         assert result["same_tokens"] is True
         assert result["ratio"] == pytest.approx(result["published_s"] / result["ours_s"])
         assert result["share_of_limit"] == pytest.approx(result["limit_s"] / result["ours_s"]) and result["limit_s"] > 0
 
 
-def test_one_loop_and_several_pictures(capsys):
-    assert generation.main([*TINY, "--loops", "drawing", "--batch", "3", "--repeats", "2"]) == 0
-    assert list(last_line(capsys)["results"]) == ["drawing"]
+@pytest.mark.parametrize("family", BACKBONES)
+def test_every_language_model(capsys, family):
+    assert generation.main([*TINY, "--heads", "4", "--kv-heads", "2", "--llm", family]) == 0
+    result = last_line(capsys)["results"]["answer"]
+    assert result["generate_ratio"] == pytest.approx(result["generate_s"] / result["ours_s"])
 
 
-def test_questions_about_one_picture(capsys):
-    assert generation.main([*TINY, "--loops", "answering", "--questions", "3"]) == 0
+def test_one_loop_and_several_images(capsys):
+    assert generation.main([*TINY, "--loops", "image", "--batch", "3", "--repeats", "2"]) == 0
+    assert list(last_line(capsys)["results"]) == ["image"]
+
+
+def test_questions_about_one_image(capsys):
+    assert generation.main([*TINY, "--loops", "answer", "--questions", "3"]) == 0
     result = last_line(capsys)["results"]["questions"]
     assert result["same_tokens"] is True and result["ratio"] == result["one_by_one_s"] / result["ours_s"]
 
@@ -46,13 +54,13 @@ def test_the_limit_grows_with_the_work(monkeypatch):
         return generation.limit(model, args, generation.make_prompts(model, args), torch.float32)
 
     one, two, unguided = seconds(), seconds("--batch", "2"), seconds("--guidance", "0")
-    assert two["drawing"] == pytest.approx(2 * one["drawing"]) and two["answering"] == one["answering"]
+    assert two["image"] == pytest.approx(2 * one["image"]) and two["answer"] == one["answer"]
     # 2 rows, 2 layers of 12 * 32**2 weights: three steps of 18 positions that see 23 of text and each other, and the
     # head at 16 positions over 8192 codes; the text, half of whose pairs see each other
     step = 2 * (2 * 2 * 18 * 12 * 32**2 + 4 * 2 * 18 * 41 * 32) + 2 * 16 * 32 * 8192
     text = 2 * (2 * 2 * 23 * 12 * 32**2 + 4 * 23 * 23 * 32)
-    assert one["drawing"] == pytest.approx((3 * step + text) / 1e9)
-    assert unguided["drawing"] < one["drawing"]
+    assert one["image"] == pytest.approx((3 * step + text) / 1e9)
+    assert unguided["image"] < one["image"]
 
 
 @pytest.mark.parametrize(("resolution", "tokens"), [("256", 256), ("512", 1024)])
@@ -64,7 +72,7 @@ def test_published_resolutions(resolution, tokens):
 def test_further_precisions(capsys, dtype):
     assert generation.main([*TINY, "--dtype", dtype]) == 0
     results = last_line(capsys)["results"]
-    assert list(results)[2:] == [f"drawing {dtype}", f"answering {dtype}"]
+    assert list(results)[2:] == [f"image {dtype}", f"answer {dtype}"]
     assert all(result["ours_s"] > 0 for result in results.values())
 
 
@@ -83,7 +91,7 @@ def test_a_gpu_also_runs_bf16_and_compiled(flags, expected):
 
 
 def test_other_tokens_are_a_failure(capsys):
-    results = {"drawing": {"same_tokens": True}, "answering": {"same_tokens": False}, "drawing bf16": {"ours_s": 1.0}}
+    results = {"image": {"same_tokens": True}, "answer": {"same_tokens": False}, "image bf16": {"ours_s": 1.0}}
     assert generation.exit_code(results) == 1
-    assert capsys.readouterr().err == "answering: the tokens differ from the published ones\n"
-    assert generation.exit_code({"drawing": results["drawing"]}) == 0
+    assert capsys.readouterr().err == "answer: the tokens differ from the published ones\n"
+    assert generation.exit_code({"image": results["image"]}) == 0

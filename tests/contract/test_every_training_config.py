@@ -237,6 +237,13 @@ def test_another_language_model_takes_two_steps_in_both_stages(llm, world, tmp_p
             rows = tiny.LLM_VOCAB_SIZE
             assert all(torch.equal(got[f"showo.{n}"][:rows], given[n][:rows].float()) for n in matrices)
     assert Showo.from_pretrained(str(out)).config.llm_config["model_type"] == FAMILIES[llm]
+    use = {"model.showo.pretrained_model_path": out, "model.showo.load_from_showo": True, "mode": "t2i", "seed": 1}
+    use |= {"question": "Which colour?", "mmu_image_root": world / "images", "max_new_tokens": 2}
+    use |= {"generation_timesteps": 2, "validation_prompts_file": world / "prompts.txt"}
+    arguments = [f"config={CONFIGS / name}.yaml", *arguments, *(f"{key}={value}" for key, value in use.items())]
+    for script, mode in ((inference_t2i, "t2i"), (inference_mmu, "mmu")):
+        script.main([*arguments, f"output_dir={tmp_path / mode}"])
+        assert (tmp_path / mode / "grid.png").is_file()
 
 
 # --- the four demo files

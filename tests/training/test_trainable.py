@@ -1,11 +1,16 @@
 """`training.trainable: new`: what the language model brought stays as it was, to the last bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from common.errors import UserError
 from models import Showo
 from tests.tiny_llms import WORDS, config_of, tiny_llm, tiny_showo
+from tests.training.tiny import config_of as config_of_run
 from training.optimization import adamw
+from training.processes import _configure_deepspeed
 from training.trainable import choose_trainable, keep_old_rows
 
 MATRICES = {"showo.model.embed_tokens.weight", "showo.lm_head.weight"}
@@ -39,6 +44,12 @@ def test_what_another_rule_has_frozen_is_left_alone():
     model.requires_grad_(False)
     keep_old_rows(model, old_rows)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_zero_3_is_refused(world):
+    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})
+    with pytest.raises(UserError, match="training.trainable=new does not work with ZeRO-3"):
+        _configure_deepspeed(plugin, config_of_run(world, overrides={"training.trainable": "new"}))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -171,7 +171,7 @@ def positions_run(model, **settings) -> list[tuple[int, int]]:
 
 def test_the_text_is_encoded_once(model):
     """<t2i> bos w2 w3 eos: the pads that all rows share are dropped."""
-    assert positions_run(model, timesteps=3) == [(4, 5)] + [(4, N + 2)] * 3
+    assert positions_run(model, timesteps=3) == [(4, 5 + N + 2)] + [(4, N + 2)] * 2
 
 
 @pytest.mark.parametrize(
@@ -277,10 +277,10 @@ def test_neutral_values_give_the_published_tokens(model, case):
 def test_a_partial_refresh_runs_what_was_unknown_at_the_last_refresh(model, monkeypatch):
     places, step = [], Runner.step
     monkeypatch.setattr(Runner, "step", lambda self, ids, at: (places.append(at), step(self, ids, at))[1])
-    generate(model, SamplingParameters(refresh_every=3))
-    assert [isinstance(at, slice) for at in places] == ([True, False, False] * 3)[:8]
-    first = places[0].start  # of <soi>
-    assert places[1].tolist() == [[first + i for i in range(N + 2)]] * 3  # nothing was known at first
+    generate(model, SamplingParameters(refresh_every=3))  # the first of 8 steps is a prefill
+    assert [isinstance(at, slice) for at in places] == ([False, False, True] * 3)[:7]
+    first = places[2].start  # of <soi>
+    assert places[0].tolist() == [[first + i for i in range(N + 2)]] * 3  # nothing was known at first
     counts = [at.shape[1] for at in places if not isinstance(at, slice)]
     assert counts == sorted(counts, reverse=True) and counts[-1] < counts[0]
     for at in places:
