@@ -19,7 +19,7 @@ PRECISION ?= $(shell grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null 
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-quick test-multiprocess test-all test-smollm2 lint format data-emoji train-tiny \
-	train-tiny-resume train-tiny-stages bench bench-training clean
+	train-tiny-resume train-tiny-stages bench bench-training gpu-check clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-18s %s\n", $$1, $$2 }'
@@ -115,6 +115,11 @@ bench-training: $(READY) ## memory and time of a training step, published settin
 	$(PY) benchmarks/training.py --size tiny
 	$(PY) benchmarks/training.py --size 8x512 --rows 12
 	$(PY) benchmarks/training.py --size 100m --rows 12
+
+# Runs on a bare machine too, without .venv and network: wheels of what it lacks may lie in .whl.
+gpu-check: ## all checks and measurements of one GPU in 6 minutes, into benchmarks/results
+	@if ls .whl/*.whl >/dev/null 2>&1; then $(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target .whl/site .whl/*.whl; fi
+	PYTHONPATH=.whl/site $(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu_check.py $(FLAGS)
 
 clean: ## remove the demo's results and caches; .venv, data and trainings in outputs/ stay
 	rm -rf $(DEMO) .pytest_cache .ruff_cache

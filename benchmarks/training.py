@@ -42,9 +42,8 @@ from models.backbones import read_llm_config
 from models.vocabulary import IGNORE_ID, Vocabulary
 from training.loss import Objective
 from training.masking import MaskingNoise
-from training.optimization import adamw
+from training.optimization import adamw, enable_gradient_checkpointing
 from training.packing import PACKED_SDPA, Packing
-from training.parts import enable_gradient_checkpointing
 
 KINDS = ("published", "ours", "ours, packed", "ours, packed, checkpointing")
 COEFFICIENTS = (1.0, 0.1, 1.0)  # t2i, lm, mmu
@@ -170,8 +169,9 @@ def losses_of(
 def make_model(kind: str, size: Size, device: str = "cpu", attention: str = "sdpa") -> Showo:
     torch.manual_seed(0)
     attention = PACKED_SDPA if "packed" in kind and attention == "sdpa" else attention
-    model = Showo._from_config(size.config, attn_implementation="sdpa" if kind == "published" else attention)
-    model.to(device).train()
+    with torch.device(device):  # a GPU makes random weights in no time
+        model = Showo._from_config(size.config, attn_implementation="sdpa" if kind == "published" else attention)
+    model.train()
     if kind == "published":
         for layer in model.showo.model.layers:  # whose activation is eight operations there
             layer.mlp.activation_fn = NewGELUActivation()

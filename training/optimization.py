@@ -4,7 +4,6 @@ from collections.abc import Collection
 from contextlib import contextmanager
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -61,6 +60,8 @@ def make_schedule(optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:
     Args:
         optimizer: prepared or not; accelerate and DeepSpeed wrap torch's own, which the schedule must drive.
     """
+    from diffusers.optimization import get_scheduler  # here, since no other part of a training step needs diffusers
+
     while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return get_scheduler(
@@ -69,6 +70,11 @@ def make_schedule(optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:
         num_warmup_steps=config.lr_scheduler.params.warmup_steps,
         num_training_steps=config.training.max_train_steps,
     )
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Under whichever name this version of transformers calls it."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def gradient_norms(model: nn.Module, clipping: float = 0.0, loss_scale: float = 1.0) -> dict[str, torch.Tensor]:

@@ -176,8 +176,3 @@ def _packing_length(config, row_length: int) -> int | None:
             f"dataset.packing_length is {longest}, but a sample may have {row_length} positions; give that or more"
         )
     return longest
-
-
-def enable_gradient_checkpointing(model: Showo) -> None:
-    """Under whichever name this version of transformers calls it."""
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

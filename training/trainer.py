@@ -36,10 +36,15 @@ from training.evaluation import HeldOut, own_random_numbers
 from training.guards import LOCK, FiniteLosses, StopSignals, check_writable, full_disk_as_user_error, only_run_in
 from training.loss import TASKS
 from training.metrics import StepMetrics
-from training.optimization import WeightAverage, gradient_norms, make_optimizer, make_schedule
+from training.optimization import (
+    WeightAverage,
+    enable_gradient_checkpointing,
+    gradient_norms,
+    make_optimizer,
+    make_schedule,
+)
 from training.parts import (
     check_sizes,
-    enable_gradient_checkpointing,
     make_builder,
     make_model,
     make_prompting,
