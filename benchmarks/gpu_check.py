@@ -37,7 +37,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from w
 import torch
 import transformers
 
-from benchmarks import generation, report, training
+from benchmarks import generation, limits, published, report, training
 from models.generation import image
 from tests.parity.goldens import facts, prompting, tensors, tiny_showo
 
@@ -173,10 +173,11 @@ def images(args: argparse.Namespace, record: Record) -> None:
     few = argparse.Namespace(**vars(options) | {"timesteps": PUBLISHED_STEPS})
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
-        run, scale = generation.baseline(model, few, prompts)["drawing"], options.timesteps / PUBLISHED_STEPS
-        record(f"published, {dtype}", partial(speed, run, options, tokens, scale=scale))
-    run = generation.ours(model, options, prompts)["drawing"]
-    compare_with_limit(record, "", model, options, prompts, "drawing", run, tokens)
+        run, scale = generation.baseline(model, few, prompts)["image"], options.timesteps / PUBLISHED_STEPS
+        with published.published_activations(model):
+            record(f"published, {dtype}", partial(speed, run, options, tokens, scale=scale))
+    run = generation.ours(model, options, prompts)["image"]
+    compare_with_limit(record, "", model, options, prompts, "image", run, tokens)
     model.compile_steps()
     record("compiled", partial(speed, run, options, tokens))
 
@@ -191,10 +192,11 @@ def answers(args: argparse.Namespace, record: Record) -> None:
         question[:, 2:-1] = v.image_offset + torch.randint_like(question[:, 2:-1], v.codebook_size)
         asked, tokens, name = (*prompts[:2], question), rows * options.new_tokens, f", batch {rows}"
         if rows == 1:
-            run = generation.baseline(model, options, asked)["answering"]
-            record(f"published{name}", partial(speed, run, options, tokens))  # which knows no other batch
-        runs[name] = partial(speed, generation.ours(model, options, asked)["answering"], options, tokens)
-        compare_with_limit(record, name, model, options, asked, "answering", runs[name].args[0], tokens)
+            run = generation.baseline(model, options, asked)["answer"]
+            with published.published_activations(model):
+                record(f"published{name}", partial(speed, run, options, tokens))  # which knows no other batch
+        runs[name] = partial(speed, generation.ours(model, options, asked)["answer"], options, tokens)
+        compare_with_limit(record, name, model, options, asked, "answer", runs[name].args[0], tokens)
     model.compile_steps()
     for name, run in runs.items():
         record(f"compiled{name}", run)
@@ -222,7 +224,7 @@ def speed(run: Callable, options: argparse.Namespace, tokens: int, scale: float 
     started = time.perf_counter()
     run()
     first = time.perf_counter() - started
-    seconds, _ = generation.timed(run, options)
+    seconds = limits.timed(run, options.device)
     return {"seconds": seconds * scale, "tokens_per_s": tokens / (seconds * scale), "first_run_s": first}
 
 
