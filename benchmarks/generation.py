@@ -158,8 +158,8 @@ def limit(model: Showo, args, prompts, dtype: torch.dtype) -> dict[str, float]:
     step = limits.layers(config, rows * length, rows * length * (text + length))
     step += limits.head(config, args.batch * args.tokens, model.vocabulary.codebook_size)
     image = limits.layers(config, rows * text, rows * text * text / 2) + step * args.timesteps
-    prompt = prompts[2].shape[1]
-    answer = rates.floor(limits.layers(config, prompt, prompt * prompt))
+    questions, prompt = prompts[2].shape
+    answer = rates.floor(limits.layers(config, questions * prompt, questions * prompt * prompt))
     answer += args.new_tokens * rates.floor(limits.weights(config, dtype.itemsize))
     return {"image": rates.floor(image), "answer": answer}
 

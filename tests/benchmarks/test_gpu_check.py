@@ -52,7 +52,7 @@ def test_every_part_runs_and_is_written(repository, tmp_path):
         "limit",
         "compiled",
     ]
-    names = [f"{way}, batch {rows}" for rows in (1, 8) for way in ("eager", "limit", "compiled")]
+    names = [f"{way}, batch {rows}" for rows in (1, 8) for way in ("generate", "eager", "limit", "compiled")]
     assert set(results["answers"]) == {"published, batch 1", *names}
     for result in (results["images"] | results["answers"]).values():
         assert result["seconds"] > 0 and result.get("tokens_per_s", 1) > 0

@@ -3,12 +3,12 @@
 import pytest
 from accelerate.state import AcceleratorState
 
-from tests.training.tiny import write_world
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The tiny world's data, tokenizers and `train.yaml`."""
+    from tests.training.tiny import write_world  # here, since `make gpu-check` runs where webdataset is not installed
+
     return write_world(tmp_path_factory.mktemp("world") / "tiny")
 
 

@@ -109,8 +109,10 @@ def test_published_tokens_for_every_language_model(family, implementation):
 
 
 @pytest.mark.slow
+@torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # its CPU code for sizes that change does not compile
 @pytest.mark.parametrize("family", ["phi", "llama"])
 def test_flex_attention_gives_the_same_tokens(family):
+    torch.compiler.reset()
     ids, uncond_ids = t2i_rows(["w1 w2", ""])
     settings = {"guidance_scale": 2.0, "timesteps": 3}
     codes = [
