@@ -43,7 +43,7 @@ demo: $(READY) ## draw, inpaint, extrapolate and answer with the small default (
 		extra_direction='left *** right' prompt='$(EXTRAPOLATION)' image_path=inpainting_validation/emoji/extend.png
 	$(PY) inference_mmu.py $(TINY) output_dir=$(DEMO)/mmu mmu_image_root=mmu_validation/emoji question='$(QUESTIONS)'
 	@echo
-	@echo "Look at the pictures:"
+	@echo "Look at the images:"
 	@for mode in t2i inpainting extrapolation mmu; do echo "  $(CURDIR)/$(DEMO)/$$mode/grid.png"; done
 
 PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
@@ -92,7 +92,7 @@ train-tiny-resume: $(READY) ## the same without making the data again
 		model.showo.llm_model_path=$(LLM) model.vq_model.vq_model_name=$(TOKENIZER) \
 		training.batch_size_t2i=11 training.batch_size_lm=1 training.batch_size_mmu=4 training.mixed_precision=$(PRECISION)
 
-# Each stage starts from the one before; a stage that has ended is passed over, one that was stopped goes on.
+# Each stage starts from the one before; a stage that has ended is skipped, one that was stopped goes on.
 TUNINGS := instruction_tuning_1 instruction_tuning_2
 STAGES := $(foreach stage,stage1 stage2 stage3 $(TUNINGS),train.py:$(stage)) \
 	$(foreach stage,$(TUNINGS),train_w_clip_vit.py:$(stage)_w_clip_vit)

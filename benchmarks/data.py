@@ -1,13 +1,13 @@
-"""Samples per second of one loader worker, against the bare decoding and resizing of the same pictures.
+"""Samples per second of one loader worker, against the bare decoding and resizing of the same images.
 
     python3 benchmarks/data.py                                        # 256² jpegs, as stage 2 reads them
-    python3 benchmarks/data.py --side 512                             # larger pictures, scaled down to 256²
+    python3 benchmarks/data.py --side 512                             # larger images, scaled down to 256²
 
-Pictures are pieces of the repository's photographs, saved as jpegs with captions in WebDataset shards. Ways:
+Images are pieces of the repository's photographs, saved as jpegs with captions in WebDataset shards. Ways:
 
-- bare: PIL's decoding and resizing of the encoded pictures, all in memory; nothing else. This is the limit.
+- bare: PIL's decoding and resizing of the encoded images, all in memory; nothing else. This is the limit.
 - worker: what a loader worker does of the mmu flow of stage 2: reading shards, mixing, captions with instructions,
-  pictures put together as a batch. The row that the target is about.
+  images put together as a batch. The row that the target is about.
 - worker, codes: the same with shards encoded beforehand (`training/data/encode_images.py`).
 - through: the flow with one worker in a process of its own, from here: batches cross the border and become numbers.
 
@@ -60,7 +60,7 @@ def encoded_pictures(count: int, side: int, quality: int = 90) -> list[bytes]:
 
 
 def write_shards(folder: Path, pictures: list[bytes], codes: bool = False) -> str:
-    """Two shards of the pictures, or of as many random codes, with captions of 10 to 30 words; their pattern."""
+    """Two shards of the images, or of as many random codes, with captions of 10 to 30 words; their pattern."""
     rng, words = random.Random(1), ("a", "red", "house", "behind", "trees")
     for shard in range(2):
         with webdataset.TarWriter(str(folder / f"train-{shard:06d}.tar")) as writer:
@@ -135,7 +135,7 @@ def measure(pictures: list[bytes], samples: int, rounds: int) -> dict[str, float
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=256, help="of the stored pictures")
+    parser.add_argument("--side", type=int, default=256, help="of the stored images")
     parser.add_argument("--pictures", type=int, default=400)
     parser.add_argument("--samples", type=int, default=2000, help="of each round")
     parser.add_argument("--rounds", type=int, default=3)

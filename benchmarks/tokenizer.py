@@ -47,7 +47,7 @@ def make_model(args) -> MAGVITv2:
 
 
 def pictures(args) -> torch.Tensor:
-    """Smooth random pictures (B, 3, R, R) in [-1, 1]."""
+    """Smooth random images (B, 3, R, R) in [-1, 1]."""
     torch.manual_seed(1)
     coarse = torch.rand(args.pictures, 3, 8, 8) * 2 - 1
     smooth = torch.nn.functional.interpolate(coarse, (args.resolution,) * 2, mode="bicubic", align_corners=False)
@@ -55,14 +55,14 @@ def pictures(args) -> torch.Tensor:
 
 
 def flops(model: MAGVITv2, pixels: torch.Tensor) -> float:
-    """Operations of encoding, all pictures together."""
+    """Operations of encoding, all images together."""
     with FlopCounterMode(display=False) as counter:
         model.get_code(pixels[:1])
     return counter.get_total_flops() * len(pixels)
 
 
 def has_bf16(device: str) -> bool:
-    """Whether the machine has instructions for bf16: without them a picture takes minutes in it."""
+    """Whether the machine has instructions for bf16: without them an image takes minutes in it."""
     return device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

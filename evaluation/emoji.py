@@ -1,4 +1,4 @@
-"""The emoji world as a benchmark: which pictures there are, and which of them training saw.
+"""The emoji world as a benchmark: which images there are, and which of them training saw.
 
 `{data_root}/{emoji_world}/` as `make data-emoji` writes it: `manifest.json` and `images/`.
 """
@@ -34,12 +34,12 @@ KINDS = tuple(kind for split in SPLITS for kind in (split, *(f"{split}, {style}"
 
 
 def world_settings(folder: Path) -> dict[str, str]:
-    """Which world it is: a digest of its manifest, which has the checksums of what was made with the pictures."""
+    """Which world it is: a digest of its manifest, which has the checksums of what was made with the images."""
     return {"emoji_manifest": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:12]}
 
 
 def read_world(folder: Path) -> list[Picture]:
-    """All pictures in the manifest's order.
+    """All images in the manifest's order.
 
     Raises:
         UserError: a file or field is missing or wrong.
@@ -64,6 +64,6 @@ def read_world(folder: Path) -> list[Picture]:
     check_pictures(
         [picture.path for picture in pictures],
         lambda path: f"field 'key' of manifest.json ({path.stem})",
-        f"the pictures of the emoji world in {folder / 'images'}",
+        f"the images of the emoji world in {folder / 'images'}",
     )
     return pictures

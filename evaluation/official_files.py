@@ -41,7 +41,7 @@ def read_json(path: Path, kind: type, what: str) -> Any:
 
 
 def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, dict]]:
-    """(place, record) of a file with one JSON object a line; blank lines are passed over."""
+    """(place, record) of a file with one JSON object a line; blank lines are skipped."""
     existing(path, what)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold U+2028 and U+0085
@@ -99,15 +99,15 @@ def unique_keys(keys: list[str], file: Path, name: str) -> None:
 
 
 def check_pictures(paths: list[Path], named_by: Callable[[Path], str], what: str) -> None:
-    """All pictures must be there before anything is asked.
+    """All images must be there before anything is asked.
 
     Args:
-        named_by: the file and field that names a picture.
+        named_by: the file and field that names an image.
     """
     missing = [path for path in dict.fromkeys(paths) if not path.is_file()]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(set(paths))} pictures are missing, the first is {missing[0]}, named by "
+            f"{len(missing)} of {len(set(paths))} images are missing, the first is {missing[0]}, named by "
             f"{named_by(missing[0])}; expected {what}"
         )
 

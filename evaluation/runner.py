@@ -20,7 +20,7 @@ from evaluation.processes import Processes
 from evaluation.task import Item, Task
 from models import ShowoPipeline
 
-READERS = 4  # threads that decode pictures
+READERS = 4  # threads that decode images
 Batch = tuple[int, list[Item], list[Item]]  # its number within the task, its items, and those without an answer
 
 
@@ -126,7 +126,7 @@ def share(items: Sequence[Item], missing: Sequence[Item], size: int, processes: 
 
 
 def pictures_of(task: Task, batches: Sequence[Batch]) -> Iterator[list[Image.Image]]:
-    """The pictures of each batch; none for a task whose model gets none."""
+    """The images of each batch; none for a task whose model gets none."""
     asked = [batch for _, batch, _ in batches]
     return with_pictures(asked) if task.reads_pictures else iter([[] for _ in asked])
 

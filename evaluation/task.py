@@ -1,7 +1,7 @@
 """What a benchmark is: its items, how one is put to the model, what an answer counts, and the official submission.
 
-The runner knows nothing but `Task`. A benchmark of questions about pictures subclasses `QuestionTask`, one that has the
-model draw `DrawingTask` (drawing.py); a task that does something else writes its own `predict`.
+The runner knows nothing but `Task`. A benchmark of questions about images subclasses `QuestionTask`, one of
+image generation `GenerationTask` (generation.py); any other task writes its own `predict`.
 """
 
 from abc import ABC, abstractmethod
@@ -26,9 +26,9 @@ class Item:
     Args:
         key: unique within the task; the official id where there is one.
         prompt: the question as the model gets it, with the benchmark's suffix.
-        open_image: reads the picture when its turn comes.
-        image: the picture's name, for people.
-        group: items that are resampled together (most often those of one picture); default: each by itself.
+        open_image: reads the image when its turn comes.
+        image: the image's name, for people.
+        group: items that are resampled together (most often those of one image); default: each by itself.
         stratum: part of the benchmark whose size is fixed when groups are resampled.
         facts: what the official record says, for scoring.
         expected: the right answer, for people.
@@ -163,7 +163,7 @@ class Task(ABC):
 
 
 class QuestionTask(Task):
-    """A benchmark that asks about pictures."""
+    """A benchmark that asks about images."""
 
     max_new_tokens: ClassVar[int] = 16
 

@@ -25,7 +25,7 @@ from models.pipeline_loading import without_loading_bars
 from training.data.streams import StreamState
 from training.processes import readable_by_any_number, whole_weights
 
-# What differs from run to run without changing what is learnt; any other change under a continued run is reported.
+# What differs from run to run without changing what is learned; any other change under a continued run is reported.
 FREE_KEYS = re.compile(
     r"wandb\.|experiment\.(?!max_train_examples)|lr_scheduler\.params\.learning"
     r"|(seed|output_dir|validation_prompts_file|device|dtype|compile|attn_implementation)$"
@@ -292,7 +292,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
         state = TrainState(int(content["global_step"]))
         before = content.get("num_processes", 1)
         same = before == accelerator.num_processes
-        if same:  # accelerate passes over random states that it cannot read
+        if same:  # accelerate skips random states that it cannot read
             load(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
         with nullcontext(folder) if same else readable_by_any_number(accelerator, folder) as readable:
             accelerator.load_state(str(readable))
@@ -325,7 +325,7 @@ def check_same_config(folder: Path, config) -> None:
     """A continued run must be the run it was.
 
     Raises:
-        UserError: settings that change what is learnt differ from the checkpoint's; lists them.
+        UserError: settings that change what is learned differ from the checkpoint's; lists them.
     """
     file = folder / "config.yaml"
     if not file.is_file():

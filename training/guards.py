@@ -58,7 +58,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def full_disk_as_user_error(remains: Callable[[], str]) -> Iterator[None]:
-    """Whatever finds the disk full, be it a log line or a picture, ends the run with one line.
+    """Whatever finds the disk full, be it a log line or an image, ends the run with one line.
 
     Args:
         remains: says what is left to continue from.
@@ -132,7 +132,7 @@ class FiniteLosses:
         self.dropped = 0
 
     def accept(self, losses: dict[str, torch.Tensor], keys: list[str], step: int) -> bool:
-        """Whether the batch may be learnt from.
+        """Whether the batch may be learned from.
 
         Raises:
             UserError: the limit is passed.
@@ -148,7 +148,7 @@ class FiniteLosses:
         return False
 
     def accept_gradients(self, norm: torch.Tensor, keys: list[str], step: int) -> bool:
-        """Whether gradients of this norm, the same on all processes, may be learnt from.
+        """Whether gradients of this norm, the same on all processes, may be learned from.
 
         Raises:
             UserError: the limit is passed.

@@ -1,4 +1,4 @@
-"""Which image tokens a training step hides, and what is learnt from them (spec §6)."""
+"""Which image tokens a training step hides, and what is learned from them (spec §6)."""
 
 import math
 from dataclasses import dataclass

@@ -88,7 +88,7 @@ class Run:
 
 
 def read_run(path: Path, label: str) -> Run:
-    """A run's numbers. Lines cut in two by a crash are passed over; steps done again count as the last time.
+    """A run's numbers. Lines cut in two by a crash are skipped; steps done again count as the last time.
 
     Raises:
         UserError: there is no such file, or no loss in it.

@@ -15,7 +15,7 @@ PREDICTED_PANEL = "Original images v.s. Reconstructed images v.s. Predicted imag
 def draw(
     model, builder: BatchBuilder, prompts: list[str], *, guidance_scale: float, timesteps: int, temperature: float, seed
 ) -> list[Image.Image]:
-    """One picture per prompt, guided as configured, from a generator of its own so that training is not disturbed."""
+    """One image per prompt, guided as configured, from a generator of its own so that training is not disturbed."""
     vocabulary, num_tokens = model.vocabulary, model.config.num_vq_tokens
     image_ids = torch.full((len(prompts), num_tokens), vocabulary.mask_token_id)
     ids = builder.prompting((prompts, image_ids), "t2i_gen").input_ids.to(builder.device)
@@ -46,7 +46,7 @@ def predict_masked(
     hidden = (labels != IGNORE_ID) & (labels != ids[:, image])  # also where random codes hide the true ones
     codes, decode = batch.codes[:count], builder.vq_model.decode_code
     reconstructed = decode(codes).float()
-    # Shards of codes hold no pictures: there the reconstruction stands for the original.
+    # Shards of codes hold no images: there the reconstruction stands for the original.
     original = reconstructed if batch.pixels is None else batch.pixels[:count].to(builder.device)
     panels = [original, reconstructed, decode(torch.where(hidden, predicted, codes)).float()]
     images = to_pil(torch.cat(panels, dim=-1))

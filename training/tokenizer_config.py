@@ -45,7 +45,7 @@ class DatasetParams:
     train_shards: Any = None  # a path, a brace list or a pattern with `*`, or a list of such
     eval_shards: Any = None
     resolution: int = 256
-    cache_in_memory: bool = False  # decode all pictures once and keep them, as small sets should
+    cache_in_memory: bool = False  # decode all images once and keep them, as small sets should
     shuffle_buffer_size: int = 1000
     num_workers: int = 4
     random_flip: bool = True

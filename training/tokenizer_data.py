@@ -1,7 +1,7 @@
 """Pictures for training an image tokenizer, out of WebDataset shards, as uint8 batches.
 
 Two readers give the same thing: `CachedPictures` decodes a small set once and keeps it in memory,
-`StreamedPictures` reads shards as it goes. Which pictures step s sees follows from the seed and s alone, so a resumed
+`StreamedPictures` reads shards as it goes. Which images step s sees follows from the seed and s alone, so a resumed
 run sees exactly what an uninterrupted one would have seen.
 """
 
@@ -48,7 +48,7 @@ def find_shards(patterns: str | Sequence[str], setting: str) -> list[str]:
 
 
 def read_encoded(shards: list[str]) -> Iterator[bytes]:
-    """The encoded pictures of some shards, in order. A damaged shard gives its whole samples and a warning."""
+    """The encoded images of some shards, in order. A damaged shard gives its whole samples and a warning."""
     for sample in wds.tarfile_to_samples(handler=wds.warn_and_continue)({"url": shard} for shard in shards):
         encoded = next((sample[suffix] for suffix in PICTURE_SUFFIXES if suffix in sample), None)
         if encoded is not None:
@@ -56,29 +56,29 @@ def read_encoded(shards: list[str]) -> Iterator[bytes]:
 
 
 def decode(encoded: bytes, resolution: int) -> torch.Tensor | None:
-    """Encoded picture -> (3, R, R) uint8, or None where it cannot be read."""
+    """Encoded image -> (3, R, R) uint8, or None where it cannot be read."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             pixels = preprocess(image, resolution, normalize=False)
     # PIL: SyntaxError = broken PNG; UserError: too narrow
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UserError) as error:
-        logger.warning("a picture cannot be read and is passed over: %s", error)
+        logger.warning("an image cannot be read and is skipped: %s", error)
         return None
     return (pixels * 255).round().to(torch.uint8)
 
 
 def load_pictures(shards: list[str], resolution: int, limit: int | None = None, quiet: bool = False) -> torch.Tensor:
-    """All (or the first `limit`) readable pictures of some shards: (n, 3, R, R) uint8."""
+    """All (or the first `limit`) readable images of some shards: (n, 3, R, R) uint8."""
     pictures = (decode(encoded, resolution) for encoded in read_encoded(shards))
     readable = islice((picture for picture in pictures if picture is not None), limit)
-    decoded = list(tqdm(readable, desc="decoding pictures", unit="", disable=quiet, leave=False))
+    decoded = list(tqdm(readable, desc="decoding images", unit="", disable=quiet, leave=False))
     if not decoded:
-        raise UserError(f"no readable picture in {shards[0]} and its {len(shards) - 1} neighbours")
+        raise UserError(f"no readable image in {shards[0]} and its {len(shards) - 1} neighbours")
     return torch.stack(decoded)
 
 
 class CachedPictures:
-    """Endless shuffled batches from pictures in memory; every epoch has an order of its own."""
+    """Endless shuffled batches from images in memory; every epoch has an order of its own."""
 
     def __init__(self, pictures: torch.Tensor, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
         self.pictures = pictures  # (n, 3, R, R) uint8
@@ -99,8 +99,8 @@ class CachedPictures:
 class StreamedPictures(IterableDataset):
     """Endless batches read from shards by DataLoader workers, shuffled by shard and in a buffer.
 
-    Resuming reads on from the same sample: the samples before it are passed over without being decoded.
-    An unreadable picture's place is taken by another one of its batch, so that positions stay the same.
+    Resuming reads on from the same sample: the samples before it are skipped without being decoded.
+    An unreadable image's place is taken by another one of its batch, so that positions stay the same.
     """
 
     def __init__(
@@ -148,13 +148,13 @@ class StreamedPictures(IterableDataset):
                 found = True
                 yield encoded
             if not found:
-                raise UserError(f"dataset.params.train_shards: no picture in {', '.join(shards)}")
+                raise UserError(f"dataset.params.train_shards: no image in {', '.join(shards)}")
 
     def _decode_batch(self, batch: list[bytes]) -> torch.Tensor:
         decoded = [decode(encoded, self.resolution) for encoded in batch]
         readable = [picture for picture in decoded if picture is not None]
         if not readable:
-            raise UserError(f"none of {len(batch)} pictures in a row can be read; are these shards of pictures?")
+            raise UserError(f"none of {len(batch)} images in a row can be read; are these shards of images?")
         return torch.stack([readable[i % len(readable)] if p is None else p for i, p in enumerate(decoded)])
 
 
@@ -167,7 +167,7 @@ def generator_for(*numbers: int) -> torch.Generator:
 
 
 def augment(pictures: torch.Tensor, random_flip: bool, max_shift: int, generator: torch.Generator) -> torch.Tensor:
-    """Mirror half of (B, 3, H, W) pictures and move each by up to `max_shift` pixels, repeating the border."""
+    """Mirror half of (B, 3, H, W) images and move each by up to `max_shift` pixels, repeating the border."""
     size, (height, width) = len(pictures), pictures.shape[2:]
     flip = (torch.rand(size, generator=generator) < 0.5) & random_flip
     shift = torch.randint(-max_shift, max_shift + 1, (2, size, 1), generator=generator)

@@ -1,4 +1,4 @@
-"""How good a tokenizer is on pictures it has not seen: PSNR, code use, and a sheet to look at."""
+"""How good a tokenizer is on images it has not seen: PSNR, code use, and a sheet to look at."""
 
 import torch
 from PIL import Image
@@ -13,7 +13,7 @@ def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def psnr(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of each of (B, 3, H, W) pictures in [-1, 1], clamped first: (B,)."""
+    """Peak signal-to-noise ratio in dB of each of (B, 3, H, W) images in [-1, 1], clamped first: (B,)."""
     error = (reconstruction.float().clamp(-1, 1) - pixels).flatten(1).square().mean(1)
     return 10 * torch.log10(4 / error.clamp_min(1e-10))
 
@@ -26,7 +26,7 @@ def use_of(counts: torch.Tensor) -> tuple[int, float]:
 
 @torch.no_grad()
 def evaluate(model: MAGVITv2, pictures: torch.Tensor, batch_size: int) -> dict[str, float]:
-    """PSNR (mean over pictures, in dB) and code use of a model on (n, 3, H, W) uint8 pictures."""
+    """PSNR (mean over images, in dB) and code use of a model on (n, 3, H, W) uint8 images."""
     values, codes = [], []
     for batch in pictures.split(batch_size):
         pixels = to_pixels(batch).to(model.device)
@@ -39,7 +39,7 @@ def evaluate(model: MAGVITv2, pictures: torch.Tensor, batch_size: int) -> dict[s
 
 @torch.no_grad()
 def side_by_side(model: MAGVITv2, pictures: torch.Tensor) -> tuple[list[Image.Image], list[str]]:
-    """Original | reconstruction for each of (n, 3, H, W) uint8 pictures, and each one's PSNR as its caption."""
+    """Original | reconstruction for each of (n, 3, H, W) uint8 images, and each one's PSNR as its caption."""
     pixels = to_pixels(pictures).to(model.device)
     shape = tuple(side // model.downsampling_factor for side in pixels.shape[2:])
     reconstruction = model.decode_code(model.get_code(pixels), shape=shape).float()

@@ -12,7 +12,7 @@ from models.modeling_magvitv2 import bit_entropy, distribution_entropy
 
 
 def edge_loss(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of the horizontal and vertical gradients of two (B, C, H, W) pictures."""
+    """Mean absolute difference of the horizontal and vertical gradients of two (B, C, H, W) images."""
     error = reconstruction - pixels  # gradients are linear: the gradient of the error is the error of the gradients
     return error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
 

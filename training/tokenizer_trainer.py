@@ -1,4 +1,4 @@
-"""The loop that trains an image tokenizer: pictures, losses, moving average, checkpoints that resume exactly."""
+"""The loop that trains an image tokenizer: images, losses, moving average, checkpoints that resume exactly."""
 
 import time
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ class TokenizerTrainer:
         config: a `TokenizerTrainingConfig`.
 
     Raises:
-        UserError: shards are missing or hold no pictures, sizes do not fit each other, the checkpoint to go on from
+        UserError: shards are missing or hold no images, sizes do not fit each other, the checkpoint to go on from
             does not exist, or the output folder cannot be written to.
     """
 
@@ -145,7 +145,7 @@ class TokenizerTrainer:
             self._finish(progress)
 
     def train_step(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One optimiser step on (B, 3, R, R) uint8 pictures; returns its losses."""
+        """One optimiser step on (B, 3, R, R) uint8 images; returns its losses."""
         params, training = self.config.dataset.params, self.config.training
         generator = generator_for(training.seed, self.accelerator.process_index, self.step)
         pictures = augment(pictures, params.random_flip, params.max_shift, generator)

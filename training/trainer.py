@@ -206,7 +206,7 @@ class Trainer:
         limit, scaler = self.config.training.max_grad_norm, self.accelerator.scaler
         if limit:
             norm = whole(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
-            # fp16's scaler passes over such steps by itself.
+            # fp16's scaler skips such steps by itself.
             if scaler is None and not self.finite.accept_gradients(norm, keys, self.state.global_step + 1):
                 self.optimizer.zero_grad(set_to_none=True)  # without gradients the step changes nothing
         if self.measures_gradients():
@@ -317,7 +317,7 @@ class Trainer:
         self.metrics = self.new_metrics()
 
     def skipped_data(self) -> dict[str, int]:
-        """``data/skipped/{flow}/{kind}``: samples that all processes have passed over since the run began."""
+        """``data/skipped/{flow}/{kind}``: samples that all processes have skipped since the run began."""
         names = [(name, kind) for name in self.flows for kind in KINDS]
         counts = torch.tensor([self.flows[name].skipped[kind] for name, kind in names], device=self.accelerator.device)
         summed = zip(names, self.sum_over_processes(counts).tolist(), strict=True)

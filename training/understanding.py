@@ -15,19 +15,19 @@ from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
 from training.data.batching import stack
 from training.data.flows import check_data
 
-# B rows, L row length, N image tokens, F features of one picture
+# B rows, L row length, N image tokens, F features of one image
 
 
 class VqUnderstanding:
     """Understanding from image codes (`training/train.py`).
 
     Args:
-        max_mask_ratio: each mmu picture shows all but a random share, up to this, of its tokens: against memorising
+        max_mask_ratio: each mmu image shows all but a random share, up to this, of its tokens: against memorising
             small data sets. 0 as published.
         system_prompt: conversations begin with LLaVA's system prompt (`dataset.add_system_prompt`).
     """
 
-    image_processor = None  # the flows prepare pictures for the image tokenizer
+    image_processor = None  # the flows prepare images for the image tokenizer
 
     def __init__(self, max_mask_ratio: float = 0.0, system_prompt: bool = False):
         self.max_mask_ratio, self.system_prompt = max_mask_ratio, system_prompt
@@ -39,7 +39,7 @@ class VqUnderstanding:
         return cls(config.training.und_mask_ratio, config.dataset.add_system_prompt)
 
     def text_length(self, config, prompting) -> int:
-        """Tokens that a row has room for behind the picture; raises `UserError` where that is none."""
+        """Tokens that a row has room for behind the image; raises `UserError` where that is none."""
         system = system_ids(prompting) if self.system_prompt else []
         return room_for_text(config, config.model.showo.num_vq_tokens, len(system))
 

@@ -1,4 +1,4 @@
-"""Flickr30k: captions of the 1,000 test pictures of Karpathy's split, scored by CIDEr against five people's.
+"""Flickr30k: captions of the 1,000 test images of Karpathy's split, scored by CIDEr against five people's.
 
 `flickr30k/dataset_flickr30k.json` (Karpathy's) and `flickr30k/flickr30k-images/`.
 """
@@ -44,7 +44,7 @@ class Flickr30k(QuestionTask):
         check_pictures(
             [self._folder / item.image for item in items],
             lambda path: f"field 'filename' of imgid {named[path.name]} in {FILE}",
-            f"Flickr30k's pictures in {self._folder}",
+            f"Flickr30k's images in {self._folder}",
         )
         return items
 

@@ -31,7 +31,7 @@ class GQA(QuestionTask):
         check_pictures(
             [self._folder / item.image for item in items],
             lambda path: f"field 'imageId' of question {named[path.name]} in {FILE}",
-            f"GQA's pictures in {self._folder}",
+            f"GQA's images in {self._folder}",
         )
         return items
 

@@ -1,6 +1,6 @@
-"""VQAv2: open questions about COCO's pictures, with ten people's answers each.
+"""VQAv2: open questions about COCO's images, with ten people's answers each.
 
-`vqav2/v2_OpenEnded_mscoco_{split}_questions.json`, `vqav2/v2_mscoco_val2014_annotations.json` and COCO's pictures in
+`vqav2/v2_OpenEnded_mscoco_{split}_questions.json`, `vqav2/v2_mscoco_val2014_annotations.json` and COCO's images in
 `coco/val2014/` or `coco/test2015/`. The answers of test-dev and test are not public: there the server scores.
 """
 
@@ -55,7 +55,7 @@ class VQAv2(QuestionTask):
         check_pictures(
             [self.root / "coco" / item.image for item in items],
             lambda path: f"field 'image_id' of question_id {named[f'{pictures}/{path.name}']} in {file.name}",
-            f"COCO's {pictures} pictures in {self.root / 'coco' / pictures}",
+            f"COCO's {pictures} images in {self.root / 'coco' / pictures}",
         )
         return items
 

@@ -158,7 +158,7 @@ def test_bad_data_is_left_out_counted_and_told(world, capsys):
 def test_not_one_readable_picture_is_an_error_and_leaves_nothing(world):
     for index in range(3):
         write_shard(world / f"in-{index:06d}.tar", [{"png": b"x", "txt": b"y"}])
-    with pytest.raises(UserError, match="not one picture in .* can be read"):
+    with pytest.raises(UserError, match="not one image in .* can be read"):
         main(arguments(world))
     assert not list((world / "out").iterdir())
 

@@ -213,9 +213,7 @@ def test_lists_that_are_no_codes_are_skipped(codes):
 @pytest.mark.parametrize("setting", [{"flip": True}, {"jitter": 0.1}, {"processor": object()}])
 def test_codes_cannot_be_mirrored_moved_or_shown_to_clip(setting):
     raw = {"__key__": "a", "codes.npy": codes_bytes(np.arange(16)), "txt": b"x"}
-    with pytest.raises(
-        UserError, match="a holds codes in place of a picture; .*give (it )?the shards with the pictures"
-    ):
+    with pytest.raises(UserError, match="a holds codes in place of an image; .*give (it )?the shards with the images"):
         item_of(raw, **setting)
 
 

@@ -95,7 +95,7 @@ def test_mistakes_are_named(source):
     with pytest.raises(UserError, match="repeat=name is not of the form"):
         main(arguments(source, repeat="name"))
     (source / "images" / "1.png").unlink()
-    with pytest.raises(UserError, match=r"record 'b': picture .*1\.png does not exist; check image_root"):
+    with pytest.raises(UserError, match=r"record 'b': image .*1\.png does not exist; check image_root"):
         main(arguments(source))
     (source / "qa.json").write_text("[{")
     with pytest.raises(UserError, match="no valid JSON"):

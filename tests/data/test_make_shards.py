@@ -151,7 +151,7 @@ def test_folders_named_after_their_classes(tmp_path):
     samples, _ = run(tmp_path / "classes", captions="folders", metadata=True, shuffle=False)
     assert texts(samples) == ["kite", "tench", "tench"] and "jpg" in samples[0]
     assert json.loads(samples[1]["json"]) == {"file_name": "n01440764/0.JPEG"}
-    with pytest.raises(UserError, match="it holds 3 pictures: .* or take their folders with captions=folders"):
+    with pytest.raises(UserError, match="it holds 3 images: .* or take their folders with captions=folders"):
         main(arguments(tmp_path / "classes"))
 
 
@@ -322,7 +322,7 @@ def test_mistakes_are_named(pets, coco, tmp_path):
     (tmp_path / "arrow" / "data-00000-of-00001.arrow").write_bytes(b"")
     for values, message in (
         ({"source": tmp_path / "none"}, "none is no folder that exists"),
-        ({"source": tmp_path / "bare"}, "no captions found; it holds 1 pictures: put a .txt beside each"),
+        ({"source": tmp_path / "bare"}, "no captions found; it holds 1 images: put a .txt beside each"),
         ({"source": tmp_path / "arrow"}, "saved with save_to_disk"),
         ({"source": lfs}, "pointer of Git LFS: run `git lfs pull`"),
         ({"source": label, "caption_column": "label"}, "column 'label' holds int64, not text"),

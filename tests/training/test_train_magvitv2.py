@@ -374,7 +374,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(shards):
 
 def test_shards_without_pictures_are_refused(shards):
     write_shard(shards / "train-0.tar", 7, seed=0, damage=tuple(range(7)))
-    with pytest.raises(UserError, match="no readable picture"):
+    with pytest.raises(UserError, match="no readable image"):
         trainer(shards, f"dataset.params.train_shards={shards}/train-0.tar", "dataset.params.cache_in_memory=True")
 
 

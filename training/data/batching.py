@@ -1,6 +1,6 @@
 """Items of a batch on their way from a loader worker: few large tensors instead of many small ones.
 
-Every tensor that crosses the border of a process takes a file handle; with one per picture, 32 workers use up the
+Every tensor that crosses the border of a process takes a file handle; with one per image, 32 workers use up the
 thousand that a process may have.
 """
 
@@ -38,7 +38,7 @@ def _column(values: list) -> torch.Tensor | tuple[torch.Tensor, list[int]] | lis
 
 
 def unpack(packed: Any) -> Batch:
-    """What `pack` packed; the items' tensors are views of the columns. Pictures become (3, H, W) in [-1, 1]."""
+    """What `pack` packed; the items' tensors are views of the columns. Images become (3, H, W) in [-1, 1]."""
     if not isinstance(packed, dict):
         return Batch([_with_pixels(item) for item in packed])
     packed = _with_pixels(packed)
@@ -49,7 +49,7 @@ def unpack(packed: Any) -> Batch:
 
 
 def _with_pixels(item: Any) -> Any:
-    """An item, or the columns of several. Pictures cross the border between processes as bytes, a quarter as many."""
+    """An item, or the columns of several. Images cross the border between processes as bytes, a quarter as many."""
     image = item.get("image") if isinstance(item, dict) else None
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
         return item | {"image": normalized(image)}

@@ -1,6 +1,6 @@
 """Pictures with captions, found but not yet read, and what every place that holds them shares.
 
-A source gives blocks: lists of `Captioned` pictures, and of a `Skipped` for each thing that was found but is none. A
+A source gives blocks: lists of `Captioned` images, and of a `Skipped` for each thing that was found but is none. A
 block is what fits into memory at once: a whole listing, or one row group of a parquet file.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from common.errors import UserError
 from training.data.skipping import Skipped
 
-NO_CAPTION = "no_caption"  # a picture that nothing is said about; `empty_text` is a caption without a word
+NO_CAPTION = "no_caption"  # an image that nothing is said about; `empty_text` is a caption without a word
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file", "filepath", "image_name", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "description", "sentences", "sentence", "comment", "title")
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
@@ -23,10 +23,10 @@ SPLITS |= {"training": "train", "test": "test"}
 
 @dataclass(frozen=True, slots=True)
 class Captioned:
-    """One picture with its captions.
+    """One image with its captions.
 
     Args:
-        picture: the encoded bytes, or the file that holds them.
+        image: the encoded bytes, or the file that holds them.
         name: what messages call it.
         captions: as found, perhaps none or empty.
         extra: what else is known of it, for JSON.
@@ -84,7 +84,7 @@ def choose_column(setting: str, given: str, candidates: Iterable[str], columns: 
 
 
 def of_one_split(files: list[Path], root: Path, split: str) -> list[Path]:
-    """The files of one split, so that held-out pictures do not slip into a training set unnoticed.
+    """The files of one split, so that held-out images do not slip into a training set unnoticed.
 
     Raises:
         UserError: `split` has no file; or it is not given, and the files belong to several.

@@ -31,14 +31,14 @@ def is_picture(file: Path) -> bool:
     return file.suffix.lower() in PICTURE_SUFFIXES
 
 
-# ---- texts beside the pictures ----
+# ---- texts beside the images ----
 
 
 def beside_texts(files: list[Path], root: Path, lines: bool) -> list[Captioned | Skipped]:
     """``a.jpg`` with ``a.txt`` or ``a.jpg.txt``; empty if there is not one such text.
 
     Args:
-        files: pictures, texts and anything else, below `root`.
+        files: images, texts and anything else, below `root`.
         lines: each line of a text is a caption of its own, not the whole text one.
     """
     texts = {file for file in files if file.suffix in TEXT_SUFFIXES}
@@ -75,10 +75,10 @@ def in_class_folders(folder: Path) -> list[Captioned]:
 def in_table(table: Path, folder: Path, image_column: str = "", caption_column: str = "") -> list[Captioned | Skipped]:
     """Pictures that a csv, tsv, jsonl or json (COCO captions, a list of records, or file → captions) names.
 
-    Rows of one picture come together, at the place of the first.
+    Rows of one image come together, at the place of the first.
 
     Args:
-        folder: what the names of the pictures are relative to.
+        folder: what the names of the images are relative to.
         image_column, caption_column: empty means the first of `IMAGE_COLUMNS`, `CAPTION_COLUMNS` that there is.
 
     Raises:
@@ -98,7 +98,7 @@ def in_table(table: Path, folder: Path, image_column: str = "", caption_column: 
         file = row.get(columns[0])
         try:
             if not isinstance(file, str):
-                raise TypeError(f"the picture is {file!r}, not the name of a file")
+                raise TypeError(f"the image is {file!r}, not the name of a file")
             captions = captions_of(row.get(columns[1]))
         except TypeError as error:
             entries[where] = Skipped(MALFORMED_ITEM, f"{where}: {error}")
@@ -162,7 +162,7 @@ def _record(item, table: Path) -> dict | Skipped:
 
 
 def _coco(content: dict, table: Path) -> Iterator[dict | Skipped]:
-    """One record for each picture of COCO's captions (``images`` by ``id``, ``annotations`` by ``image_id``)."""
+    """One record for each image of COCO's captions (``images`` by ``id``, ``annotations`` by ``image_id``)."""
     captions: dict[int, list[str]] = {}
     try:
         for annotation in content["annotations"]:

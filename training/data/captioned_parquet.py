@@ -15,11 +15,11 @@ from training.data.skipping import MALFORMED_ITEM, Skipped
 
 
 class CaptionedParquet:
-    """A row is a picture: a column of encoded bytes or of ``{"bytes", "path"}``, and one of a text or a list of texts.
+    """A row is an image: a column of encoded bytes or of ``{"bytes", "path"}``, and one of a text or a list of texts.
 
     Args:
         files: of one schema; paths in them are relative to the file's folder.
-        image_column: empty means the only column of pictures, or the first of `IMAGE_COLUMNS` among several.
+        image_column: empty means the only column of images, or the first of `IMAGE_COLUMNS` among several.
         caption_column: empty means the first of `CAPTION_COLUMNS`.
         extra: read the other columns as well.
 
@@ -39,7 +39,7 @@ class CaptionedParquet:
 
     @staticmethod
     def _choose(file: Path, schema: pyarrow.Schema, image: str, caption: str, extra: bool) -> list[str]:
-        """The columns to read, those of the pictures and captions first."""
+        """The columns to read, those of the images and captions first."""
         pictures = [field.name for field in schema if _holds_pictures(field.type)]
         paths = [name for name in IMAGE_COLUMNS if name in schema.names and name not in pictures]
         candidates = pictures if len(pictures) == 1 else [name for name in IMAGE_COLUMNS if name in pictures] + paths

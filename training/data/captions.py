@@ -1,4 +1,4 @@
-"""The text of a picture: its own or one from elsewhere, with an instruction or shortened (spec §15)."""
+"""The text of an image: its own or one from elsewhere, with an instruction or shortened (spec §15)."""
 
 import random
 import re

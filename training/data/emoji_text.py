@@ -47,7 +47,7 @@ def slug(text: str) -> str:
 
 
 def picture_key(name: str, style: str) -> str:
-    """Sample key of a picture, without dots (WebDataset splits keys at the first one)."""
+    """Sample key of an image, without dots (WebDataset splits keys at the first one)."""
     return f"{slug(name)}_{slug(style)}"
 
 
@@ -56,9 +56,9 @@ def caption(name: str, style: str) -> str:
 
 
 def conversations(names: list[Name], held_out: bool, seed: int) -> list[dict]:
-    """LLaVA records (spec §9), four for each picture of the split: name, group (yes or no), style, caption.
+    """LLaVA records (spec §9), four for each image of the split: name, group (yes or no), style, caption.
 
-    Every second group question, in a shuffled order, is about the picture's own group, so "yes" and "no" are equally
+    Every second group question, in a shuffled order, is about the image's own group, so "yes" and "no" are equally
     frequent. The extra key `task` says which of the four questions a record is.
     """
     rng = random.Random(f"questions {held_out} {seed}")

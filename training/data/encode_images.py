@@ -1,12 +1,12 @@
-"""Turns shards of pictures into shards of image codes, so that the tokenizer runs once and not in every epoch.
+"""Turns shards of images into shards of image codes, so that the tokenizer runs once and not in every epoch.
 
     python3 training/data/encode_images.py shards='data/pets/train-{000000..000011}.tar' output=data/pets_codes/train \
         vq_model_name=showlab/magvitv2 resolution=256
     torchrun --standalone --nproc_per_node 8 training/data/encode_images.py …      (or accelerate launch)
 
-Every image flow reads the result in place of pictures: ``codes.npy`` holds the (N,) uint16 codes of the picture,
+Every image flow reads the result in place of images: ``codes.npy`` holds the (N,) uint16 codes of the image,
 resized and cropped as in training; other members stay as they are. The codes are those of `MAGVITv2.get_code` in fp32
-(without TF32) for each picture by itself, whatever the batch size. Codes cannot be mirrored or moved: flows that read
+(without TF32) for each image by itself, whatever the batch size. Codes cannot be mirrored or moved: flows that read
 them want `random_flip`, `und_random_flip` and `und_jitter` off.
 
 Each shard is written whole or not at all, and an interrupted run continues where it stopped: shards whose source,
@@ -58,12 +58,12 @@ class EncodeImagesConfig:
     resolution: int = 256
     batch_size: int = 32
     device: str = ""  # empty: the process's own GPU if there is one
-    num_workers: int = 4  # threads that decode pictures
+    num_workers: int = 4  # threads that decode images
     keep_images: bool = False  # beside their codes
     overwrite: bool = False  # another data set of this prefix
 
 
-# ---- pictures to codes ----
+# ---- images to codes ----
 
 
 class ImageEncoder:
@@ -78,7 +78,7 @@ class ImageEncoder:
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
-        """(B, 3, H, W) in [-1, 1] → (B, N) uint16, each row as `get_code` gives it for that picture alone."""
+        """(B, 3, H, W) in [-1, 1] → (B, N) uint16, each row as `get_code` gives it for that image alone."""
         pixels = pixels.to(self.vq_model.device)
         latents = self.vq_model.encode(pixels)  # (B, K, h, w)
         codes = self.vq_model.quantize.codes_of(latents)
@@ -125,7 +125,7 @@ def _only_good(decoded: Iterable[tuple | Skipped], tally: Tally) -> Iterator[tup
 
 
 def with_codes(raw: dict, codes: np.ndarray, keep_image: bool) -> dict:
-    """The members of a sample, its picture replaced or accompanied by ``codes.npy``."""
+    """The members of a sample, its image replaced or accompanied by ``codes.npy``."""
     buffer = io.BytesIO()
     np.save(buffer, codes)
     dropped = () if keep_image else IMAGE_KEYS

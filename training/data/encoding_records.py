@@ -35,7 +35,7 @@ def tokenizer_sha256(vq_model: MAGVITv2) -> str:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What codes depend on besides their pictures. `tokenizer`, the name, is for people: its weights tell."""
+    """What codes depend on besides their images. `tokenizer`, the name, is for people: its weights tell."""
 
     tokenizer: str
     tokenizer_sha256: str
@@ -147,7 +147,7 @@ class Plan:
             write_json(manifest_path(self.prefix), {"shards": shards, **counts, **asdict(self.encoding)})
         shutil.rmtree(self.parts, ignore_errors=True)
         if not counts["samples"]:
-            raise UserError(f"not one picture in {self.sources[0]} and {len(shards) - 1} more shards can be read")
+            raise UserError(f"not one image in {self.sources[0]} and {len(shards) - 1} more shards can be read")
         return read_manifest(self.prefix)
 
 

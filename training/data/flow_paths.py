@@ -68,7 +68,7 @@ class FlowPaths:
         return paths
 
     def image_root(self, name: str) -> str | None:
-        """The folder that file names of pictures start at, if one is given and the flow reads such names."""
+        """The folder that file names of images start at, if one is given and the flow reads such names."""
         key = self._root_key(name)
         return str(resolve_path(self.params[key])) if key else None
 

@@ -1,7 +1,7 @@
 """The three data flows of a run: which source and which transform a configuration means (spec §15, docs/data.md).
 
 An item is ``{"image": (3, res, res) float32 in [-1, 1], "text": str}``; with ``"codes"``, (N,) int64, in place of the
-picture where shards hold codes, ``"pixel_values"``, (3, S, S), in the CLIP-ViT branch, and ``"input_ids"`` and
+image where shards hold codes, ``"pixel_values"``, (3, S, S), in the CLIP-ViT branch, and ``"input_ids"`` and
 ``"labels"``, (L,) int64, in place of the text where it is a conversation. A language item is a text.
 """
 
@@ -44,7 +44,7 @@ def build_flows(
         config: a `TrainingConfig`.
         process, num_processes: which share of the data this process reads.
         tokenizer: of the model; flows of conversations cannot be read without one.
-        image_processor: CLIP's, for the pictures of the mmu flow in the CLIP-ViT branch.
+        image_processor: CLIP's, for the images of the mmu flow in the CLIP-ViT branch.
         split: ``train``, or ``eval``: the held-out data of the `eval_*` paths, in an order that is the same in every
             run, without augmentation, read by this process itself. Flows without such a path are absent.
         text_length: tokens of a conversation that a row has room for; `max_seq_length` if not given.

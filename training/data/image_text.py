@@ -24,12 +24,12 @@ IMAGE_KEYS = ("jpg", "png", "jpeg", "webp", "image")
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a sample brings of its picture → the tensor that the model is given.
+    """What a sample brings of its image → the tensor that the model is given.
 
     Args:
-        resolution: side of the pictures in pixels.
+        resolution: side of the images in pixels.
         num_codes, codebook_size: length and range of codes that come in place of pixels.
-        flip: mirror half of the pictures.
+        flip: mirror half of the images.
         jitter: shift and scale them by up to this share.
         processor: CLIP's image processor; None for the VQ branch.
         root: folder that the file names in parquet files and LLaVA jsons start at; None: the one of that file.
@@ -44,7 +44,7 @@ class Pictures:
     root: str | None = None
 
     def of(self, raw: dict, rng: random.Random) -> dict[str, torch.Tensor]:
-        """The picture of a raw sample: a member of a shard, or under ``image`` bytes, a file name, both (as Hugging
+        """The image of a raw sample: a member of a shard, or under ``image`` bytes, a file name, both (as Hugging
         Face's data sets have them), or codes.
 
         Raises:
@@ -84,7 +84,7 @@ class Pictures:
     def from_codes(self, codes: np.ndarray, name: str) -> dict[str, torch.Tensor]:
         """``codes`` (N,) int64."""
         if refused := self.refuses_codes():
-            raise UserError(f"{name} holds codes in place of a picture; {refused}")
+            raise UserError(f"{name} holds codes in place of an image; {refused}")
         if codes.shape != (self.num_codes,) or codes.dtype.kind not in "ui":
             raise SkipSample(
                 BAD_CODES, f"{name}: {codes.shape} of {codes.dtype}, the model takes {self.num_codes} whole numbers"
@@ -96,22 +96,22 @@ class Pictures:
     def refuses_codes(self) -> str:
         """Why this flow cannot use codes; empty if it can."""
         if self.processor is not None:
-            return "the CLIP-ViT branch sees pixels; give it the shards with the pictures"
+            return "the CLIP-ViT branch sees pixels; give it the shards with the images"
         if self.flip or self.jitter:
             keys = "dataset.preprocessing.random_flip, und_random_flip and und_jitter"
-            return f"codes cannot be mirrored or moved; turn {keys} off, or give the shards with the pictures"
+            return f"codes cannot be mirrored or moved; turn {keys} off, or give the shards with the images"
         return ""
 
 
 @dataclass(frozen=True)
 class ImageTextItem:
-    """Transform of a raw sample with a picture and a text."""
+    """Transform of a raw sample with an image and a text."""
 
     pictures: Pictures
     captions: Captions
 
     def __call__(self, raw: dict, rng: random.Random) -> dict:
-        text = self.captions(raw, rng)  # before the picture: what has no text need not be decoded
+        text = self.captions(raw, rng)  # before the image: what has no text need not be decoded
         return {**self.pictures.of(raw, rng), "text": text, "key": raw.get("__key__", "")}
 
 
@@ -142,7 +142,7 @@ def read_picture(encoded: bytes | str | None, name: str) -> Image.Image:
         raise SkipSample(MALFORMED_ITEM, f"{name}: no picture")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures, odd EXIF data and palettes
+            warnings.simplefilter("ignore")  # of large images, odd EXIF data and palettes
             with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
                 image.load()
                 # Faithful: EXIF rotation is not applied.

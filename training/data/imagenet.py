@@ -1,4 +1,4 @@
-"""A folder of class folders, such as ImageNet: the text of a picture is the name of its class (spec §15)."""
+"""A folder of class folders, such as ImageNet: the text of an image is the name of its class (spec §15)."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ class ImageFolder:
         names: file with a line ``{class folder} {name}`` for each class, or a JSON dictionary.
 
     Raises:
-        UserError: there are no pictures, or `names` cannot be read.
+        UserError: there are no images, or `names` cannot be read.
     """
 
     def __init__(self, folder: str, names: str | None = None):

@@ -135,7 +135,7 @@ def _lines(text: str) -> Iterator[tuple[int, int, Any]]:
 
 
 def _open(text: str, bracket: str) -> int:
-    """Place behind the opening bracket; a byte order mark before it is passed over."""
+    """Place behind the opening bracket; a byte order mark before it is skipped."""
     place = _blanks(text, 3 if text.startswith("\xef\xbb\xbf") else 0)
     if text[place : place + 1] != bracket:
         raise ValueError(f"it must begin with {bracket}")

@@ -1,4 +1,4 @@
-"""Conversations on pictures in LLaVA's form: ``{"image": tensor, "input_ids", "labels"}`` (spec §9)."""
+"""Conversations on images in LLaVA's form: ``{"image": tensor, "input_ids", "labels"}`` (spec §9)."""
 
 import json
 import random
@@ -16,10 +16,10 @@ from training.data.skipping import BAD_CONVERSATION, MALFORMED_ITEM, MISSING_FIL
 
 
 class LlavaRecords:
-    """Records of LLaVA jsons, undecoded; those without a picture are left out.
+    """Records of LLaVA jsons, undecoded; those without an image are left out.
 
     Raises:
-        UserError: a file is no JSON list, or no record has a picture.
+        UserError: a file is no JSON list, or no record has an image.
     """
 
     def __init__(self, paths: list[str]):
@@ -52,7 +52,7 @@ class LlavaItem:
     """Transform of a record of LLaVA's form.
 
     Args:
-        pictures: decodes the picture.
+        images: decodes the image.
         encode: turns and tokenizer → ``input_ids`` and ``labels``, (L,) int64 each.
         tokenizer: of the model.
         text_length: tokens that a row has room for; a conversation whose answers begin later teaches nothing.
@@ -67,7 +67,7 @@ class LlavaItem:
         """One item.
 
         Raises:
-            SkipSample: the record is malformed, its conversation has nothing to learn, or its picture is unreadable.
+            SkipSample: the record is malformed, its conversation has nothing to learn, or its image is unreadable.
         """
         record, key = _parse(raw), raw["__key__"]
         checked_text(json.dumps(record["conversations"], ensure_ascii=False), key)
@@ -77,13 +77,13 @@ class LlavaItem:
             raise SkipSample(BAD_CONVERSATION, f"{key}: {error}") from None
         if (encoded["labels"][: self.text_length] == IGNORE_INDEX).all():
             raise SkipSample(BAD_CONVERSATION, f"{key}: no answer within {self.text_length} tokens to learn from")
-        # A sample of shards brings its picture along; else the record names the file.
+        # A sample of shards brings its image along; else the record names the file.
         return {**self.pictures.of({"image": _file_name(record)} | raw, rng), **encoded, "key": key}
 
 
 def _file_name(record: dict) -> str | None:
     name = record.get("image")
-    return name if isinstance(name, str) else None  # LLaVA's form has one picture; several are no LLaVA record
+    return name if isinstance(name, str) else None  # LLaVA's form has one image; several are no LLaVA record
 
 
 def _parse(raw: dict) -> dict:

@@ -1,10 +1,10 @@
-"""Turns pictures with captions, however they are kept, into WebDataset shards that every image flow reads.
+"""Turns images with captions, however they are kept, into WebDataset shards that every image flow reads.
 
     python3 training/data/make_shards.py source=~/pets output=data/pets/train
 
-`source` is a folder: pictures with a text beside each (``a.jpg``, ``a.txt``), or with ``metadata.csv`` or
+`source` is a folder: images with a text beside each (``a.jpg``, ``a.txt``), or with ``metadata.csv`` or
 ``metadata.jsonl`` (Hugging Face's imagefolder), or parquet files (a data set as the hub keeps it). With `captions=FILE`
-a table names the pictures, with `captions=folders` the folders they lie in (ImageNet):
+a table names the images, with `captions=folders` the folders they lie in (ImageNet):
 
     … source=coco/train2017 captions=coco/annotations/captions_train2017.json output=data/coco/train
     … source=flickr8k/Images captions=flickr8k/captions.txt output=data/flickr/train       (csv, tsv, jsonl, json)
@@ -12,8 +12,8 @@ a table names the pictures, with `captions=folders` the folders they lie in (Ima
 
     … source=imagenet captions=folders output=data/imagenet/train
 
-Each sample is the picture's own bytes and ``txt``. A picture with several captions (COCO has five) becomes several
-samples, so that an epoch sees all; `captions_per_image=join` or `first` makes one. Pictures that cannot be read, files
+Each sample is the image's own bytes and ``txt``. An image with several captions (COCO has five) becomes several
+samples, so that an epoch sees all; `captions_per_image=join` or `first` makes one. Images that cannot be read, files
 that are missing and empty captions are left out and counted. `{output}-manifest.json` lists the shards. The same source
 and settings give the same bytes; what was there before stays until the new set is complete.
 """
@@ -62,36 +62,36 @@ CAPTIONS_PER_IMAGE = ("each", "join", "first")
 
 @dataclass
 class MakeShardsConfig:
-    source: str = "???"  # folder of pictures or of a Hugging Face data set
+    source: str = "???"  # folder of images or of a Hugging Face data set
     output: str = "???"  # prefix of the shards: {output}-000000.tar
-    captions: str = ""  # table that names pictures in `source`; `folders`: their classes; empty: what lies in `source`
+    captions: str = ""  # table that names images in `source`; `folders`: their classes; empty: what lies in `source`
     image_column: str = ""  # of a table or parquet; empty: the usual names
     caption_column: str = ""
     split: str = ""  # of a Hugging Face data set; needed where it has several
     captions_per_image: str = "each"
-    txt_lines: bool = False  # each line of a .txt beside a picture is a caption
+    txt_lines: bool = False  # each line of a .txt beside an image is a caption
     metadata: bool = False  # a member `json` with the other columns
-    resize: int = 0  # larger pictures are scaled until their shorter side is this; 0 keeps every byte
-    quality: int = 95  # of the JPEG and WebP pictures that were scaled
+    resize: int = 0  # larger images are scaled until their shorter side is this; 0 keeps every byte
+    quality: int = 95  # of the JPEG and WebP images that were scaled
     shard_size: int = 1000  # samples in a shard
     shuffle: bool = True  # parquet: row groups, and rows within each
     seed: int = 0
-    num_workers: int = 4  # threads that read and check pictures
+    num_workers: int = 4  # threads that read and check images
     overwrite: bool = False  # another data set of this prefix
 
 
-# ---- where pictures and captions are ----
+# ---- where images and captions are ----
 
 
 def open_source(config) -> CaptionedSource:
-    """The pictures that the settings name.
+    """The images that the settings name.
 
     Raises:
         UserError: there are none, or none with a caption, or a table or column is missing.
     """
     folder = Path(config.source).expanduser()
     if not folder.is_dir():
-        raise UserError(f"source={config.source} is no folder that exists; give the one that holds the pictures")
+        raise UserError(f"source={config.source} is no folder that exists; give the one that holds the images")
     if config.captions == CLASS_FOLDERS:
         return Listing(in_class_folders(folder))
     columns = (config.image_column, config.caption_column)
@@ -113,11 +113,11 @@ def _advice(files: list[Path]) -> str:
         return "it is a data set saved with save_to_disk: save it with to_parquet instead"
     if pictures := sum(map(is_picture, files)):
         ways = "put a .txt beside each, name a table with captions=FILE, or take their folders with captions=folders"
-        return f"it holds {pictures} pictures: {ways}"
-    return "it holds neither pictures with a .txt beside them, nor metadata.csv or metadata.jsonl, nor parquet files"
+        return f"it holds {pictures} images: {ways}"
+    return "it holds neither images with a .txt beside them, nor metadata.csv or metadata.jsonl, nor parquet files"
 
 
-# ---- from pictures to samples ----
+# ---- from images to samples ----
 
 
 def entries_of(source: CaptionedSource, config) -> Iterator[Captioned | Skipped]:
@@ -165,13 +165,13 @@ def make_sample(entry: Captioned | Skipped, config) -> dict[str, bytes] | Skippe
 
 
 def checked_picture(data: bytes, resize: int, quality: int) -> tuple[str, bytes]:
-    """Decode a picture to its end; keep its bytes unless it is to be scaled or of a format that no flow reads.
+    """Decode an image to its end; keep its bytes unless it is to be scaled or of a format that no flow reads.
 
     Returns:
         member suffix, bytes.
 
     Raises:
-        Exception: whatever PIL says of a broken picture.
+        Exception: whatever PIL says of a broken image.
     """
     with Image.open(io.BytesIO(data)) as image:
         image.load()
@@ -256,7 +256,7 @@ def numbered(entries: Iterator[Captioned | Skipped], config, tally: Tally, bar: 
     """The samples that could be read, with their keys; everything is counted."""
     make = partial(make_sample, config=config)
     for number, sample in enumerate(in_order(make, entries, config.num_workers, ahead=8 * config.num_workers)):
-        bar.total = max(bar.total, number + 1)  # a picture of several captions is several samples
+        bar.total = max(bar.total, number + 1)  # an image of several captions is several samples
         bar.update()
         tally.seen += 1
         if isinstance(sample, Skipped):

@@ -165,7 +165,7 @@ def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") ->
 
     Args:
         expected: manifest key → value in this run.
-        refused: why codes cannot be used in this flow at all, if so; then pictures beside them are.
+        refused: why codes cannot be used in this flow at all, if so; then images beside them are.
 
     Raises:
         UserError: they do not fit.
@@ -180,6 +180,6 @@ def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") ->
         wrong = [f"{k} {manifest.get(k)}, here {value}" for k, value in expected.items() if manifest.get(k) != value]
         if wrong:
             raise UserError(
-                f"{file}: these codes were made for {'; '.join(wrong)}; encode the pictures again with "
+                f"{file}: these codes were made for {'; '.join(wrong)}; encode the images again with "
                 "training/data/encode_images.py for this resolution and tokenizer"
             )

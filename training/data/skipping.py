@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-UNREADABLE_IMAGE = "unreadable_image"  # broken, truncated, enormous, or no picture at all
+UNREADABLE_IMAGE = "unreadable_image"  # broken, truncated, enormous, or no image at all
 TRUNCATED_SHARD = "truncated_shard"  # a shard or row group that ends early or is corrupt; counts what is lost of it
 MISSING_FILE = "missing_file"
 EMPTY_TEXT = "empty_text"

@@ -1,7 +1,7 @@
 """Endless streams of batches whose order is a function of (seed, step, process, worker), so a run can continue.
 
 Every loader worker reads one stream of a `Source`. A stream is cut into rounds; to continue at sample n of round r, the
-n samples before it are passed over, and none of them is decoded.
+n samples before it are skipped, and none of them is decoded.
 """
 
 import atexit
