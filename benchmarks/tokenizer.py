@@ -1,4 +1,4 @@
-"""Pictures per second that the image tokenizer encodes, in ways a training step could: the published one and ours.
+"""Throughput of the image tokenizer's encoder, in the variants a training step can use: published and ours.
 
     python3 benchmarks/tokenizer.py --pictures 2                      # the published tokenizer's sizes on a CPU
     python3 benchmarks/tokenizer.py --size tiny --pictures 32         # the small default's
@@ -11,7 +11,7 @@ trained ones). Ways:
 - compiled: `training.vq_compile`.
 - bf16: `training.vq_dtype: bf16`, autocast; it changes some codes, and the share that stays the same is told.
 - codes from shards: no tokenizer in the step at all (`training/data/encode_images.py`); reading them, from
-  `benchmarks/data.py`, costs a loader worker a fraction of what decoding a jpeg does.
+  `benchmarks/data.py`, costs a loader worker a fraction of decoding a jpeg.
 
 `limit` is the operations of the convolutions and the attention, counted, over the measured matmul rate. Prints a table
 and last one JSON line.

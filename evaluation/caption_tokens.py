@@ -40,7 +40,7 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple
 
     Args:
         captions: one an image.
-        references: what people wrote about each; how rare words are is counted over all of them.
+        references: human captions of each; word frequencies are counted over all of them.
     """
     Cider = _library("cider.cider").Cider
     lines = [*captions, *(reference for several in references for reference in several)]

@@ -44,7 +44,7 @@ def features(model: torch.nn.Module, images: Sequence[Image.Image], what: str) -
 
     Args:
         images: square RGB images, enlarged to 224 x 224 (bicubic).
-        what: what they are, for the progress bar.
+        what: name of the images, for the progress bar.
     """
     device, found = next(model.parameters()).device, []
     for start in tqdm(range(0, len(images), BATCH), desc=f"features of {what}", leave=False, disable=None):

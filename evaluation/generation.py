@@ -17,7 +17,7 @@ from models.images import load_image, preprocess
 class GenerationTask(Task):
     """A benchmark that generates an image for each prompt."""
 
-    reads_pictures = False
+    reads_images = False
 
     @property
     def is_random(self) -> bool:

@@ -1,4 +1,4 @@
-"""Reading what others wrote: every mistake names the file, the place in it, the field, and what was expected."""
+"""Readers of official files. Errors name the file, the record, the field, and the expected value."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sized
@@ -62,7 +62,7 @@ def field(place: str, record: Any, name: str, kind: type | tuple[type, ...], all
     """The value of one field.
 
     Args:
-        place: the file and where in it the record stands.
+        place: the file and the record's position in it.
         kind: the type, or several.
         allowed: the values there may be; default: any of the kind.
 
@@ -90,7 +90,7 @@ def check_filled(records: Sized, place: str | Path, what: str) -> None:
 
 
 def unique_keys(keys: list[str], file: Path, name: str) -> None:
-    """Refuses records that stand in a file twice: their answers could not be told apart."""
+    """Refuses duplicate keys, whose answers could not be told apart."""
     seen: set[str] = set()
     for key in keys:
         if key in seen:
@@ -98,11 +98,11 @@ def unique_keys(keys: list[str], file: Path, name: str) -> None:
         seen.add(key)
 
 
-def check_pictures(paths: list[Path], named_by: Callable[[Path], str], what: str) -> None:
-    """All images must be there before anything is asked.
+def check_images(paths: list[Path], named_by: Callable[[Path], str], what: str) -> None:
+    """Checks that all images exist before anything is asked.
 
     Args:
-        named_by: the file and field that names an image.
+        named_by: returns the file and field that names an image.
     """
     missing = [path for path in dict.fromkeys(paths) if not path.is_file()]
     if missing:

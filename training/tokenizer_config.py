@@ -18,7 +18,7 @@ class Experiment:
     eval_every: int = 500
     save_every: int = 1000
     checkpoints_total_limit: int | None = 2
-    resume_from_checkpoint: str | None = "latest"  # "latest", a folder, or null to begin anew
+    resume_from_checkpoint: str | None = "latest"  # "latest", a folder, or null to start again
     max_eval_examples: int | None = 1000
     num_sheet_pictures: int = 24
 

@@ -54,6 +54,6 @@ def code_entropies(latents: torch.Tensor, max_group_bits: int = 7) -> tuple[torc
 
 
 def commitment_loss(latents: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance of (B, K, h, w) latents from the corner of the cube that they stand for."""
+    """Mean squared distance of (B, K, h, w) latents from the cube's corner that is their code."""
     latents = latents.float()
     return F.mse_loss(latents, torch.where(latents > 0, 1.0, -1.0))

@@ -12,7 +12,7 @@ import numpy as np
 from common.errors import UserError
 from evaluation.generation import GenerationTask
 from evaluation.image_scores import FID, check_clip, check_fid, clip_network, clip_scores, fid_metric
-from evaluation.official_files import check_filled, check_pictures, field, read_json, unique_keys, write_json
+from evaluation.official_files import check_filled, check_images, field, read_json, unique_keys, write_json
 from evaluation.task import Item, Paper, Verdict, ratio
 from models.images import load_image
 
@@ -49,7 +49,7 @@ class COCO(GenerationTask):
                 raise UserError(f"{place}: field 'image_id' is {image}; expected the 'id' of one of the file's images")
             captions.setdefault(image, []).append((key, " ".join(text.split())))
         self.real = [self.root / "coco/val2014" / name for name in names.values()]
-        check_pictures(
+        check_images(
             self.real if "fid" in self.scores else [],
             lambda path: f"field 'file_name' ({path.name}) of {file.name}",
             f"COCO's val2014 images in {self.root / 'coco/val2014'}",

@@ -144,14 +144,14 @@ def read_list(place: str, name: str, text: str) -> list[str]:
 
 
 @lru_cache(maxsize=2)
-def pictures_of(file: Path) -> pa.ChunkedArray:
+def images_of(file: Path) -> pa.ChunkedArray:
     """The first image of every question of a subject; of two subjects they stay in memory."""
     return pq.read_table(file, columns=["image_1"]).column("image_1")
 
 
 def open_picture(file: Path, number: int) -> Image.Image:
     """The first image of a question, read when its turn comes."""
-    value = pictures_of(file)[number].as_py()
+    value = images_of(file)[number].as_py()
     try:
         return Image.open(io.BytesIO(value["bytes"])).convert("RGB")
     except (TypeError, KeyError, OSError) as error:

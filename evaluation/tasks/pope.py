@@ -12,7 +12,7 @@ import numpy as np
 
 from evaluation.official_files import (
     check_filled,
-    check_pictures,
+    check_images,
     field,
     read_json_lines,
     unique_keys,
@@ -49,7 +49,7 @@ class POPE(YesNoRule, QuestionTask):
     def read_items(self) -> list[Item]:
         items = [item for split in SPLITS for item in self._read_split(split)]
         named = {item.image: item.facts["split"] for item in reversed(items)}
-        check_pictures(
+        check_images(
             [self._folder / item.image for item in items],
             lambda path: f"field 'image' of coco_pope_{named[path.name]}.json",
             f"COCO's val2014 images in {self._folder}",

@@ -40,7 +40,7 @@ class Reconstruction(Task):
 
     @property
     def settings(self):
-        """Pictures may be added to the folder between two starts, but not exchanged for those of another."""
+        """Images may be added to the folder between two starts, but not exchanged for those of another."""
         return super().settings | {"reconstruction_images": str(self._folder.resolve())}
 
     def read_items(self) -> list[Item]:

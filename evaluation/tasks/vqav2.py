@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from common.errors import UserError
-from evaluation.official_files import check_filled, check_pictures, field, read_json, unique_keys, write_json
+from evaluation.official_files import check_filled, check_images, field, read_json, unique_keys, write_json
 from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, accuracies, ratio, right_by
 from evaluation.vqa_normalization import normalize, one_line, vqa_accuracy
 from models.images import load_image
@@ -52,7 +52,7 @@ class VQAv2(QuestionTask):
         items = [self._item(f"{file}, question {n}", record, pictures, annotations) for n, record in enumerate(records)]
         unique_keys([item.key for item in items], file, "question_id")
         named = {item.image: item.key for item in reversed(items)}
-        check_pictures(
+        check_images(
             [self.root / "coco" / item.image for item in items],
             lambda path: f"field 'image_id' of question_id {named[f'{pictures}/{path.name}']} in {file.name}",
             f"COCO's {pictures} images in {self.root / 'coco' / pictures}",

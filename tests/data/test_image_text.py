@@ -1,4 +1,4 @@
-"""Pictures with texts: pixels, codes, and what cannot be used."""
+"""Images with texts: pixels, codes, and what cannot be used."""
 
 import io
 import random
@@ -14,17 +14,17 @@ from models.images import preprocess
 from tests.training.tiny import CAPTIONS, image_bytes, picture, sample
 from training.data.batching import unpack
 from training.data.captions import Captions
-from training.data.image_text import ImageTextItem, Pictures, decode_jpeg, jittered
+from training.data.image_text import ImageTextSample, ImageTransform, decode_jpeg, jittered
 from training.data.skipping import SkipSample
 
 
-def pictures(resolution: int = 32, **settings) -> Pictures:
-    return Pictures(resolution, num_codes=16, codebook_size=64, **settings)
+def pictures(resolution: int = 32, **settings) -> ImageTransform:
+    return ImageTransform(resolution, num_codes=16, codebook_size=64, **settings)
 
 
 def item_of(raw: dict, seed: int = 0, captions=None, **settings) -> dict:
     """As it comes out of a loader, with its pixels as numbers."""
-    return unpack([ImageTextItem(pictures(**settings), captions or Captions())(raw, random.Random(seed))])[0]
+    return unpack([ImageTextSample(pictures(**settings), captions or Captions())(raw, random.Random(seed))])[0]
 
 
 def kind_of(raw: dict, **settings) -> str:

@@ -56,7 +56,7 @@ def test_each_question_is_a_sample_in_the_words_of_the_inference_script(source, 
 
 
 def test_whole_records_are_kept_for_the_llava_flows(source):
-    """Pictures can then be encoded, which leaves the member `json` as it is."""
+    """Images can then be encoded, which leaves the member `json` as it is."""
     main(arguments(source, records="true", repeat="name:2"))
     samples = written(source)
     records = json.loads((source / "qa.json").read_text())

@@ -44,7 +44,7 @@ CAPTION_INSTRUCTIONS = (
     "Sum up the picture.",
     "Tell a reader what the picture contains.",
 )
-OPENINGS = (  # of machine-made captions; a longer one stands before one that it begins with
+OPENINGS = (  # of machine-made captions; before any that are their prefixes
     "The image features ",
     "The image shows ",
     "The image displays ",

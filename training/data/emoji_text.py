@@ -24,7 +24,7 @@ STYLE_QUESTION = "Which style is it drawn in?"
 
 @dataclass
 class Name:
-    """One emoji: what it is called, where it belongs, and which style (if any) is held back from training."""
+    """One emoji: its name, its group, and the style (if any) that is held out."""
 
     name: str
     group: str
@@ -84,7 +84,7 @@ def _record(key: str, task: str, question: str, answer: str) -> dict:
 
 
 def sentences(names: list[Name], seed: int) -> list[str]:
-    """Text for the language-modelling flow, shuffled: what each name belongs to, is related to and resembles.
+    """Text for the language-modelling flow, shuffled: each name's group, relatives and look-alikes.
 
     Held-out styles are not mentioned together with their name.
     """

@@ -8,7 +8,7 @@ downloads five npm packages once (into `{output_dir}/packages`), draws them and 
     images/key.png                      the same images, for llava_{train,heldout}.json (questions and answers)
     imagenet/train/<id>/key.JPEG        one folder for each name; imagenet/LOC_synset_mapping.txt has their names
     text/train.parquet, text/train.txt  sentences (column `content`); all texts of training, for a BPE tokenizer
-    manifest.json                       what was asked for, every name and image, counts, licences, checksums
+    manifest.json                       settings, every name and image, counts, licences, checksums
 
 Every 8th name holds back one of its styles: those images are only in the held-out files (and in images/), so a model
 that draws or names them has understood both the name and the style.
@@ -74,7 +74,7 @@ class Picture:
 def hold_out(names: list[Name]) -> None:
     """Set `held_out_style` of every 8th name that all styles draw, rotating through the styles.
 
-    Done on the whole list before any selection, so a smaller world holds back a subset of what a larger one does, and a
+    Done on the whole list before any selection, so a smaller world holds out a subset of a larger one's, and a
     tokenizer trained on all names has not seen the held-out images of a model trained on some.
     """
     complete = [name for name in names if len(name.styles) == len(STYLES)]
@@ -188,7 +188,7 @@ def write_text(folder: Path, names: list[Name], seed: int) -> None:
 
 
 def describe(pictures: list[Picture], names: list[Name], folder: Path, config: EmojiWorldConfig) -> dict:
-    """The manifest of what lies in `folder`."""
+    """The manifest of `folder`."""
     arguments = {k: v for k, v in asdict(config).items() if k not in ("output_dir", "packages_dir")}
     held_out = sum(picture.held_out for picture in pictures)
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".tar", ".json", ".parquet", ".txt"))

@@ -35,7 +35,7 @@ class LlavaShardsConfig:
     image_root: str = "???"
     output: str = "???"  # prefix of the shards: {output}-000000.tar
     repeat: str = ""  # task:times, comma-separated
-    records: bool = False  # whole records, for the llava flows, in place of questions for the captioning flow
+    records: bool = False  # complete records for the llava flows, instead of questions for the captioning flow
     shard_size: int = 2000
     seed: int = 0
 
@@ -49,15 +49,15 @@ def samples(records: list[dict], image_root: Path, repeat: dict[str, int], whole
     for index, record in enumerate(records):
         if "image" not in record:
             continue
-        picture = image_root / record["image"]
-        if not picture.is_file():
-            raise UserError(f"record {record.get('id', index)!r}: image {picture} does not exist; check image_root")
+        image = image_root / record["image"]
+        if not image.is_file():
+            raise UserError(f"record {record.get('id', index)!r}: image {image} does not exist; check image_root")
         questions = () if whole else questions_and_answers(record["conversations"])
         texts = [{"txt": f"{question_prompt_vq(question)} {answer}"} for question, answer in questions]
         for number, text in enumerate([{"json": record}] if whole else texts):
             for time in range(repeat.get(record.get("task"), 1)):
                 key = f"{index:06d}-{number}-{time}"
-                yield {"__key__": key, picture.suffix.lstrip(".").lower(): picture, **text}
+                yield {"__key__": key, image.suffix.lstrip(".").lower(): image, **text}
 
 
 def questions_and_answers(turns: list[dict]) -> list[tuple[str, str]]:
