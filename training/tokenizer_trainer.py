@@ -252,7 +252,7 @@ class TokenizerTrainer:
         )
 
     def resume(self):
-        """Resumes from `experiment.resume_from_checkpoint`: weights, average, optimiser, schedule, random state, data."""
+        """Resumes from `experiment.resume_from_checkpoint`, with optimiser, schedule, random state and data."""
         if self.start is not None:
             self.state = load_checkpoint(self.accelerator, self.start, self.average)
             self.accelerator.print(f"resuming from {self.start} at step {self.step}")

@@ -116,7 +116,7 @@ def test_unreadable_samples_are_passed_over_and_counted():
     flow = make_flow()
     readable = raws(take(flow, 10))
     state = flow.state_dict()
-    used = [raw for index in range(10) for raw in Resampled(read).round(1, 0, 1, index)][: state.seen]
+    used = [raw for index in range(10) for raw in Resampled(read).chunk(1, 0, 1, index)][: state.seen]
     assert readable == [raw for raw in used if raw % 3]
     assert flow.seen == state.seen == 10 * state.chunks[0] + state.positions[0]
     assert flow.skipped == state.skipped == {"unreadable": state.seen - 30}
@@ -298,7 +298,7 @@ def test_a_stretch_without_any_usable_sample_ends_the_run_later_on(monkeypatch):
         return raw
 
     class InOrder(Epochs):
-        def round(self, seed, stream, num_streams, index):
+        def chunk(self, seed, stream, num_streams, index):
             yield (index, 0)
 
     flow = make_flow(source=InOrder(Parts(*[1] * 10**6)), using=first_ten, max_skipped_fraction=1.0)
@@ -419,3 +419,10 @@ def test_a_users_mistake_found_by_a_worker_is_one_line(num_workers):
     with pytest.raises(UserError) as error:
         next(make_flow(num_workers, using=refuse))
     assert str(error.value) == "numbers: this cannot be mirrored; fix the data or its path"
+
+
+def test_a_checkpoint_with_the_former_names_still_loads():
+    former = {"batches": 2, "positions": [3], "rounds": [1], "owed": [{"missing_file": 4}]}
+    state = StreamState.from_dict(former)
+    assert state.chunks == [1] and state.deferred == [{"missing_file": 4}]
+    assert StreamState.from_dict(dataclasses.asdict(state)) == state
