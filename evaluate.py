@@ -1,4 +1,4 @@
-"""Benchmarks of reading and drawing, from the official files to the paper's table (spec §16; docs/evaluation.md).
+"""Benchmarks of understanding and generation, from official files to the paper's table (spec §16; docs/evaluation.md).
 
     python3 evaluate.py config=configs/showo_demo_512x512.yaml tasks=pope,mme data_root=/data/benchmarks \
         output_dir=outputs/evaluation

@@ -1,17 +1,17 @@
-"""Samples per second of one loader worker, against the bare decoding and resizing of the same pictures.
+"""Samples per second of one loader worker, against the bare decoding and resizing of the same images.
 
     python3 benchmarks/data.py                                        # 256² jpegs, as stage 2 reads them
-    python3 benchmarks/data.py --side 512                             # larger pictures, scaled down to 256²
+    python3 benchmarks/data.py --side 512                             # larger images, scaled down to 256²
 
-Pictures are pieces of the repository's photographs, saved as jpegs with captions in WebDataset shards. Ways:
+Images are pieces of the repository's photographs, saved as jpegs with captions in WebDataset shards. Ways:
 
-- bare: PIL's decoding and resizing of the encoded pictures, all in memory; nothing else. This is the limit.
-- worker: what a loader worker does of the mmu flow of stage 2: reading shards, mixing, captions with instructions,
-  pictures put together as a batch. The row that the target is about.
+- bare: PIL's decoding and resizing of the encoded images, all in memory; nothing else. This is the limit.
+- worker: the work of a loader worker for the mmu flow of stage 2: reading shards, mixing, captions with instructions,
+  images put together as a batch. The row that the target is about.
 - worker, codes: the same with shards encoded beforehand (`training/data/encode_images.py`).
 - through: the flow with one worker in a process of its own, from here: batches cross the border and become numbers.
 
-They take turns, and the fastest round of each counts. Prints a table and last one JSON line.
+They take turns, and the fastest run of each counts. Prints a table and last one JSON line.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from PIL import Image
 from benchmarks import report
 from common.config import TrainingConfig
 from training.data.flows import build_flows
-from training.data.image_text import read_picture
+from training.data.image_text import read_image
 from training.data.streams import Flow, _Batches
 
 PHOTOS = sorted([*report.ROOT.glob("mmu_validation/*.jpg"), *report.ROOT.glob("inpainting_validation/*.jpg")])
@@ -43,7 +43,7 @@ TARGET, BATCH, TOKENS, CODEBOOK = 256, 10, 256, 8192
 WAYS = ("bare", "worker", "worker, codes", "through")
 
 
-def encoded_pictures(count: int, side: int, quality: int = 90) -> list[bytes]:
+def encoded_images(count: int, side: int, quality: int = 90) -> list[bytes]:
     """Random squares of the photographs, scaled to `side`, as jpegs."""
     rng, photos = random.Random(0), [Image.open(file).convert("RGB") for file in PHOTOS]
     made = []
@@ -60,7 +60,7 @@ def encoded_pictures(count: int, side: int, quality: int = 90) -> list[bytes]:
 
 
 def write_shards(folder: Path, pictures: list[bytes], codes: bool = False) -> str:
-    """Two shards of the pictures, or of as many random codes, with captions of 10 to 30 words; their pattern."""
+    """Two shards of the images, or of as many random codes, with captions of 10 to 30 words; their pattern."""
     rng, words = random.Random(1), ("a", "red", "house", "behind", "trees")
     for shard in range(2):
         with webdataset.TarWriter(str(folder / f"train-{shard:06d}.tar")) as writer:
@@ -135,13 +135,13 @@ def measure(pictures: list[bytes], samples: int, rounds: int) -> dict[str, float
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=256, help="of the stored pictures")
+    parser.add_argument("--side", type=int, default=256, help="of the stored images")
     parser.add_argument("--pictures", type=int, default=400)
     parser.add_argument("--samples", type=int, default=2000, help="of each round")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)
-    pictures = encoded_pictures(args.pictures, args.side)
-    assert read_picture(pictures[0], "").size == (args.side, args.side)
+    pictures = encoded_images(args.pictures, args.side)
+    assert read_image(pictures[0], "").size == (args.side, args.side)
     found = measure(pictures, args.samples, args.rounds)
     for name, rate in found.items():
         print(f"{name:12}{rate:10.0f} samples/s{rate / found['bare']:8.0%} of bare")

@@ -3,7 +3,7 @@
     python3 benchmarks/loss_memory.py
 
 Stage-2 proportions (5 t2i, 2 lm, 5 mmu rows of 387), hidden states of 512; forward and backward, with the gradients of
-head and hidden states. Each way in its own process; what the process held before is subtracted.
+head and hidden states. Each variant runs in its own process; memory used before is subtracted.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""GPU memory of the published stages, by calculation: what each term is, and where the sum fits.
+"""GPU memory of the published stages, by calculation: each term, and the GPUs on which the sum fits.
 
     python3 benchmarks/memory.py
     python3 benchmarks/memory.py --check    # against the measured peak of `benchmarks/training.py --size 100m`
@@ -43,7 +43,7 @@ class Terms:
     gradients: dict[str, float]
     moments: dict[str, float]  # AdamW's two, and the fp32 weights that DeepSpeed keeps beside bf16 ones
     roots: dict[str, float]
-    buffers: dict[str, float]  # what is gathered to compute or to communicate
+    buffers: dict[str, float]  # gathered for computation or communication
     frozen: float  # image tokenizer and CLIP tower, fp32
     kept: float  # every layer's input, with gradient checkpointing
     one_layer: float  # recomputed, and its gradients
@@ -100,11 +100,11 @@ def terms(
         # DeepSpeed steps on fp32 copies of its bf16 gradients as well.
         roots={"1 GPU": 4 * trained, "ZeRO-2": 8 * trained / GPUS, "FSDP2": 4 * trained / GPUS},
         # DeepSpeed reduces 5e8 bf16 gradients at once; FSDP2 puts the head, the embedding and two layers together in
-        # bf16; autocast keeps bf16 copies of what is multiplied.
+        # bf16; autocast keeps bf16 copies of matmul inputs.
         buffers={"1 GPU": 2 * (count - head), "ZeRO-2": 2 * 5e8, "FSDP2": 2 * (2 * head + 2 * layer)},
         frozen=4 * frozen,
         kept=4 * llm.num_hidden_layers * positions * llm.hidden_size,
-        # Normed input, q, k, v, attention in fp32 and bf16, the MLP's inner width before and behind the fused GELU.
+        # Normed input, q, k, v, attention in fp32 and bf16, the MLP's inner width before and after the fused GELU.
         one_layer=positions * (4 * llm.hidden_size * 8 + 2 * llm.intermediate_size * 4),
         # One chunk of logits, whatever is supervised, and the hidden states there with their gradient.
         loss=4 * min(MAX_LOGITS, model.vocab_size * sum(supervised)) + 8 * llm.hidden_size * sum(supervised),

@@ -39,7 +39,7 @@ def facts() -> dict:
 
 
 def memory_in_use(device: str) -> float:
-    """MiB that this process holds now: on a GPU what torch has allocated, else resident memory."""
+    """Memory of this process in MiB: allocated by torch on a GPU, else resident."""
     if device != "cpu":
         return torch.cuda.memory_allocated() / MIB
     return _status("VmRSS", default=0)
@@ -54,7 +54,7 @@ def peak_memory(device: str) -> float:
 
 
 def _status(key: str, default: float) -> float:
-    """A memory figure of Linux in MiB. `ru_maxrss` begins with what the parent process held; this one does not."""
+    """A memory figure of Linux in MiB. Unlike `ru_maxrss`, it does not include the parent process's memory."""
     file = Path("/proc/self/status")
     lines = file.read_text().splitlines() if file.exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:")), default)

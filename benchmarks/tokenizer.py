@@ -1,4 +1,4 @@
-"""Pictures per second that the image tokenizer encodes, in ways a training step could: the published one and ours.
+"""Throughput of the image tokenizer's encoder, in the variants a training step can use: published and ours.
 
     python3 benchmarks/tokenizer.py --pictures 2                      # the published tokenizer's sizes on a CPU
     python3 benchmarks/tokenizer.py --size tiny --pictures 32         # the small default's
@@ -11,7 +11,7 @@ trained ones). Ways:
 - compiled: `training.vq_compile`.
 - bf16: `training.vq_dtype: bf16`, autocast; it changes some codes, and the share that stays the same is told.
 - codes from shards: no tokenizer in the step at all (`training/data/encode_images.py`); reading them, from
-  `benchmarks/data.py`, costs a loader worker a fraction of what decoding a jpeg does.
+  `benchmarks/data.py`, costs a loader worker a fraction of decoding a jpeg.
 
 `limit` is the operations of the convolutions and the attention, counted, over the measured matmul rate. Prints a table
 and last one JSON line.
@@ -47,7 +47,7 @@ def make_model(args) -> MAGVITv2:
 
 
 def pictures(args) -> torch.Tensor:
-    """Smooth random pictures (B, 3, R, R) in [-1, 1]."""
+    """Smooth random images (B, 3, R, R) in [-1, 1]."""
     torch.manual_seed(1)
     coarse = torch.rand(args.pictures, 3, 8, 8) * 2 - 1
     smooth = torch.nn.functional.interpolate(coarse, (args.resolution,) * 2, mode="bicubic", align_corners=False)
@@ -55,14 +55,14 @@ def pictures(args) -> torch.Tensor:
 
 
 def flops(model: MAGVITv2, pixels: torch.Tensor) -> float:
-    """Operations of encoding, all pictures together."""
+    """Operations of encoding, all images together."""
     with FlopCounterMode(display=False) as counter:
         model.get_code(pixels[:1])
     return counter.get_total_flops() * len(pixels)
 
 
 def has_bf16(device: str) -> bool:
-    """Whether the machine has instructions for bf16: without them a picture takes minutes in it."""
+    """Whether the machine has instructions for bf16: without them an image takes minutes in it."""
     return device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

@@ -1,4 +1,4 @@
-"""One training step against the published way of taking it, and against what the machine allows; random weights.
+"""One training step, compared with the published implementation and with the machine's limit; random weights.
 
     python3 benchmarks/training.py --size tiny                                  # make bench-training: this and more
     python3 benchmarks/training.py --size 8x512 --rows 24

@@ -165,7 +165,7 @@ class TrainingSection:
     batch_size_lm: int = 4
     batch_size_mmu: int = 10
     batch_size: int = 1  # images generated at once by the inference scripts
-    trainable: str = "all"  # new: what the language model did not bring, see docs/backbones.md
+    trainable: str = "all"  # new: only parameters that the language model did not have, see docs/backbones.md
     mixed_precision: str = "bf16"
     enable_tf32: bool = True
     seed: int | None = 10086

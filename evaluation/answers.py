@@ -86,7 +86,7 @@ class AnswerStore:
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         with path.open("ab+") as file:
             if file.tell() and file.seek(-1, os.SEEK_END) + 1 and file.read(1) != b"\n":
-                text = "\n" + text  # behind a line that was cut off
+                text = "\n" + text  # after a line that was cut off
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())

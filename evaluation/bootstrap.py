@@ -1,4 +1,4 @@
-"""95 % intervals: whole groups of items are drawn again, within strata whose sizes stay (percentile bootstrap)."""
+"""95 % intervals by percentile bootstrap: groups of items are resampled within strata of fixed size."""
 
 import math
 from collections import defaultdict
@@ -30,7 +30,7 @@ class Counts:
 
     @classmethod
     def of(cls, groups: Sequence[str], strata: Sequence[str], rows: Sequence[Mapping[str, float]]) -> "Counts":
-        """From one mapping a group; what a group does not mention is 0."""
+        """From one mapping per group; missing names count 0."""
         names = sorted({name for row in rows for name in row})
         columns = {name: np.array([row.get(name, 0) for row in rows], dtype=float) for name in names}
         return cls(list(groups), list(strata), columns)
@@ -86,7 +86,7 @@ def estimates(counts: Counts, figures: Figures, samples: int, seed: int) -> dict
 
 @dataclass
 class Difference:
-    """A figure of two runs, and what the second has more.
+    """A figure of two runs, and their difference (second − first).
 
     Args:
         p: two-sided, from the share of resamples on the other side of 0; None where nothing was resampled.

@@ -36,11 +36,11 @@ TOKEN = re.compile(
 
 
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[float]]:
-    """The captions' tokens, and CIDEr (1 = 100 of the tables) of each picture.
+    """The captions' tokens, and CIDEr (1 = 100 of the tables) of each image.
 
     Args:
-        captions: one a picture.
-        references: what people wrote about each; how rare words are is counted over all of them.
+        captions: one an image.
+        references: human captions of each; word frequencies are counted over all of them.
     """
     Cider = _library("cider.cider").Cider
     lines = [*captions, *(reference for several in references for reference in several)]

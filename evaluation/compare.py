@@ -1,4 +1,4 @@
-"""Two finished evaluations item by item: what the second has more, with a paired bootstrap."""
+"""Compares two finished evaluations item by item: differences of figures, with a paired bootstrap."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -68,7 +68,7 @@ def check_asked(summaries: Sequence[dict], task: Task, first: Path, second: Path
         if one != two:
             raise UserError(
                 f"compare: {first} and {second} did not ask the same of {task.name}: {key} is {one} and {two}; "
-                "evaluate one again with what the other has"
+                "evaluate one of them again with the other's settings"
             )
 
 

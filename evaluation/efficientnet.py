@@ -40,11 +40,11 @@ def load(device: torch.device) -> torch.nn.Module:
 
 @torch.inference_mode()
 def features(model: torch.nn.Module, images: Sequence[Image.Image], what: str) -> torch.Tensor:
-    """(B, 1280) float32 on the CPU: the last layer before the classifier, its mean over the picture.
+    """(B, 1280) float32 on the CPU: the last layer before the classifier, its mean over the image.
 
     Args:
-        images: square RGB pictures, enlarged to 224 x 224 (bicubic).
-        what: what they are, for the progress bar.
+        images: square RGB images, enlarged to 224 x 224 (bicubic).
+        what: name of the images, for the progress bar.
     """
     device, found = next(model.parameters()).device, []
     for start in tqdm(range(0, len(images), BATCH), desc=f"features of {what}", leave=False, disable=None):

@@ -1,4 +1,4 @@
-"""The emoji world as a benchmark: which pictures there are, and which of them training saw.
+"""The emoji world as a benchmark: which images there are, and which of them training saw.
 
 `{data_root}/{emoji_world}/` as `make data-emoji` writes it: `manifest.json` and `images/`.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from evaluation.official_files import check_filled, check_pictures, field, read_json, unique_keys
+from evaluation.official_files import check_filled, check_images, field, read_json, unique_keys
 from training.data.emoji_text import GROUPS, STYLES
 
 SPLITS = ("seen", "held-out")
@@ -34,12 +34,12 @@ KINDS = tuple(kind for split in SPLITS for kind in (split, *(f"{split}, {style}"
 
 
 def world_settings(folder: Path) -> dict[str, str]:
-    """Which world it is: a digest of its manifest, which has the checksums of what was made with the pictures."""
+    """Identifies the world by a digest of its manifest, which has the checksums of all files made with the images."""
     return {"emoji_manifest": hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:12]}
 
 
 def read_world(folder: Path) -> list[Picture]:
-    """All pictures in the manifest's order.
+    """All images in the manifest's order.
 
     Raises:
         UserError: a file or field is missing or wrong.
@@ -61,9 +61,9 @@ def read_world(folder: Path) -> list[Picture]:
         pictures.append(Picture(key, name, style, groups[name], split, folder / "images" / f"{key}.png"))
     check_filled(pictures, f"{file}: field 'pictures'", WHAT)
     unique_keys([picture.key for picture in pictures], file, "key")
-    check_pictures(
+    check_images(
         [picture.path for picture in pictures],
         lambda path: f"field 'key' of manifest.json ({path.stem})",
-        f"the pictures of the emoji world in {folder / 'images'}",
+        f"the images of the emoji world in {folder / 'images'}",
     )
     return pictures

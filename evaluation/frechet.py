@@ -1,14 +1,14 @@
-"""Fréchet distance of two sets of features, of any number of pictures, and how much it moves from sample to sample.
+"""Fréchet distance of two sets of features, of any number of images, and how much it moves from sample to sample.
 
 It is the squared distance of the two normal distributions that have the sets' means and covariances:
-|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½). Few pictures make it large whatever they show, so two distances compare only
+|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½). Few images make it large whatever they show, so two distances compare only
 between sets of the same size.
 """
 
 import numpy as np
 import torch
 
-RESAMPLES = 100  # each takes a decomposition of a square matrix with a row for each picture
+RESAMPLES = 100  # each takes a decomposition of a square matrix with a row for each image
 
 
 def frechet_distance(first: torch.Tensor, second: torch.Tensor, times: torch.Tensor | None = None) -> float:

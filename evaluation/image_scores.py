@@ -1,4 +1,4 @@
-"""Scores of pictures by torchmetrics: FID, CLIPScore, PSNR and SSIM, with networks from local files or the hub."""
+"""Scores of images by torchmetrics: FID, CLIPScore, PSNR and SSIM, with networks from local files or the hub."""
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from common.config import resolve_path
 from common.errors import UserError
-from evaluation.drawing import as_bytes, psnr
+from evaluation.generation import as_bytes, psnr
 from models.pipeline_loading import choose_device
 
 BATCH = 50
@@ -41,11 +41,11 @@ def check_fid(config) -> str:
 
 
 class FID:
-    """Fréchet Inception distance of two sets of pictures of any size.
+    """Fréchet Inception distance of two sets of images of any size.
 
     Args:
         config: `fid_features` (a TorchScript network: (B, 3, H, W) uint8 → (B, F)), or null for torchmetrics' own with
-            `fid_weights`, a local file, or null for the hub; `fid_size`, the side of both sets' pictures.
+            `fid_weights`, a local file, or null for the hub; `fid_size`, the side of both sets' images.
     """
 
     def __init__(self, config) -> None:
@@ -53,8 +53,8 @@ class FID:
 
     @torch.inference_mode()
     def add(self, count: int, opened: Callable[[int], Image.Image], *, real: bool) -> None:
-        """Counts `count` pictures in, of which `opened` reads the n-th."""
-        what = "real pictures" if real else "ours"
+        """Counts `count` images in, of which `opened` reads the n-th."""
+        what = "real images" if real else "ours"
         for batch in _batches(range(count), f"FID, {what}"):
             pixels = torch.stack([as_bytes(opened(number), self.size) for number in batch])
             self.metric.update(pixels.to(self.metric.device), real=real)
@@ -114,7 +114,7 @@ def check_clip(config) -> None:
 
 
 def clip_scores(config, images: Iterator[Image.Image], texts: Sequence[str]) -> list[float]:
-    """CLIPScore of each picture with its text: 100 times the cosine, 0 at least.
+    """CLIPScore of each image with its text: 100 times the cosine, 0 at least.
 
     Args:
         config: see `clip_network`.
@@ -170,7 +170,7 @@ def _pooled(output) -> torch.Tensor:
 
 
 def psnr_and_ssim(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[tuple[float, float]]:
-    """(dB, [-1, 1]) of each pair of 8-bit pictures of one size; 100 dB at most, SSIM with the usual 11 x 11 window."""
+    """(dB, [-1, 1]) of each pair of 8-bit images of one size; 100 dB at most, SSIM with the usual 11 x 11 window."""
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
     found = []

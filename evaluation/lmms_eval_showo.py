@@ -5,7 +5,7 @@
         --model_args config=configs/showo_demo_512x512.yaml
 
 All other arguments are the harness's own. `model_args` takes `config=` and any key of it, as in `dtype=fp32`. One
-picture is shown of each question: where a task gives several, the first.
+image is shown of each question: where a task gives several, the first.
 """
 
 import json
@@ -116,22 +116,20 @@ class ShowoLmms(lmms):
         raise NotImplementedError("Show-o was tuned on single questions; tasks of several rounds are not supported")
 
     def _picture(self, doc_to_visual, doc_id, task: str, split: str) -> Image.Image:
-        """The first picture of a document; says once that there are others."""
+        """The first image of a document; says once that there are others."""
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         pictures = [visual for visual in visuals if isinstance(visual, Image.Image)]
         if not pictures:
-            raise NotImplementedError(
-                f"task {task}, document {doc_id}: Show-o answers questions about one picture each"
-            )
+            raise NotImplementedError(f"task {task}, document {doc_id}: Show-o answers questions about one image each")
         if len(pictures) > 1 and not self.has_warned:
             self.has_warned = True
-            text = f"task {task}, document {doc_id} has {len(pictures)} pictures; of each document the first is shown"
+            text = f"task {task}, document {doc_id} has {len(pictures)} images; of each document the first is shown"
             tqdm.write(f"warning: {text}", file=sys.stderr)
         return pictures[0].convert("RGB")
 
 
 def question_of(context: str) -> str:
-    """The question without marks that stand for pictures."""
+    """The question without marks that stand for images."""
     return context.replace("<image>", "").strip()
 
 

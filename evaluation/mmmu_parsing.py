@@ -18,7 +18,7 @@ def parse_letter(response: str, options: Mapping[str, str], rng: random.Random) 
     """The letter a response chooses.
 
     First bracketed letters count, then letters between blanks, then, in responses of more than five words, the options'
-    own texts; of several the one that stands last. Where there is none the official code draws one at random.
+    own texts; of several the last one. If there is none, the official code picks one at random.
 
     Args:
         options: letter → text, in order.
@@ -38,7 +38,7 @@ def parse_letter(response: str, options: Mapping[str, str], rng: random.Random) 
 
 
 def parse_open(response: str) -> list[str | float]:
-    """What a response may mean: the tails of its sentences behind words such as "is", and the numbers in them."""
+    """Candidate answers in a response: the ends of its sentences after words such as "is", and the numbers in them."""
     tails = _key_parts(response)
     numbers = [number for tail in tails for pattern in NUMBERS for number in pattern.findall(tail)]
     parsed = [value for text in (*tails, *numbers) for value in normalize(text)]
@@ -64,7 +64,7 @@ def normalize(text: str) -> list[str | float]:
 
 
 def _key_parts(response: str) -> list[str]:
-    """The shortest tail behind an indicator of each line; the whole response where there is none."""
+    """The shortest text after an indicator in each line; the whole response if there is none."""
     response = response.strip().strip(".").lower()
     # Faithful: the official pattern also splits before capitals, of which the lower-cased text has none.
     lines, tails = response.split("\n"), []

@@ -1,4 +1,4 @@
-"""Reading what others wrote: every mistake names the file, the place in it, the field, and what was expected."""
+"""Readers of official files. Errors name the file, the record, the field, and the expected value."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sized
@@ -41,7 +41,7 @@ def read_json(path: Path, kind: type, what: str) -> Any:
 
 
 def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, dict]]:
-    """(place, record) of a file with one JSON object a line; blank lines are passed over."""
+    """(place, record) of a file with one JSON object a line; blank lines are skipped."""
     existing(path, what)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold U+2028 and U+0085
@@ -62,7 +62,7 @@ def field(place: str, record: Any, name: str, kind: type | tuple[type, ...], all
     """The value of one field.
 
     Args:
-        place: the file and where in it the record stands.
+        place: the file and the record's position in it.
         kind: the type, or several.
         allowed: the values there may be; default: any of the kind.
 
@@ -90,7 +90,7 @@ def check_filled(records: Sized, place: str | Path, what: str) -> None:
 
 
 def unique_keys(keys: list[str], file: Path, name: str) -> None:
-    """Refuses records that stand in a file twice: their answers could not be told apart."""
+    """Refuses duplicate keys, whose answers could not be told apart."""
     seen: set[str] = set()
     for key in keys:
         if key in seen:
@@ -98,16 +98,16 @@ def unique_keys(keys: list[str], file: Path, name: str) -> None:
         seen.add(key)
 
 
-def check_pictures(paths: list[Path], named_by: Callable[[Path], str], what: str) -> None:
-    """All pictures must be there before anything is asked.
+def check_images(paths: list[Path], named_by: Callable[[Path], str], what: str) -> None:
+    """Checks that all images exist before anything is asked.
 
     Args:
-        named_by: the file and field that names a picture.
+        named_by: returns the file and field that names an image.
     """
     missing = [path for path in dict.fromkeys(paths) if not path.is_file()]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(set(paths))} pictures are missing, the first is {missing[0]}, named by "
+            f"{len(missing)} of {len(set(paths))} images are missing, the first is {missing[0]}, named by "
             f"{named_by(missing[0])}; expected {what}"
         )
 

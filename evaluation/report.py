@@ -32,7 +32,7 @@ class Scored:
 
     @property
     def differs(self) -> str:
-        """What in the protocol differs from the paper's, as far as that is known, and what to know of this run."""
+        """Known differences from the paper's protocol, and notes on this run."""
         run, task = self.run, self.run.task
         parts = [task.paper.differs] if task.paper else []
         if len(run.items) < run.size:
@@ -77,9 +77,9 @@ def count(run: Run, verdicts: Sequence[Verdict]) -> Counts:
 
 
 def records(items: Sequence[Item], answers: Sequence[str], verdicts: Sequence[Verdict]) -> list[dict]:
-    """A line per item: what was asked and answered and, where it is known, how it was read and what it counts.
+    """A line per item: prompt, answer and, if judged, the parsed answer and its score.
 
-    Numbers have five decimals: what networks measure differs behind them with the number of threads.
+    Numbers have five decimals, since further ones of network outputs depend on the number of threads.
     """
     lines = [
         {"key": item.key, "image": item.image, "prompt": item.prompt, "answer": answer}

@@ -1,4 +1,4 @@
-"""The questions of an evaluation: what has no answer yet is asked, by one or several processes (`evaluate.py`).
+"""Runs the items of an evaluation that have no answer yet, in one or several processes (`evaluate.py`).
 
 Batches are the same whatever number of processes there is and wherever a run was killed: they are cut from the items'
 order, dealt out in turn, and sampled from a generator of their own. So the answers are the same too.
@@ -20,13 +20,13 @@ from evaluation.processes import Processes
 from evaluation.task import Item, Task
 from models import ShowoPipeline
 
-READERS = 4  # threads that decode pictures
+READERS = 4  # threads that decode images
 Batch = tuple[int, list[Item], list[Item]]  # its number within the task, its items, and those without an answer
 
 
 @dataclass
 class Run:
-    """One task of one evaluation, with what is asked of it.
+    """One task of one evaluation, with its items.
 
     Args:
         size: items in the files, of which `items` may be a part.
@@ -41,7 +41,7 @@ class Run:
 
     @classmethod
     def of(cls, task: Task, settings: dict) -> "Run":
-        """Reads the task's files; `UserError` where they or earlier answers do not serve."""
+        """Reads the task's files; `UserError` if they, or earlier answers, are unusable."""
         items = task.read_items()
         store = AnswerStore(task.folder, settings | task.settings)
         store.check()
@@ -107,7 +107,7 @@ def ask(run: Run, missing: Sequence[Item], model: Callable[[], ShowoPipeline], p
         batches = [(number, wanted, wanted) for number, _, wanted in batches]
     total = sum(len(wanted) for _, _, wanted in batches)
     with tqdm(total=total, desc=task.name, disable=None if processes.is_main else True) as bar:
-        for (number, batch, wanted), images in zip(batches, pictures_of(task, batches), strict=True):
+        for (number, batch, wanted), images in zip(batches, images_of(task, batches), strict=True):
             generator = torch.Generator(pipeline.device).manual_seed((seed * 1_000_003 + number) % 2**63)
             answers = task.predict(pipeline, batch, images, generator)
             by_key = {item.key: answer for item, answer in zip(batch, answers, strict=True)}
@@ -125,10 +125,10 @@ def share(items: Sequence[Item], missing: Sequence[Item], size: int, processes: 
             yield number, batch, wanted
 
 
-def pictures_of(task: Task, batches: Sequence[Batch]) -> Iterator[list[Image.Image]]:
-    """The pictures of each batch; none for a task whose model gets none."""
+def images_of(task: Task, batches: Sequence[Batch]) -> Iterator[list[Image.Image]]:
+    """The images of each batch; none for a task whose model gets none."""
     asked = [batch for _, batch, _ in batches]
-    return with_pictures(asked) if task.reads_pictures else iter([[] for _ in asked])
+    return with_pictures(asked) if task.reads_images else iter([[] for _ in asked])
 
 
 def with_pictures(batches: Sequence[Sequence[Item]]) -> Iterator[list[Image.Image]]:

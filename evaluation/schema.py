@@ -33,8 +33,8 @@ class EvaluationConfig(InferenceConfig):
     clip_score_model: str = "openai/clip-vit-large-patch14"  # hub name or folder
     fid_features: str | None = None  # a TorchScript network in place of torchmetrics' Inception
     fid_weights: str | None = None  # a file with that Inception's weights; null: from the hub
-    fid_size: int = 256  # pixels per side of the pictures that FID and rFID compare
-    reconstruction_images: str | None = None  # a folder of pictures
+    fid_size: int = 256  # pixels per side of the images that FID and rFID compare
+    reconstruction_images: str | None = None  # a folder of images
     reconstruction_fid: bool = True
     emoji_world: str = "emoji_world"  # the folder in data_root that `make data-emoji` wrote
     flickr30k_prompt: str = "Provide a one-sentence caption for the provided image."

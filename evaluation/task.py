@@ -1,7 +1,7 @@
-"""What a benchmark is: its items, how one is put to the model, what an answer counts, and the official submission.
+"""The interface of a benchmark: its items, how the model is asked, how answers are scored, the official submission.
 
-The runner knows nothing but `Task`. A benchmark of questions about pictures subclasses `QuestionTask`, one that has the
-model draw `DrawingTask` (drawing.py); a task that does something else writes its own `predict`.
+The runner knows nothing but `Task`. A benchmark of questions about images subclasses `QuestionTask`, one of
+image generation `GenerationTask` (generation.py); any other task writes its own `predict`.
 """
 
 from abc import ABC, abstractmethod
@@ -26,11 +26,11 @@ class Item:
     Args:
         key: unique within the task; the official id where there is one.
         prompt: the question as the model gets it, with the benchmark's suffix.
-        open_image: reads the picture when its turn comes.
-        image: the picture's name, for people.
-        group: items that are resampled together (most often those of one picture); default: each by itself.
+        open_image: reads the image when its turn comes.
+        image: the image's name, for people.
+        group: items that are resampled together (most often those of one image); default: each by itself.
         stratum: part of the benchmark whose size is fixed when groups are resampled.
-        facts: what the official record says, for scoring.
+        facts: values of the official record, for scoring.
         expected: the right answer, for people.
     """
 
@@ -56,7 +56,7 @@ class Verdict:
     Args:
         parsed: how it reads it.
         score: the higher the better.
-        facts: what else was found about it, for `Task.counts` and `predictions.jsonl`.
+        facts: further results, for `Task.counts` and `predictions.jsonl`.
     """
 
     parsed: str
@@ -66,10 +66,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Paper:
-    """What the paper reports at 512 x 512 (spec §16), and how our protocol differs from what is known of its own.
+    """The paper's figures at 512 x 512 (spec §16), and known differences of our protocol.
 
     Args:
-        vq, clip_vit: by branch; drawing is the same in both, so its figures stand under `vq` alone.
+        vq, clip_vit: by branch; generation is the same in both, so its figures are in `vq`.
     """
 
     vq: float
@@ -83,7 +83,7 @@ class Task(ABC):
     Args:
         config: an `EvaluationConfig`.
         root: the folder with all benchmarks' files.
-        folder: this run's own, for what the task makes.
+        folder: of this run, for the task's files.
     """
 
     name: ClassVar[str]
@@ -91,9 +91,9 @@ class Task(ABC):
     unit: ClassVar[str] = "%"
     official_size: ClassVar[int | None] = None  # items in the official files
     paper: ClassVar[Paper | None] = None
-    asked_by: ClassVar[tuple[str, ...]] = ()  # settings that decide what is asked: runs that differ are not compared
-    reads_pictures: ClassVar[bool] = True  # whether the model is given `Item.open_image()`
-    ceilings: ClassVar[tuple[str, ...]] = ()  # beside the figure "x" stand "x: ceiling", each in a column of its own
+    asked_by: ClassVar[tuple[str, ...]] = ()  # settings that select items: runs that differ are not compared
+    reads_images: ClassVar[bool] = True  # whether the model is given `Item.open_image()`
+    ceilings: ClassVar[tuple[str, ...]] = ()  # columns for figures "x: ceiling" beside each figure "x"
 
     def __init__(self, config, root: Path, folder: Path) -> None:
         self.config, self.root, self.folder = config, root, folder
@@ -105,12 +105,12 @@ class Task(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its answers depend on beside the checkpoints and the items."""
+        """The settings that answers depend on, besides checkpoints and items."""
         return {}
 
     @property
     def is_random(self) -> bool:
-        """Whether answers are drawn at random; a batch, which has one generator, is then asked whole or not at all."""
+        """Whether answers are random. A batch, which has one generator, is then answered completely or not at all."""
         return False
 
     @abstractmethod
@@ -154,7 +154,7 @@ class Task(ABC):
         """Writes the predictions in the benchmark's own form into an empty folder; by default there is none."""
 
     def picture(self, item: Item, answer: str) -> Image.Image | None:
-        """What is shown of an item on the contact sheet."""
+        """The image of an item on the contact sheet."""
         return item.open_image() if item.open_image else None
 
     def notes(self) -> list[str]:
@@ -163,7 +163,7 @@ class Task(ABC):
 
 
 class QuestionTask(Task):
-    """A benchmark that asks about pictures."""
+    """A benchmark that asks about images."""
 
     max_new_tokens: ClassVar[int] = 16
 

@@ -1,14 +1,13 @@
-"""From LLaVA's turns to token ids and labels (spec §9), and the prompts of a question (spec §8).
+"""LLaVA conversations as token ids and labels for training (spec §9), and question prompts for inference (spec §8).
 
-A conversation is what stands under `conversations` in LLaVA's json: a list of
-`{"from": "human" | "gpt", "value": text}`. It becomes one text,
+A conversation is the value of `conversations` in LLaVA's json, a list of `{"from": "human" | "gpt", "value": text}`.
+It is rendered as one text,
 
     USER: {question} ASSISTANT: {answer}<|endoftext|>USER: {question} ASSISTANT: {answer}<|endoftext|>
 
-of which only the answers and the `<|endoftext|>` behind them are learned; or, with `conversation: chat`, the text that
-the language model's chat template makes of it, of which the answers and the token that ends a turn are learned. No
-image is read here: `<image>` tags are dropped, and the image's ids or features are put before the text where the row is
-built.
+in which only the answers and the `<|endoftext|>` after each are supervised; or, with `conversation: chat`, by the
+language model's chat template, in which the answers and the end-of-turn token are supervised. Images are not handled
+here: `<image>` tags are removed, and `UniversalPrompting` puts the image ids or features before the text.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100  # a label that no loss counts
-IMAGE_TOKEN_INDEX = -200  # the id at which an image feature is spliced into a row
+IGNORE_INDEX = -100  # label of unsupervised positions
+IMAGE_TOKEN_INDEX = -200  # placeholder id, replaced by an image feature
 IMAGE_TAG = "<image>"
-MAX_TEXT_TOKENS = 2048  # of a conversation, as published
+MAX_TEXT_TOKENS = 2048  # longer conversations are truncated, as published
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -39,23 +38,23 @@ _ANSWER_MARK = " ASSISTANT: "
 
 
 def question_prompt_vq(question: str) -> str:
-    """What a model that sees image codes is asked with (spec §8)."""
+    """The prompt of a question to a model that sees image codes (spec §8)."""
     return f"USER: \n{question} ASSISTANT:"
 
 
 def question_prompt_vit(question: str) -> str:
-    """What a model that sees CLIP features is asked with, after the system prompt (spec §8)."""
+    """The prompt of a question to a model that sees CLIP features; follows the system prompt (spec §8)."""
     return f"USER: {question} ASSISTANT:"
 
 
 @dataclass(frozen=True)
 class QuestionFormat:
-    """How a question is asked: the text of a prompt, and what ends an answer (`conversation: vicuna | chat`).
+    """The prompt format of questions and the stop tokens of answers (`conversation: vicuna | chat`).
 
     Args:
         before, after: text before and after the question.
-        answer_gap: what an answer begins with behind that.
-        system_prompt: text that a row with CLIP features holds before the features.
+        answer_gap: text between the prompt and an answer.
+        system_prompt: text before the CLIP features of a row; None if there is none.
         stop_ids: ids that end an answer.
     """
 
@@ -67,13 +66,14 @@ class QuestionFormat:
 
     @classmethod
     def of(cls, conversation: str, tokenizer: PreTrainedTokenizerBase, with_features: bool) -> QuestionFormat:
-        """
+        """The format of this name.
+
         Args:
             conversation: ``vicuna``, as published, or ``chat``, the tokenizer's chat template.
             with_features: whether the model sees CLIP features instead of image codes.
 
         Raises:
-            ValueError: the tokenizer has no chat template that serves.
+            ValueError: the tokenizer has no usable chat template.
         """
         if conversation == "chat":
             chat = ChatFormat.of(tokenizer)
@@ -89,13 +89,13 @@ class QuestionFormat:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What a chat template writes around the messages of a conversation.
+    """The text that a chat template puts around the messages of a conversation.
 
     Args:
-        opening: before the first question; begins with bos, as every other row does.
+        opening: before the first question; starts with bos, as all other rows do.
         to_answer: between a question and its answer.
-        end_of_turn: the token behind an answer, which the model learns to end with.
-        to_question: behind that, before the next question.
+        end_of_turn: the token after an answer, which the model learns to generate.
+        to_question: between `end_of_turn` and the next question.
     """
 
     opening: str
@@ -105,11 +105,13 @@ class ChatFormat:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-        """Read off the template by what it makes of three marks, so that each piece is tokenised as it is when a
-        question is asked: templates write a turn otherwise once another follows (a date, an empty thought).
+        """Renders three placeholder messages with the template and cuts out the text between them.
+
+        Training then uses exactly the pieces that inference uses. Rendering whole conversations would not: some
+        templates change earlier turns once others follow, for example by dropping an empty "thinking" block.
 
         Raises:
-            ValueError: there is no template, or it ends an answer with no token of its own.
+            ValueError: there is no template, or it does not end an answer with a special token.
         """
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; give conversation=vicuna")
@@ -118,25 +120,26 @@ class ChatFormat:
             {"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)
         ]
 
-        def written(turns: list[dict]) -> str:
+        def render(turns: list[dict]) -> str:
             return tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
 
-        opening, _, to_answer = written(turns[:1]).partition(marks[0])
-        between = written(turns).partition(marks[1])[2].partition(marks[2])[0]
+        opening, _, to_answer = render(turns[:1]).partition(marks[0])
+        between = render(turns).partition(marks[1])[2].partition(marks[2])[0]
         first = _tokens(between, tokenizer)[:1]
         end_of_turn = tokenizer.convert_ids_to_tokens(first)[0] if first else ""
         if end_of_turn not in tokenizer.get_added_vocab() or not between.startswith(end_of_turn):
             raise ValueError(
-                f"the chat template ends an answer with {between!r:.40}, no token; give conversation=vicuna"
+                f"the chat template ends an answer with {between!r:.40}, which is no special token; give "
+                "conversation=vicuna"
             )
         if tokenizer.bos_token and not opening.startswith(tokenizer.bos_token):
             opening = tokenizer.bos_token + opening
         return cls(opening, to_answer, end_of_turn, between.removeprefix(end_of_turn))
 
     def encode(self, turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-        """A conversation as one tuning sample; as `encode_conversation`, but in this format.
+        """A conversation as one instruction-tuning sample; like `encode_conversation`, but in this format.
 
         Raises:
             ValueError: the turns are malformed.
@@ -160,15 +163,17 @@ class ChatFormat:
 def encode_conversation(
     turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, torch.Tensor]:
-    """A conversation as one tuning sample: the answers are supervised, the questions are not (spec §9).
+    """A conversation as one instruction-tuning sample: the answers are supervised, the questions are not (spec §9).
 
-    A leading `gpt` turn is dropped; after it the two must take turns, beginning with `human`, and either may end.
-    Returns `input_ids` and `labels`, both (L,) int64 with L ≤ 2048 and without bos; a label is its own id (the loss
-    shifts) or −100. A sample whose rounds do not add up to its text keeps its ids, has no label at all, and is logged
-    as a warning.
+    A leading `gpt` turn is dropped. The rest must alternate, starting with `human`; the last turn may be either's.
+
+    Returns:
+        `input_ids` and `labels`, both (L,) int64 with L ≤ 2048, without bos. A label is the id at its own position (the
+        loss shifts) or −100. If the question-answer pairs do not add up to the text, no position is labelled and a
+        warning is logged.
 
     Raises:
-        ValueError: the turns are malformed; names the turn, so that a loader can skip and count the sample.
+        ValueError: the turns are malformed; the message names the turn, so that a loader can skip and count the sample.
     """
     messages = _read_turns(turns)
     if messages[0][0] == "gpt":
@@ -181,7 +186,7 @@ def encode_conversation(
 
 
 def encode_plain(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """A question and its answer as one CLIP pre-training sample: the answer, a newline, eos (spec §9).
+    """A question-answer pair as one sample of projector pre-training: the answer, a newline, eos (spec §9).
 
     Returns `input_ids` and `labels`, both (L,) int64, equal to each other: every token is supervised.
 
@@ -202,8 +207,8 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """Samples of `encode_conversation` or `encode_plain` as one batch of exactly `length` columns (spec §9).
 
-    Shorter rows are filled on the right with pad (labels: −100), longer ones are cut. A tokenizer that has no pad token
-    is taken to get one as its next id, as spec §1 has it.
+    Rows are padded on the right with the pad id (labels: −100) or truncated. For a tokenizer without a pad token its
+    length is taken as the pad id, since Show-o adds the pad there (spec §1).
 
     Returns `input_ids` and `labels`, both (B, length) int64.
     """
@@ -221,7 +226,7 @@ def collate(
 
 
 def _read_turns(turns: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """(speaker, message) of every turn, image tags removed; a malformed turn is refused by its place."""
+    """(speaker, message) of every turn, without image tags; `ValueError` names the index of a malformed turn."""
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise ValueError(f"conversation: needs a list of one or more turns, got {turns!r:.80}")
     return [_read_turn(index, turn) for index, turn in enumerate(turns)]
@@ -257,46 +262,49 @@ def _render(messages: list[tuple[str, str]], eos: str) -> str:
     text = ""
     for speaker, message in messages:
         end = " " if speaker == "human" else eos
-        # Faithful: an empty message leaves the bare role, and nothing parts it from the next one
+        # Faithful: an empty message leaves the bare role, with no space or eos before the next one
         # (test_empty_messages_leave_the_bare_role).
         text += f"{_ROLES[speaker]}: {message}{end}" if message else f"{_ROLES[speaker]}:"
     return text.strip()
 
 
 def _label_answers(text: str, input_ids: list[int], eos: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of all answers and their eos at their places, −100 elsewhere (as long as `input_ids`).
+    """Labels, as long as `input_ids`: the ids of all answers and of the eos after each, −100 elsewhere.
 
-    Faithful: the places are counted from the rounds' own lengths, so a text that does not fall into rounds which add up
-    to it (a last question without an answer, a second ` ASSISTANT: ` in a round) has no labels. A text longer than 2048
-    tokens was cut and cannot add up: it keeps its labels if the rounds reach that far.
+    Faithful: the text is split at eos into question-answer pairs, and positions are the summed lengths of the pairs
+    tokenised separately. A text whose pairs do not sum to its length (a last question without an answer, a second
+    ` ASSISTANT: ` in a pair) gets no labels. A text truncated at 2048 tokens keeps them if the pairs reach that far.
     """
     labels = [IGNORE_INDEX] * len(input_ids)
     start = 0
-    for round_text in text.split(eos):
-        parts = round_text.split(_ANSWER_MARK)
-        if len(parts) != 2:  # also the empty piece behind the last eos
+    for pair in text.split(eos):
+        parts = pair.split(_ANSWER_MARK)
+        if len(parts) != 2:  # also the empty string after the last eos
             break
-        # The blank before an answer belongs to the answer's first token, hence − 1; the round's own eos, hence + 1.
+        # − 1: the space before an answer is part of the answer's first token; + 1: the eos after it.
         answer = start + len(_tokens(parts[0] + _ANSWER_MARK, tokenizer)) - 1
-        end = start + len(_tokens(round_text, tokenizer)) + 1
+        end = start + len(_tokens(pair, tokenizer)) + 1
         labels[answer:end] = input_ids[answer:end]
         start = end
     if start == len(input_ids) or start >= MAX_TEXT_TOKENS:
         return labels
     logger.warning(
-        "conversation left without labels: its rounds hold %d tokens, its text %d: %.80r", start, len(input_ids), text
+        "conversation left without labels: its question-answer pairs have %d tokens, its text %d: %.80r",
+        start,
+        len(input_ids),
+        text,
     )
     return [IGNORE_INDEX] * len(input_ids)
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # LLaVA rows have no bos (spec §2), whichever tokenizer it is; `verbose` would complain about what we cut ourselves.
+    # LLaVA rows have no bos (spec §2). `verbose=False`: long texts are truncated here, no need to warn.
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def _eos_token(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.eos_token is None:
-        raise ValueError("LLaVA conversations end their answers with eos, and this tokenizer has no eos_token")
+        raise ValueError("answers of LLaVA conversations end with eos, but this tokenizer has no eos_token")
     return tokenizer.eos_token
 
 

@@ -1,4 +1,4 @@
-"""Show-o's model side: what others import, in one place."""
+"""The public names of Show-o's models."""
 
 from models.clip_encoder import CLIPVisionTower
 from models.generation.sampling import SamplingParameters, get_mask_schedule

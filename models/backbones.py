@@ -1,16 +1,17 @@
-"""The language models a Show-o can be made of, and everything in which they differ.
+"""The language models that can be the backbone of a Show-o, and all differences between them.
 
-A Show-o takes the decoder layers of a causal language model as `transformers` has them and gives them its own mask, its
-own vocabulary and its own losses. That works for every decoder whose layers attend to whatever the mask shows and whose
-logits are a linear map of the last hidden state. The families below were tried; each is one record.
+Show-o uses a causal language model's decoder layers as implemented in `transformers`, with its own attention mask,
+vocabulary and losses. This works for every decoder whose layers attend to all that the mask allows and whose logits are
+a linear map of the last hidden state. Each supported family is one record below.
 
-Three rules hold for all of them, so that nothing else asks which family it has before it:
+Three rules hold for all families, so that no other module needs to know which one it has:
 
-- Ids: the pad, the task tokens and the image codes follow the *tokenizer's* length (`models/vocabulary.py`), also where
-  the embedding matrix has spare rows behind it (Qwen2.5 stores 151,936 rows for 151,665 tokens, Phi-1.5 51,200 for
-  50,295). A tokenizer is at hand wherever rows are made, a matrix is not; so the ids can be told without weights.
-- Rows: spare rows that the language model stores keep their values, as published (spec §4); only later ones are new.
-- Tied matrices stay tied: a new row is then the embedding and the head of its id at once.
+- Ids: the pad, the task tokens and the image codes start at the *tokenizer's* length (`models/vocabulary.py`), even if
+  the embedding matrix has unused rows from there on (Qwen2.5 stores 151,936 rows for 151,665 tokens, Phi-1.5 51,200 for
+  50,295). All ids thus follow from the tokenizer, without reading weights.
+- Initial values: unused rows of the language model keep their values, as published (spec §4); only rows beyond the
+  matrix are newly initialised.
+- Tied embeddings stay tied: a new row is both the embedding and the output weight of its id.
 """
 
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ from transformers import (
 
 from models.checkpoint_io import read_json
 
-DEFAULT_LLM = "microsoft/phi-1_5"  # of the published checkpoints; its settings are the defaults of its class
-DEFAULT_MODEL_TYPE = "phi"  # of settings without a `model_type`
+DEFAULT_LLM = "microsoft/phi-1_5"  # as published; `PhiConfig()` is its configuration
+DEFAULT_MODEL_TYPE = "phi"  # of an `llm_config` without `model_type`
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Backbone:
     """One family of language models.
 
     Args:
-        model_class: the causal language model of `transformers`; its `config_class` reads the settings.
-        layer_class: name of the decoder layer, the unit that FSDP shards and gathers.
-        qk_norm: ``"own"``: the layers normalise queries and keys by themselves; ``"switch"``: where the setting
-            `qk_norm_setting` says so; ``"none"``: they cannot.
-        qk_norm_setting: key of the language model's configuration that turns QK-norm on.
-        qk_norm_names: parts of the names of the norms that the switch adds, which no language model brings.
-        bos_token: begins a row where the tokenizer has no bos token of its own.
+        model_class: the `ForCausalLM` class of `transformers`.
+        layer_class: name of the decoder layer class, the unit in which FSDP shards the model.
+        qk_norm: whether the layers have QK-norm (normalised queries and keys): ``"own"``: always; ``"switch"``: if the
+            setting `qk_norm_setting` is true; ``"none"``: never.
+        qk_norm_setting: key of the `transformers` configuration that switches QK-norm on.
+        qk_norm_names: substrings of the parameter names that the switch adds; pretrained checkpoints lack them.
+        bos_token: stand-in for tokenizers that have no bos token.
     """
 
     model_class: type[PreTrainedModel]
@@ -56,7 +57,7 @@ class Backbone:
 
 
 BACKBONES = {
-    # Show-o adds QK-norm to Phi (spec §4); the language model itself was trained without.
+    # Show-o adds QK-norm to Phi (spec §4), which was pretrained without it.
     "phi": Backbone(
         PhiForCausalLM,
         "PhiDecoderLayer",
@@ -66,24 +67,24 @@ BACKBONES = {
     ),
     "llama": Backbone(LlamaForCausalLM, "LlamaDecoderLayer"),
     "mistral": Backbone(MistralForCausalLM, "MistralDecoderLayer"),
-    # Without a bos token of its own Show-o2 begins rows with the token that opens a turn.
+    # These have no bos token; as in Show-o2, the token that opens a turn takes its place.
     "qwen2": Backbone(Qwen2ForCausalLM, "Qwen2DecoderLayer", bos_token="<|im_start|>"),
     "qwen3": Backbone(Qwen3ForCausalLM, "Qwen3DecoderLayer", qk_norm="own", bos_token="<|im_start|>"),
 }
 
-# Of these rotary embeddings every position is rotated by the same angle however long the row is. The others ("dynamic",
-# "longrope") rotate it otherwise in a long row, so that cached keys would be wrong as soon as the row has grown.
+# Types of RoPE whose angles depend on the position alone. Other types ("dynamic", "longrope") also depend on the
+# sequence length, so keys in the KV cache would become wrong as the sequence grows.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
-# The same formula as one operation instead of eight, each of which keeps its result for the backward pass.
+# The same formula as one fused operation instead of eight, each of which saves a tensor for the backward pass.
 FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
 
-# Settings of a language model that are not those of its layers, or that a Show-o has its own of. A `pad_token_id` would
-# make `nn.Embedding` keep the row of that id, which is another token here, out of training.
+# Keys of a language model's configuration that Show-o sets itself or does not need. `pad_token_id` must go because
+# `nn.Embedding` does not train the row of that id, and Show-o's pad has another id.
 LEFT_OUT = ("model_type", "architectures", "vocab_size", "pad_token_id", "dtype", "torch_dtype", "transformers_version")
 
-# Formats of a conversation for tokenizers that know the tokens of one but bring no template (base models), by the token
-# that opens a turn.
+# Chat templates for the tokenizers of base models, which have a format's special tokens but no template. Keyed by the
+# token that opens a turn.
 CHAT_TEMPLATES = {
     "<|im_start|>": (
         "{% for message in messages %}"
@@ -101,10 +102,11 @@ CHAT_TEMPLATES = {
 
 
 def read_llm_config(llm_model_path: str) -> dict:
-    """The language model's settings: a folder's `config.json`, the default's own without network, or the hub's.
+    """The language model's configuration, from a folder or the hub; that of `DEFAULT_LLM` needs no network.
 
     Raises:
-        ValueError: a language model that does not work here. OSError: neither a folder nor to be had from the hub.
+        ValueError: the family is not supported.
+        OSError: neither a folder nor available from the hub.
     """
     file = Path(llm_model_path) / "config.json"
     if file.is_file():
@@ -118,28 +120,28 @@ def read_llm_config(llm_model_path: str) -> dict:
 
 
 def find_backbone(llm_config: dict, llm_model_path: str = "llm_config") -> Backbone:
-    """The record of a language model's family.
+    """The family of a language model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it is not supported.
     """
     family = llm_config.get("model_type", DEFAULT_MODEL_TYPE)
     if family not in BACKBONES:
         raise ValueError(
-            f"llm_model_path {llm_model_path!r} is a {family!r} model, which does not work here: its layers may limit "
-            f"what the mask shows, or cap their logits; give one of {', '.join(BACKBONES)}"
+            f"llm_model_path {llm_model_path!r} is a {family!r} model, which is not supported: its layers may restrict "
+            f"attention further than the mask, or cap the logits; use one of {', '.join(BACKBONES)}"
         )
     return BACKBONES[family]
 
 
 def has_qk_norm(llm_config: dict, wanted: bool | None, llm_model_path: str = "llm_config") -> bool:
-    """Whether the layers normalise queries and keys.
+    """Whether the layers have QK-norm.
 
     Args:
-        wanted: None: as the family has it, and with the added norms where Show-o adds them.
+        wanted: the setting `qk_norm`; None: the family's default, which includes the norms that Show-o adds to Phi.
 
     Raises:
-        ValueError: the layers cannot do what is wanted.
+        ValueError: the family does not support the wanted setting.
     """
     backbone = find_backbone(llm_config, llm_model_path)
     if backbone.qk_norm == "switch":
@@ -149,8 +151,8 @@ def has_qk_norm(llm_config: dict, wanted: bool | None, llm_model_path: str = "ll
         owners = ", ".join(name for name, other in BACKBONES.items() if other.qk_norm != "none")
         raise ValueError(
             f"qk_norm is {wanted}, but the layers of {llm_model_path!r} "
-            + ("always have it" if own else f"have none; those of {owners} have")
-            + "; leave qk_norm out, or take a configuration of another family"
+            + ("always have it" if own else f"have none; only those of {owners} do")
+            + "; leave qk_norm out, or use a model of another family"
         )
     return own
 
@@ -158,10 +160,10 @@ def has_qk_norm(llm_config: dict, wanted: bool | None, llm_model_path: str = "ll
 def backbone_config(
     llm_config: dict, vocab_size: int, qk_norm: bool | None = None, llm_model_path: str = "llm_config"
 ) -> PreTrainedConfig:
-    """A language model's configuration with the joint vocabulary.
+    """The `transformers` configuration of the backbone, with `vocab_size` for text, special tokens and image codes.
 
     Raises:
-        ValueError: another family, or attention that is not the mask's alone.
+        ValueError: an unsupported family, sliding-window attention, or RoPE that depends on the sequence length.
     """
     backbone = find_backbone(llm_config, llm_model_path)
     settings = {key: value for key, value in llm_config.items() if key not in LEFT_OUT}
@@ -175,28 +177,28 @@ def backbone_config(
 
 
 def _check_attention(config: PreTrainedConfig, llm_model_path: str) -> None:
-    """Refuses layers that see less than the mask shows, or in which a position's rotation depends on the row."""
+    """Refuses layers that restrict attention further than the mask, and RoPE that depends on the sequence length."""
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if getattr(config, "sliding_window", None) is not None or layer_types != {"full_attention"}:
         raise ValueError(
             f"llm_model_path {llm_model_path!r} has a sliding window of {getattr(config, 'sliding_window', None)}; "
-            "layers here attend to all that the mask shows: give a model without one (sliding_window: null)"
+            "layers must attend to all that the mask allows: use a model without one (sliding_window: null)"
         )
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in FIXED_ROPE:
         raise ValueError(
-            f"llm_model_path {llm_model_path!r} has rotary embeddings of type {rope!r}, which change with the length "
-            f"of a row; allowed: {', '.join(FIXED_ROPE)}"
+            f"llm_model_path {llm_model_path!r} has rotary embeddings of type {rope!r}, which depend on the length "
+            f"of the sequence; allowed: {', '.join(FIXED_ROPE)}"
         )
 
 
 def complete_tokenizer(tokenizer) -> None:
-    """Gives a tokenizer what rows and conversations need and it lacks: a bos token, a chat template.
+    """Sets the bos token and the chat template of a tokenizer that lacks them.
 
-    Its pad is not looked at: every Show-o has one of its own.
+    The tokenizer's own pad token is ignored, since Show-o adds one.
 
     Raises:
-        ValueError: it has no eos token, or neither a bos token nor one that may stand for it.
+        ValueError: it has no eos token, or neither a bos token nor a known stand-in for one.
     """
     known = tokenizer.get_vocab()
     if tokenizer.bos_token is None:
@@ -205,7 +207,7 @@ def complete_tokenizer(tokenizer) -> None:
         if found:
             tokenizer.bos_token = found[0]
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer needs a bos and an eos token, e.g. <|endoftext|> for both")
+        raise ValueError("the tokenizer needs a bos and an eos token; both may be the same, such as <|endoftext|>")
     if not tokenizer.chat_template:
         templates = [template for opening, template in CHAT_TEMPLATES.items() if opening in known]
         tokenizer.chat_template = templates[0] if templates else None

@@ -1,4 +1,4 @@
-"""Where the parts of a `ShowoPipeline` come from: folders or hub names, checked before anything large is read."""
+"""Finds, checks and loads the components of a `ShowoPipeline`. All cheap checks run before any weights are read."""
 
 import logging
 import math
@@ -33,12 +33,12 @@ SIZES = ("vocab_size", "llm_vocab_size", "num_new_special_tokens", "codebook_siz
 
 @dataclass
 class Source:
-    """Folder or hub name of every part, and how to run them.
+    """Folder or hub name of every component, and the settings to run them with.
 
     Args:
-        llm: tokenizer and sizes of the language model; default: the one the Showo checkpoint names.
-        vq_weights: a file that replaces the image tokenizer's weights (`vq_model.pretrained_model_path`).
-        sizes: section `model.showo` of a script's config; the checkpoint must say the same.
+        llm: source of the text tokenizer and the language model's config; default: as named by the Showo checkpoint.
+        vq_weights: a file whose weights replace those of `vq_model` (`vq_model.pretrained_model_path`).
+        sizes: section `model.showo` of a script's config, which must agree with the checkpoint.
     """
 
     showo: str
@@ -58,7 +58,7 @@ class Source:
 
     @classmethod
     def of_folder(cls, name_or_path: str | Path, **settings) -> "Source":
-        """A Showo checkpoint, or a folder of folders `showo/`, `magvitv2/`, `llm/` and perhaps `clip/`."""
+        """A Showo checkpoint, or a folder with sub-folders `showo/`, `magvitv2/`, `llm/` and optionally `clip/`."""
         given = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
         given = {key: value for key, value in given.items() if value is not None}
         folder = Path(name_or_path).expanduser()
@@ -70,7 +70,7 @@ class Source:
 
     @classmethod
     def of_config(cls, config) -> "Source":
-        """What a script's config names (`InferenceConfig`); relative paths as the scripts read them."""
+        """The components that a script's config (`InferenceConfig`) names, with relative paths as in the scripts."""
         showo, vq_model = config.model.showo, config.model.vq_model
         return cls(
             showo=_located(showo.pretrained_model_path),
@@ -89,10 +89,10 @@ class Source:
 
 
 def load(source: Source) -> dict:
-    """The arguments of `ShowoPipeline`, loaded: `model`, `vq_model`, `prompting`, `resolution`, `clip`.
+    """Loads the arguments of `ShowoPipeline`: `model`, `vq_model`, `prompting`, `resolution`, `clip`, `conversation`.
 
     Raises:
-        UserError: a part is missing, broken, or does not fit the others. Weights are read last.
+        UserError: a component is missing, broken, or does not match the others.
     """
     device = choose_device(source.device)
     dtype = choose_dtype(source.dtype, device)
@@ -119,7 +119,7 @@ def load(source: Source) -> dict:
 
 @contextmanager
 def without_loading_bars() -> Iterator[None]:
-    """transformers' bars over tensors that are in memory already say nothing; downloads keep theirs."""
+    """Hides transformers' progress bars over tensors, which only copy within memory. Download bars stay."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -130,17 +130,17 @@ def without_loading_bars() -> Iterator[None]:
 
 
 def _located(name: str | None) -> str | None:
-    """A path as the scripts read it (current folder, then repository); hub names stay as they are."""
+    """Resolves a path as the scripts do (current folder, then repository); returns hub names unchanged."""
     from common.config import resolve_path
 
     return str(resolve_path(name)) if name and resolve_path(name).exists() else name
 
 
-# ---- how to run ----
+# ---- device and dtype ----
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
-    """The named device, or the GPU if there is one; `UserError` where it cannot be used."""
+    """The named device; by default a GPU if there is one. Raises `UserError` if it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
@@ -151,27 +151,27 @@ def choose_device(name: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """A dtype by its name; by default bf16 on a GPU and fp32 elsewhere."""
+    """The dtype of this name; by default bf16 on a GPU and fp32 elsewhere."""
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name] if isinstance(name, str) else name
 
 
-# ---- the parts ----
+# ---- the components ----
 
 
 def load_prompting(llm: str, max_seq_length: int) -> UniversalPrompting:
-    """The text tokenizer of a language model with Show-o's tokens added; `UserError` where there is none."""
+    """The text tokenizer of a language model, with Show-o's tokens added; `UserError` if there is none."""
     try:
-        # transformers by itself would try each file of a hub name again and again where there is no network
+        # without this, transformers would retry every file of a hub name when there is no network
         folder = resolve_folder(llm, TOKENIZER_FILES) if "/" in llm else llm
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
         return UniversalPrompting(tokenizer, max_text_len=max_seq_length)
-    except Exception as error:  # missing files, no network and broken JSON come as a dozen unrelated classes
+    except Exception as error:  # missing files, no network and broken JSON raise a dozen unrelated classes
         remedy = (
             "copy its tokenizer files again"
             if Path(llm).is_dir()
-            else "it is no local folder and could not be fetched from the hub: give the path of a folder that holds it"
+            else "it is not a local folder and could not be fetched from the hub: give the path of a folder with it"
         )
         raise UserError(
             f"no usable tokenizer in model.showo.llm_model_path={llm} ({_reason(error)}); {remedy}"
@@ -179,21 +179,21 @@ def load_prompting(llm: str, max_seq_length: int) -> UniversalPrompting:
 
 
 def read_showo_config(folder: Path, llm: str, sizes=None) -> ShowoConfig:
-    """A Showo folder's configuration, compared with what a script's config says of it."""
+    """The configuration of a Showo folder; `UserError` if a script's config says otherwise."""
     config = Showo._read_config(folder, {"llm_model_path": llm})
     for key in SIZES if sizes is not None else ():
         if getattr(config, key) != getattr(sizes, key):
             raise UserError(
                 f"model.showo.{key} is {getattr(sizes, key)}, but the checkpoint {folder} has {getattr(config, key)}; "
-                "give the checkpoint's own value, or another checkpoint"
+                "use the checkpoint's value, or another checkpoint"
             )
     if sizes is not None and config.num_vq_tokens != sizes.num_vq_tokens:
-        logger.warning("%s was made for %d image tokens, not %d", folder, config.num_vq_tokens, sizes.num_vq_tokens)
+        logger.warning("%s was trained with %d image tokens, not %d", folder, config.num_vq_tokens, sizes.num_vq_tokens)
     return config
 
 
 def load_magvitv2(folder: Path, weights_file: str | None = None) -> MAGVITv2:
-    """The image tokenizer in fp32, with its own weights or those of a file."""
+    """The image tokenizer in fp32, with the folder's weights or those of `weights_file`."""
     if weights_file is None:
         return MAGVITv2.from_pretrained(folder)
     state_dict = load_weights_file(weights_file)
@@ -204,7 +204,7 @@ def load_magvitv2(folder: Path, weights_file: str | None = None) -> MAGVITv2:
 
 
 def load_clip(name: str, feature_size: int) -> CLIPVisionTower:
-    """The CLIP vision tower in fp32; `UserError` where there is none, or one of another width than the projector's."""
+    """The CLIP vision tower in fp32; `UserError` if it is missing or its width is not that of the projector."""
     folder = resolve_folder(name)
     if (kind := read_json(folder / "config.json").get("model_type")) not in ("clip", "clip_vision_model"):
         raise UserError(f"model.clip_vit_name={name} holds a {kind!r} model, expected a CLIP (vision) model")
@@ -215,17 +215,17 @@ def load_clip(name: str, feature_size: int) -> CLIPVisionTower:
     width = tower.vision_tower.config.hidden_size
     if width != feature_size:
         raise UserError(
-            f"model.clip_vit_name={name} makes features of {width} numbers, the checkpoint takes {feature_size}; "
+            f"model.clip_vit_name={name} has features of size {width}, but the checkpoint expects {feature_size}; "
             f"the published one is {CLIP_VIT_L_336}"
         )
     return tower
 
 
-# ---- whether they fit ----
+# ---- consistency checks ----
 
 
 def check_config(config) -> None:
-    """What a script's config alone can tell; `UserError` where the sizes do not add up."""
+    """Checks that need nothing but a script's config; `UserError` if its sizes are inconsistent."""
     sizes, resolution = config.model.showo, config.dataset.preprocessing.resolution
     if not sizes.pretrained_model_path:
         raise UserError("model.showo.pretrained_model_path is not given; set it to a checkpoint folder or a hub name")
@@ -246,7 +246,7 @@ def check_config(config) -> None:
 
 
 def check_text_tokenizer(llm: str, prompting: UniversalPrompting, config: ShowoConfig) -> None:
-    """Refuses a tokenizer of another size than the model's text vocabulary: every id behind it would be wrong."""
+    """Refuses a tokenizer whose length is not the model's text vocabulary: all special and image ids would shift."""
     found = prompting.vocabulary.llm_vocab_size
     if found != config.llm_vocab_size:
         raise UserError(
@@ -256,7 +256,7 @@ def check_text_tokenizer(llm: str, prompting: UniversalPrompting, config: ShowoC
 
 
 def check_conversation(conversation: str, prompting: UniversalPrompting, config: ShowoConfig) -> None:
-    """Refuses a format that is none, or that the text tokenizer has no template for."""
+    """Refuses an unknown question format, and ``chat`` for a tokenizer without a usable chat template."""
     try:
         QuestionFormat.of(conversation, prompting.tokenizer, config.w_clip_vit)
     except ValueError as error:
@@ -264,7 +264,7 @@ def check_conversation(conversation: str, prompting: UniversalPrompting, config:
 
 
 def check_image_tokenizer(source: Source, config: ShowoConfig, vq_config: MAGVITv2Config) -> None:
-    """Refuses an image tokenizer that cannot paint every code of the model, or not at this resolution."""
+    """Refuses an image tokenizer that has fewer codes than the model, or does not match the resolution."""
     if vq_config.codebook_size < config.codebook_size:
         raise UserError(
             f"model.vq_model.vq_model_name={source.vq_model} has {vq_config.codebook_size} codes, the model "

@@ -1,4 +1,6 @@
-"""Strings and PIL images in, strings and PIL images out: drawing, inpainting, extrapolation, answers (spec §7, §8).
+"""The user-facing pipeline: text to image, inpainting, extrapolation and visual question answering (spec §7, §8).
+
+Takes and returns strings and PIL images; tokenizers, prompt formats and devices are handled inside.
 
 pipeline = ShowoPipeline.from_pretrained("checkpoints/showo-tiny")
 pipeline.text_to_image(["red apple in noto style"], generator=pipeline.generator(7))[0].save("apple.png")
@@ -27,28 +29,29 @@ from models.pipeline_loading import Source, check_config, load
 from models.prompting import UniversalPrompting
 from models.vocabulary import PAD_TOKEN, SPECIAL_TOKENS
 
-# B pictures, W tokens along a window's side (N = W * W), h x w tokens of a canvas
-UNKNOWN = -1  # stands for a code that is to be drawn
+# B images, W tokens along the side of the model's square window (N = W * W), h x w tokens of a larger canvas
+UNKNOWN = -1  # in a tensor of codes: to be generated
 DIRECTIONS = ("left", "right", "up", "down")
-Picture = Image.Image | str | Path
+ImageInput = Image.Image | str | Path  # an image, or the path of one
 
 
 class ShowoPipeline:
-    """A Show-o with its two tokenizers and, if it answers from CLIP features, the CLIP tower.
+    """A Show-o model, its text and image tokenizers and, for `w_clip_vit` models, the CLIP vision tower.
 
-    Drawing methods pass further keyword arguments on to `draw_codes`: guidance_scale, timesteps, temperature,
-    generator, callback, progress, sampling. One `generator` (of the model's device) may serve any number of calls; the
-    draws then come in the published order.
+    The generating methods pass extra keyword arguments to `generate_codes`: guidance_scale, timesteps, temperature,
+    generator, callback, progress, sampling. A `generator` (on the model's device) may be reused for any number of
+    calls; its random numbers are then consumed in the order of the published scripts.
 
     Args:
-        model: on its device, in its dtype. `vq_model` and `clip` stay fp32.
-        prompting: the text tokenizer with Show-o's tokens; its `max_text_len` is M, the room for a prompt.
-        resolution: side of a picture in pixels; default: the one that makes the model's `num_vq_tokens`.
-        noise_schedule: of drawing, see `get_mask_schedule`.
-        conversation: how questions are asked: ``vicuna``, as published, or ``chat``, the language model's template.
+        model: on its device, in its dtype. `vq_model` and `clip` stay in fp32.
+        prompting: the text tokenizer with Show-o's special tokens; `max_text_len` limits a prompt, in tokens.
+        resolution: side of an image in pixels; default: the one that gives the model's `num_vq_tokens` tokens.
+        noise_schedule: mask schedule of image generation, see `get_mask_schedule`.
+        conversation: prompt format of questions: ``vicuna``, as published, or ``chat``, the tokenizer's chat template.
 
     Raises:
-        ValueError: the resolution is no multiple of the tokenizer's factor, or a `w_clip_vit` model lacks its `clip`.
+        ValueError: the resolution is not a multiple of the image tokenizer's downsampling factor, or a `w_clip_vit`
+            model comes without `clip`.
     """
 
     def __init__(
@@ -67,34 +70,34 @@ class ShowoPipeline:
         if self.resolution % factor:
             raise ValueError(f"resolution is {resolution}, expected a multiple of {factor}")
         if model.config.w_clip_vit and clip is None:
-            raise ValueError("a model with w_clip_vit=True answers from CLIP features; give clip=CLIPVisionTower(…)")
+            raise ValueError("a model with w_clip_vit=True sees images through CLIP; pass clip=CLIPVisionTower(…)")
         self.model, self.vq_model, self.clip = model.eval(), vq_model.eval(), clip
         self.prompting, self.noise_schedule = prompting, noise_schedule
         self.question_format = QuestionFormat.of(conversation, prompting.tokenizer, model.config.w_clip_vit)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **settings) -> "ShowoPipeline":
-        """Loads a hub name (`showlab/show-o`) or a folder.
+        """Loads a pipeline from the hub (`showlab/show-o`) or a folder.
 
         Args:
-            name_or_path: a Showo checkpoint, or a folder of folders `showo/`, `magvitv2/`, `llm/` (tokenizer and
+            name_or_path: a Showo checkpoint, or a folder with sub-folders `showo/`, `magvitv2/`, `llm/` (tokenizer and
                 config.json of the language model) and, with CLIP-ViT, `clip/`.
-            settings: `vq_model`, `llm`, `clip` (folder or hub name; default: the sub-folder, else the published one),
+            settings: `vq_model`, `llm`, `clip` (folder or hub name; default: the sub-folder, or the published one),
                 `max_seq_length` (128), `resolution`, `device` (default: a GPU if there is one), `dtype` (`fp32`,
                 `bf16`, `fp16`; default: bf16 on a GPU, else fp32), `attn_implementation`, `compile`, `cpu_kernels`,
                 `conversation`.
 
         Raises:
-            UserError: a part is missing, broken, or does not fit the others.
+            UserError: a component is missing, broken, or does not match the others.
         """
         return cls(**load(Source.of_folder(name_or_path, **settings)))
 
     @classmethod
     def from_config(cls, config) -> "ShowoPipeline":
-        """Loads what a script's config (`InferenceConfig`) names; its sizes must be the checkpoints'.
+        """Loads the components that a script's config (`InferenceConfig`) names; its sizes must match the checkpoint.
 
         Raises:
-            UserError: as `from_pretrained`; cheap checks come before any weights are read.
+            UserError: as `from_pretrained`. Cheap checks run before any weights are read.
         """
         from common.config import mask_schedule_of
 
@@ -111,39 +114,40 @@ class ShowoPipeline:
         return self.model.device
 
     def generator(self, seed: int | None = None) -> torch.Generator:
-        """A generator on the model's device; without a seed it takes one from the system (see `initial_seed()`)."""
+        """A generator on the model's device; without a seed, seeded by the system (`initial_seed()` tells the seed)."""
         generator = torch.Generator(self.device)
         if seed is None:
             generator.seed()
             return generator
         return generator.manual_seed(seed)
 
-    # ---- pictures and codes ----
+    # ---- images and codes ----
 
-    def view(self, image: Picture) -> Image.Image:
-        """The picture as the model sees it: resized and cropped to its resolution."""
+    def view(self, image: ImageInput) -> Image.Image:
+        """The image as the model sees it: resized and centre-cropped to its resolution."""
         return to_pil(preprocess(_open(image), self.resolution)[None])[0]
 
-    def encode(self, images: Sequence[Picture]) -> torch.Tensor:
-        """Pictures of any size → codes (B, N) int64.
+    def encode(self, images: Sequence[ImageInput]) -> torch.Tensor:
+        """Images of any size → codes (B, N) int64.
 
         Raises:
-            UserError: the image tokenizer has more codes than the model, and one of those came up.
+            UserError: the image tokenizer produced a code that the model does not have.
         """
         pixels = (preprocess(_open(image), self.resolution)[None].to(self.device) for image in images)
-        # one at a time, as published: a batch is no faster, and 20 pictures of 512 x 512 need tens of GB
-        codes = torch.cat([self.vq_model.get_code(picture) for picture in pixels])
+        # one at a time, as published: a batch is no faster, and 20 images of 512 x 512 would need tens of GB
+        codes = torch.cat([self.vq_model.get_code(one) for one in pixels])
         if codes.max() >= (limit := self.model.config.codebook_size):
             raise UserError(
-                f"the image tokenizer gives code {codes.max()}, the model knows {limit}; they do not belong together"
+                f"the image tokenizer produced code {codes.max()}, but the model has only {limit} codes; give the "
+                "image tokenizer that the model was trained with"
             )
         return codes
 
     def decode(self, codes: torch.Tensor, shape: tuple[int, int] | None = None) -> list[Image.Image]:
-        """Codes (B, h * w) → pictures; `shape` = (h, w), a square by default."""
+        """Codes (B, h * w) → images; `shape` = (h, w), default: a square."""
         return to_pil(self.vq_model.decode_code(codes, shape))
 
-    def draw_codes(
+    def generate_codes(
         self,
         prompts: Sequence[str],
         codes: torch.Tensor,
@@ -156,14 +160,14 @@ class ShowoPipeline:
         progress: bool = False,
         sampling: SamplingParameters | None = None,
     ) -> torch.Tensor:
-        """Draws the unknown codes of one batch.
+        """Generates the unknown codes of one batch, with classifier-free guidance if `guidance_scale` > 0.
 
         Args:
             prompts: B texts.
-            codes: (B, N) int64, −1 where unknown; the others stay.
+            codes: (B, N) int64, −1 where unknown; known codes are kept.
             guidance_scale, timesteps, temperature, generator, sampling: see `Showo.t2i_generate`.
-            callback: called as ``callback(step, codes)`` after each step; `decode(codes)` makes pictures of them.
-            progress: shows a bar on a terminal.
+            callback: called as ``callback(step, codes)`` after each step; `decode(codes)` turns them into images.
+            progress: whether to show a progress bar on a terminal.
 
         Returns:
             (B, N) int64 codes.
@@ -174,12 +178,12 @@ class ShowoPipeline:
         texts = [*prompts, *[""] * len(prompts)] if guidance_scale > 0 else list(prompts)
         rows = self.prompting((texts, image_ids.repeat(len(texts) // len(codes), 1)), "t2i_gen")
         cond, uncond = rows.input_ids[: len(codes)], rows.input_ids[len(codes) :]
-        with tqdm(total=timesteps, desc="drawing", leave=False, disable=None if progress else True) as bar:
+        with tqdm(total=timesteps, desc="generating", leave=False, disable=None if progress else True) as bar:
 
-            def after_step(step: int, drawn: torch.Tensor) -> None:
+            def after_step(step: int, sampled: torch.Tensor) -> None:
                 bar.update()
                 if callback is not None:
-                    callback(step, drawn)
+                    callback(step, sampled)
 
             return self.model.t2i_generate(
                 cond,
@@ -194,88 +198,91 @@ class ShowoPipeline:
                 sampling=sampling,
             )
 
-    # ---- drawing ----
+    # ---- image generation ----
 
     def text_to_image(
-        self, prompts: Sequence[str] | str, *, num_images_per_prompt: int = 1, batch_size: int | None = None, **drawing
+        self, prompts: Sequence[str] | str, *, num_images_per_prompt: int = 1, batch_size: int | None = None, **settings
     ) -> list[Image.Image]:
-        """One picture per prompt; with `num_images_per_prompt` several in a row, prompt after prompt.
+        """Generates `num_images_per_prompt` images per prompt, in the order of the prompts.
 
         Args:
-            batch_size: pictures drawn at once, consecutive prompts; default: all.
+            batch_size: images generated at once; default: all.
+            settings: see `generate_codes`.
         """
-        prompts = [prompt for prompt in _listed(prompts) for _ in range(num_images_per_prompt)]
-        pictures = []
+        prompts = [prompt for prompt in _as_list(prompts) for _ in range(num_images_per_prompt)]
+        images = []
         for batch in _batches(prompts, batch_size):
             blank = torch.full((len(batch), self.window**2), UNKNOWN, device=self.device)
-            pictures += self.decode(self.draw_codes(batch, blank, **drawing))
-        return pictures
+            images += self.decode(self.generate_codes(batch, blank, **settings))
+        return images
 
     def inpaint(
         self,
-        image: Picture,
-        mask: Picture,
+        image: ImageInput,
+        mask: ImageInput,
         prompt: str,
         *,
         num_images_per_prompt: int = 1,
         batch_size: int | None = None,
-        **drawing,
+        **settings,
     ) -> list[Image.Image]:
-        """Paints the white part of the mask anew.
+        """Regenerates the white region of the mask.
 
         Args:
-            mask: of the picture's shape, white where to paint; grey counts from the middle on, per token.
+            mask: same aspect ratio as the image; white is regenerated, black kept. Decided per token, at mid-grey.
+            settings: see `generate_codes`.
 
         Raises:
-            UserError: the mask does not serve, see `mask_tokens`.
+            UserError: the mask is unusable, see `mask_tokens`.
         """
         image = _open(image)
         unknown = mask_tokens(mask, image, self.resolution, self.window).to(self.device)  # (1, N)
         codes = self.encode([image]).masked_fill(unknown, UNKNOWN)
-        pictures = []
+        images = []
         for batch in _batches([prompt] * num_images_per_prompt, batch_size):
-            pictures += self.decode(self.draw_codes(batch, codes.repeat(len(batch), 1), **drawing))
-        return pictures
+            images += self.decode(self.generate_codes(batch, codes.repeat(len(batch), 1), **settings))
+        return images
 
     def extrapolate(
         self,
-        image: Picture,
+        image: ImageInput,
         directions: Sequence[str] | str,
         prompts: Sequence[str] | str,
         *,
         offset: int = 0,
         num_images_per_prompt: int = 1,
         batch_size: int | None = None,
-        **drawing,
+        **settings,
     ) -> list[Image.Image]:
-        """Grows the picture by W/2 + `offset` tokens in each direction in turn, in any order.
+        """Extends the image by W/2 + `offset` tokens in each of the given directions, one after another.
 
         Args:
             directions: `left`, `right`, `up`, `down`, one for each prompt.
-            offset: how many tokens less than half a window the model sees of what is there, |offset| < W/2.
+            offset: W/2 − `offset` known tokens are the context of each extension; |offset| < W/2.
+            settings: see `generate_codes`.
 
         Raises:
-            UserError: directions, prompts or offset do not fit, see `check_extrapolation`.
+            UserError: invalid directions, prompts or offset, see `check_extrapolation`.
         """
-        directions, prompts = _listed(directions), _listed(prompts)
+        directions, prompts = _as_list(directions), _as_list(prompts)
         check_extrapolation(directions, prompts, offset, self.window)
         square = self.encode([image]).view(1, self.window, self.window)
-        pictures = []
+        images = []
         for batch in _batches(range(num_images_per_prompt), batch_size):
             canvas = square.repeat(len(batch), 1, 1)
             for direction, prompt in zip(directions, prompts, strict=True):
-                canvas = self._grow(canvas, direction, [prompt] * len(batch), offset, drawing)
-            pictures += self.decode(canvas.flatten(1), tuple(canvas.shape[1:]))
-        return pictures
+                canvas = self._grow(canvas, direction, [prompt] * len(batch), offset, settings)
+            images += self.decode(canvas.flatten(1), tuple(canvas.shape[1:]))
+        return images
 
     def _grow(
-        self, canvas: torch.Tensor, direction: str, prompts: list[str], offset: int, drawing: dict
+        self, canvas: torch.Tensor, direction: str, prompts: list[str], offset: int, settings: dict
     ) -> torch.Tensor:
-        """One step of extrapolation: (B, h, w) codes, longer by the new tokens in one direction.
+        """One extension: (B, h, w) codes → codes of a canvas that is W/2 + offset tokens longer in `direction`.
 
-        The window lies over the edge: W/2 − offset known tokens, the rest new. Along a side longer than W it slides by
-        as many tokens as it draws anew, so it always sees the W/2 − offset it drew last; every side is W plus a
-        multiple of that.
+        The window covers the edge: W/2 − offset known tokens, the rest to be generated. Along an edge longer than W it
+        slides by W/2 + offset tokens, so that it overlaps its previous position by W/2 − offset tokens. Every side of
+        the canvas is W plus a multiple of that stride, so the last window ends at the corner.
         """
         axis, across = (1, 2) if direction in ("up", "down") else (2, 1)
         at_start = direction in ("left", "up")
@@ -287,17 +294,17 @@ class ShowoPipeline:
         band = canvas.narrow(axis, 0 if at_start else canvas.shape[axis] - self.window, self.window)
         for start in range(0, canvas.shape[across] - self.window + 1, num_new):
             window = band.narrow(across, start, self.window)  # (B, W, W), a view
-            window.copy_(self.draw_codes(prompts, window.flatten(1), **drawing).view_as(window))
+            window.copy_(self.generate_codes(prompts, window.flatten(1), **settings).view_as(window))
         assert (canvas != UNKNOWN).all()
         return canvas
 
-    # ---- answering ----
+    # ---- visual question answering ----
 
     def answer(
-        self, images: Sequence[Picture] | Picture, questions: Sequence[str] | str, **settings
+        self, images: Sequence[ImageInput] | ImageInput, questions: Sequence[str] | str, **settings
     ) -> list[list[str]]:
-        """The answers to every question about every picture, `answers[picture][question]`; see `iter_answers`."""
-        images, questions = _listed(images), _listed(questions)
+        """The answer to every question about every image, as `answers[image][question]`; see `iter_answers`."""
+        images, questions = _as_list(images), _as_list(questions)
         answers = [[""] * len(questions) for _ in images]
         for image_index, question_index, text in self.iter_answers(images, questions, **settings):
             answers[image_index][question_index] = text
@@ -305,7 +312,7 @@ class ShowoPipeline:
 
     def iter_answers(
         self,
-        images: Sequence[Picture],
+        images: Sequence[ImageInput],
         questions: Sequence[str],
         *,
         max_new_tokens: int = 100,
@@ -316,18 +323,18 @@ class ShowoPipeline:
         generator: torch.Generator | None = None,
         callback: Callable[[int, int, str], None] | None = None,
     ) -> Iterator[tuple[int, int, str]]:
-        """Answers as their batches are done: (index of the picture, index of the question, text without outer blanks).
+        """Yields (image index, question index, answer without surrounding whitespace), batch by batch.
 
         Args:
-            images: PIL images or paths, opened when their turn comes.
+            images: PIL images or paths; paths are opened when their batch begins.
             temperature, top_k, top_p: see `sample_next`; greedy by default, as published.
-            batch_size: (picture, question) pairs answered at once; default: all.
-            callback: called with both indices and the next words of that answer as soon as they are there; "" when it
-                is complete.
+            batch_size: (image, question) pairs answered at once; default: all.
+            callback: streaming: called as ``callback(image index, question index, text)`` with the next words of an
+                answer as soon as they are generated, and with "" when it is complete.
         """
         pairs = [(image, question) for image in range(len(images)) for question in range(len(questions))]
         for batch in _batches(pairs, batch_size):
-            streams = [_Words(self, callback, pair) for pair in batch] if callback else []
+            streams = [_AnswerStreamer(self, callback, pair) for pair in batch] if callback else []
 
             def put(ids: torch.Tensor, streams=streams) -> None:
                 for stream, one in zip(streams, ids.cpu().split(1), strict=True):
@@ -349,7 +356,7 @@ class ShowoPipeline:
 
     def answer_each(
         self,
-        images: Sequence[Picture],
+        images: Sequence[ImageInput],
         questions: Sequence[str],
         *,
         max_new_tokens: int = 100,
@@ -359,17 +366,17 @@ class ShowoPipeline:
         generator: torch.Generator | None = None,
         callback: Callable[[torch.Tensor], None] | None = None,
     ) -> list[str]:
-        """One batch of answers without outer blanks, to one question about each picture.
+        """One batch: the answers, without surrounding whitespace, to one question about each image.
 
         Args:
-            images: a picture for each question; one and the same object is encoded once.
+            images: one for each question; an object that occurs several times is encoded once.
             callback: called with the (B,) new ids after each token.
         """
-        assert len(images) == len(questions), f"{len(images)} pictures, {len(questions)} questions"
-        shown = list({id(image): image for image in images}.values())
-        place = {id(image): index for index, image in enumerate(shown)}
+        assert len(images) == len(questions), f"{len(images)} images, {len(questions)} questions"
+        distinct = list({id(image): image for image in images}.values())
+        place = {id(image): index for index, image in enumerate(distinct)}
         new_ids = self.model.mmu_generate(
-            **self._question_rows(shown, [place[id(image)] for image in images], list(questions)),
+            **self._question_rows(distinct, [place[id(image)] for image in images], list(questions)),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -381,8 +388,12 @@ class ShowoPipeline:
         return [text.strip() for text in self.prompting.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
 
     @torch.inference_mode()
-    def answer_loss(self, image: Picture, question: str, answer: str) -> tuple[float, bool]:
-        """Mean negative log-likelihood of an answer's tokens (no end token), and whether they are the greedy ones."""
+    def answer_loss(self, image: ImageInput, question: str, answer: str) -> tuple[float, bool]:
+        """Scores a given answer.
+
+        Returns:
+            mean cross-entropy of its tokens, without the end token; whether each of them is the likeliest one.
+        """
         rows = self._question_rows([image], [0], [question])
         text = self.question_format.answer_gap + answer.strip()
         ids = self.prompting.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -392,8 +403,8 @@ class ShowoPipeline:
         logits = self.model(input_ids, mask, **rows).logits[0, -ids.shape[1] - 1 : -1].float()  # (answer, vocabulary)
         return float(F.cross_entropy(logits, ids[0])), bool((logits.argmax(dim=-1) == ids[0]).all())
 
-    def _question_rows(self, images: list[Picture], index: list[int], questions: list[str]) -> dict:
-        """Inputs of `mmu_generate`: questions, each about `images[index]`, seen as codes or as CLIP features."""
+    def _question_rows(self, images: list[ImageInput], index: list[int], questions: list[str]) -> dict:
+        """Inputs of `mmu_generate` for questions i about `images[index[i]]`, given as image codes or CLIP features."""
         check_texts(questions)
         texts = [self.question_format.prompt(question) for question in questions]
         if not self.model.config.w_clip_vit:
@@ -409,16 +420,17 @@ class ShowoPipeline:
         }
 
 
-class _Words(TextStreamer):
-    """The words of one answer, handed on as soon as they are whole."""
+class _AnswerStreamer(TextStreamer):
+    """Streams one answer to a callback, word by word."""
 
     def __init__(self, pipeline: ShowoPipeline, callback: Callable[[int, int, str], None], pair: tuple[int, int]):
         super().__init__(pipeline.prompting.tokenizer, skip_special_tokens=True)
         self.stop_ids = pipeline.question_format.stop_ids
-        self.callback, self.pair, self.begun, self.ended = callback, pair, False, False
+        self.callback, self.pair = callback, pair
+        self.begun = self.ended = False
 
     def put(self, value: torch.Tensor) -> None:
-        """One more id; behind the end of an answer come pads."""
+        """Takes the next id; pad ids after the end of the answer are ignored."""
         if not self.ended:
             super().put(value)
             if int(value) in self.stop_ids:
@@ -438,47 +450,47 @@ class _Words(TextStreamer):
             self.callback(*self.pair, "")
 
 
-# ---- what users may give ----
+# ---- checks of user input ----
 
 
 def check_texts(texts: Sequence[str]) -> None:
-    """`UserError` for a prompt or question that holds a token which rows are built of, such as ``<|soi|>``."""
+    """Raises `UserError` for a prompt or question that contains a special token such as ``<|soi|>``."""
     for text in texts:
         if held := [token for token in (PAD_TOKEN, *SPECIAL_TOKENS) if token in text]:
-            raise UserError(f"the text {text!r} holds {held[0]}, of which Show-o's rows are made; leave it out")
+            raise UserError(f"the text {text!r} contains the special token {held[0]}; remove it")
 
 
-def mask_tokens(mask: Picture, image: Image.Image, resolution: int, window: int) -> torch.Tensor:
-    """A mask picture → (1, N) bool, True = paint anew (spec §7).
+def mask_tokens(mask: ImageInput, image: Image.Image, resolution: int, window: int) -> torch.Tensor:
+    """An inpainting mask → (1, N) bool, True = regenerate (spec §7).
 
     Raises:
-        UserError: the mask has colours or another shape than the picture, or nothing on it is white.
+        UserError: the mask is coloured, has another aspect ratio than the image, or has no white region.
     """
     mask = _open(mask, mode=None)
     if mask.mode == "F":
-        raise UserError("the inpainting mask has fractional pixels; save it as an 8-bit picture, black and white")
+        raise UserError("the inpainting mask has floating-point pixels; save it as an 8-bit black-and-white image")
     colours = np.asarray(mask.convert("RGB").resize((64, 64)), dtype=np.int16)
     if (np.ptp(colours, axis=-1) > 48).mean() > 0.02:
-        raise UserError("the inpainting mask is a colour picture; it must be black (keep) and white (paint anew)")
+        raise UserError("the inpainting mask is a colour image; it must be black (keep) and white (regenerate)")
     if abs(mask.width * image.height / (mask.height * image.width) - 1) > 0.02:
         raise UserError(
-            f"the inpainting mask has {mask.width} x {mask.height} pixels, the picture {image.width} x {image.height}; "
-            "they must have the same shape"
+            f"the inpainting mask has {mask.width} x {mask.height} pixels, the image {image.width} x {image.height}; "
+            "they must have the same aspect ratio"
         )
     pixels = preprocess(mask.convert("L"), resolution, normalize=False)[None]  # (1, 1, P, P)
-    # Faithful: bicubic without antialiasing, though it looks at few pixels only (test_pipeline_showo.py pins it).
+    # Faithful: bicubic without antialiasing, although it skips most pixels (pinned by test_pipeline_showo.py).
     unknown = F.interpolate(pixels, size=(window, window), mode="bicubic").flatten(1) >= 0.5
     if not unknown.any():
         raise UserError(
-            "the inpainting mask has no white part, so nothing would be painted anew; paint that part white"
+            "the inpainting mask has no white region, so nothing would be regenerated; paint that part white"
         )
     return unknown
 
 
 def check_extrapolation(directions: Sequence[str], prompts: Sequence[str], offset: int, window: int) -> None:
-    """Refuses directions that are none, that differ from the prompts in number, and an offset out of range."""
+    """Raises `UserError` for unknown directions, a number of prompts other than that of directions, or a bad offset."""
     if unknown := [direction for direction in directions if direction not in DIRECTIONS]:
-        raise UserError(f"extra_direction holds {unknown[0]!r}; allowed: {', '.join(DIRECTIONS)}")
+        raise UserError(f"extra_direction contains {unknown[0]!r}; allowed: {', '.join(DIRECTIONS)}")
     if not directions or len(directions) != len(prompts):
         raise UserError(
             f"extra_direction has {len(directions)} directions and prompt {len(prompts)} prompts; give one prompt for "
@@ -486,14 +498,16 @@ def check_extrapolation(directions: Sequence[str], prompts: Sequence[str], offse
         )
     limit = window // 2 - 1
     if abs(offset) > limit:
-        raise UserError(f"offset is {offset}; with {window} tokens along a side it must be from {-limit} to {limit}")
+        raise UserError(
+            f"offset is {offset}; with a window of {window} x {window} tokens it must be from {-limit} to {limit}"
+        )
 
 
-def _open(image: Picture, mode: str | None = "RGB") -> Image.Image:
+def _open(image: ImageInput, mode: str | None = "RGB") -> Image.Image:
     return image if isinstance(image, Image.Image) else load_image(image, mode)
 
 
-def _listed(items) -> list:
+def _as_list(items) -> list:
     return [items] if isinstance(items, (str, Path, Image.Image)) else list(items)
 
 

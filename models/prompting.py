@@ -1,4 +1,4 @@
-"""How text ids, image ids and special tokens make a row, its labels and its mask together (spec §2)."""
+"""The sequence formats: text ids, image ids and special tokens → input ids, labels and attention mask (spec §2)."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from models.backbones import complete_tokenizer
 from models.omni_attention import OmniMask
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID, PAD_TOKEN, SPECIAL_TOKENS, Vocabulary
 
-# M = max_text_len, N = image tokens, L = row length
+# B rows, M = max_text_len, N image tokens, L row length
 
 
 @dataclass
 class Rows:
-    """A batch of rows: ids (B, L) int64, labels (B, L) int64 (None where nothing is trained), and their mask."""
+    """A batch of rows: ids (B, L) int64, labels (B, L) int64 or None (generation), and the attention mask."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor | None
@@ -21,24 +21,27 @@ class Rows:
 
 
 class UniversalPrompting:
-    """Builds the rows of every task.
+    """Builds the rows of every task from texts and image ids.
 
     Args:
-        tokenizer: the language model's tokenizer; the pad and the nine special tokens are added to it, and where it
-            has none a bos token (see `complete_tokenizer`).
-        max_text_len: M, room for the text of a row.
+        tokenizer: the language model's tokenizer. The pad and the nine special tokens are added to it, and a bos token
+            if it has none (see `complete_tokenizer`).
+        max_text_len: M, the most text ids of a row, bos and eos included.
         ignore_id: label of unsupervised positions.
-        cond_dropout_prob: probability that a t2i training text is emptied, for classifier-free guidance.
+        cond_dropout_prob: probability that a t2i training text is replaced by the empty text, which trains the
+            unconditional model of classifier-free guidance.
 
     Raises:
-        ValueError: the tokenizer has no bos or eos token, or already holds some of the special tokens elsewhere.
+        ValueError: the tokenizer has no bos or eos token, or has some of the special tokens at other ids.
     """
 
     def __init__(self, tokenizer, max_text_len: int = 128, ignore_id: int = IGNORE_ID, cond_dropout_prob: float = 0.1):
         complete_tokenizer(tokenizer)
         known = tokenizer.get_vocab()
         llm_vocab_size = known.get(PAD_TOKEN, len(tokenizer))
-        self.vocabulary = Vocabulary(llm_vocab_size)  # sizes behind the special tokens do not matter here
+        self.vocabulary = Vocabulary(
+            llm_vocab_size
+        )  # the codebook's size, which only affects later ids, does not matter here
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
         tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
         for token in (PAD_TOKEN, *SPECIAL_TOKENS):
@@ -53,23 +56,27 @@ class UniversalPrompting:
 
     @property
     def special_token_ids(self) -> dict[str, int]:
-        """Token → id of the pad and the nine special tokens."""
+        """Ids of the pad and the nine special tokens, by token."""
         names = {token: self.vocabulary.special_token_id(token) for token in SPECIAL_TOKENS}
         return names | {PAD_TOKEN: self.vocabulary.pad_id}
 
     def __call__(self, inputs: tuple, task: str, generator: torch.Generator | None = None) -> Rows:
-        """Rows of one task.
+        """Builds the rows of one task.
 
         Args:
-            inputs: ``"t2i"``: (texts, image_ids (B, N), labels (B, N)); ``"t2i_gen"``: (texts, image_ids);
-                ``"lm"``: (texts, L); ``"mmu"``: (image_ids, texts); ``"mmu_gen"``: (image_ids, texts), open-ended
-                prompts; ``"mmu_vit"``: (texts, num_features, system_prompt or None), open-ended too, features at id
-                −200. Prompts are padded on the right and their pads hidden, as `mmu_generate` continues them. Image
-                ids carry the vocabulary's offset.
-            generator: draws the text dropout of ``"t2i"``, one number per sample.
+            inputs: by task; image ids include the vocabulary's image offset.
+                ``"t2i"``: (texts, image_ids (B, N), labels (B, N)), for training;
+                ``"t2i_gen"``: (texts, image_ids (B, N)), for generation;
+                ``"lm"``: (texts, L), for training;
+                ``"mmu"``: (image_ids (B, N), texts), for training;
+                ``"mmu_gen"``: (image_ids (B, N), texts), prompts for `mmu_generate`;
+                ``"mmu_vit"``: (texts, num_features, system_prompt or None), prompts with the placeholder id −200 where
+                CLIP features go.
+                Prompts have no eos; they are padded on the right, and the mask hides the pads.
+            generator: of the text dropout of ``"t2i"``, which draws one number per sample.
 
         Raises:
-            ValueError: unknown task, or texts and images differ in number.
+            ValueError: unknown task, or different numbers of texts and images.
         """
         builders = {
             "t2i": self._t2i,
@@ -86,7 +93,7 @@ class UniversalPrompting:
     # ---- text ----
 
     def text_ids(self, text: str, truncation: bool = False) -> list[int]:
-        """Ids of a text, bos first exactly once."""
+        """Ids of a text, starting with exactly one bos."""
         ids = self.tokenizer(text, truncation=truncation, add_special_tokens=False)["input_ids"]
         return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
@@ -99,7 +106,7 @@ class UniversalPrompting:
     # ---- text to image ----
 
     def _t2i_text(self, text: str, drop: bool) -> list[int]:
-        """``pad… <t2i> bos text eos``, M + 1 ids: M holds the text without the task token."""
+        """``pad… <t2i> bos text eos``: M + 1 ids, since M does not count the task token."""
         text_ids = [self.bos_id] if drop else self.text_ids(text)
         ids = [self.vocabulary.t2i_id, *text_ids, self.eos_id]
         if len(ids) > self.max_text_len + 1:
@@ -144,20 +151,20 @@ class UniversalPrompting:
         _check_pairs(len(texts), image_ids)
         prefix = self._image_prefix(image_ids)
         text = []
-        for item in texts:
-            ids = [*self.text_ids(item), self.eos_id]
+        for one in texts:
+            ids = [*self.text_ids(one), self.eos_id]
             if len(ids) > self.max_text_len:
                 ids = [*ids[: self.max_text_len - 1], self.eos_id]
             text.append(self._pad_right(ids, self.max_text_len))
         return self.mmu_rows(prefix, torch.tensor(text, device=image_ids.device))
 
     def mmu_rows(self, prefix: torch.Tensor, text_ids: torch.Tensor, text_labels: torch.Tensor | None = None) -> Rows:
-        """Rows of an image prefix that ends in `<eoi>` and right-padded text ids; only the text is supervised.
+        """Rows of an image prefix, which ends in ``<eoi>``, and right-padded text ids. Only the text is supervised.
 
         Args:
             prefix: (B, P) int64, ``<mmu> … <soi> … <eoi>``.
             text_ids: (B, T) int64.
-            text_labels: (B, T) int64; default: the ids, pads ignored.
+            text_labels: (B, T) int64; default: the text ids, with pads ignored.
         """
         if text_labels is None:
             text_labels = self._labels(text_ids)
@@ -171,7 +178,7 @@ class UniversalPrompting:
         return self._prompts([p + self.text_ids(t) for p, t in zip(prefix, texts, strict=True)], image_ids.device)
 
     def _mmu_vit(self, texts, num_features: int, system_prompt: str | None = None) -> Rows:
-        """``<mmu>`` system ids ``<soi>`` features ``<eoi>`` text, without bos (spec §2)."""
+        """``<mmu>`` system prompt ``<soi>`` features ``<eoi>`` text. No bos, as in LLaVA (spec §2)."""
 
         def ids_of(text):
             return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -185,7 +192,7 @@ class UniversalPrompting:
         return rows
 
     def _prompts(self, rows: list[list[int]], device=None) -> Rows:
-        """Right-padded, so that what prompts have in common at the front is aligned."""
+        """Pads prompts on the right, so that a common prefix has the same positions in all rows and is encoded once."""
         length = max(map(len, rows))
         input_ids = torch.tensor([self._pad_right(row, length) for row in rows], device=device)
         mask = OmniMask.from_ids(input_ids, self.vocabulary).hide(input_ids == self.vocabulary.pad_id)

@@ -1,4 +1,4 @@
-"""Three flows → one batch that the model takes as it is (spec §2, §5): rows in the order t2i, lm, mmu."""
+"""Samples of the three flows → one training batch (spec §2, §5), rows in the order t2i, lm, mmu."""
 
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -18,9 +18,15 @@ from training.packing import Packing
 class OmniBatch:
     """One training batch on the device of the model.
 
-    input_ids, labels: (B, L) int64. counts: rows per task. mask_prob: (B_t2i,) float32. texts, codes (B_t2i, N) int64
-    and pixels (B_t2i, 3, res, res; None where shards hold codes): of the t2i rows, for the sample sheets. keys: which
-    samples these are. objective: what the rows are trained on. num_used: positions that are no padding.
+    Args:
+        input_ids, labels: (B, L) int64.
+        counts: rows per task.
+        objective: labels, weights and packing for the loss.
+        num_used: number of positions that are not padding.
+        mask_prob: (B_t2i,) float32.
+        texts, codes, pixels: of the t2i rows, for the sample images: codes (B_t2i, N) int64, pixels
+            (B_t2i, 3, res, res), None if shards hold codes.
+        keys: names of the samples, for error messages.
     """
 
     input_ids: torch.Tensor
@@ -37,7 +43,7 @@ class OmniBatch:
     keys: list[str] = field(default_factory=list)
 
     def forward_arguments(self) -> dict:
-        """Keyword arguments of `Showo.forward`, which gives losses and statistics."""
+        """Keyword arguments of `Showo.forward` for losses and statistics."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -47,13 +53,13 @@ class OmniBatch:
 
     @property
     def num_positions(self) -> int:
-        """Positions that run through the layers: of the packed rows, where samples share rows."""
+        """Positions that run through the layers: those of the packed rows if samples are packed."""
         packing = self.objective.packing
         return self.input_ids.numel() if packing is None else packing.num_positions
 
 
 class BatchBuilder:
-    """Tokenises, masks and joins the items of the three flows.
+    """Tokenises, masks and concatenates the samples of the three flows.
 
     Args:
         prompting: builds rows.
@@ -61,7 +67,7 @@ class BatchBuilder:
         noise: the t2i masking rule.
         understanding: builds the mmu rows of its branch (see `training/understanding.py`).
         row_length: L of all rows.
-        packing_length: most positions of a row that several samples share; None: every sample has its own.
+        packing_length: length limit of packed rows (sample packing); None: one sample per row.
         bf16: whether the image tokenizer encodes under bf16 autocast, which changes some codes.
         coefficients, label_smoothing: of the `Objective`.
     """
@@ -86,10 +92,10 @@ class BatchBuilder:
         self.coefficients, self.label_smoothing = coefficients, label_smoothing
 
     def for_evaluation(self, mask_ratio: float | None = None) -> "BatchBuilder":
-        """The same for the plain loss of each task, without augmentation and text dropout.
+        """A copy for evaluation: each task's plain loss, without augmentation and text dropout.
 
         Args:
-            mask_ratio: of all t2i images, where one is given.
+            mask_ratio: of all t2i images; None: random, as in training.
         """
         builder = copy(self)
         builder.coefficients, builder.label_smoothing = None, 0.0
@@ -101,25 +107,25 @@ class BatchBuilder:
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) → (B, N) image ids with the vocabulary's offset."""
+        """(B, 3, H, W) in [-1, 1] → (B, N) int64 image ids, with the vocabulary's image offset."""
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
             codes = self.vq_model.get_code(send(pixels, self.device))
         return codes.cpu() + self.noise.image_offset
 
-    def image_ids(self, items: list[dict]) -> torch.Tensor:
-        """(B, N) image ids on the host of items that hold pixels, which waits for the tokenizer, or codes."""
-        if all("image" in item for item in items):
-            return self.encode(stack(items, "image"))
-        if all("codes" in item for item in items):
-            return stack(items, "codes") + self.noise.image_offset
-        return torch.cat([self.image_ids([item]) for item in items])  # some shards are encoded, some not
+    def image_ids(self, samples: list[dict]) -> torch.Tensor:
+        """(B, N) image ids, on the host, of samples with pixels (which waits for the tokenizer) or codes."""
+        if all("image" in sample for sample in samples):
+            return self.encode(stack(samples, "image"))
+        if all("codes" in sample for sample in samples):
+            return stack(samples, "codes") + self.noise.image_offset
+        return torch.cat([self.image_ids([sample]) for sample in samples])  # only some of the shards are encoded
 
-    def __call__(self, items: dict[str, list]) -> OmniBatch:
-        """items: flow → list of items; absent flows have no rows."""
+    def __call__(self, samples: dict[str, list]) -> OmniBatch:
+        """Builds the batch of `samples`: flow → list of samples. Absent flows have no rows."""
         rows, extra = [], {}
-        counts = {task: len(items.get(task, ())) for task in TASKS}
+        counts = {task: len(samples.get(task, ())) for task in TASKS}
         if counts["t2i"]:
-            texts, ids = [item["text"] for item in items["t2i"]], self.image_ids(items["t2i"])
+            texts, ids = [sample["text"] for sample in samples["t2i"]], self.image_ids(samples["t2i"])
             masked = self.noise(ids)
             rows.append(self.prompting((texts, masked.input_ids, masked.labels), "t2i"))
             extra |= {
@@ -127,15 +133,15 @@ class BatchBuilder:
                 "texts": texts,
                 "codes": send(ids - self.noise.image_offset, self.device),
             }
-            if all("image" in item for item in items["t2i"]):
-                extra["pixels"] = stack(items["t2i"], "image")
+            if all("image" in sample for sample in samples["t2i"]):
+                extra["pixels"] = stack(samples["t2i"], "image")
         if counts["lm"]:
-            rows.append(self.prompting((items["lm"], self.row_length), "lm"))
+            rows.append(self.prompting((samples["lm"], self.row_length), "lm"))
         if counts["mmu"]:
-            built, features = self.understanding.rows(items["mmu"], self)
+            built, features = self.understanding.rows(samples["mmu"], self)
             rows.append(built)
             extra["image_features"] = features
-        # All on the host up to the copy below: sizes that depend on the data would make the step wait for the device.
+        # Everything up to the copy below is on the host: data-dependent sizes would otherwise cause a GPU sync.
         input_ids, labels = (torch.cat([getattr(r, name) for r in rows]) for name in ("input_ids", "labels"))
         mask = OmniMask.cat([r.attention_mask for r in rows])
         check_image_features(input_ids, extra.get("image_features"))
@@ -157,13 +163,13 @@ class BatchBuilder:
             counts,
             objective.to(device),
             num_used=int(is_used.sum()),
-            keys=[f"{task}: {_key(item)}" for task in TASKS for item in items.get(task, ())],
+            keys=[f"{task}: {_key(sample)}" for task in TASKS for sample in samples.get(task, ())],
             **extra,
         )
 
 
-def _key(item: dict | str) -> str:
-    """What tells a user which sample this is."""
-    if isinstance(item, str):
-        return repr(item[:40])
-    return item.get("key") or repr(item.get("text", "")[:40])
+def _key(sample: dict | str) -> str:
+    """The name of a sample in error messages."""
+    if isinstance(sample, str):
+        return repr(sample[:40])
+    return sample.get("key") or repr(sample.get("text", "")[:40])

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or absent, and everything that must survive a crash (spec §12)."""
+"""Checkpoints of a run: written completely or not at all, with everything needed to resume exactly (spec §12)."""
 
 import errno
 import json
@@ -23,9 +23,9 @@ from common.errors import UserError
 from models.checkpoint_io import read_json
 from models.pipeline_loading import without_loading_bars
 from training.data.streams import StreamState
-from training.processes import readable_by_any_number, whole_weights
+from training.processes import full_state_dict, universal_checkpoint
 
-# What differs from run to run without changing what is learnt; any other change under a continued run is reported.
+# Keys that may change when a run is resumed, since they do not affect training; other changes are refused.
 FREE_KEYS = re.compile(
     r"wandb\.|experiment\.(?!max_train_examples)|lr_scheduler\.params\.learning"
     r"|(seed|output_dir|validation_prompts_file|device|dtype|compile|attn_implementation)$"
@@ -33,18 +33,18 @@ FREE_KEYS = re.compile(
     r"|training\.(guidance_scale|generation_|batch_size$|eval_mask_ratios|enable_tf32|max_nonfinite_batches)"
 )
 
-# What torch's writer of files says, all it does of a full disk; any other RuntimeError has nothing to do with the disk.
+# torch reports a full disk as a RuntimeError with one of these texts; other RuntimeErrors have other causes.
 TORCH_CANNOT_WRITE = re.compile(r"inline_container|PytorchStreamWriter|write failed")
 
 
 @dataclass
 class TrainState:
-    """Where a run stands, beside weights, optimiser, schedule and random states.
+    """Progress of a run, besides weights, optimiser, schedule and random states.
 
     Args:
         global_step: optimiser steps taken.
         streams: how far this process has read each flow.
-        counts: what this process has counted for the next log line, for JSON.
+        counts: this process's counters for the next log line, as JSON.
     """
 
     global_step: int = 0
@@ -54,14 +54,14 @@ class TrainState:
 
 @dataclass
 class Start:
-    """The checkpoint a run goes on from.
+    """The checkpoint that a run resumes from.
 
     Args:
         folder: of the checkpoint.
-        step: where to go on.
+        step: optimiser steps taken.
         written_by: number of processes that wrote it.
-        weights: folder of the weights to begin with when nothing else is to be kept (the stage before, or a checkpoint
-            of the published code); None brings everything back.
+        weights: folder of the weights, if only they are loaded (from the previous stage, or from a checkpoint of the
+            published code); None: the full state is restored.
     """
 
     folder: Path
@@ -71,7 +71,7 @@ class Start:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The run's checkpoint folders, oldest first; half-written ones have another name and do not count."""
+    """The run's checkpoint folders, oldest first. Incomplete ones have other names."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
@@ -94,10 +94,10 @@ def find_resume(output_dir: str | Path, setting: str | bool | None) -> Path | No
 
 
 def find_start(output_dir: str | Path, setting: str | bool | None) -> Start | None:
-    """What a run continues, and how much of it.
+    """The checkpoint that a run resumes from, if any.
 
-    A folder named `checkpoint-0` is the last one of the stage before, put there by hand: only its weights are taken
-    (spec §12). So it is with a checkpoint of the published code, which holds nothing else.
+    Only the weights are loaded from a folder named `checkpoint-0`, which is a copy of the previous stage's last
+    checkpoint (spec §12), and from a checkpoint of the published code, which contains nothing else.
 
     Raises:
         UserError: the checkpoint is incomplete.
@@ -132,91 +132,92 @@ def save_checkpoint(
     limit=None,
     config=None,
 ) -> Path:
-    """Writes ``checkpoint-{step}`` aside, then renames it; afterwards removes the oldest beyond `limit`.
+    """Writes ``checkpoint-{step}`` under a temporary name and renames it; then removes the oldest beyond `limit`.
 
-    It holds accelerate's full state (model, optimiser, schedule, random states), the weight average, the data position
-    of every process, the configuration, and `unwrapped_model/`, which loads on its own. All processes call it.
+    It contains accelerate's full state (model, optimiser, schedule, random states), the weight average, the data
+    position of every process, the configuration, and `unwrapped_model/`, which can be loaded on its own. All processes
+    must call this.
 
     Args:
-        model, wrapped: the plain model, and what trains it (itself, DDP, DeepSpeed engine, …).
+        model, wrapped: the plain model, and the wrapper that is trained (itself, DDP, DeepSpeed engine, …).
 
     Raises:
-        UserError: it cannot be written (a full disk, say); the checkpoints before it are still there.
+        UserError: it cannot be written, for example because the disk is full. Earlier checkpoints are kept.
     """
     final = output_dir / f"checkpoint-{state.global_step}"
-    with _written_aside(accelerator, final) as aside:
-        accelerator.save_state(str(aside))
+    with _temporary_folder(accelerator, final) as temporary:
+        accelerator.save_state(str(temporary))
         streams = {name: asdict(stream) for name, stream in state.streams.items()}
-        (aside / _name("streams", accelerator)).write_text(json.dumps(streams))
-        (aside / _name("counts", accelerator)).write_text(json.dumps(state.counts))
-        save_model(accelerator, model, aside / "unwrapped_model", wrapped=wrapped, average=average)
+        (temporary / _process_file("streams", accelerator)).write_text(json.dumps(streams))
+        (temporary / _process_file("counts", accelerator)).write_text(json.dumps(state.counts))
+        save_model(accelerator, model, temporary / "unwrapped_model", wrapped=wrapped, average=average)
         average_state = average.state_dict() if average is not None else None
         accelerator.wait_for_everyone()  # the others write their states into it
         if accelerator.is_main_process:
             if average_state is not None:
-                torch.save(average_state, aside / "average.pt")
+                torch.save(average_state, temporary / "average.pt")
             if config is not None:
-                OmegaConf.save(config, aside / "config.yaml")
+                OmegaConf.save(config, temporary / "config.yaml")
             metadata = {"global_step": state.global_step, "num_processes": accelerator.num_processes}
-            (aside / "metadata.json").write_text(json.dumps(metadata))
-            _put_in_place(aside, final, limit)
+            (temporary / "metadata.json").write_text(json.dumps(metadata))
+            _publish(temporary, final, limit)
     accelerator.wait_for_everyone()
     return final
 
 
 @contextmanager
-def _written_aside(accelerator: Accelerator, final: Path) -> Iterator[Path]:
-    """Where to write what is to stand at `final`; half-written things of before are cleared away first.
+def _temporary_folder(accelerator: Accelerator, final: Path) -> Iterator[Path]:
+    """The path of a temporary folder for the content of `final`. Earlier incomplete folders are removed first.
 
     Raises:
-        UserError: it cannot be written; says which checkpoint is left, and takes away what was half written.
+        UserError: it cannot be written; names the last good checkpoint. The temporary folder is removed.
     """
-    aside = final.with_name(f".incomplete-{final.name}")
+    temporary = final.with_name(f".incomplete-{final.name}")
     try:
         if accelerator.is_main_process:
-            for left_over in final.parent.glob(".incomplete-*"):
-                shutil.rmtree(left_over)
+            for incomplete in final.parent.glob(".incomplete-*"):
+                shutil.rmtree(incomplete)
         accelerator.wait_for_everyone()
-        yield aside
+        yield temporary
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         cause = _cause(error)
         if not isinstance(cause, (OSError, SafetensorError)) and not TORCH_CANNOT_WRITE.search(str(cause)):
             raise
         if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-        reason = f"could not be written ({_reason(error)}); {what_remains(final.parent)}"
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = f"could not be written ({_reason(error)}); {describe_last_checkpoint(final.parent)}"
         raise UserError(f"{final} {reason}. Make room on the disk and start again") from error
 
 
-def what_remains(output_dir: Path) -> str:
-    """For a message: the newest checkpoint."""
+def describe_last_checkpoint(output_dir: Path) -> str:
+    """The newest checkpoint, for an error message."""
     kept = checkpoints(output_dir)
     return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
 
 
 def _flush(path: Path) -> None:
-    """Sees to it that a file, or a folder's list of names, is on the disk, not only on its way there."""
+    """Flushes a file, or the entries of a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems have no such thing for folders
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def _flush_all(folder: Path) -> None:
-    """All that a folder holds, and itself, before it gets its name."""
+    """Flushes a folder and all its files, before it is renamed."""
     for path in (*folder.rglob("*"), folder):
         _flush(path)
 
 
-def _put_in_place(aside: Path, final: Path, limit: int | None) -> None:
-    _flush_all(aside)
+def _publish(temporary: Path, final: Path, limit: int | None) -> None:
+    _flush_all(temporary)
     doomed = [hide(final)] if final.exists() else []
-    aside.rename(final)
-    _flush(final.parent)  # the name, too, before the one before it may go
+    temporary.rename(final)
+    _flush(final.parent)  # the new name must be on the disk before an old checkpoint is removed
     others = [folder for folder in checkpoints(final.parent) if folder != final]
     doomed += [hide(old) for old in others[: max(0, len(others) + 1 - limit)]] if limit else []
     for folder in doomed:
@@ -224,52 +225,52 @@ def _put_in_place(aside: Path, final: Path, limit: int | None) -> None:
 
 
 def hide(folder: Path) -> Path:
-    """Takes a checkpoint's name away, since a half-removed one must not look like a whole one."""
+    """Renames a checkpoint before it is removed, so that a partly removed one is not mistaken for a complete one."""
     return folder.rename(folder.with_name(f".incomplete-{folder.name}-removed"))
 
 
-def _name(what: str, accelerator: Accelerator) -> str:
-    """File of what each process keeps for itself."""
-    return f"{what}_{accelerator.process_index}.json"
+def _process_file(kind: str, accelerator: Accelerator) -> str:
+    """Name of a file that each process writes for itself."""
+    return f"{kind}_{accelerator.process_index}.json"
 
 
 def save_final_model(accelerator: Accelerator, model, output_dir: Path, *, wrapped=None, average=None) -> None:
-    """The model of a finished run, in `output_dir` itself: written aside, then put there, `config.json` last.
+    """Saves the model of a finished run in `output_dir` itself. All processes must call this.
 
-    All processes call it.
+    Files are written to a temporary folder and then moved, `config.json` last.
 
     Raises:
         UserError: it cannot be written.
     """
-    with _written_aside(accelerator, output_dir / "model") as aside:
-        save_model(accelerator, model, aside, wrapped=wrapped, average=average)
+    with _temporary_folder(accelerator, output_dir / "model") as temporary:
+        save_model(accelerator, model, temporary, wrapped=wrapped, average=average)
         if accelerator.is_main_process:
-            _flush_all(aside)
-            for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
+            _flush_all(temporary)
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
                 file.replace(output_dir / file.name)
             _flush(output_dir)
-            aside.rmdir()
+            temporary.rmdir()
     accelerator.wait_for_everyone()
 
 
 def save_model(accelerator: Accelerator, model, folder: Path, *, wrapped=None, average=None) -> None:
-    """The unwrapped model (its moving average where there is one) as safetensors + config.json.
+    """Saves the unwrapped model, or its moving average if there is one, as safetensors and config.json.
 
-    All processes call it; the main one writes.
+    All processes must call this; the main one writes.
     """
     with average.applied_to(model) if average is not None else nullcontext():
-        weights = whole_weights(accelerator, model, wrapped)
+        weights = full_state_dict(accelerator, model, wrapped)
         if accelerator.is_main_process:
             with without_loading_bars():
                 model.save_pretrained(folder, state_dict=weights)
 
 
 DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError)
-DAMAGED += (pickle.PickleError, SafetensorError, CheckpointException)  # the last of FSDP2's sharded files
+DAMAGED += (pickle.PickleError, SafetensorError, CheckpointException)  # CheckpointException: from FSDP2's sharded files
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong in the first of the processes that torch's sharded files tell of; other errors as they are."""
+    """The first process's error inside a `CheckpointException` (of sharded files); other errors are returned as is."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
@@ -279,32 +280,32 @@ def _reason(error: BaseException) -> str:
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=None) -> TrainState:
-    """Brings everything back that `save_checkpoint` wrote; what another number of processes cannot keep is said.
+    """Restores everything that `save_checkpoint` wrote, and prints what is lost if the number of processes changed.
 
     Args:
-        model: where the checkpoint has no weight average, it begins anew from this model, freshly loaded.
+        model: if the checkpoint has no weight average, the average restarts from this model's loaded weights.
 
     Raises:
-        UserError: the folder is damaged, or holds weights only.
+        UserError: the folder is damaged or contains weights only.
     """
     content = read_json(folder / "metadata.json")
     try:
         state = TrainState(int(content["global_step"]))
         before = content.get("num_processes", 1)
         same = before == accelerator.num_processes
-        if same:  # accelerate passes over random states that it cannot read
+        if same:  # accelerate skips random states that it cannot read
             load(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
-        with nullcontext(folder) if same else readable_by_any_number(accelerator, folder) as readable:
+        with nullcontext(folder) if same else universal_checkpoint(accelerator, folder) as readable:
             accelerator.load_state(str(readable))
         if same:
-            streams = json.loads((folder / _name("streams", accelerator)).read_text())
-            state.streams = {name: StreamState(**stream) for name, stream in streams.items()}
-            state.counts = json.loads((folder / _name("counts", accelerator)).read_text())
+            streams = json.loads((folder / _process_file("streams", accelerator)).read_text())
+            state.streams = {name: StreamState.from_dict(stream) for name, stream in streams.items()}
+            state.counts = json.loads((folder / _process_file("counts", accelerator)).read_text())
         else:
             accelerator.print(
                 f"{folder} was written by {before} processes, now there are {accelerator.num_processes}: weights, "
                 "optimiser and schedule are kept; data, running means and the counts of NaN batches and skipped "
-                "samples begin anew, and random numbers differ"
+                "samples start again, and random numbers differ"
             )
         if average is not None and (folder / "average.pt").is_file():
             average.load_state_dict(torch.load(folder / "average.pt", map_location="cpu", weights_only=True))
@@ -316,16 +317,16 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
 
 
 def _settings(tree: dict) -> dict:
-    """Every dotted key with its value; the parameters of the mask schedule, whose names are free, are one value."""
+    """Every dotted key with its value. `mask_schedule.params`, which may have any keys, is a single value."""
     params = tree.get("mask_schedule", {}).pop("params", {})
     return dict(leaves(tree)) | {"mask_schedule.params": params}
 
 
 def check_same_config(folder: Path, config) -> None:
-    """A continued run must be the run it was.
+    """Compares the configuration with that of the checkpoint to resume from.
 
     Raises:
-        UserError: settings that change what is learnt differ from the checkpoint's; lists them.
+        UserError: settings that affect training differ; the message lists them.
     """
     file = folder / "config.yaml"
     if not file.is_file():
@@ -338,7 +339,7 @@ def check_same_config(folder: Path, config) -> None:
     ]
     if changed:
         raise UserError(
-            f"the configuration differs from that of {folder}: {'; '.join(changed)}. Take the changes back, choose "
+            f"the configuration differs from that of {folder}: {'; '.join(changed)}. Undo the changes, choose "
             "another output_dir (with experiment.init_from to keep the weights), or allow them with "
             "experiment.accept_config_changes=true"
         )

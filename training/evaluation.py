@@ -1,4 +1,4 @@
-"""Losses on held-out data while a run goes on (`experiment.eval_every`, `training.eval_mask_ratios`)."""
+"""Losses on held-out data during training (`experiment.eval_every`, `training.eval_mask_ratios`)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from training.data.flows import build_flows
 
 @contextmanager
 def own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
-    """A fixed random sequence inside; the run's own goes on behind it as if nothing had been drawn."""
+    """A context with its own random seed; the run's random state is restored afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -21,7 +21,7 @@ def own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
 class HeldOut:
     """The losses of every flow that has held-out data (`dataset.params.eval_*_shards_path_or_url`).
 
-    Every evaluation reads the same first `experiment.eval_batches` batches of each flow and hides the same tokens.
+    Every evaluation reads the same first `experiment.eval_batches` batches of each flow and masks the same tokens.
 
     Args:
         config: a `TrainingConfig`.
@@ -49,9 +49,9 @@ class HeldOut:
             sums = torch.zeros(len(ratios), 4, device=device)  # loss, batches, right tokens, all tokens
             with own_random_numbers(self.config.training.seed or 0, device):
                 for _ in range(self.config.experiment.eval_batches):
-                    items = {name: next(flow)}
+                    samples = {name: next(flow)}
                     for row, builder in zip(sums, builders.values(), strict=True):
-                        row += self._measure(forward, builder, items, name)
+                        row += self._measure(forward, builder, samples, name)
             for ratio, (loss, batches, right, tokens) in zip(ratios, over_processes(sums).tolist(), strict=True):
                 suffix = "" if ratio is None else f"/mask_{ratio:.2f}"
                 values[f"eval_loss_{name}{suffix}"] = loss / batches
@@ -59,8 +59,8 @@ class HeldOut:
         return values
 
     @torch.no_grad()
-    def _measure(self, forward, builder: BatchBuilder, items: dict[str, list], name: str) -> torch.Tensor:
-        batch = builder(items)
+    def _measure(self, forward, builder: BatchBuilder, samples: dict[str, list], name: str) -> torch.Tensor:
+        batch = builder(samples)
         out = forward(**batch.forward_arguments())
         nothing = torch.zeros((), device=builder.device)
         counted = [out.statistics.get(f"{what}_{name}", nothing) for what in ("correct", "supervised")]

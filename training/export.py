@@ -75,7 +75,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def export(source: str, target: str, dtype: str) -> str:
-    """Writes the folder; returns a line that says what it holds.
+    """Writes the folder; returns a one-line summary.
 
     Raises:
         UserError: `source` is no checkpoint, or `target` is something else than a checkpoint or a new folder.
@@ -84,15 +84,15 @@ def export(source: str, target: str, dtype: str) -> str:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
         raise UserError(f"to={target} exists and is no checkpoint folder; give a new one")
     model = load(resolve_folder(resolve_path(source)), DTYPES[dtype])
-    aside = folder.with_name(f".{folder.name}.new")
-    for left_over in (aside, folder.with_name(f".{folder.name}.old")):
+    temporary = folder.with_name(f".{folder.name}.new")
+    for left_over in (temporary, folder.with_name(f".{folder.name}.old")):
         shutil.rmtree(left_over, ignore_errors=True)
-    model.save_pretrained(aside)
-    files = list(aside.iterdir())
+    model.save_pretrained(temporary)
+    files = list(temporary.iterdir())
     for file in files:
         file.chmod(0o644)
     size = sum(file.stat().st_size for file in files)
-    replace_folder(aside, folder)
+    replace_folder(temporary, folder)
     return f"{target}: {type(model).__name__}, {model.num_parameters():,} parameters, {dtype}, {size / 1e6:.1f} MB"
 
 

@@ -1,4 +1,4 @@
-"""What protects a run: its output folder, its lock, its signals, and losses and gradients that are no numbers."""
+"""Safeguards of a run: output folder, lock, signals, full disks, and non-finite losses and gradients."""
 
 import ctypes
 import errno
@@ -16,12 +16,12 @@ from filelock import FileLock, Timeout
 from common.errors import UserError
 
 LOCK = ".lock"  # in the output folder
-LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "deepspeed")  # programs, and modules behind `python -m`
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "deepspeed")  # programs, and modules after `python -m`
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 def check_writable(folder: Path) -> None:
-    """Tries to write in the folder, or where it is to be made; leaves nothing behind.
+    """Checks that the folder, or the one in which it will be created, is writable.
 
     Raises:
         UserError: nothing can be written there.
@@ -38,7 +38,7 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which ends with the process however that ends.
+    """Holds the folder's lock, which the operating system releases however the process ends.
 
     Raises:
         UserError: another run holds it.
@@ -58,13 +58,13 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def full_disk_as_user_error(remains: Callable[[], str]) -> Iterator[None]:
-    """Whatever finds the disk full, be it a log line or a picture, ends the run with one line.
+    """Ends the run with one line when any write finds the disk full.
 
     Args:
-        remains: says what is left to continue from.
+        remains: returns the part of the message that names the last good checkpoint.
 
     Raises:
-        UserError: no room is left for a file.
+        UserError: the disk is full.
     """
     try:
         yield
@@ -78,10 +78,10 @@ def full_disk_as_user_error(remains: Callable[[], str]) -> Iterator[None]:
 
 
 def follow_launcher() -> None:
-    """Has Linux send this process SIGTERM when its launcher is gone.
+    """Has Linux send this process SIGTERM when its launcher ends.
 
-    `accelerate launch` with one process hands no signal on: it would end and leave the training running alone. Without
-    a launcher nothing is changed: a shell that ends does not end what it has started.
+    `accelerate launch` with one process does not forward signals: it would end and leave the training running.
+    Without a launcher nothing changes, so that a run outlives the shell that started it.
     """
     parent = psutil.Process().parent()
     with suppress(psutil.Error, OSError, AttributeError):  # no parent, or not Linux
@@ -92,12 +92,12 @@ def follow_launcher() -> None:
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1 (pre-emption), and the end of the launcher, ask for an end after the step.
+    """Turns SIGTERM, SIGUSR1 (pre-emption) and the end of the launcher into a request to stop after the step.
 
     A context manager.
 
     Attributes:
-        requested: whether this process was asked.
+        requested: whether this process was asked to stop.
     """
 
     numbers = (signal.SIGTERM, signal.SIGUSR1)
@@ -119,12 +119,12 @@ class StopSignals:
 
 
 class FiniteLosses:
-    """What has a NaN or infinite loss or gradient is dropped, named, and counted; too much of it ends the run.
+    """Drops, reports and counts batches with a NaN or infinite loss or gradient; too many end the run.
 
     Args:
-        agree: whether any process says so (`Agreement.any`).
-        limit: how many may be dropped in a run; None looks at no loss, so nothing waits for the GPU.
-        report: called with a line for each.
+        agree: whether a condition holds on any process (`ProcessGroup.any`).
+        limit: how many may be dropped in a run; None: losses are not checked, which avoids a GPU sync.
+        report: called with one line for each dropped batch.
     """
 
     def __init__(self, agree, limit: int | None, report):
@@ -132,14 +132,14 @@ class FiniteLosses:
         self.dropped = 0
 
     def accept(self, losses: dict[str, torch.Tensor], keys: list[str], step: int) -> bool:
-        """Whether the batch may be learnt from.
+        """Whether the batch may be used.
 
         Raises:
-            UserError: the limit is passed.
+            UserError: the limit is exceeded.
         """
         if self.limit is None:
             return True
-        finite = torch.stack(list(losses.values())).isfinite().tolist()  # one wait for the GPU, not one a task
+        finite = torch.stack(list(losses.values())).isfinite().tolist()  # one GPU sync, not one per task
         bad = [name for name, is_finite in zip(losses, finite, strict=True) if not is_finite]
         if not self.agree(bool(bad)):
             return True
@@ -148,10 +148,10 @@ class FiniteLosses:
         return False
 
     def accept_gradients(self, norm: torch.Tensor, keys: list[str], step: int) -> bool:
-        """Whether gradients of this norm, the same on all processes, may be learnt from.
+        """Whether gradients of this norm, which is the same on all processes, may be used.
 
         Raises:
-            UserError: the limit is passed.
+            UserError: the limit is exceeded.
         """
         if self.limit is None or norm.isfinite():
             return True

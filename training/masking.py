@@ -1,4 +1,4 @@
-"""Which image tokens a training step hides, and what is learnt from them (spec §6)."""
+"""Masks image tokens of a training step and makes their labels (spec §6)."""
 
 import math
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ class MaskingNoise:
         mask_token_id, image_offset, codebook_size: from the vocabulary.
         min_masking_rate: lower bound of the probability.
         contiguous_region_prob: probability that a batch masks one rectangle per image instead of scattered tokens.
-        noise_type: ``mask`` hides behind the mask token, ``random_replace`` behind random codes.
-        predict_all_tokens: labels everywhere instead of at hidden positions only (always so for random_replace).
-        mask_ratio: fixes the probability (evaluation) instead of drawing it.
+        noise_type: ``mask`` replaces tokens by the mask token, ``random_replace`` by random codes.
+        predict_all_tokens: supervise all positions, not only the masked ones (always on for random_replace).
+        mask_ratio: a fixed probability (for evaluation) instead of a random one.
     """
 
     schedule: Schedule
@@ -45,12 +45,12 @@ class MaskingNoise:
     mask_ratio: float | None = None
 
     def __call__(self, image_ids: torch.Tensor) -> MaskedImages:
-        """Hides part of each image.
+        """Masks part of each image.
 
-        Draws come from torch's global generator in the published order: t (B), positions (B, N).
+        Random numbers come from torch's global generator in the published order: t (B), positions (B, N).
 
         Args:
-            image_ids: (B, N) int64 with the vocabulary's offset.
+            image_ids: (B, N) int64, with the vocabulary's image offset.
         """
         batch_size, num_tokens = image_ids.shape
         if self.mask_ratio is None:
@@ -75,7 +75,7 @@ class MaskingNoise:
 
 
 def _rectangle(num_masked: int, width: int) -> torch.Tensor:
-    """(w * w,) bool: a rectangle of about `num_masked` tokens at a random place of the w × w grid."""
+    """(w * w,) bool: a rectangle of about `num_masked` tokens at a random position in the w × w grid."""
     lowest, highest = math.ceil(num_masked / width), min(width, num_masked)
     height = int(torch.randint(lowest, highest + 1, (1,)))
     columns = min(math.ceil(num_masked / height), width)

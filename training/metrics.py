@@ -1,4 +1,4 @@
-"""What a step tells of itself, summed up between two log lines (spec §15)."""
+"""Metrics of training steps, summed between two log lines (spec §15)."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,12 +15,12 @@ BUCKETS = 5  # of the mask ratio: 0.0-0.2, … 0.8-1.0
 
 @dataclass
 class StepMetrics:
-    """Sums since the last log line. They stay on the device: only a log line waits for it, not every step."""
+    """Sums since the last log line. They stay on the device, so that only log lines sync with it, not every step."""
 
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     batches: int = 0
     tokens: int = 0  # positions that ran
-    used: int = 0  # of them no padding
+    used: int = 0  # of these, not padding
     unpacked: int = 0  # positions of the rows before they were packed
     steps: int = 0
     samples: int = 0
@@ -34,7 +34,7 @@ class StepMetrics:
         self.used += batch.num_used
         nothing = torch.zeros((), device=batch.input_ids.device)
         for task in TASKS:
-            if batch.counts[task]:  # the same names on every process, also where one has nothing to supervise
+            if batch.counts[task]:  # the same names on every process, also if one has nothing to supervise
                 self._add(f"step_loss_{task}", getattr(out, f"loss_{task}"))
                 self._add(f"correct_{task}", out.statistics.get(f"correct_{task}", nothing))
                 self._add(f"supervised_{task}", out.statistics.get(f"supervised_{task}", nothing))
@@ -59,17 +59,17 @@ class StepMetrics:
         self.batch_time += batch_time
 
     def state_dict(self) -> dict:
-        """For JSON; floats keep every bit."""
+        """The sums as JSON values; floats are exact."""
         return asdict(self) | {"sums": {name: total.tolist() for name, total in self.sums.items()}}
 
     def load_state_dict(self, state: dict, device) -> None:
-        """Goes on summing up from `state`, on a device."""
+        """Continues the sums of `state` on a device."""
         for name, value in state.items():
             setattr(self, name, value)
         self.sums = {name: torch.tensor(total, device=device) for name, total in state["sums"].items()}
 
     def means(self, over_processes: Callable[[torch.Tensor], torch.Tensor], device) -> dict[str, float]:
-        """Losses per batch and shares over all processes; times of this process in seconds per step.
+        """Losses per batch and ratios over all processes; times of this process in seconds per step.
 
         Args:
             over_processes: sums a tensor over all processes.
@@ -100,7 +100,7 @@ class StepMetrics:
 
 
 def memory_in_use(device) -> int:
-    """Bytes: the peak on a GPU, what the process holds on a CPU."""
+    """Bytes: peak allocation on a GPU, resident memory of the process on a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss

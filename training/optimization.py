@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.processes import gradient_of, local, whole
+from training.processes import full_tensor, gradient_of, local
 
-# Faithful: names, not kinds of parameter, decide. The published model's `*_layernorm.weight` and `embed_tokens.weight`
-# hold none of them and are decayed (pinned by tests/training/test_optimization.py).
+# Faithful: matched against parameter names. The published model's `*_layernorm.weight` and `embed_tokens.weight` match
+# none of them and are decayed (pinned by tests/training/test_optimization.py).
 NO_DECAY = ("bias", "layer_norm.weight", "mlm_ln.weight", "embeddings.weight")
 
 
@@ -18,7 +18,7 @@ def parameter_groups(named_parameters, weight_decay: float, undecayed: Collectio
     """Trainable parameters with and without weight decay.
 
     Args:
-        undecayed: further names without: of parameters some rows of which must stay as they are.
+        undecayed: further names without weight decay: parameters with rows that must not change.
     """
     groups = {True: [], False: []}
     for name, parameter in named_parameters:
@@ -50,12 +50,12 @@ def make_optimizer(
 def adamw(
     named_parameters, weight_decay: float, undecayed: Collection[str] = (), *, fused: bool = True, **settings
 ) -> torch.optim.AdamW:
-    """AdamW over the groups of `parameter_groups`; fused: one pass over weights, gradients and moments."""
+    """AdamW over the groups of `parameter_groups`; `fused` makes one pass over weights, gradients and moments."""
     return torch.optim.AdamW(parameter_groups(named_parameters, weight_decay, undecayed), fused=fused, **settings)
 
 
 def make_schedule(optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:
-    """Warm-up and decay over optimiser steps, whatever the number of processes.
+    """Warm-up and decay over optimiser steps, independent of the number of processes.
 
     Args:
         optimizer: prepared or not; accelerate and DeepSpeed wrap torch's own, which the schedule must drive.
@@ -80,16 +80,16 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 def gradient_norms(model: nn.Module, clipping: float = 0.0, loss_scale: float = 1.0) -> dict[str, torch.Tensor]:
     """``grad_norm/{parameter}`` = L2 norm of its gradient / its number of elements (spec §15), still on the device.
 
-    Under FSDP and DeepSpeed all processes must call it.
+    Under FSDP and DeepSpeed all processes must call this.
 
     Args:
-        clipping, loss_scale: what is yet to be done to the gradients: the norm to which all of them together will be
-            cut (0: none), and the factor that will be taken out of them.
+        clipping, loss_scale: operations still to be applied to the gradients: clipping of their total norm (0: none),
+            and division by the loss scale.
     """
     norms, sizes = {}, {}
     for name, parameter in model.named_parameters():
         if (gradient := gradient_of(parameter)) is not None:
-            norms[name], sizes[name] = whole(gradient.detach().norm()) / loss_scale, gradient.numel()
+            norms[name], sizes[name] = full_tensor(gradient.detach().norm()) / loss_scale, gradient.numel()
     factor = 1.0
     if clipping:
         factor = (clipping / (torch.stack(list(norms.values())).norm() + 1e-6)).clamp(max=1.0)
@@ -97,10 +97,10 @@ def gradient_norms(model: nn.Module, clipping: float = 0.0, loss_scale: float = 
 
 
 class WeightAverage:
-    """Exponential moving average of a model's parameters, kept in fp32; where they are sharded, so is the average.
+    """Exponential moving average of a model's parameters, in fp32; sharded as the parameters are.
 
     Args:
-        decay: weight of the past; the first steps use (1 + n) / (10 + n) while that is smaller.
+        decay: weight of the previous average; the first steps use (1 + n) / (10 + n) while that is smaller.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -108,7 +108,7 @@ class WeightAverage:
         self.restart(model)
 
     def restart(self, model: nn.Module) -> None:
-        """Forgets the past; the average is the model as it stands."""
+        """Restarts the average from the current weights."""
         self.updates, self.displaced = 0, {}
         self.shadow = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
@@ -131,12 +131,12 @@ class WeightAverage:
             weight.copy_(average)
             if weight.dtype == average.dtype:
                 average.copy_(kept)
-            else:  # DeepSpeed's bf16 weights, through which the average would come back rounded
+            else:  # DeepSpeed's bf16 weights, in which the average would be rounded
                 self.displaced[name] = kept
 
     @contextmanager
     def applied_to(self, model: nn.Module):
-        """The model with the average for its weights; its own come back afterwards, also after an error."""
+        """A context in which the model has the averaged weights; its own are restored at exit, also after an error."""
         self.swap(model)
         try:
             yield
@@ -144,8 +144,8 @@ class WeightAverage:
             self.swap(model)
 
     def state_dict(self) -> dict:
-        """Whole tensors; where they are sharded all processes must call it."""
-        return {"updates": self.updates, "shadow": {name: whole(tensor) for name, tensor in self.shadow.items()}}
+        """Full tensors; if they are sharded, all processes must call this."""
+        return {"updates": self.updates, "shadow": {name: full_tensor(tensor) for name, tensor in self.shadow.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:

@@ -1,4 +1,4 @@
-"""The models of a run, each made from the configuration and checked before a step is taken (spec §12)."""
+"""Builds and checks the models of a run from its configuration (spec §12)."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ from training.packing import PACKED_SDPA
 
 
 def make_model(config, start: Path | None = None) -> Showo:
-    """The model a run starts from: a checkpoint, a language model's weights, or (no path) random weights.
+    """The initial model: a checkpoint, a language model's weights, or (without a path) random weights.
 
     Args:
-        start: folder of weights that the run goes on from; it wins over `experiment.init_from`, and that over
+        start: folder of the weights to resume from; takes precedence over `experiment.init_from`, and that over
             `model.showo`.
 
     Raises:
-        UserError: the weights are missing or do not fit the sizes of the configuration.
+        UserError: the weights are missing or do not match the sizes of the configuration.
     """
     settings = config.model.showo
     keys = ("llm_vocab_size", "vocab_size", "codebook_size", "num_vq_tokens", "num_new_special_tokens")
@@ -35,7 +35,7 @@ def make_model(config, start: Path | None = None) -> Showo:
     source = start or config.experiment.init_from
     try:
         showo_config = ShowoConfig(
-            llm_model_path=llm,  # as given, so that no path of this machine is saved
+            llm_model_path=llm,  # as given, so that no absolute path is saved
             llm_config=read_llm_config(llm_path),
             attn_implementation=_attention(config),
             **_feature_size(config),
@@ -48,7 +48,7 @@ def make_model(config, start: Path | None = None) -> Showo:
     source = source or settings.pretrained_model_path
     if source is None:
         return Showo(showo_config).train()
-    # Faithful: a checkpoint that has read image codes so far may begin the CLIP-ViT branch (spec §12).
+    # Faithful: the CLIP-ViT branch may start from a checkpoint trained on image codes, without a projector (spec §12).
     allowed = ("mm_projector.",) if settings.w_clip_vit else ()
     folder = weights_folder(resolve_path(source))
     with without_loading_bars():
@@ -56,19 +56,19 @@ def make_model(config, start: Path | None = None) -> Showo:
 
 
 def _attention(config) -> str:
-    """The attention back end: where rows are packed, sdpa takes their samples one by one."""
+    """The attention implementation; for packed rows, a variant of sdpa that runs sample by sample."""
     return (
         PACKED_SDPA if config.dataset.packing and config.attn_implementation == "sdpa" else config.attn_implementation
     )
 
 
 def weights_folder(path: Path) -> Path:
-    """Where a checkpoint's weights lie: a training checkpoint keeps them in `unwrapped_model`."""
+    """The folder of a checkpoint's weights: in a training checkpoint `unwrapped_model`."""
     return path / "unwrapped_model" if (path / "unwrapped_model").is_dir() else path
 
 
 def _feature_size(config) -> dict[str, int]:
-    """The width of the CLIP tower's features, which the projector takes."""
+    """The width of the CLIP features, the projector's input, as a setting of `ShowoConfig`."""
     if not config.model.showo.w_clip_vit:
         return {}
     folder = resolve_folder(resolve_path(config.model.clip_vit_name))
@@ -88,7 +88,7 @@ def make_vq_model(config) -> MAGVITv2:
 
 
 def check_sizes(config, vq_model: MAGVITv2) -> None:
-    """Image tokenizer, resolution and model must agree before a step is taken.
+    """Checks that image tokenizer, resolution and model match.
 
     Raises:
         UserError: they do not.
@@ -113,7 +113,7 @@ def make_prompting(config) -> UniversalPrompting:
     """The text tokenizer with the special tokens.
 
     Raises:
-        UserError: it cannot be loaded, or has another number of entries than the model's vocabulary leaves it.
+        UserError: it cannot be loaded, or its length is not `llm_vocab_size`.
     """
     path, expected = config.model.showo.llm_model_path or DEFAULT_LLM, config.model.showo.llm_vocab_size
     try:
@@ -162,10 +162,10 @@ def make_builder(
 
 
 def _packing_length(config, row_length: int) -> int | None:
-    """Most positions of a packed row; as many as four rows have, where nothing else is configured.
+    """Length limit of packed rows, by default that of four rows; None without sample packing.
 
     Raises:
-        UserError: a sample may not fit.
+        UserError: shorter than the longest sample.
     """
     dataset = config.dataset
     if not dataset.packing:

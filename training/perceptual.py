@@ -1,4 +1,4 @@
-"""Distance of pictures in the features of a frozen classifier (optional; `losses.perceptual`)."""
+"""Distance of images in the features of a frozen classifier (optional; `losses.perceptual`)."""
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class PerceptualLoss(nn.Module):
         return super().train(False)  # frozen: batch statistics never move
 
     def forward(self, reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """Two (B, 3, H, W) pictures in [-1, 1] -> scalar; the gradient flows into `reconstruction`."""
+        """Two (B, 3, H, W) images in [-1, 1] -> scalar; the gradient flows into `reconstruction`."""
         ours, theirs = self._features(reconstruction), self._features(pixels)
         return sum((a - b).square().sum(1).mean() for a, b in zip(ours, theirs, strict=True))
 

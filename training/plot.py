@@ -1,10 +1,10 @@
-"""Draws what runs have logged: losses of every flow, token accuracy and learning rate, from their `metrics.jsonl`.
+"""Plots the logs of runs: losses of every flow, token accuracy and learning rate, from their `metrics.jsonl`.
 
     python3 training/plot.py runs=outputs/stage1,outputs/stage2,outputs/stage3 output=curves.png
 
-Several runs stand side by side, such as the stages of a training; `layout=overlay` lays them over each other, to
-compare runs of the same stage. Thin lines are what was logged, thick ones a running mean, dots held-out data. The
-ending of `output` chooses the format (png, svg, pdf).
+Several runs, such as the stages of a training, are plotted side by side; `layout=overlay` puts them in the same axes,
+to compare runs of one stage. Thin lines are logged values, thick lines a running mean, dots held-out data. The suffix
+of `output` sets the format (png, svg, pdf).
 """
 
 import json
@@ -84,11 +84,11 @@ class Run:
         return any(self.train(row, flow) or self.held_out(row, flow) for flow in self.flows())
 
 
-# ---- what was logged ----
+# ---- reading logs ----
 
 
 def read_run(path: Path, label: str) -> Run:
-    """A run's numbers. Lines cut in two by a crash are passed over; steps done again count as the last time.
+    """A run's numbers. Lines cut in two by a crash are skipped; steps done again count as the last time.
 
     Raises:
         UserError: there is no such file, or no loss in it.
@@ -131,7 +131,7 @@ def running_mean(series: Series) -> Series:
     return smooth
 
 
-# ---- drawing ----
+# ---- plotting ----
 
 
 def draw_train(axes: Axes, series: Series, colour: str) -> None:
@@ -166,7 +166,7 @@ def columns_of_flows(runs: list[Run]) -> tuple[list[Column], dict[str, str]]:
     return columns, {run.label: colour for run, colour in coloured}
 
 
-def draw(runs: list[Run], layout: str, title: str = "") -> Figure:
+def plot(runs: list[Run], layout: str, title: str = "") -> Figure:
     """All curves of some runs; `layout` is of `LAYOUTS`."""
     columns, legend = columns_of_flows(runs) if layout == "overlay" else columns_of_runs(runs)
     rows = [row for row in ROWS if any(run.has(row) for run in runs)]
@@ -250,7 +250,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"layout={config.layout} must be one of {', '.join(LAYOUTS)}")
     runs = read_runs(config)
     with plt.rc_context(STYLE):
-        figure = draw(runs, config.layout, config.title)
+        figure = plot(runs, config.layout, config.title)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=130)

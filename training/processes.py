@@ -1,4 +1,4 @@
-"""The processes of a run: joined as launched, agreeing on what they do, and whole weights out of sharded ones.
+"""The processes of a run: setup as launched, decisions in common, and full tensors from sharded ones.
 
 One process, DDP, DeepSpeed (ZeRO-2, ZeRO-3) and FSDP2 come from `accelerate launch --config_file …`; nothing here
 chooses between them.
@@ -24,13 +24,13 @@ from common.launch import launched_processes
 
 
 def make_accelerator(config, written_by: int | None = None) -> Accelerator:
-    """Processes, precision and accumulation.
+    """The `Accelerator` with the run's devices, precision and gradient accumulation.
 
     Args:
-        written_by: number of processes that wrote the checkpoint which the run continues.
+        written_by: number of processes that wrote the checkpoint to resume from.
 
     Raises:
-        UserError: several processes were launched that do not know of each other, or DeepSpeed is not installed.
+        UserError: several processes were launched that are not connected, or DeepSpeed is not installed.
     """
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
@@ -40,7 +40,7 @@ def make_accelerator(config, written_by: int | None = None) -> Accelerator:
     accelerator = Accelerator(
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         mixed_precision=config.training.mixed_precision,
-        # Without it processes on CPUs would not synchronise; with it, accelerate forgets about DeepSpeed.
+        # Without it, processes on CPUs would not synchronise; with it, accelerate ignores DeepSpeed.
         cpu=(config.device == "cpu" or on_cpus) and not deepspeed,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpus else None,
         step_scheduler_with_optimizer=False,
@@ -50,11 +50,11 @@ def make_accelerator(config, written_by: int | None = None) -> Accelerator:
             f"{launched} processes were launched, but this one trains with {accelerator.num_processes} or alone; on "
             "CPUs set device=cpu or the environment variable ACCELERATE_USE_CPU=true"
         )
-    # A word at each saving of a model with tied embeddings, although that is right.
+    # It warns at each save of a model with tied embeddings, which is correct here.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if accelerator.state.deepspeed_plugin is not None:
         _configure_deepspeed(accelerator.state.deepspeed_plugin, config)
-        # Under ZeRO-3 transformers would shard every model it loads, the frozen ones, too, which nobody gathers.
+        # Under ZeRO-3, transformers would also shard the frozen models that it loads, and nothing gathers those.
         unset_hf_deepspeed_config()
         if written_by not in (None, launched):
             accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
@@ -62,14 +62,14 @@ def make_accelerator(config, written_by: int | None = None) -> Accelerator:
 
 
 def _configure_deepspeed(plugin, config) -> None:
-    """The run's own settings win over the launch file's; its clipping stands where the run has none.
+    """Sets the run's settings in the launch file's; the launch file's gradient clipping is kept if the run has none.
 
     Raises:
         UserError: a setting that DeepSpeed cannot honour.
     """
     training, settings = config.training, plugin.deepspeed_config
     rows = training.batch_size_t2i + training.batch_size_lm + training.batch_size_mmu
-    settings["train_micro_batch_size_per_gpu"] = rows  # nobody else can know: no loader is prepared
+    settings["train_micro_batch_size_per_gpu"] = rows  # DeepSpeed cannot infer it, as no loader is prepared
     settings["gradient_accumulation_steps"] = training.gradient_accumulation_steps
     if training.max_grad_norm is not None:
         settings["gradient_clipping"] = training.max_grad_norm
@@ -83,26 +83,28 @@ def _configure_deepspeed(plugin, config) -> None:
             "ZeRO-2 or FSDP2"
         )
     if training.ema_decay and plugin.zero_stage == 3:
-        raise UserError("training.ema_decay needs whole weights on every process; ZeRO-3 has none: use ZeRO-2 or FSDP2")
+        raise UserError("training.ema_decay needs full weights on every process; ZeRO-3 has none: use ZeRO-2 or FSDP2")
 
 
-def before_each_step(engine, call) -> None:
-    """DeepSpeed takes its steps within `accelerator.backward` and drops the gradients; here they can still be had.
+def call_before_deepspeed_steps(engine, hook) -> None:
+    """Calls a hook before each optimiser step of DeepSpeed.
+
+    DeepSpeed steps inside `accelerator.backward` and frees the gradients, so this is the only place to read them.
 
     Args:
-        call: with the engine, on all processes.
+        hook: called with the engine, on all processes.
     """
     step = engine.step
 
-    def after_call(*args, **kwargs):
-        call(engine)
+    def step_after_hook(*args, **kwargs):
+        hook(engine)
         return step(*args, **kwargs)
 
-    engine.step = after_call
+    engine.step = step_after_hook
 
 
 def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """Its gradient, if it has one; under DeepSpeed put together from all processes, which must all call this."""
+    """The full gradient, or None. Under DeepSpeed it is gathered from all processes, which must all call this."""
     if not any(hasattr(parameter, mark) for mark in ("ds_id", "_hp_mapping")):  # of ZeRO-3, ZeRO-2
         return parameter.grad
     from deepspeed.utils import safe_get_full_grad
@@ -111,10 +113,10 @@ def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor | None:
 
 
 @contextmanager
-def readable_by_any_number(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
-    """A DeepSpeed checkpoint in the form that another number of processes than wrote it can read, while it is needed.
+def universal_checkpoint(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
+    """A temporary copy of a DeepSpeed checkpoint that any number of processes can read (a "universal checkpoint").
 
-    Others (DDP, FSDP2) can do without.
+    Checkpoints of DDP and FSDP2 need no conversion and are returned as they are.
     """
     if accelerator.state.deepspeed_plugin is None:
         yield folder
@@ -140,7 +142,7 @@ def readable_by_any_number(accelerator: Accelerator, folder: Path) -> Iterator[P
 
 
 def _separate_step_counters(accelerator: Accelerator) -> None:
-    """ZeRO-3 reads one counter of steps for all parameters, and each of them would count it up."""
+    """Gives each parameter its own step counter: ZeRO-3 loads one tensor for all, which each would increment."""
     for optimizer in accelerator._optimizers:
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
@@ -150,39 +152,39 @@ def _separate_step_counters(accelerator: Accelerator) -> None:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether no process holds the whole weights (FSDP, ZeRO-3)."""
+    """Whether the weights are sharded over the processes (FSDP2, ZeRO-3)."""
     plugin = accelerator.state.deepspeed_plugin
     return accelerator.distributed_type == "FSDP" or (plugin is not None and plugin.zero_stage == 3)
 
 
-def whole_weights(accelerator: Accelerator, model, wrapped) -> dict[str, torch.Tensor]:
-    """The plain model's state dict; where it is sharded all processes must call this, and the main one gets it whole.
+def full_state_dict(accelerator: Accelerator, model, wrapped) -> dict[str, torch.Tensor]:
+    """The unwrapped model's state dict. If it is sharded, all processes must call this; the main one gets full tensors.
 
     Args:
-        model, wrapped: the plain model, and what trains it.
+        model, wrapped: the plain model, and the wrapper that is trained (DDP, DeepSpeed engine, …).
     """
     return accelerator.get_state_dict(wrapped) if is_sharded(accelerator) else model.state_dict()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor: all of it, unless FSDP has sharded it."""
+    """This process's shard of a tensor; all of it if it is not sharded by FSDP2."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor put together from all processes' parts; all must call it."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor gathered from all processes' shards; all must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-class Agreement:
-    """What all processes decide together, over gloo between the hosts, so that no GPU is waited for."""
+class ProcessGroup:
+    """Decisions of all processes in common, over gloo on the hosts, so that no GPU is synchronised."""
 
     def __init__(self, accelerator: Accelerator):
         several = accelerator.num_processes > 1
         self.group = torch.distributed.new_group(backend="gloo") if several else None
 
     def check_same(self, value: str, otherwise: str) -> None:
-        """Raises `UserError` with the message `otherwise` on all processes if they differ in a value."""
+        """Raises `UserError` with the message `otherwise` on all processes if `value` differs between them."""
         values = [value]
         if self.group is not None:
             values = [None] * torch.distributed.get_world_size()
@@ -191,9 +193,9 @@ class Agreement:
             raise UserError(otherwise)
 
     def any(self, value: bool) -> bool:
-        """Whether any process says so: all must leave a loop at the same step, or the others wait forever."""
+        """Whether `value` is true on any process. All must leave a loop at the same step, or some wait forever."""
         if self.group is None:
             return value
-        asked = torch.tensor(int(value))
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        return bool(asked)
+        flag = torch.tensor(int(value))
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        return bool(flag)

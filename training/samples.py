@@ -1,4 +1,4 @@
-"""Pictures of a run: drawings of the validation prompts, and what the model predicts at masked positions (spec §15)."""
+"""Sample images of a run: generated from validation prompts, and predictions at masked positions (spec §15)."""
 
 import torch
 from PIL import Image
@@ -12,10 +12,10 @@ PREDICTED_PANEL = "Original images v.s. Reconstructed images v.s. Predicted imag
 
 
 @torch.no_grad()
-def draw(
+def generate_images(
     model, builder: BatchBuilder, prompts: list[str], *, guidance_scale: float, timesteps: int, temperature: float, seed
 ) -> list[Image.Image]:
-    """One picture per prompt, guided as configured, from a generator of its own so that training is not disturbed."""
+    """One image per prompt, with classifier-free guidance, from a separate generator, so training is unaffected."""
     vocabulary, num_tokens = model.vocabulary, model.config.num_vq_tokens
     image_ids = torch.full((len(prompts), num_tokens), vocabulary.mask_token_id)
     ids = builder.prompting((prompts, image_ids), "t2i_gen").input_ids.to(builder.device)
@@ -39,14 +39,14 @@ def predict_masked(
     """Original | reconstruction | prediction, side by side; the prediction is the argmax at masked positions only."""
     count = min(limit, batch.counts["t2i"])
     offset, num_codes = model.vocabulary.image_offset, model.vocabulary.codebook_size
-    image = slice(-model.config.num_vq_tokens - 1, -1)  # the codes, before <eoi>
+    image = slice(-model.config.num_vq_tokens - 1, -1)  # positions of the codes, before <eoi>
     ids, labels = batch.input_ids[:count], batch.labels[:count, image]
     logits = model(ids, batch.attention_mask.select(slice(0, count))).logits
     predicted = logits[:, image, offset : offset + num_codes].argmax(-1)
-    hidden = (labels != IGNORE_ID) & (labels != ids[:, image])  # also where random codes hide the true ones
+    hidden = (labels != IGNORE_ID) & (labels != ids[:, image])  # also positions hidden by random codes
     codes, decode = batch.codes[:count], builder.vq_model.decode_code
     reconstructed = decode(codes).float()
-    # Shards of codes hold no pictures: there the reconstruction stands for the original.
+    # Shards of codes have no pixels; their panel repeats the reconstruction.
     original = reconstructed if batch.pixels is None else batch.pixels[:count].to(builder.device)
     panels = [original, reconstructed, decode(torch.where(hidden, predicted, codes)).float()]
     images = to_pil(torch.cat(panels, dim=-1))

@@ -18,7 +18,7 @@ class Experiment:
     eval_every: int = 500
     save_every: int = 1000
     checkpoints_total_limit: int | None = 2
-    resume_from_checkpoint: str | None = "latest"  # "latest", a folder, or null to begin anew
+    resume_from_checkpoint: str | None = "latest"  # "latest", a folder, or null to start again
     max_eval_examples: int | None = 1000
     num_sheet_pictures: int = 24
 
@@ -45,7 +45,7 @@ class DatasetParams:
     train_shards: Any = None  # a path, a brace list or a pattern with `*`, or a list of such
     eval_shards: Any = None
     resolution: int = 256
-    cache_in_memory: bool = False  # decode all pictures once and keep them, as small sets should
+    cache_in_memory: bool = False  # decode all images once and keep them, as small sets should
     shuffle_buffer_size: int = 1000
     num_workers: int = 4
     random_flip: bool = True

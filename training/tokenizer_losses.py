@@ -12,7 +12,7 @@ from models.modeling_magvitv2 import bit_entropy, distribution_entropy
 
 
 def edge_loss(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of the horizontal and vertical gradients of two (B, C, H, W) pictures."""
+    """Mean absolute difference of the horizontal and vertical gradients of two (B, C, H, W) images."""
     error = reconstruction - pixels  # gradients are linear: the gradient of the error is the error of the gradients
     return error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
 
@@ -54,6 +54,6 @@ def code_entropies(latents: torch.Tensor, max_group_bits: int = 7) -> tuple[torc
 
 
 def commitment_loss(latents: torch.Tensor) -> torch.Tensor:
-    """Mean squared distance of (B, K, h, w) latents from the corner of the cube that they stand for."""
+    """Mean squared distance of (B, K, h, w) latents from the cube's corner that is their code."""
     latents = latents.float()
     return F.mse_loss(latents, torch.where(latents > 0, 1.0, -1.0))

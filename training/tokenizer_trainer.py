@@ -1,4 +1,4 @@
-"""The loop that trains an image tokenizer: pictures, losses, moving average, checkpoints that resume exactly."""
+"""The training loop of an image tokenizer: losses, moving average, checkpoints that resume exactly."""
 
 import time
 from collections.abc import Iterator
@@ -21,21 +21,21 @@ from training.checkpointing import TrainState, find_resume, load_checkpoint, sav
 from training.guards import StopSignals, check_writable, only_run_in
 from training.optimization import WeightAverage, make_optimizer, make_schedule
 from training.perceptual import PerceptualLoss
-from training.processes import Agreement
+from training.processes import ProcessGroup
 from training.tokenizer_data import (
-    CachedPictures,
-    StreamedPictures,
+    CachedImages,
+    StreamedImages,
     augment,
     find_shards,
     generator_for,
-    load_pictures,
+    load_images,
 )
 from training.tokenizer_eval import evaluate, side_by_side, to_pixels, use_of
 from training.tokenizer_losses import code_entropies, commitment_loss, edge_loss
 
 
 def build_model(config: DictConfig) -> MAGVITv2:
-    """A new tokenizer of the sizes in section `model`, or the one of `model.pretrained_model_path`."""
+    """A new tokenizer with the sizes of section `model`, or the one in `model.pretrained_model_path`."""
     sizes = OmegaConf.to_container(config)
     if path := sizes.pop("pretrained_model_path"):
         return MAGVITv2.from_pretrained(resolve_path(path), dtype=torch.float32)
@@ -46,13 +46,13 @@ def build_model(config: DictConfig) -> MAGVITv2:
 
 
 class TokenizerTrainer:
-    """Everything that a run holds: model, moving average, optimiser, data and the place in it.
+    """A run: model, moving average, optimiser, data and the position in it.
 
     Args:
         config: a `TokenizerTrainingConfig`.
 
     Raises:
-        UserError: shards are missing or hold no pictures, sizes do not fit each other, the checkpoint to go on from
+        UserError: shards are missing or hold no images, sizes do not fit each other, the checkpoint to go on from
             does not exist, or the output folder cannot be written to.
     """
 
@@ -69,7 +69,7 @@ class TokenizerTrainer:
         torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
         set_seed(config.training.seed)
         self.is_main = self.accelerator.is_main_process
-        self.state, self.stop_signals, self.agreement = TrainState(), StopSignals(), Agreement(self.accelerator)
+        self.state, self.stop_signals, self.process_group = TrainState(), StopSignals(), ProcessGroup(self.accelerator)
         self._build_model_and_optimizer()
         self._open_data()
 
@@ -93,14 +93,12 @@ class TokenizerTrainer:
         place = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
         train_shards = find_shards(params.train_shards, "dataset.params.train_shards")
         eval_shards = find_shards(params.eval_shards, "dataset.params.eval_shards")
-        self.eval_pictures = load_pictures(
-            eval_shards, params.resolution, self.config.experiment.max_eval_examples, quiet
-        )
+        self.eval_images = load_images(eval_shards, params.resolution, self.config.experiment.max_eval_examples, quiet)
         if params.cache_in_memory:
-            pictures = load_pictures(train_shards, params.resolution, quiet=quiet)
-            self.data = CachedPictures(pictures, training.batch_size, training.seed, **place)
+            images = load_images(train_shards, params.resolution, quiet=quiet)
+            self.data = CachedImages(images, training.batch_size, training.seed, **place)
         else:
-            self.data = StreamedPictures(
+            self.data = StreamedImages(
                 train_shards,
                 params.resolution,
                 training.batch_size,
@@ -111,7 +109,7 @@ class TokenizerTrainer:
             )
 
     def train(self):
-        """Resume if there is something to resume, train to the last step (or SIGTERM or SIGUSR1), save.
+        """Resumes if there is a checkpoint, trains to the last step (or SIGTERM or SIGUSR1), and saves.
 
         Raises:
             UserError: another run writes to the same folder, or the checkpoint is damaged.
@@ -129,14 +127,14 @@ class TokenizerTrainer:
 
     def _loop(self, progress: tqdm):
         every = self.config.experiment
-        for pictures in self._batches():
-            metrics = self.train_step(pictures)
+        for images in self._batches():
+            metrics = self.train_step(images)
             progress.update()
             if self.step % every.log_every == 0:
                 self._log(metrics, progress)
             if self.step % every.eval_every == 0:
                 self._evaluate(progress)
-            stopping = self.agreement.any(self.stop_signals.requested)
+            stopping = self.process_group.any(self.stop_signals.requested)
             if stopping or self.step % every.save_every == 0:
                 self.save()
             if stopping:
@@ -144,12 +142,12 @@ class TokenizerTrainer:
         else:
             self._finish(progress)
 
-    def train_step(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One optimiser step on (B, 3, R, R) uint8 pictures; returns its losses."""
+    def train_step(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One optimiser step on (B, 3, R, R) uint8 images; returns its losses."""
         params, training = self.config.dataset.params, self.config.training
         generator = generator_for(training.seed, self.accelerator.process_index, self.step)
-        pictures = augment(pictures, params.random_flip, params.max_shift, generator)
-        pixels = to_pixels(pictures).to(self.accelerator.device)
+        images = augment(images, params.random_flip, params.max_shift, generator)
+        pixels = to_pixels(images).to(self.accelerator.device)
         output = self.wrapped(pixels)
         losses = self.losses(output, pixels)
         self.accelerator.backward(losses["loss"])
@@ -178,7 +176,7 @@ class TokenizerTrainer:
         }
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(reconstruction, pixels)
-        signs = {"codebook_entropy": -1}  # diversity is wanted
+        signs = {"codebook_entropy": -1}  # diverse codes are wanted
         losses["loss"] = sum(signs.get(name, 1) * weights[name] * value for name, value in losses.items())
         return losses
 
@@ -186,7 +184,7 @@ class TokenizerTrainer:
         steps_left = max(self.config.training.max_train_steps - self.step, 0)
         return islice(self.data.batches_from(self.step), steps_left)
 
-    # what a run reports
+    # metrics and images of a run
 
     def _begin_output(self):
         config = self.config
@@ -217,8 +215,8 @@ class TokenizerTrainer:
         if not self.is_main:
             return
         self.average.swap(self.model)
-        metrics = evaluate(self.model, self.eval_pictures, self.config.training.batch_size)
-        images, captions = side_by_side(self.model, self._sheet_pictures())
+        metrics = evaluate(self.model, self.eval_images, self.config.training.batch_size)
+        images, captions = side_by_side(self.model, self._sheet_images())
         self.average.swap(self.model)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
         metrics["train/codes_used"], metrics["train/code_perplexity"] = use_of(self.code_counts)
@@ -230,16 +228,16 @@ class TokenizerTrainer:
         )
         self.tracker.log_images("Original | reconstruction", images, captions, self.step)
 
-    def _sheet_pictures(self) -> torch.Tensor:
-        wanted = min(self.config.experiment.num_sheet_pictures, len(self.eval_pictures))
-        return self.eval_pictures[torch.linspace(0, len(self.eval_pictures) - 1, wanted).long()]
+    def _sheet_images(self) -> torch.Tensor:
+        wanted = min(self.config.experiment.num_sheet_pictures, len(self.eval_images))
+        return self.eval_images[torch.linspace(0, len(self.eval_images) - 1, wanted).long()]
 
     def _finish(self, progress: tqdm):
         if self.step % self.config.experiment.eval_every:
             self._evaluate(progress)
         save_final_model(self.accelerator, self.model, self.output_dir, average=self.average)
 
-    # stopping and going on
+    # stopping and resuming
 
     @property
     def step(self) -> int:
@@ -247,14 +245,14 @@ class TokenizerTrainer:
         return self.state.global_step
 
     def save(self):
-        """Write `checkpoint-{step}` with everything that `resume` needs; drop the oldest beyond the limit."""
+        """Writes `checkpoint-{step}` with everything that `resume` needs; removes the oldest beyond the limit."""
         limit = self.config.experiment.checkpoints_total_limit
         save_checkpoint(
             self.accelerator, self.output_dir, self.state, model=self.model, average=self.average, limit=limit
         )
 
     def resume(self):
-        """Go on from `experiment.resume_from_checkpoint`: weights, average, optimiser, schedule, random state, data."""
+        """Resumes from `experiment.resume_from_checkpoint`, with optimiser, schedule, random state and data."""
         if self.start is not None:
             self.state = load_checkpoint(self.accelerator, self.start, self.average)
             self.accelerator.print(f"resuming from {self.start} at step {self.step}")

@@ -1,4 +1,4 @@
-"""Train an image tokenizer (MAGVIT-v2, spec §10) on pictures from WebDataset shards.
+"""Train an image tokenizer (MAGVIT-v2, spec §10) on images from WebDataset shards.
 
     python3 training/train_magvitv2.py config=configs/showo_tiny_magvitv2.yaml
     accelerate launch --config_file accelerate_configs/1_gpu.yaml training/train_magvitv2.py config=...

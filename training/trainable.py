@@ -1,7 +1,7 @@
-"""What a run trains: everything, or only what the language model did not bring (`training.trainable`).
+"""Selects the trained parameters: all, or only those that the language model did not have (`training.trainable`).
 
-A language model that is trained whole from the first step forgets what it knew: Show-o2's fell from 60 to 28 on MMLU,
-and to 57 only where a stage came first that trained nothing but what was new to it. `new` is that stage.
+A language model whose weights are all trained from the first step forgets: Show-o2's fell from 60 to 28 on MMLU, but
+only to 57 after a first stage that trained nothing but the new parameters. `new` is that stage.
 """
 
 import torch
@@ -12,14 +12,14 @@ from training.processes import local
 
 
 def choose_trainable(model: nn.Module, which: str) -> dict[str, int]:
-    """Freezes what a run does not train.
+    """Freezes the parameters that are not trained.
 
     Args:
-        which: ``all``, or ``new``: the rows, norms and projector that the language model did not bring.
+        which: ``all``, or ``new``: the embedding rows, norms and projector that the language model did not have.
 
     Returns:
-        Parameter name → number of its first rows that must stay as they are: matrices of which a part is trained.
-        `keep_old_rows` sees to it, and weight decay must leave those parameters alone.
+        Parameter name → number of first rows that must not change, for matrices that are trained in part. Pass it to
+        `keep_old_rows`, and exclude these parameters from weight decay.
     """
     if which == "all":
         return {}
@@ -30,10 +30,10 @@ def choose_trainable(model: nn.Module, which: str) -> dict[str, int]:
 
 
 def keep_old_rows(model: nn.Module, old_rows: dict[str, int]) -> None:
-    """Lets no gradient reach the first rows of some parameters; AdamW without weight decay then never moves them.
+    """Zeroes the gradients of the first rows of some parameters, so that AdamW without weight decay never changes them.
 
-    FSDP makes parameters of its own when it shards a model, so call this behind it. DeepSpeed takes a gradient away as
-    soon as there is one, so there call it before. DDP does not mind.
+    Call it after FSDP has sharded the model, since FSDP replaces the parameters, but before DeepSpeed is set up, since
+    DeepSpeed frees gradients in an earlier hook. With DDP either works.
     """
     parameters = dict(model.named_parameters())
     for name, rows in old_rows.items():
@@ -42,10 +42,10 @@ def keep_old_rows(model: nn.Module, old_rows: dict[str, int]) -> None:
 
 
 def _drop(gradient: torch.Tensor, rows: int) -> None:
-    """Zeroes the first rows of a gradient; of a sharded one those of them that this process holds."""
+    """Zeroes the first rows of a gradient; of a sharded one, those in this process's shard."""
     if isinstance(gradient, DTensor):
         mesh = gradient.device_mesh
         for dim, placement in enumerate(gradient.placements):
-            if placement.is_shard(0):  # FSDP2 cuts as `torch.chunk` does
+            if placement.is_shard(0):  # FSDP2 shards as `torch.chunk` does
                 rows -= mesh.get_local_rank(dim) * -(-gradient.shape[0] // mesh.size(dim))
     local(gradient)[: max(0, rows)] = 0

@@ -1,6 +1,6 @@
-"""The one training loop of Show-o; the understanding branch is handed in (spec §5, §6, §12, §15).
+"""The training loop of Show-o; the understanding branch is a parameter (spec §5, §6, §12, §15).
 
-- `Trainer.train()`: resume → step → every(n): log / evaluate / draw samples / save → final save
+- `Trainer.train()`: resume → step → every(n): log / evaluate / generate samples / save → final save
 - `Trainer.step()`: build the batch → model → weighted loss → backward → clip → optimiser, schedule
 """
 
@@ -23,11 +23,11 @@ from training.batches import OmniBatch
 from training.checkpointing import (
     TrainState,
     check_same_config,
+    describe_last_checkpoint,
     find_start,
     load_checkpoint,
     save_checkpoint,
     save_final_model,
-    what_remains,
 )
 from training.data.flows import build_flows, check_data, check_tokenizer
 from training.data.skipping import KINDS
@@ -50,8 +50,15 @@ from training.parts import (
     make_prompting,
     make_vq_model,
 )
-from training.processes import Agreement, before_each_step, is_sharded, make_accelerator, whole, whole_weights
-from training.samples import GENERATED_PANEL, PREDICTED_PANEL, draw, predict_masked
+from training.processes import (
+    ProcessGroup,
+    call_before_deepspeed_steps,
+    full_state_dict,
+    full_tensor,
+    is_sharded,
+    make_accelerator,
+)
+from training.samples import GENERATED_PANEL, PREDICTED_PANEL, generate_images, predict_masked
 from training.trainable import choose_trainable, keep_old_rows
 
 
@@ -63,7 +70,7 @@ class Trainer:
         understanding: the branch of the mmu rows, see `training/understanding.py`.
 
     Raises:
-        UserError: anything the configuration promises is missing or does not fit.
+        UserError: something that the configuration names is missing or does not match.
     """
 
     def __init__(self, config: DictConfig, understanding):
@@ -73,8 +80,8 @@ class Trainer:
         check_writable(self.output_dir)
         self.start = find_start(self.output_dir, config.experiment.resume_from_checkpoint)
         self.accelerator = make_accelerator(config, self.start.written_by if self.start else None)
-        self.agreement = Agreement(self.accelerator)
-        self.agreement.check_same(
+        self.process_group = ProcessGroup(self.accelerator)
+        self.process_group.check_same(
             str(self.start and self.start.folder.name),
             f"the processes see other checkpoints in experiment.output_dir {self.output_dir}; give a folder that all "
             "machines share",
@@ -100,12 +107,12 @@ class Trainer:
         check_tokenizer(config, vq_model)
         torch.backends.cuda.matmul.allow_tf32 = training.enable_tf32
         if training.seed is not None:
-            set_seed(training.seed)  # the same new weights everywhere: FSDP keeps each process's own part
+            set_seed(training.seed)  # the same initial weights everywhere, as FSDP keeps each process's own shard
         self.model = make_model(config, self.start.weights if self.start else None)
         old_rows = choose_trainable(self.model, training.trainable)
         understanding.attach(self.model, device)
         if training.seed is not None:
-            set_seed(training.seed, device_specific=True)  # but masks of its own for each process
+            set_seed(training.seed, device_specific=True)  # but different masks on each process
         self.builder = make_builder(config, self.model, vq_model, prompting, understanding, device)
         if config.model.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
@@ -116,10 +123,10 @@ class Trainer:
         deepspeed = self.accelerator.state.deepspeed_plugin is not None
         if deepspeed:
             keep_old_rows(self.model, old_rows)
-        # `model` has the methods and the plain names; `wrapped` runs training steps, `forward` perhaps compiled.
+        # `model` has Show-o's methods and parameter names, `wrapped` is trained, `forward` may be compiled.
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model.to(device), self.optimizer)
         if deepspeed:
-            before_each_step(self.wrapped, self.before_deepspeed_step)
+            call_before_deepspeed_steps(self.wrapped, self.before_deepspeed_step)
         else:
             keep_old_rows(self.model, old_rows)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
@@ -127,15 +134,15 @@ class Trainer:
         self.accelerator.register_for_checkpointing(self.schedule)
         self.average = WeightAverage(self.model, training.ema_decay) if training.ema_decay else None
         self.held_out = HeldOut(config, self.builder, **flow_arguments)
-        self.finite = FiniteLosses(self.agreement.any, training.max_nonfinite_batches, tqdm.write)
+        self.finite = FiniteLosses(self.process_group.any, training.max_nonfinite_batches, tqdm.write)
         self.state, self.metrics, self.gradient_norms = TrainState(), self.new_metrics(), {}
         self.stop_signals = StopSignals()
 
     def train(self) -> None:
-        """Runs from where the run stands to `max_train_steps`, then saves the final model in `output_dir`."""
+        """Trains from the current step to `max_train_steps`, then saves the final model in `output_dir`."""
         with ExitStack() as stack:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(full_disk_as_user_error(lambda: what_remains(self.output_dir)))
+            stack.enter_context(full_disk_as_user_error(lambda: describe_last_checkpoint(self.output_dir)))
             if self.accelerator.is_main_process:
                 stack.enter_context(only_run_in(self.output_dir))
             self.check_shared_folder()
@@ -147,7 +154,7 @@ class Trainer:
             stopping = False
             while self.state.global_step < self.config.training.max_train_steps and not stopping:
                 batch = self.step()
-                stopping = self.agreement.any(self.stop_signals.requested)
+                stopping = self.process_group.any(self.stop_signals.requested)
                 bar.update()
                 self.after_step(batch, bar, stopping)
             if self.state.global_step >= self.config.training.max_train_steps:
@@ -164,7 +171,7 @@ class Trainer:
         if step % every.eval_every == 0:
             self.evaluate()
         if step % every.generate_every == 0:
-            self.draw_samples(batch)
+            self.generate_samples(batch)
         if step % every.save_every == 0 or stopping or step == self.config.training.max_train_steps:
             self.save()
 
@@ -178,11 +185,11 @@ class Trainer:
                 keys += batch.keys
                 self.accelerator.backward(out.loss)
                 if self.accelerator.sync_gradients and self.accelerator.state.deepspeed_plugin is None:
-                    self.finish_gradients(keys)  # DeepSpeed has taken its step already
-                self.optimizer.step()  # this and the next do nothing while gradients accumulate
+                    self.finish_gradients(keys)  # DeepSpeed has already taken its step
+                self.optimizer.step()  # this and the next line do nothing while gradients accumulate
                 self.optimizer.zero_grad(set_to_none=True)
             self.metrics.add_batch(batch, out)
-        if not self.accelerator.optimizer_step_was_skipped:  # as with fp16, while its scale is sought
+        if not self.accelerator.optimizer_step_was_skipped:  # as in fp16, while the loss scale is adjusted
             self.schedule.step()
         if self.average is not None:
             self.average.update(self.model)
@@ -191,31 +198,31 @@ class Trainer:
         return batch
 
     def finite_batch(self) -> tuple[OmniBatch, ShowoOutput]:
-        """The next batch whose losses are finite on all processes, and what the model says of it."""
+        """The next batch whose losses are finite on all processes, and the model's output."""
         while True:
             waiting = time.perf_counter()
-            items = {name: next(flow) for name, flow in self.flows.items()}
+            samples = {name: next(flow) for name, flow in self.flows.items()}
             self.data_time += time.perf_counter() - waiting
-            batch = self.builder(items)
+            batch = self.builder(samples)
             out = self.forward(**batch.forward_arguments())
             losses = {task: getattr(out, f"loss_{task}") for task in TASKS if batch.counts[task]}
             if self.finite.accept(losses, batch.keys, self.state.global_step + 1):
                 return batch, out
 
     def finish_gradients(self, keys: list[str]) -> None:
-        """Clips them, drops them if they are no numbers, and measures them at the steps whose norms are logged.
+        """Clips gradients, drops non-finite ones, and computes their norms at steps that log them.
 
         Args:
-            keys: the samples that they come from.
+            keys: of the samples of this step.
         """
         limit, scaler = self.config.training.max_grad_norm, self.accelerator.scaler
         if limit:
-            norm = whole(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
-            # fp16's scaler passes over such steps by itself.
+            norm = full_tensor(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
+            # fp16's scaler skips such steps by itself.
             if scaler is None and not self.finite.accept_gradients(norm, keys, self.state.global_step + 1):
-                self.optimizer.zero_grad(set_to_none=True)  # without gradients the step changes nothing
+                self.optimizer.zero_grad(set_to_none=True)  # without gradients the optimiser step changes nothing
         if self.measures_gradients():
-            if not limit and scaler is not None:  # clipping has unscaled the fp16 gradients already
+            if not limit and scaler is not None:  # clipping has already unscaled the fp16 gradients
                 self.accelerator.unscale_gradients()
             self.gradient_norms = gradient_norms(self.model)
 
@@ -224,22 +231,22 @@ class Trainer:
 
     def before_deepspeed_step(self, engine) -> None:
         if self.measures_gradients():
-            loss_scale = getattr(engine.optimizer, "loss_scale", 1.0)  # that of ZeRO-1 with bf16 has none
+            loss_scale = getattr(engine.optimizer, "loss_scale", 1.0)  # ZeRO-1's optimiser with bf16 has none
             self.gradient_norms = gradient_norms(self.model, engine.gradient_clipping(), loss_scale)
 
-    # ---- continuing ----
+    # ---- resuming ----
 
     def check_shared_folder(self) -> None:
-        """Raises `UserError` where a machine does not see what the main process has put into the output folder."""
+        """Raises `UserError` if a process does not see the main process's files in the output folder."""
         self.accelerator.wait_for_everyone()
-        if self.agreement.any(not (self.output_dir / LOCK).exists()):
+        if self.process_group.any(not (self.output_dir / LOCK).exists()):
             raise UserError(
                 f"experiment.output_dir {self.output_dir} is not the same folder for all processes; give one that all "
                 "machines share"
             )
 
     def resume(self) -> None:
-        """Continues from the checkpoint the configuration names, if there is one."""
+        """Resumes from the checkpoint that the configuration names, if any."""
         if self.start is None:
             return
         if self.start.weights is None:
@@ -253,9 +260,9 @@ class Trainer:
             how = ""
         else:
             self.state.global_step = self.start.step
-            for _ in range(self.start.step):  # the rate goes on where it stood
+            for _ in range(self.start.step):  # resume the learning rate
                 self.schedule.step()
-            how = " with its weights only: optimiser, random numbers and data begin anew"
+            how = " with its weights only: optimiser, random numbers and data start again"
         self.accelerator.print(f"continuing from {self.start.folder}, step {self.state.global_step}{how}")
 
     def resume_flow(self, name: str, flow) -> None:
@@ -264,7 +271,7 @@ class Trainer:
         except UserError as error:  # another number of workers, if the change was accepted
             if not self.config.experiment.accept_config_changes:
                 raise
-            self.accelerator.print(f"{name}: {error}. Its data begins anew")
+            self.accelerator.print(f"{name}: {error}. Its data starts again")
 
     def save(self) -> None:
         self.state.streams = {name: flow.state_dict() for name, flow in self.flows.items()}
@@ -285,7 +292,7 @@ class Trainer:
             flow.close()
         self.tracker.finish()
 
-    # ---- showing ----
+    # ---- logging ----
 
     def start_tracking(self) -> None:
         experiment = self.config.experiment
@@ -322,7 +329,7 @@ class Trainer:
         self.metrics = self.new_metrics()
 
     def skipped_data(self) -> dict[str, int]:
-        """``data/skipped/{flow}/{kind}``: samples that all processes have passed over since the run began."""
+        """``data/skipped/{flow}/{kind}``: samples that all processes have skipped since the run began."""
         names = [(name, kind) for name in self.flows for kind in KINDS]
         counts = torch.tensor([self.flows[name].skipped[kind] for name, kind in names], device=self.accelerator.device)
         summed = zip(names, self.sum_over_processes(counts).tolist(), strict=True)
@@ -335,11 +342,11 @@ class Trainer:
         self.gradient_norms = {}
 
     def averaged(self):
-        """The model with the averaged weights, where there are any."""
+        """A context in which the model has the averaged weights, if there are any."""
         return self.average.applied_to(self.model) if self.average is not None else nullcontext()
 
     def evaluate(self) -> None:
-        """Held-out losses of every flow that has held-out data; all processes take part."""
+        """Held-out losses of every flow that has held-out data; all processes must call this."""
         if not self.held_out.flows:
             return
         self.wrapped.eval()
@@ -350,18 +357,18 @@ class Trainer:
             self.wrapped.train()
         self.tracker.log(values, self.state.global_step)
 
-    def draw_samples(self, batch: OmniBatch) -> None:
-        """Both published panels, drawn by the main process alone with the averaged weights where there are any.
+    def generate_samples(self, batch: OmniBatch) -> None:
+        """Both published panels, made by the main process, with the averaged weights if there are any.
 
-        Where no process holds the whole weights, all put them together first: a main process that ran sharded layers
-        alone would wait for the others forever.
+        Sharded weights are first gathered by all processes: running sharded layers on the main process alone would
+        wait for the others forever.
         """
         if is_sharded(self.accelerator):
             with self.averaged():
-                weights = whole_weights(self.accelerator, self.model, self.wrapped)
+                weights = full_state_dict(self.accelerator, self.model, self.wrapped)
             if self.accelerator.is_main_process:
                 device = self.accelerator.device
-                with own_random_numbers(0, device):  # a new model draws weights, which are replaced at once
+                with own_random_numbers(0, device):  # the new model's random initialisation, replaced at once
                     model = Showo(self.model.config).to(device)
                 model.load_state_dict(weights)
                 self.show(model, batch)
@@ -375,7 +382,7 @@ class Trainer:
 
     def show(self, model: Showo, batch: OmniBatch) -> None:
         training, step = self.config.training, self.state.global_step
-        images = draw(
+        images = generate_images(
             model,
             self.builder,
             self.prompts,
@@ -390,14 +397,14 @@ class Trainer:
 
 
 class OneBatch:
-    """A flow that gives its first batch again and again (`training.overfit_one_batch`), also in a continued run."""
+    """A flow that repeats its first batch (`training.overfit_one_batch`), also after a restart."""
 
     def __init__(self, flow):
         self.flow, self.start = flow, flow.state_dict()
         self.batches = None
 
     def state_dict(self) -> StreamState:
-        """Where the batch begins."""
+        """The position of the batch."""
         return self.start
 
     def load_state_dict(self, state: StreamState) -> None:

@@ -1,4 +1,4 @@
-"""What differs between the two understanding branches: how an mmu row is built and what is trainable (spec §2, §9)."""
+"""The two understanding branches: how mmu rows are built, and which parameters are trained (spec §2, §9)."""
 
 import torch
 
@@ -15,19 +15,19 @@ from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
 from training.data.batching import stack
 from training.data.flows import check_data
 
-# B rows, L row length, N image tokens, F features of one picture
+# B rows, L row length, N image tokens, F features of one image
 
 
 class VqUnderstanding:
     """Understanding from image codes (`training/train.py`).
 
     Args:
-        max_mask_ratio: each mmu picture shows all but a random share, up to this, of its tokens: against memorising
-            small data sets. 0 as published.
+        max_mask_ratio: a random share, up to this, of each mmu image's tokens is masked, against overfitting on small
+            data sets. 0 as published.
         system_prompt: conversations begin with LLaVA's system prompt (`dataset.add_system_prompt`).
     """
 
-    image_processor = None  # the flows prepare pictures for the image tokenizer
+    image_processor = None  # the flows prepare images for the image tokenizer
 
     def __init__(self, max_mask_ratio: float = 0.0, system_prompt: bool = False):
         self.max_mask_ratio, self.system_prompt = max_mask_ratio, system_prompt
@@ -39,7 +39,7 @@ class VqUnderstanding:
         return cls(config.training.und_mask_ratio, config.dataset.add_system_prompt)
 
     def text_length(self, config, prompting) -> int:
-        """Tokens that a row has room for behind the picture; raises `UserError` where that is none."""
+        """Number of text tokens that fit in a row after the image; `UserError` if none do."""
         system = system_ids(prompting) if self.system_prompt else []
         return room_for_text(config, config.model.showo.num_vq_tokens, len(system))
 
@@ -49,18 +49,18 @@ class VqUnderstanding:
     def for_evaluation(self) -> "VqUnderstanding":
         return VqUnderstanding(0.0, self.system_prompt)
 
-    def rows(self, items: list[dict], builder) -> tuple[Rows, None]:
+    def rows(self, samples: list[dict], builder) -> tuple[Rows, None]:
         """Rows ``<mmu> <soi>`` codes ``<eoi>`` text of one batch, and no image features."""
-        image_ids = builder.image_ids(items)  # (B, N)
+        image_ids = builder.image_ids(samples)  # (B, N)
         if self.max_mask_ratio:
-            ratio = torch.rand(len(items), 1) * self.max_mask_ratio
+            ratio = torch.rand(len(samples), 1) * self.max_mask_ratio
             hidden = torch.rand(image_ids.shape) < ratio
             image_ids = image_ids.masked_fill(hidden, builder.noise.mask_token_id)
-        if "input_ids" not in items[0]:
-            return builder.prompting((image_ids, [item["text"] for item in items]), "mmu"), None
+        if "input_ids" not in samples[0]:
+            return builder.prompting((image_ids, [sample["text"] for sample in samples]), "mmu"), None
         system = system_ids(builder.prompting) if self.system_prompt else []
-        rows, text_start = conversation_rows(items, image_ids, system, builder)
-        rows.attention_mask = OmniMask.mmu(len(items), text_start - 1, builder.row_length)
+        rows, text_start = conversation_rows(samples, image_ids, system, builder)
+        rows.attention_mask = OmniMask.mmu(len(samples), text_start - 1, builder.row_length)
         return rows, None
 
 
@@ -102,7 +102,7 @@ class ClipVitUnderstanding:
         return room_for_text(config, self.num_features, len(system))
 
     def attach(self, model, device) -> None:
-        """Loads the frozen tower and chooses what is trained."""
+        """Loads the frozen tower and selects the trained parameters."""
         with without_loading_bars():
             self.tower = load_clip(self.clip_vit_name, model.config.clip_feature_size).to(device)
         if self.projector_only:
@@ -113,13 +113,13 @@ class ClipVitUnderstanding:
     def for_evaluation(self) -> "ClipVitUnderstanding":
         return self
 
-    def rows(self, items: list[dict], builder) -> tuple[Rows, torch.Tensor]:
+    def rows(self, samples: list[dict], builder) -> tuple[Rows, torch.Tensor]:
         """Rows ``<mmu>`` system ``<soi>`` −200 … ``<eoi>`` text, and the features (B, F, size) for the −200."""
-        features = self.tower(send(stack(items, "pixel_values"), builder.device))
+        features = self.tower(send(stack(samples, "pixel_values"), builder.device))
         places = torch.full(features.shape[:2], IMAGE_FEATURE_ID)  # (B, F)
         system = system_ids(builder.prompting) if self.system_prompt else []
-        rows, _ = conversation_rows(items, places, system, builder)
-        rows.attention_mask = OmniMask.mmu_vit(len(items), len(system), places.shape[1], builder.row_length)
+        rows, _ = conversation_rows(samples, places, system, builder)
+        rows.attention_mask = OmniMask.mmu_vit(len(samples), len(system), places.shape[1], builder.row_length)
         return rows, features
 
 
@@ -129,10 +129,10 @@ def system_ids(prompting) -> list[int]:
 
 
 def room_for_text(config, num_image: int, num_system: int) -> int:
-    """Tokens of text in a row of `num_image` image positions and a system prompt.
+    """Number of text tokens that fit in a row with `num_image` image positions and a system prompt.
 
     Raises:
-        UserError: a row of conversations has no room for any.
+        UserError: none fit.
     """
     max_text_len = config.dataset.preprocessing.max_seq_length
     if not config.training.batch_size_mmu or not config.dataset.und_type.startswith("llava"):
@@ -146,20 +146,20 @@ def room_for_text(config, num_image: int, num_system: int) -> int:
     return room
 
 
-def conversation_rows(items: list[dict], image: torch.Tensor, system: list[int], builder) -> tuple[Rows, int]:
-    """Rows of LLaVA samples without their mask, and the index at which their text begins.
+def conversation_rows(samples: list[dict], image: torch.Tensor, system: list[int], builder) -> tuple[Rows, int]:
+    """Rows of LLaVA samples, without a mask, and the index at which the text starts.
 
     Args:
-        items: with `input_ids` and `labels` of `llava.encode_conversation` or `encode_plain`.
-        image: (B, ·) int64, what stands between ``<soi>`` and ``<eoi>``.
-        system: ids behind ``<mmu>``.
+        samples: with `input_ids` and `labels` of `llava.encode_conversation` or `encode_plain`.
+        image: (B, ·) int64, ids between ``<soi>`` and ``<eoi>``.
+        system: ids of the system prompt, after ``<mmu>``.
     """
     prompting, vocabulary = builder.prompting, builder.prompting.vocabulary
     text_start = 1 + len(system) + 1 + image.shape[1] + 1
-    text = collate(items, prompting.tokenizer, builder.row_length - text_start)
+    text = collate(samples, prompting.tokenizer, builder.row_length - text_start)
 
     def column(ids: list[int]) -> torch.Tensor:
-        return torch.tensor(ids, dtype=torch.long).expand(len(items), len(ids))
+        return torch.tensor(ids, dtype=torch.long).expand(len(samples), len(ids))
 
     head = column([vocabulary.mmu_id, *system, vocabulary.soi_id])
     input_ids = torch.cat([head, image, column([vocabulary.eoi_id]), text["input_ids"]], dim=1)

@@ -1,7 +1,7 @@
-"""COCO: zero-shot FID-30K and CLIPScore of drawings of val2014's captions.
+"""COCO: zero-shot FID-30K and CLIPScore of images generated from val2014's captions.
 
-`coco/annotations/captions_val2014.json` (or `coco_captions`, a file of the same form) and `coco/val2014/`. Of 30,000
-pictures, drawn by `seed`, one caption each is drawn; FID compares with all pictures of the file.
+`coco/annotations/captions_val2014.json` (or `coco_captions`, a file of the same form) and `coco/val2014/`. An image
+is generated for one caption of each of 30,000 images sampled with `seed`; FID compares with all images of the file.
 """
 
 import random
@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from evaluation.drawing import DrawingTask
+from evaluation.generation import GenerationTask
 from evaluation.image_scores import FID, check_clip, check_fid, clip_network, clip_scores, fid_metric
-from evaluation.official_files import check_filled, check_pictures, field, read_json, unique_keys, write_json
+from evaluation.official_files import check_filled, check_images, field, read_json, unique_keys, write_json
 from evaluation.task import Item, Paper, Verdict, ratio
 from models.images import load_image
 
@@ -20,7 +20,7 @@ CAPTIONS = 30_000
 FID_FILE = "fid.json"
 
 
-class COCO(DrawingTask):
+class COCO(GenerationTask):
     name = "coco"
     official_size = CAPTIONS
     asked_by = ("captions",)
@@ -49,10 +49,10 @@ class COCO(DrawingTask):
                 raise UserError(f"{place}: field 'image_id' is {image}; expected the 'id' of one of the file's images")
             captions.setdefault(image, []).append((key, " ".join(text.split())))
         self.real = [self.root / "coco/val2014" / name for name in names.values()]
-        check_pictures(
+        check_images(
             self.real if "fid" in self.scores else [],
             lambda path: f"field 'file_name' ({path.name}) of {file.name}",
-            f"COCO's val2014 pictures in {self.root / 'coco/val2014'}",
+            f"COCO's val2014 images in {self.root / 'coco/val2014'}",
         )
         check_filled(captions, f"{file}: field 'annotations'", "COCO's captions of val2014")
         rng = random.Random(f"captions {self.config.seed}")
@@ -61,7 +61,7 @@ class COCO(DrawingTask):
         unique_keys([str(key) for _, key, _ in pairs], file, "id")
         for score, load in (("fid", fid_metric), ("clip", clip_network)):
             if score in self.scores:
-                load(self.config)  # a network that does not serve is seen before anything is drawn
+                load(self.config)  # an unusable network is noticed before anything is generated
         return [Item(str(key), text, image=names[image], expected=text) for image, key, text in pairs]
 
     def file_of(self, item) -> str:
@@ -79,8 +79,8 @@ class COCO(DrawingTask):
             write_json(self.folder / FID_FILE, {"FID-30K": fid.value()})
         if "clip" not in self.scores:
             return [Verdict("", 0.0) for _ in items]
-        drawn = (load_image(self.folder / answer) for answer in answers)
-        return [Verdict("", score) for score in clip_scores(self.config, drawn, [item.prompt for item in items])]
+        generated = (load_image(self.folder / answer) for answer in answers)
+        return [Verdict("", score) for score in clip_scores(self.config, generated, [item.prompt for item in items])]
 
     def counts(self, items, verdicts) -> dict[str, float]:
         return {"drawings": len(items), "CLIPScore": sum(verdict.score for verdict in verdicts)}
@@ -98,9 +98,9 @@ class COCO(DrawingTask):
 
     def notes(self) -> list[str]:
         config = self.config
-        found = [f"val2014, one caption each of pictures drawn with seed {config.seed}", *super().notes()]
+        found = [f"val2014, one caption each of images sampled with seed {config.seed}", *super().notes()]
         if "fid" in self.scores:
-            found.append(f"against all {len(self.real)} pictures, through {self.network}")
+            found.append(f"against all {len(self.real)} images, through {self.network}")
             found.append(f"both sets: shorter side to {config.fid_size} by PIL's bicubic, centre crop")
         if "clip" in self.scores:
             found.append(f"CLIPScore by {Path(config.clip_score_model).name}")

@@ -1,10 +1,10 @@
-"""How well a model draws the emoji world: is a drawing nearest to real pictures of the thing that was asked for?
+"""Image generation on the emoji world: are generated images nearest to real images of the thing that was asked for?
 
-Each caption is drawn once. Drawings are compared with all pictures that training saw (the gallery): in the features of
-a frozen EfficientNet-Lite0 and pixel by pixel. The names are ranked by their nearest picture; a drawing counts if the
-right one is among the first 1 or 5. A held-out picture is not in the gallery, so its drawing must resemble the same
-thing in other styles. The same is done with the real pictures and with what the image tokenizer makes of them: no
-drawing can be expected to do better. Both spaces, since those features punish blur that pixels do not.
+One image is generated per caption and compared with all training images (the gallery), in the features of a frozen
+EfficientNet-Lite0 and by pixels. Names are ranked by their nearest gallery image, and top-1 and top-5 accuracy of the
+right name are reported. A held-out image is not in the gallery, so its generated image must resemble the same thing in
+other styles. Real images and the image tokenizer's reconstructions are ranked too, as upper bounds. Both spaces are
+used because the features penalise blur that pixel distances do not.
 """
 
 from collections.abc import Sequence
@@ -14,22 +14,22 @@ import torch
 from PIL import Image
 
 from evaluation import efficientnet
-from evaluation.drawing import DrawingTask, as_bytes, psnr, save, side_by_side, square
 from evaluation.emoji import KINDS, SPLITS, read_world, world_settings
 from evaluation.frechet import frechet_figures
+from evaluation.generation import GenerationTask, as_bytes, psnr, save, side_by_side, square
 from evaluation.task import Item, Verdict, ratio
 from models.images import load_image
 from models.pipeline_loading import choose_device
 from training.data.emoji_text import caption
 
-DRAWN, RECONSTRUCTED, REAL = "drawings", "reconstructions", "real pictures"
-SOURCES = (DRAWN, RECONSTRUCTED, REAL)
+GENERATED, RECONSTRUCTED, REAL = "drawings", "reconstructions", "real pictures"
+SOURCES = (GENERATED, RECONSTRUCTED, REAL)
 SPACES = ("features", "pixels")
 TOPS = (1, 5)
-FEATURES = "features.pt"  # what the Fréchet distance is made of, for `compare`
+FEATURES = "features.pt"  # inputs of the Fréchet distance, read again by `compare`
 
 
-class EmojiDrawing(DrawingTask):
+class EmojiDrawing(GenerationTask):
     name = "emoji_drawing"
     headline = "held-out top-1, features"
     asked_by = ("emoji_manifest",)
@@ -58,10 +58,10 @@ class EmojiDrawing(DrawingTask):
         ]
 
     def file_of(self, item) -> str:
-        return f"{DRAWN}/{item.key}.png"
+        return f"{GENERATED}/{item.key}.png"
 
     def predict(self, model, items, images, generator) -> list[str]:
-        """Draws, and keeps beside the drawings what the image tokenizer makes of the real pictures."""
+        """Generates images, and saves the tokenizer's reconstructions of the real ones beside them."""
         real = [load_image(item.facts["picture"].path) for item in items]
         for item, image in zip(items, model.decode(model.encode(real)), strict=True):
             save(self.folder, f"{RECONSTRUCTED}/{item.key}.png", image)
@@ -74,27 +74,27 @@ class EmojiDrawing(DrawingTask):
             "features": {source: efficientnet.features(model, images, source) for source, images in shown.items()},
             "pixels": {source: pixels(images) for source, images in shown.items()},
         }
-        ranks = self._ranks(items, vectors)  # and leaves of the real pictures those of the items
+        ranks = self._ranks(items, vectors)  # also reduces the real images to those of the items
         splits = [item.facts["picture"].split for item in items]
         torch.save(vectors["features"] | {"splits": splits}, self.folder / FEATURES)
-        near = torch.cosine_similarity(vectors["features"][DRAWN], vectors["features"][REAL]).tolist()
+        near = torch.cosine_similarity(vectors["features"][GENERATED], vectors["features"][REAL]).tolist()
         quality = psnr(vectors["pixels"][RECONSTRUCTED], vectors["pixels"][REAL]).tolist()
         verdicts = []
         for number, similarity in enumerate(near):
             facts = {f"{source} {space} rank": found[number][0] for (source, space), found in ranks.items()}
-            nearest = ", ".join(f"{ranks[DRAWN, space][number][1]} ({space})" for space in SPACES)
+            nearest = ", ".join(f"{ranks[GENERATED, space][number][1]} ({space})" for space in SPACES)
             verdicts.append(Verdict(f"nearest: {nearest}", similarity, facts | {"PSNR": quality[number]}))
         return verdicts
 
     def _shown(self, items: Sequence[Item], answers: Sequence[str]) -> dict[str, list[Image.Image]]:
-        """Drawings and reconstructions of the items, and all real pictures of the world, at the model's size."""
+        """Generated and reconstructed images of the items, and all real images of the world, at the model's size."""
         size = self.config.dataset.preprocessing.resolution
-        restored = self.drawings([f"{RECONSTRUCTED}/{item.key}.png" for item in items])
+        restored = self.generated([f"{RECONSTRUCTED}/{item.key}.png" for item in items])
         real = [square(load_image(picture.path), size) for picture in self.world]
-        return {DRAWN: self.drawings(answers), RECONSTRUCTED: restored, REAL: real}
+        return {GENERATED: self.generated(answers), RECONSTRUCTED: restored, REAL: real}
 
     def _ranks(self, items: Sequence[Item], vectors: dict[str, dict[str, torch.Tensor]]) -> dict[tuple[str, str], list]:
-        """`name_ranks` by source and space; the gallery are the seen pictures."""
+        """`name_ranks` by source and space; the gallery consists of the seen images."""
         place = {picture.key: number for number, picture in enumerate(self.world)}
         rows = [place[item.key] for item in items]
         seen = [number for number, picture in enumerate(self.world) if picture.split == SPLITS[0]]
@@ -123,39 +123,40 @@ class EmojiDrawing(DrawingTask):
             for space in SPACES:
                 for top in TOPS:
                     for source in SOURCES:
-                        name = f"{kind} top-{top}, {space}{'' if source == DRAWN else f': {source}'}"
+                        name = f"{kind} top-{top}, {space}{'' if source == GENERATED else f': {source}'}"
                         found[name] = 100 * ratio(sums[f"{kind} {source} {space} {top}"], sums[kind])
         for kind in (kind for kind in SPLITS if kind in sums):
             found[f"{kind} PSNR of the reconstructions, dB"] = ratio(sums[f"{kind} PSNR"], sums[kind])
         return found
 
     def set_figures(self, folder, samples, seed) -> dict[str, np.ndarray]:
-        """Fréchet distances to the real pictures of the same split."""
+        """Fréchet distances to the real images of the same split."""
         kept = torch.load(folder / FEATURES, weights_only=True)
         found = {}
         for split in SPLITS:
             rows = torch.tensor([one == split for one in kept["splits"]])
             if rows.sum() > 1:
-                for source in (DRAWN, RECONSTRUCTED):
-                    name = f"{split} Fréchet distance (EfficientNet-Lite0){'' if source == DRAWN else f': {source}'}"
+                for source in (GENERATED, RECONSTRUCTED):
+                    name = f"{split} Fréchet distance (EfficientNet-Lite0)"
+                    name += "" if source == GENERATED else f": {source}"
                     found[name] = frechet_figures(kept[source][rows], kept[REAL][rows], samples, seed)
         return found
 
     def notes(self) -> list[str]:
         count = {split: sum(picture.split == split for picture in self.world) for split in SPLITS}
         names = len({picture.name for picture in self.world})
-        world = f"{names} names, {count['seen']} pictures seen and {count['held-out']} held out"
+        world = f"{names} names, {count['seen']} images seen and {count['held-out']} held out"
         return [world, *super().notes()]
 
     def picture(self, item, answer) -> Image.Image:
-        """The drawing and, right of it, the real picture."""
+        """The generated image, and the real one to its right."""
         return side_by_side(super().picture(item, answer), load_image(item.facts["picture"].path))
 
 
 def name_ranks(
     queries: torch.Tensor, gallery: torch.Tensor, names: Sequence[str], wanted: Sequence[str], cosine: bool
 ) -> list[tuple[int, str]]:
-    """Names ranked by their nearest gallery picture.
+    """Names ranked by their nearest gallery image.
 
     Args:
         queries: (Q, F).

@@ -1,6 +1,6 @@
-"""What a model says about the pictures of the emoji world: names, yes or no, styles.
+"""What a model says about the images of the emoji world: names, yes or no, styles.
 
-The questions are those of training (`training/data/emoji_text.py`); a held-out picture's name was seen in other styles.
+The questions are those of training (`training/data/emoji_text.py`); a held-out image's name was seen in other styles.
 """
 
 import random
@@ -16,7 +16,7 @@ from training.data.emoji_text import GROUP_QUESTIONS, GROUPS, NAME_QUESTION, STY
 
 
 class EmojiQuestions(QuestionTask):
-    """One question about every picture, of which the answer must be exactly the right one."""
+    """One question about every image, of which the answer must be exactly the right one."""
 
     headline = "held-out"
     asked_by = ("emoji_manifest",)
@@ -60,7 +60,7 @@ class EmojiStyle(EmojiQuestions):
 
 
 class EmojiYesNo(YesNoRule, EmojiQuestions):
-    """POPE's form: about every picture one question to be answered yes and one to be answered no."""
+    """POPE's form: about every image one question to be answered yes and one to be answered no."""
 
     name = "emoji_yes_no"
     headline = "held-out accuracy"
@@ -85,7 +85,7 @@ class EmojiYesNo(YesNoRule, EmojiQuestions):
 
 
 def ask(picture: Picture, question: str, right: str, end: str = "") -> Item:
-    """A question about a picture; all about one are resampled together, within its split and style."""
+    """A question about an image; all about one are resampled together, within its split and style."""
     return Item(
         f"{picture.key}{end}",
         question,

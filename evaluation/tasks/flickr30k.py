@@ -1,4 +1,4 @@
-"""Flickr30k: captions of the 1,000 test pictures of Karpathy's split, scored by CIDEr against five people's.
+"""Flickr30k: captions of the 1,000 test images of Karpathy's split, scored by CIDEr against five people's.
 
 `flickr30k/dataset_flickr30k.json` (Karpathy's) and `flickr30k/flickr30k-images/`.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 from common.errors import UserError
 from evaluation.caption_tokens import cider, tokenizer_name
-from evaluation.official_files import check_pictures, field, read_json, unique_keys, write_json
+from evaluation.official_files import check_images, field, read_json, unique_keys, write_json
 from evaluation.task import Item, Paper, QuestionTask, Verdict, cell, ratio
 from models.images import load_image
 
@@ -41,10 +41,10 @@ class Flickr30k(QuestionTask):
             raise UserError(f"{file}: no image has 'test' in the field 'split'; expected Karpathy's 1,000")
         unique_keys([item.key for item in items], file, "imgid")
         named = {item.image: item.key for item in items}
-        check_pictures(
+        check_images(
             [self._folder / item.image for item in items],
             lambda path: f"field 'filename' of imgid {named[path.name]} in {FILE}",
-            f"Flickr30k's pictures in {self._folder}",
+            f"Flickr30k's images in {self._folder}",
         )
         return items
 

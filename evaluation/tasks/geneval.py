@@ -1,6 +1,6 @@
-"""GenEval: are the things of a prompt in the drawing, in number, colour and place? Judged by an object detector.
+"""GenEval: does the image show the prompt's objects, in number, colour and position? Judged by an object detector.
 
-`geneval/evaluation_metadata.jsonl` of the official repository: 553 prompts, each drawn four times, in the official
+`geneval/evaluation_metadata.jsonl` of the official repository: 553 prompts, four images each, in the official
 layout `{task's folder}/images/00000/{metadata.jsonl, grid.png, samples/0000.png ...}`. Judging is the official
 script's, `evaluation/evaluate_images.py`; it runs here if its detector is installed (`geneval_repository`,
 `geneval_detector`), otherwise elsewhere, and its `results.jsonl` is put into the task's folder.
@@ -17,7 +17,7 @@ import numpy as np
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError
-from evaluation.drawing import DrawingTask
+from evaluation.generation import GenerationTask
 from evaluation.official_files import check_filled, existing, field, read_json_lines
 from evaluation.task import Item, Paper, Verdict, ratio, right_by
 
@@ -28,7 +28,7 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 SCRIPT = "evaluation/evaluate_images.py"
 
 
-class GenEval(DrawingTask):
+class GenEval(GenerationTask):
     name = "geneval"
     headline = "overall"
     unit = "x 100"
@@ -37,7 +37,7 @@ class GenEval(DrawingTask):
 
     def __init__(self, config, root, folder) -> None:
         super().__init__(config, root, folder)
-        self.obstacle = ""  # why the drawings are not judged here
+        self.obstacle = ""  # why the images are not judged here
         if config.geneval_repository:
             existing(Path(config.geneval_repository) / SCRIPT, "GenEval's script in geneval_repository")
 
@@ -65,27 +65,27 @@ class GenEval(DrawingTask):
         return answers
 
     def judge(self, items, answers) -> list[Verdict]:
-        """What the official script found; nothing where it cannot run and has not run."""
-        self._draw_grids(answers)
+        """The official script's verdicts; empty if it has not run and cannot run here."""
+        self._save_grids(answers)
         file = self.folder / RESULTS
         if not file.is_file() and not self._run_script(file):
             return []
         found = read_results(file)
         if missing := [item.key for item in items if item.key not in found]:
             raise UserError(
-                f"{file}: field 'filename' names {len(found)} pictures, but not .../{missing[0]} ({len(missing)} are "
+                f"{file}: field 'filename' names {len(found)} images, but not .../{missing[0]} ({len(missing)} are "
                 f"missing); run GenEval's {SCRIPT} on all of {self.folder / 'images'}"
             )
         return [Verdict(found[item.key][1], float(found[item.key][0])) for item in items]
 
-    def _draw_grids(self, answers: Sequence[str]) -> None:
+    def _save_grids(self, answers: Sequence[str]) -> None:
         """The official `grid.png` of each prompt, for people."""
         prompts: dict[Path, list[str]] = {}
         for answer in answers:
             prompts.setdefault((self.folder / answer).parents[1], []).append(answer)
         for folder, samples in prompts.items():
             if not (folder / "grid.png").exists():
-                contact_sheet(self.drawings(samples), [""] * len(samples), columns=2).save(folder / "grid.png")
+                contact_sheet(self.generated(samples), [""] * len(samples), columns=2).save(folder / "grid.png")
 
     def _run_script(self, file: Path) -> bool:
         config = self.config
@@ -108,18 +108,18 @@ class GenEval(DrawingTask):
         return True
 
     def counts(self, items, verdicts) -> dict[str, float]:
-        """Of one prompt: its drawings by tag, and whether any of the four is right."""
+        """Of one prompt: its images by tag, and whether any of the four is right."""
         any_right = float(any(verdict.score for verdict in verdicts))
         return right_by([item.stratum for item in items], verdicts) | {"prompts": 1, "prompts right": any_right}
 
     def figures(self, sums) -> dict[str, np.ndarray]:
-        """As the official summary: the overall score is the mean of the tags' shares of right drawings."""
+        """As in the official summary, the overall score is the mean over tags of the share of correct images."""
         tags = [tag for tag in TAGS if tag in sums]
         found = {tag: 100 * ratio(sums[f"{tag} right"], sums[tag]) for tag in tags}
-        drawings, right = sum(sums[tag] for tag in tags), sum(sums[f"{tag} right"] for tag in tags)
+        images, right = sum(sums[tag] for tag in tags), sum(sums[f"{tag} right"] for tag in tags)
         return {
             "overall": sum(found.values()) / len(tags),
-            "drawings right": 100 * ratio(right, drawings),
+            "drawings right": 100 * ratio(right, images),
             "prompts with a right drawing": 100 * ratio(sums["prompts right"], sums["prompts"]),
         } | found
 
@@ -128,7 +128,7 @@ class GenEval(DrawingTask):
 
 
 def read_results(file: Path) -> dict[str, tuple[bool, str]]:
-    """Whether each drawing is right, and why not, by `00000/samples/0000.png`."""
+    """Whether each image is correct, and why not, by `00000/samples/0000.png`."""
     found = {}
     for place, record in read_json_lines(file, f"what GenEval's {SCRIPT} writes, one JSON object a line"):
         key = "/".join(Path(field(place, record, "filename", str)).parts[-3:])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.official_files import check_filled, check_pictures, field, read_json, write_json
+from evaluation.official_files import check_filled, check_images, field, read_json, write_json
 from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, accuracies, right_by
 from models.images import load_image
 
@@ -28,10 +28,10 @@ class GQA(QuestionTask):
         check_filled(records, file, what)
         items = [self._item(f"{file}, question {key}", key, record) for key, record in records.items()]
         named = {item.image: item.key for item in reversed(items)}
-        check_pictures(
+        check_images(
             [self._folder / item.image for item in items],
             lambda path: f"field 'imageId' of question {named[path.name]} in {FILE}",
-            f"GQA's pictures in {self._folder}",
+            f"GQA's images in {self._folder}",
         )
         return items
 

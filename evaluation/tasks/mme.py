@@ -1,7 +1,7 @@
-"""MME: fourteen subtasks of yes/no questions, two about each picture, one of which is to be answered no.
+"""MME: fourteen subtasks of yes/no questions, two about each image, one of which is to be answered no.
 
 `mme/{subtask}/`, or `mme/MME_Benchmark_release_version/{subtask}/` as the official archive unpacks. A subtask's folder
-holds `{name}.txt` beside the picture `{name}.jpg` (or png), or both apart, in `questions_answers_YN/` and `images/`.
+holds `{name}.txt` beside the image `{name}.jpg` (or png), or both apart, in `questions_answers_YN/` and `images/`.
 """
 
 from functools import partial
@@ -38,7 +38,7 @@ class MME(QuestionTask):
             questions = folder / "questions_answers_YN"
             files = sorted((questions if questions.is_dir() else folder).glob("*.txt"))
             if not files:
-                raise UserError(f"{folder} holds no .txt file; expected MME's questions, one file a picture")
+                raise UserError(f"{folder} holds no .txt file; expected MME's questions, one file per image")
             for file in files:
                 items += _read_pair(subtask, file, folder / "images" if questions.is_dir() else folder)
         return items
@@ -48,7 +48,7 @@ class MME(QuestionTask):
         return [Verdict(p, float(p == item.expected.lower())) for item, p in zip(items, parsed, strict=True)]
 
     def counts(self, items, verdicts) -> dict[str, float]:
-        """Of one picture: it counts for acc+ when both its questions are answered rightly."""
+        """Of one image: it counts for acc+ when both its questions are answered rightly."""
         subtask, right = items[0].stratum, sum(verdict.score for verdict in verdicts)
         other = sum(verdict.parsed == "other" for verdict in verdicts)
         counted = {"pictures": 1, "questions": len(items), "right": right, "pairs": right == 2, "other": other}
@@ -68,7 +68,7 @@ class MME(QuestionTask):
         } | found
 
     def write_submission(self, folder, items, answers):
-        """`{subtask}.txt` as the official `calculation.py` reads them: picture, question, answer, prediction."""
+        """`{subtask}.txt` as the official `calculation.py` reads them: image, question, answer, prediction."""
         for subtask in SUBTASKS:
             lines = [
                 "\t".join((Path(item.image).name, item.prompt, item.expected, cell(answer))) + "\n"
@@ -79,10 +79,10 @@ class MME(QuestionTask):
 
 
 def _read_pair(subtask: str, file: Path, pictures: Path) -> list[Item]:
-    """The two questions of one picture."""
+    """The two questions of one image."""
     image = next((path for end in PICTURES if (path := pictures / f"{file.stem}{end}").is_file()), None)
     if image is None:
-        raise UserError(f"{file} has no picture; expected {pictures / file.stem}{' or '.join(PICTURES)}")
+        raise UserError(f"{file} has no image; expected {pictures / file.stem}{' or '.join(PICTURES)}")
     try:
         lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
 """MMMU: college questions of thirty subjects, most with four options, some open.
 
-`mmmu/{Subject}/{split}-*.parquet` as the official data set is distributed; the pictures are inside. Prompt and parsing
-are those of the official repository's LLaVA example; every question is asked with its first picture.
+`mmmu/{Subject}/{split}-*.parquet` as the official data set is distributed; the images are inside. Prompt and parsing
+are those of the official repository's LLaVA example; every question is asked with its first image.
 """
 
 import ast
@@ -35,7 +35,7 @@ class MMMU(QuestionTask):
     paper = Paper(
         26.7,
         27.4,
-        "the validation split is assumed; only the first picture of a question is shown, also where its options are "
+        "the validation split is assumed; only the first image of a question is shown, also where its options are "
         "pictures (the official example draws the answer there)",
     )
 
@@ -68,7 +68,7 @@ class MMMU(QuestionTask):
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read as parquet ({error}); expected MMMU's questions") from None
         if "image_1" not in table.schema_arrow.names:
-            raise UserError(f"{file}: field 'image_1' is missing; expected a picture as a struct of bytes and path")
+            raise UserError(f"{file}: field 'image_1' is missing; expected an image as a struct of bytes and path")
         check_filled(rows, file, f"MMMU's questions about {file.parent.name}")
         return [self._item(f"{file}, row {n}", file, n, row) for n, row in enumerate(rows.to_pylist())]
 
@@ -144,17 +144,17 @@ def read_list(place: str, name: str, text: str) -> list[str]:
 
 
 @lru_cache(maxsize=2)
-def pictures_of(file: Path) -> pa.ChunkedArray:
-    """The first picture of every question of a subject; of two subjects they stay in memory."""
+def images_of(file: Path) -> pa.ChunkedArray:
+    """The first image of every question of a subject; of two subjects they stay in memory."""
     return pq.read_table(file, columns=["image_1"]).column("image_1")
 
 
 def open_picture(file: Path, number: int) -> Image.Image:
-    """The first picture of a question, read when its turn comes."""
-    value = pictures_of(file)[number].as_py()
+    """The first image of a question, read when its turn comes."""
+    value = images_of(file)[number].as_py()
     try:
         return Image.open(io.BytesIO(value["bytes"])).convert("RGB")
     except (TypeError, KeyError, OSError) as error:
         raise UserError(
-            f"{file}, row {number}: field 'image_1' is no picture ({error}); expected a struct with its bytes"
+            f"{file}, row {number}: field 'image_1' is no image ({error}); expected a struct with its bytes"
         ) from None

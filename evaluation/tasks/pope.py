@@ -1,4 +1,4 @@
-"""POPE: is a thing in the picture, yes or no, where the wrong things are random, frequent, or likely in such pictures.
+"""POPE: is a thing in the image, yes or no, where the wrong things are random, frequent, or likely in such images.
 
 `pope/coco_pope_{random,popular,adversarial}.json` of the official repository and COCO's `coco/val2014/`.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from evaluation.official_files import (
     check_filled,
-    check_pictures,
+    check_images,
     field,
     read_json_lines,
     unique_keys,
@@ -49,10 +49,10 @@ class POPE(YesNoRule, QuestionTask):
     def read_items(self) -> list[Item]:
         items = [item for split in SPLITS for item in self._read_split(split)]
         named = {item.image: item.facts["split"] for item in reversed(items)}
-        check_pictures(
+        check_images(
             [self._folder / item.image for item in items],
             lambda path: f"field 'image' of coco_pope_{named[path.name]}.json",
-            f"COCO's val2014 pictures in {self._folder}",
+            f"COCO's val2014 images in {self._folder}",
         )
         return items
 
@@ -68,7 +68,7 @@ class POPE(YesNoRule, QuestionTask):
             image, text = (field(place, record, name, str) for name in ("image", "text"))
             label = field(place, record, "label", str, ("yes", "no"))
             opened, facts = partial(load_image, self._folder / image), {"split": split, "question": text}
-            # The splits share their pictures, so pictures are resampled, not questions.
+            # The splits share their images, so images are resampled, not questions.
             items.append(
                 Item(f"{split}-{number}", text + SHORT_ANSWER, opened, image, image, facts=facts, expected=label)
             )

@@ -1,6 +1,6 @@
-"""What the image tokenizer loses: PSNR, SSIM, rFID and codebook use on a folder of pictures (`reconstruction_images`).
+"""What the image tokenizer loses: PSNR, SSIM, rFID and codebook use on a folder of images (`reconstruction_images`).
 
-A picture is compared as the model sees it: resized and cropped to its resolution, in 8 bits.
+An image is compared as the model sees it: resized and cropped to its resolution, in 8 bits.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.inputs import required_path
-from evaluation.drawing import save, side_by_side, square
+from evaluation.generation import save, side_by_side, square
 from evaluation.image_scores import FID, check_fid, fid_metric, need, psnr_and_ssim
 from evaluation.official_files import field, read_json, write_json
 from evaluation.task import Item, Task, Verdict, ratio
@@ -40,20 +40,20 @@ class Reconstruction(Task):
 
     @property
     def settings(self):
-        """Pictures may be added to the folder between two starts, but not exchanged for those of another."""
+        """Images may be added to the folder between two starts, but not exchanged for those of another."""
         return super().settings | {"reconstruction_images": str(self._folder.resolve())}
 
     def read_items(self) -> list[Item]:
         root = self._folder
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not files:
-            raise UserError(f"reconstruction_images={root} holds no picture; expected {', '.join(SUFFIXES)}")
+            raise UserError(f"reconstruction_images={root} holds no image; expected {', '.join(SUFFIXES)}")
         if self.network:
             fid_metric(self.config)  # a network that does not serve is seen before anything is done
         return [self._item(str(path.relative_to(root)), path) for path in files]
 
     def _item(self, name: str, path: Path) -> Item:
-        """Its size belongs to the key, so that a picture that changed is another item, under another file name."""
+        """Its size belongs to the key, so that an image that changed is another item, under another file name."""
         key = f"{name}, {path.stat().st_size} bytes"
         file = hashlib.sha256(key.encode()).hexdigest()[:16]
         return Item(key, "", partial(load_image, path), name, facts={"file": file})
@@ -83,7 +83,7 @@ class Reconstruction(Task):
         return verdicts
 
     def _seen(self, item: Item) -> Image.Image:
-        """The picture as the model sees it."""
+        """The image as the model sees it."""
         return square(item.open_image(), self.config.dataset.preprocessing.resolution)
 
     def _codes(self, files) -> dict[str, float]:
@@ -108,12 +108,12 @@ class Reconstruction(Task):
         return {"PSNR": ratio(sums["PSNR"], sums["pictures"]), "SSIM x 100": ssim}
 
     def set_figures(self, folder, samples, seed) -> dict[str, np.ndarray]:
-        """Without intervals: a resample holds fewer different pictures, and so fewer codes."""
+        """Without intervals: a resample holds fewer different images, and so fewer codes."""
         tree = read_json(folder / SET_FILE, dict, "figures of the whole set")
         return {name: np.array([field(str(folder / SET_FILE), tree, name, (int, float))]) for name in tree}
 
     def picture(self, item, answer) -> Image.Image:
-        """What the tokenizer made of it and, right of it, the picture."""
+        """What the tokenizer made of it and, right of it, the image."""
         return side_by_side(load_image(self.folder / answer), self._seen(item))
 
     def notes(self) -> list[str]:

@@ -1,6 +1,6 @@
-"""VQAv2: open questions about COCO's pictures, with ten people's answers each.
+"""VQAv2: open questions about COCO's images, with ten people's answers each.
 
-`vqav2/v2_OpenEnded_mscoco_{split}_questions.json`, `vqav2/v2_mscoco_val2014_annotations.json` and COCO's pictures in
+`vqav2/v2_OpenEnded_mscoco_{split}_questions.json`, `vqav2/v2_mscoco_val2014_annotations.json` and COCO's images in
 `coco/val2014/` or `coco/test2015/`. The answers of test-dev and test are not public: there the server scores.
 """
 
@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from common.errors import UserError
-from evaluation.official_files import check_filled, check_pictures, field, read_json, unique_keys, write_json
+from evaluation.official_files import check_filled, check_images, field, read_json, unique_keys, write_json
 from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, accuracies, ratio, right_by
 from evaluation.vqa_normalization import normalize, one_line, vqa_accuracy
 from models.images import load_image
@@ -52,10 +52,10 @@ class VQAv2(QuestionTask):
         items = [self._item(f"{file}, question {n}", record, pictures, annotations) for n, record in enumerate(records)]
         unique_keys([item.key for item in items], file, "question_id")
         named = {item.image: item.key for item in reversed(items)}
-        check_pictures(
+        check_images(
             [self.root / "coco" / item.image for item in items],
             lambda path: f"field 'image_id' of question_id {named[f'{pictures}/{path.name}']} in {file.name}",
-            f"COCO's {pictures} pictures in {self.root / 'coco' / pictures}",
+            f"COCO's {pictures} images in {self.root / 'coco' / pictures}",
         )
         return items
 

@@ -27,7 +27,7 @@ from tests.training.tiny import (
     write_shard,
 )
 from training.data.encode_images import ImageEncoder, main
-from training.data.image_text import Pictures
+from training.data.image_text import ImageTransform
 from training.data.shard_writing import sha256
 from training.data.shards import check_codes, read_shard
 
@@ -124,7 +124,7 @@ def test_the_flows_take_the_codes(world):
     samples, _ = run(world)
     fits = {"resolution": RESOLUTION, "num_vq_tokens": NUM_TOKENS, "codebook_size": CODEBOOK_SIZE}
     check_codes([str(path) for path in (world / "out").glob("*.tar")], fits)
-    item = Pictures(RESOLUTION, NUM_TOKENS, CODEBOOK_SIZE).of(samples[0], None)
+    item = ImageTransform(RESOLUTION, NUM_TOKENS, CODEBOOK_SIZE).of(samples[0], None)
     assert item["codes"].tolist() == one_at_a_time(sources(world)[0]).tolist()
     with pytest.raises(UserError, match="made for resolution 32, here 64"):
         check_codes([str(world / "out" / "codes-000000.tar")], fits | {"resolution": 64})
@@ -158,7 +158,7 @@ def test_bad_data_is_left_out_counted_and_told(world, capsys):
 def test_not_one_readable_picture_is_an_error_and_leaves_nothing(world):
     for index in range(3):
         write_shard(world / f"in-{index:06d}.tar", [{"png": b"x", "txt": b"y"}])
-    with pytest.raises(UserError, match="not one picture in .* can be read"):
+    with pytest.raises(UserError, match="not one image in .* can be read"):
         main(arguments(world))
     assert not list((world / "out").iterdir())
 
@@ -258,7 +258,7 @@ def test_other_codes_are_not_overwritten_unless_told(world):
 def test_mistakes_are_named(world):
     for values, message in (
         ({"shards": world / "no-*.tar"}, "shards: 1 of 1 files do not exist"),
-        ({"shards": "pipe:cat x.tar"}, "is no file; fetch it first"),
+        ({"shards": "pipe:cat x.tar"}, "is not a file; download the shards first"),
         ({"output": world / "in"}, "would replace the very shards that are read"),
         ({"output": f"{world}/out/"}, "is a folder; add how"),
         ({"vq_model_name": world / "none"}, "does not exist"),

@@ -1,4 +1,4 @@
-"""Pictures with texts: pixels, codes, and what cannot be used."""
+"""Images with texts: pixels, codes, and what cannot be used."""
 
 import io
 import random
@@ -14,17 +14,17 @@ from models.images import preprocess
 from tests.training.tiny import CAPTIONS, image_bytes, picture, sample
 from training.data.batching import unpack
 from training.data.captions import Captions
-from training.data.image_text import ImageTextItem, Pictures, decode_jpeg, jittered
+from training.data.image_text import ImageTextSample, ImageTransform, decode_jpeg, jittered
 from training.data.skipping import SkipSample
 
 
-def pictures(resolution: int = 32, **settings) -> Pictures:
-    return Pictures(resolution, num_codes=16, codebook_size=64, **settings)
+def pictures(resolution: int = 32, **settings) -> ImageTransform:
+    return ImageTransform(resolution, num_codes=16, codebook_size=64, **settings)
 
 
 def item_of(raw: dict, seed: int = 0, captions=None, **settings) -> dict:
     """As it comes out of a loader, with its pixels as numbers."""
-    return unpack([ImageTextItem(pictures(**settings), captions or Captions())(raw, random.Random(seed))])[0]
+    return unpack([ImageTextSample(pictures(**settings), captions or Captions())(raw, random.Random(seed))])[0]
 
 
 def kind_of(raw: dict, **settings) -> str:
@@ -213,9 +213,7 @@ def test_lists_that_are_no_codes_are_skipped(codes):
 @pytest.mark.parametrize("setting", [{"flip": True}, {"jitter": 0.1}, {"processor": object()}])
 def test_codes_cannot_be_mirrored_moved_or_shown_to_clip(setting):
     raw = {"__key__": "a", "codes.npy": codes_bytes(np.arange(16)), "txt": b"x"}
-    with pytest.raises(
-        UserError, match="a holds codes in place of a picture; .*give (it )?the shards with the pictures"
-    ):
+    with pytest.raises(UserError, match="a holds codes in place of an image; .*give (it )?the shards with the images"):
         item_of(raw, **setting)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import UserError
 from training.data import language
-from training.data.language import Documents, text_item
+from training.data.language import Documents, text_sample
 from training.data.skipping import Skipped, SkipSample
 from training.data.sources import Epochs
 
@@ -30,14 +30,14 @@ def write(path, text: str):
 
 
 def test_newlines_are_removed_and_long_texts_cut_to_a_window():
-    assert text_item("one\ntwo\n three", random.Random(0)) == "onetwo three"
-    assert text_item("x" * 8000, random.Random(0)) == "x" * 8000
+    assert text_sample("one\ntwo\n three", random.Random(0)) == "onetwo three"
+    assert text_sample("x" * 8000, random.Random(0)) == "x" * 8000
     long = "".join(f"{i:06d}" for i in range(3000))
-    windows = {text_item(long, random.Random(seed)) for seed in range(20)}
+    windows = {text_sample(long, random.Random(seed)) for seed in range(20)}
     assert len(windows) > 10
     assert all(len(window) == 8000 and window in long for window in windows)
-    assert len(text_item("a\n" * 7000, random.Random(0))) == 7000, "cut after the newlines have gone"
-    assert {text_item("x" * 8000 + "y", random.Random(seed))[-1] for seed in range(20)} == {"x", "y"}
+    assert len(text_sample("a\n" * 7000, random.Random(0))) == 7000, "cut after the newlines have gone"
+    assert {text_sample("x" * 8000 + "y", random.Random(seed))[-1] for seed in range(20)} == {"x", "y"}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_newlines_are_removed_and_long_texts_cut_to_a_window():
 )
 def test_empty_texts_and_what_is_none_are_skipped(text, kind):
     with pytest.raises(SkipSample) as problem:
-        text_item({"__key__": "a.parquet: row 3", "text": text}, random.Random(0))
+        text_sample({"__key__": "a.parquet: row 3", "text": text}, random.Random(0))
     assert problem.value.kind == kind and "a.parquet: row 3" in problem.value.detail
 
 
@@ -113,7 +113,7 @@ def test_orders_differ_by_epoch_and_every_document_comes_once_in_each(tmp_path, 
     )
     parts = len(source.units)
     epochs = [
-        [raw["text"] for index in range(e * parts, (e + 1) * parts) for raw in source.round(1, 0, 1, index)]
+        [raw["text"] for index in range(e * parts, (e + 1) * parts) for raw in source.chunk(1, 0, 1, index)]
         for e in range(2)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(texts)

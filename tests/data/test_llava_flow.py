@@ -11,8 +11,8 @@ from common.errors import UserError
 from llava import encode_conversation, encode_plain
 from tests.parity.goldens import PHI
 from tests.training.tiny import CAPTIONS, image_bytes, picture, sample
-from training.data.image_text import Pictures
-from training.data.llava_flow import LlavaItem, LlavaRecords
+from training.data.image_text import ImageTransform
+from training.data.llava_flow import LlavaRecords, LlavaSample
 from training.data.skipping import SkipSample
 
 
@@ -36,12 +36,12 @@ def write(tmp_path, records, name="llava.json") -> str:
     return str(tmp_path / name)
 
 
-def transform(tokenizer, encode=encode_conversation, text_length=40, **settings) -> LlavaItem:
-    pictures = Pictures(32, num_codes=16, codebook_size=64, **settings)
-    return LlavaItem(pictures, encode, tokenizer, text_length)
+def transform(tokenizer, encode=encode_conversation, text_length=40, **settings) -> LlavaSample:
+    pictures = ImageTransform(32, num_codes=16, codebook_size=64, **settings)
+    return LlavaSample(pictures, encode, tokenizer, text_length)
 
 
-def items(units: LlavaRecords, item: LlavaItem) -> list:
+def items(units: LlavaRecords, item: LlavaSample) -> list:
     """The items, and in place of one that is skipped its kind."""
     made = []
     for index in range(len(units)):

@@ -56,7 +56,7 @@ def test_each_question_is_a_sample_in_the_words_of_the_inference_script(source, 
 
 
 def test_whole_records_are_kept_for_the_llava_flows(source):
-    """Pictures can then be encoded, which leaves the member `json` as it is."""
+    """Images can then be encoded, which leaves the member `json` as it is."""
     main(arguments(source, records="true", repeat="name:2"))
     samples = written(source)
     records = json.loads((source / "qa.json").read_text())
@@ -95,7 +95,7 @@ def test_mistakes_are_named(source):
     with pytest.raises(UserError, match="repeat=name is not of the form"):
         main(arguments(source, repeat="name"))
     (source / "images" / "1.png").unlink()
-    with pytest.raises(UserError, match=r"record 'b': picture .*1\.png does not exist; check image_root"):
+    with pytest.raises(UserError, match=r"record 'b': image .*1\.png does not exist; check image_root"):
         main(arguments(source))
     (source / "qa.json").write_text("[{")
     with pytest.raises(UserError, match="no valid JSON"):

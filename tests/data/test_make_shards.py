@@ -14,7 +14,7 @@ from PIL import Image
 from common.errors import UserError
 from tests.training.tiny import CAPTIONS, image_bytes, picture
 from training.data.captioned import split_of
-from training.data.make_shards import checked_picture, main
+from training.data.make_shards import checked_image, main
 from training.data.shard_writing import in_order, sha256, write_shard
 from training.data.shards import read_shard
 
@@ -151,7 +151,7 @@ def test_folders_named_after_their_classes(tmp_path):
     samples, _ = run(tmp_path / "classes", captions="folders", metadata=True, shuffle=False)
     assert texts(samples) == ["kite", "tench", "tench"] and "jpg" in samples[0]
     assert json.loads(samples[1]["json"]) == {"file_name": "n01440764/0.JPEG"}
-    with pytest.raises(UserError, match="it holds 3 pictures: .* or take their folders with captions=folders"):
+    with pytest.raises(UserError, match="it holds 3 images: .* or take their folders with captions=folders"):
         main(arguments(tmp_path / "classes"))
 
 
@@ -229,16 +229,16 @@ def test_nothing_left_is_an_error_and_leaves_nothing(pets):
 def test_pictures_keep_their_bytes_unless_no_flow_reads_them():
     image = picture(CAPTIONS[0])
     for form, suffix in (("JPEG", "jpg"), ("WEBP", "webp"), ("PNG", "png")):
-        assert checked_picture(image_bytes(image, form), 0, 95) == (suffix, image_bytes(image, form))
-        assert checked_picture(image_bytes(image, form), 32, 95)[1] == image_bytes(image, form)  # not larger
-    suffix, data = checked_picture(image_bytes(image, "BMP"), 0, 95)
+        assert checked_image(image_bytes(image, form), 0, 95) == (suffix, image_bytes(image, form))
+        assert checked_image(image_bytes(image, form), 32, 95)[1] == image_bytes(image, form)  # not larger
+    suffix, data = checked_image(image_bytes(image, "BMP"), 0, 95)
     assert suffix == "png" and Image.open(io.BytesIO(data)).tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize(("size", "form", "new"), [((64, 100), "JPEG", (16, 25)), ((90, 40), "PNG", (36, 16))])
 def test_larger_pictures_are_scaled_in_their_own_format(size, form, new):
     image = picture(CAPTIONS[0]).resize(size)
-    _, data = checked_picture(image_bytes(image, form), 16, 90)
+    _, data = checked_image(image_bytes(image, form), 16, 90)
     small = Image.open(io.BytesIO(data))
     assert small.size == new and small.format == form
     expected = Image.open(io.BytesIO(image_bytes(image, form))).resize(new, Image.Resampling.BICUBIC)
@@ -322,7 +322,7 @@ def test_mistakes_are_named(pets, coco, tmp_path):
     (tmp_path / "arrow" / "data-00000-of-00001.arrow").write_bytes(b"")
     for values, message in (
         ({"source": tmp_path / "none"}, "none is no folder that exists"),
-        ({"source": tmp_path / "bare"}, "no captions found; it holds 1 pictures: put a .txt beside each"),
+        ({"source": tmp_path / "bare"}, "no captions found; it holds 1 images: put a .txt beside each"),
         ({"source": tmp_path / "arrow"}, "saved with save_to_disk"),
         ({"source": lfs}, "pointer of Git LFS: run `git lfs pull`"),
         ({"source": label, "caption_column": "label"}, "column 'label' holds int64, not text"),

@@ -36,13 +36,13 @@ def test_units_are_row_groups_of_all_files(tmp_path):
 def test_an_epoch_covers_every_row_once_over_uneven_streams(tmp_path):
     paths = [write_texts(tmp_path / f"{n}.parquet", [f"{n} {i}" for i in range(9)], row_group_size=4) for n in range(2)]
     source = Epochs(texts_of(*paths))
-    rows = [raw["text"] for stream in range(3) for index in range(2) for raw in source.round(1, stream, 3, index)]
+    rows = [raw["text"] for stream in range(3) for index in range(2) for raw in source.chunk(1, stream, 3, index)]
     assert sorted(rows) == sorted(f"{n} {i}" for n in range(2) for i in range(9))
 
 
 def test_more_streams_than_row_groups_divide_the_rows(tmp_path):
     source = Epochs(texts_of(write_texts(tmp_path / "a.parquet", [f"{i}" for i in range(50)], row_group_size=100)))
-    shares = [[raw["text"] for raw in source.round(1, stream, 4, 0)] for stream in range(4)]
+    shares = [[raw["text"] for raw in source.chunk(1, stream, 4, 0)] for stream in range(4)]
     assert sorted(sum(shares, [])) == sorted(map(str, range(50)))
     assert {len(share) for share in shares} == {12, 13}
 

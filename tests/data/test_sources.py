@@ -26,7 +26,7 @@ class Parts:
 
 
 def stream(source, stream_number: int, num_streams: int, rounds: int, seed=1) -> list[list]:
-    return [list(source.round(seed, stream_number, num_streams, index)) for index in range(rounds)]
+    return [list(source.chunk(seed, stream_number, num_streams, index)) for index in range(rounds)]
 
 
 def flat(rounds: list[list]) -> list:
@@ -87,7 +87,7 @@ def test_an_epoch_of_unknown_length_is_all_there_is():
 
 
 def test_endless_rounds_begin_anew_with_other_random_numbers(monkeypatch):
-    monkeypatch.setattr(sources, "ROUND", 7)
+    monkeypatch.setattr(sources, "CHUNK", 7)
 
     def read(seed):
         return ((seed, number) for number in count())

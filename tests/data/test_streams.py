@@ -17,14 +17,14 @@ import torch
 from common.errors import UserError
 from tests.data.test_sources import Parts
 from training.data import sources, streams
-from training.data.skipping import Skipped, SkipSample, Tally
+from training.data.skipping import SkipCounters, Skipped, SkipSample
 from training.data.sources import Epochs, Resampled
 from training.data.streams import Flow, StreamState
 
 
 @pytest.fixture(autouse=True)
 def short_rounds(monkeypatch):
-    monkeypatch.setattr(sources, "ROUND", 10)
+    monkeypatch.setattr(sources, "CHUNK", 10)
 
 
 def read(seed: int):
@@ -109,16 +109,16 @@ def test_continuing_equals_an_uninterrupted_stream_across_rounds(num_workers, so
         assert take(following, stop - seen) == whole[seen:stop]
         assert following.state_dict().batches == stop
         flow, seen = following, stop
-    assert max(flow.state_dict().rounds) > 1
+    assert max(flow.state_dict().chunks) > 1
 
 
 def test_unreadable_samples_are_passed_over_and_counted():
     flow = make_flow()
     readable = raws(take(flow, 10))
     state = flow.state_dict()
-    used = [raw for index in range(10) for raw in Resampled(read).round(1, 0, 1, index)][: state.seen]
+    used = [raw for index in range(10) for raw in Resampled(read).chunk(1, 0, 1, index)][: state.seen]
     assert readable == [raw for raw in used if raw % 3]
-    assert flow.seen == state.seen == 10 * state.rounds[0] + state.positions[0]
+    assert flow.seen == state.seen == 10 * state.chunks[0] + state.positions[0]
     assert flow.skipped == state.skipped == {"unreadable": state.seen - 30}
     assert state.skipped["unreadable"] > 0
 
@@ -253,7 +253,7 @@ def test_too_many_bad_samples_end_the_run_and_say_which(num_workers):
     message = str(error.value)
     assert message.startswith(f"numbers: skipped {flow.skipped['unreadable']} of {flow.seen} samples (")
     assert "unreadable (such as number " in message
-    assert "dataset.params.max_skipped_fraction 0.1" in message and "mend the data" in message
+    assert "dataset.params.max_skipped_fraction 0.1" in message and "fix the data" in message
 
 
 def test_a_few_bad_samples_do_not():
@@ -298,7 +298,7 @@ def test_a_stretch_without_any_usable_sample_ends_the_run_later_on(monkeypatch):
         return raw
 
     class InOrder(Epochs):
-        def round(self, seed, stream, num_streams, index):
+        def chunk(self, seed, stream, num_streams, index):
             yield (index, 0)
 
     flow = make_flow(source=InOrder(Parts(*[1] * 10**6)), using=first_ten, max_skipped_fraction=1.0)
@@ -335,18 +335,18 @@ def with_shards(bad: set[int], size: int = 50, count: int = 40):
 @pytest.mark.slow
 def test_lost_shards_count_as_the_samples_lost_with_them(monkeypatch):
     """A fifth of the shards is gone: 0.4 % of what a reader yields, but a fifth of the data."""
-    monkeypatch.setattr(sources, "ROUND", 10**6)
+    monkeypatch.setattr(sources, "CHUNK", 10**6)
     flow = make_flow(source=with_shards(set(range(8))), using=as_pairs, batch_size=10, max_skipped_fraction=0.15)
     with pytest.raises(UserError, match=r"missing_file \(such as \d+\.tar\)"):
         take(flow, 2000)
     assert flow.skipped["missing_file"] > 0.15 * flow.seen
     allowed = make_flow(source=with_shards(set(range(8))), using=as_pairs, batch_size=10, max_skipped_fraction=0.4)
     take(allowed, 2000)
-    assert allowed.tally.share == pytest.approx(0.2, abs=0.05)
+    assert allowed.counters.share == pytest.approx(0.2, abs=0.05)
 
 
 def test_one_lost_shard_of_many_ends_no_run_however_early_it_is_read(monkeypatch):
-    monkeypatch.setattr(sources, "ROUND", 10**6)
+    monkeypatch.setattr(sources, "CHUNK", 10**6)
 
     def bad_first(seed: int):
         yield Skipped("truncated_shard", "0.tar", 10_000)
@@ -355,39 +355,39 @@ def test_one_lost_shard_of_many_ends_no_run_however_early_it_is_read(monkeypatch
     flow = make_flow(source=Resampled(bad_first, 10**6), using=as_pairs, max_skipped_fraction=0.1)
     take(flow, 100)
     state = flow.state_dict()
-    assert state.largest == 10_000 and state.skipped["truncated_shard"] + state.owed[0]["truncated_shard"] == 10_000
+    assert state.largest == 10_000 and state.skipped["truncated_shard"] + state.deferred[0]["truncated_shard"] == 10_000
     continued = make_flow(source=Resampled(bad_first, 10**6), using=as_pairs, max_skipped_fraction=0.1)
     continued.load_state_dict(StreamState(**json.loads(json.dumps(dataclasses.asdict(state)))))
     take(flow, 3000), take(continued, 3000)
     assert continued.state_dict() == flow.state_dict(), "nor after a restart"
-    assert flow.skipped == {"truncated_shard": 10_000} and not flow.state_dict().owed
+    assert flow.skipped == {"truncated_shard": 10_000} and not flow.state_dict().deferred
 
 
 def test_files_lost_at_the_start_of_many_workers_do_not_outweigh_what_is_still_being_read():
     """Two of 32 first shards are gone, 1 % of all: noted at once they would be nearly all that was seen."""
-    tally, owed = Tally(), [Counter() for _ in range(32)]
+    counters, deferred = SkipCounters(), [Counter() for _ in range(32)]
     for step in range(300):
         for worker in range(32):
-            tally.seen += 1
+            counters.seen += 1
             if step == 0 and worker < 2:
-                tally.lose(Skipped("missing_file", "gone.tar", 10_000), owed[worker])
-            tally.collect(owed[worker], 2)
-            assert not tally.exceeds(0.15, 200)
-    assert tally.skipped == {"missing_file": 2 * 601}
+                counters.skip_file(Skipped("missing_file", "gone.tar", 10_000), deferred[worker])
+            counters.add_deferred(deferred[worker], 2)
+            assert not counters.exceeds(0.15, 200)
+    assert counters.skipped == {"missing_file": 2 * 601}
 
 
 @pytest.mark.parametrize(("fraction", "lost"), [(0.0, 1), (0.1, 25), (0.1, 5000)])
 def test_samples_that_are_skipped_one_by_one_are_judged_as_they_come(fraction, lost):
-    tally = Tally(seen=100)
+    counters = SkipCounters(seen=100)
     for _ in range(lost):
-        tally.seen += 1
-        tally.skip("empty_text", "a")
-    assert tally.exceeds(fraction, 100)
-    assert not tally.exceeds(fraction, 10**6) and not tally.exceeds(1.0, 100)
+        counters.seen += 1
+        counters.skip("empty_text", "a")
+    assert counters.exceeds(fraction, 100)
+    assert not counters.exceeds(fraction, 10**6) and not counters.exceeds(1.0, 100)
 
 
 def test_a_single_shard_that_is_mostly_lost_ends_the_run_when_it_is_read_again(monkeypatch):
-    monkeypatch.setattr(sources, "ROUND", 10**6)
+    monkeypatch.setattr(sources, "CHUNK", 10**6)
 
     def one_shard(seed: int):
         while True:
@@ -418,4 +418,11 @@ def test_a_users_mistake_found_by_a_worker_is_one_line(num_workers):
 
     with pytest.raises(UserError) as error:
         next(make_flow(num_workers, using=refuse))
-    assert str(error.value) == "numbers: this cannot be mirrored; mend the data or its path"
+    assert str(error.value) == "numbers: this cannot be mirrored; fix the data or its path"
+
+
+def test_a_checkpoint_with_the_former_names_still_loads():
+    former = {"batches": 2, "positions": [3], "rounds": [1], "owed": [{"missing_file": 4}]}
+    state = StreamState.from_dict(former)
+    assert state.chunks == [1] and state.deferred == [{"missing_file": 4}]
+    assert StreamState.from_dict(dataclasses.asdict(state)) == state

@@ -125,7 +125,7 @@ def test_tokens_that_rows_are_made_of(refused, loads_nothing, places, tmp_path, 
         (inference_t2i, ("mode=extrapolation", "extra_direction=left", f"prompt={text}", image)),
         (inference_mmu, (f"mmu_image_root={places['pictures']}", f"question={text}")),
     ):
-        assert f"holds {token}, of which Show-o's rows are made" in refused(*given, script=script)
+        assert f"contains the special token {token}" in refused(*given, script=script)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
@@ -235,9 +235,9 @@ def test_pictures_not_given(refused, loads_nothing, places, role):
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [
-        (Image.new("L", (48, 40)), "no white part"),
-        (Image.new("L", (40, 40), 255), "must have the same shape"),
-        ("image", "colour picture"),
+        (Image.new("L", (48, 40)), "no white region"),
+        (Image.new("L", (40, 40), 255), "must have the same aspect ratio"),
+        ("image", "colour image"),
     ],
     ids=["black", "shape", "photograph"],
 )
@@ -391,7 +391,7 @@ def test_more_codes_than_the_model_knows(places, tmp_path):
     given = [f"config={places['demo']}", f"output_dir={tmp_path}/out", f"model.vq_model.vq_model_name={many}"]
     inference_t2i.main([*given, *DOG])
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
-    with pytest.raises(UserError, match="the model knows 64"):
+    with pytest.raises(UserError, match="the model has only 64 codes"):
         inference_mmu.main([*given, "question=w1", f"mmu_image_root={places['pictures']}"])
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
 

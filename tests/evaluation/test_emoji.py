@@ -92,7 +92,9 @@ def test_drawing_options_reach_the_model(evaluation, monkeypatch):
     given = []
     draw = ShowoPipeline.text_to_image
     monkeypatch.setattr(
-        ShowoPipeline, "text_to_image", lambda self, *a, **more: given.append(more["options"]) or draw(self, *a, **more)
+        ShowoPipeline,
+        "text_to_image",
+        lambda self, *a, **k: given.append(k["sampling"]) or draw(self, *a, **k),
     )
     evaluation.run("emoji_drawing", "sampling.order=halton", "sampling.refresh_every=1")
     assert set(given) == {SamplingParameters(order="halton")}

@@ -58,7 +58,7 @@ def test_geneval_by_hand(evaluation):
 def test_geneval_results_of_other_drawings(evaluation):
     evaluation.run("geneval")
     (evaluation.folder / "geneval/results.jsonl").write_text(results(evaluation, "1111"))
-    with pytest.raises(UserError, match="names 4 pictures, but not .../00001/samples/0000.png .4 are missing"):
+    with pytest.raises(UserError, match="names 4 images, but not .../00001/samples/0000.png .4 are missing"):
         evaluation.run("geneval")
 
 
@@ -114,7 +114,7 @@ def test_coco_by_hand(evaluation):
         scores.append(max(0, 100 * float((out.text_embeds * out.image_embeds).sum())))
     assert figures["CLIPScore"] == pytest.approx(sum(scores) / 3, abs=1e-3)
     row = next(line for line in (evaluation.folder / "results.md").read_text().splitlines() if "| coco | FID" in line)
-    assert "| 6500.0 | 9.24 |" in row and "3 pictures, through the network in inception.pt" in row
+    assert "| 6500.0 | 9.24 |" in row and "3 images, through the network in inception.pt" in row
     assert "both sets: shorter side to 16 by PIL's bicubic, centre crop" in row and "CLIPScore by clip" in row
 
 

@@ -89,7 +89,7 @@ def test_generate_until(plugin, places):
     for number, (question, tokens) in enumerate((("What is it?", 3), ("Why?", 6), ("How many?", 3))):
         (expected,) = pipeline.answer_each([DOCS[number]["picture"]], [question], max_new_tokens=tokens)
         assert answers[number] == expected
-    with pytest.raises(NotImplementedError, match="task task, document 0: Show-o answers questions about one picture"):
+    with pytest.raises(NotImplementedError, match="task task, document 0: Show-o answers questions about one image"):
         model.generate_until([request("No picture?", short, 0, lambda doc: [])])
 
 
@@ -98,7 +98,7 @@ def test_further_pictures_are_dropped_with_one_warning(plugin, places, capsys):
     several = [request("Which?", kwargs, n, lambda doc: [doc["picture"], DOCS[2]["picture"]]) for n in (0, 1)]
     answers = model.generate_until(several)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
-    assert "task task, document 0 has 2 pictures; of each document the first is shown" in line
+    assert "task task, document 0 has 2 images; of each document the first is shown" in line
     assert answers == model.generate_until([request("Which?", kwargs, n) for n in (0, 1)])
     assert "warning: " not in capsys.readouterr().err
 

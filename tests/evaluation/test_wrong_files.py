@@ -96,9 +96,9 @@ MME = "mme/MME_Benchmark_release_version"
         (
             "pope",
             removed("coco/val2014/COCO_val2014_000000000001.jpg"),
-            ["1 of 2 pictures are missing", "000000000001.jpg, named by field 'image' of coco_pope_random.json"],
+            ["1 of 2 images are missing", "000000000001.jpg, named by field 'image' of coco_pope_random.json"],
         ),
-        ("mme", removed(f"{MME}/count/000.jpg"), ["count/000.txt has no picture; expected", "count/000.jpg or .png"]),
+        ("mme", removed(f"{MME}/count/000.jpg"), ["count/000.txt has no image; expected", "count/000.jpg or .png"]),
         ("mme", written(f"{MME}/color/001.txt", "Is it?\tYes\n"), ["color/001.txt has 1 lines; expected two lines"]),
         ("mme", written(f"{MME}/color/001.txt", "Is it?\tYes\nOr?\n"), ["001.txt, line 2: the answer is ''; expected"]),
         (
@@ -164,12 +164,12 @@ MME = "mme/MME_Benchmark_release_version"
         (
             "coco",
             removed("coco/val2014/COCO_val2014_000000000012.jpg"),
-            ["1 of 3 pictures are missing", "named by field 'file_name' (COCO_val2014_000000000012.jpg)"],
+            ["1 of 3 images are missing", "named by field 'file_name' (COCO_val2014_000000000012.jpg)"],
         ),
         (
             "reconstruction",
             lambda root: [path.unlink() for path in (root / "pictures").rglob("*.*")],
-            ["pictures holds no picture; expected .png, .jpg"],
+            ["pictures holds no image; expected .png, .jpg"],
         ),
         ("emoji_naming", removed(EMOJI), [EMOJI, "does not exist; expected the manifest", "make data-emoji"]),
         ("emoji_naming", edited(EMOJI, lambda t: t.pop("pictures")), ["field 'pictures' is missing"]),
@@ -181,7 +181,7 @@ MME = "mme/MME_Benchmark_release_version"
             ["field 'name' is 'y'; expected"],
         ),
         ("emoji_drawing", edited(EMOJI, lambda t: t["pictures"][0].update(held_out=1)), ["expected true or false"]),
-        ("emoji_drawing", removed("emoji_world/images/leaf_noto.png"), ["1 of 4 pictures are missing", "leaf_noto"]),
+        ("emoji_drawing", removed("emoji_world/images/leaf_noto.png"), ["1 of 4 images are missing", "leaf_noto"]),
         ("unknown", lambda root: None, ["tasks holds 'unknown'; name one or more of pope,mme"]),
     ],
 )

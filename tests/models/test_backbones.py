@@ -143,7 +143,7 @@ def test_packed_rows_and_checkpointing_give_the_same_losses_and_gradients(family
 
 def test_a_family_that_is_not_here_is_refused_by_name(tmp_path):
     Gemma2Config(hidden_size=32).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is a 'gemma2' model.*give one of phi, llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ValueError, match=r"is a 'gemma2' model.*use one of phi, llama, mistral, qwen2, qwen3"):
         ShowoConfig(llm_model_path=str(tmp_path))
 
 

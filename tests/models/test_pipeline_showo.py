@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from common.errors import UserError
 from models import CLIPVisionTower, Showo, ShowoConfig, ShowoPipeline, UniversalPrompting
-from models.pipeline_showo import _Words, mask_tokens
+from models.pipeline_showo import _AnswerStreamer, mask_tokens
 from tests.parity.goldens import PHI, facts, prompting, tensors, tiny_showo
 from tests.tiny import RESOLUTION, WINDOW, clip_showo, tiny_vq, write_checkpoints, write_clip
 from tests.tiny_llms import qwen_like, showo_config
@@ -59,7 +59,7 @@ def test_the_published_drawings_around_known_codes(case):
     image_ids = tensors()[f"generate.{case}.image_ids"]
     known = image_ids != facts()["mask_token_id"]
     codes = torch.where(known, image_ids - facts()["text_token_offset"], -1)
-    drawn = pipeline.draw_codes(
+    drawn = pipeline.generate_codes(
         facts()["t2i_texts"],
         codes,
         generator=pipeline.generator(settings["seed"]),
@@ -139,16 +139,16 @@ def test_the_mask_follows_the_published_rule():
 def test_grey_counts_from_the_middle_on():
     square = Image.new("RGB", (RESOLUTION, RESOLUTION))
     assert mask_tokens(Image.new("L", square.size, 128), square, RESOLUTION, WINDOW).all()  # 0.502
-    with pytest.raises(UserError, match="no white part"):
+    with pytest.raises(UserError, match="no white region"):
         mask_tokens(Image.new("L", square.size, 127), square, RESOLUTION, WINDOW)  # 0.498
 
 
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (Image.new("L", (48, 40)), "no white part"),
-        (Image.new("L", (48, 48), 255), "48 x 48 pixels, the picture 48 x 40"),
-        (noise(4), "colour picture"),
+        (Image.new("L", (48, 40)), "no white region"),
+        (Image.new("L", (48, 48), 255), "48 x 48 pixels, the image 48 x 40"),
+        (noise(4), "colour image"),
     ],
     ids=["black", "shape", "colours"],
 )
@@ -178,7 +178,7 @@ def published(pipeline, image, directions, prompts, offset, count, generator) ->
         else:
             window = torch.cat([codes.narrow(axis, length - keep, keep), blank], axis)
             rest = codes.narrow(axis, 0, length - keep)
-        drawn = pipeline.draw_codes([prompt] * count, window.reshape(count, -1), generator=generator, **FAST)
+        drawn = pipeline.generate_codes([prompt] * count, window.reshape(count, -1), generator=generator, **FAST)
         drawn = drawn.view(count, WINDOW, WINDOW)
         codes = torch.cat([drawn, rest] if direction in ("left", "up") else [rest, drawn], axis)
     return codes
@@ -212,13 +212,13 @@ def test_steps_along_one_axis_are_the_published_ones(pipeline, directions, offse
 def test_any_order_of_directions(pipeline, directions, offset, monkeypatch):
     """Windows slide along sides that have outgrown them; each token is drawn once, beside known ones."""
     windows, canvases = [], []
-    draw, decode = pipeline.draw_codes, pipeline.decode
+    draw, decode = pipeline.generate_codes, pipeline.decode
 
     def watched(prompts, codes, **settings):
         windows.append((codes == -1).view(-1, WINDOW, WINDOW)[0])
         return draw(prompts, codes, **settings)
 
-    monkeypatch.setattr(pipeline, "draw_codes", watched)
+    monkeypatch.setattr(pipeline, "generate_codes", watched)
     monkeypatch.setattr(pipeline, "decode", lambda codes, shape: canvases.append(codes.view(-1, *shape)) or [])
     prompts = [f"w{number}" for number in range(len(directions))]
     pipeline.extrapolate(noise(3), directions, prompts, offset=offset, timesteps=1)
@@ -297,7 +297,7 @@ def test_words_are_streamed_as_they_come(branch, request):
 def test_the_blank_before_a_first_word_is_not_streamed(pipeline):
     """Byte-level tokenizers begin an answer with one; the answer itself is given without."""
     heard = []
-    words = _Words(pipeline, lambda image, question, text: heard.append(text), (0, 1))
+    words = _AnswerStreamer(pipeline, lambda image, question, text: heard.append(text), (0, 1))
     for text in (" ", " a ", " b"):
         words.on_finalized_text(text)
     words.end()

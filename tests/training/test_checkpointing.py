@@ -210,9 +210,9 @@ def test_files_and_folders_are_on_the_disk_before_the_name_and_then_the_name(tmp
 
     monkeypatch.setattr(os, "fsync", watched)
     folder = Run().save(tmp_path, 1)
-    aside = tmp_path / ".incomplete-checkpoint-1"
-    inside = [aside / path.relative_to(folder) for path in folder.rglob("*")]
-    assert set(flushed[:-1]) == {aside, *inside} and aside / "unwrapped_model" in inside
+    temporary = tmp_path / ".incomplete-checkpoint-1"
+    inside = [temporary / path.relative_to(folder) for path in folder.rglob("*")]
+    assert set(flushed[:-1]) == {temporary, *inside} and temporary / "unwrapped_model" in inside
     assert flushed[-1] == tmp_path
 
 

@@ -16,7 +16,7 @@ from models import Showo
 from tests.training.tiny import config_of, metrics_of
 from training.checkpointing import check_same_config, checkpoints
 from training.guards import FiniteLosses, check_writable, full_disk_as_user_error, only_run_in
-from training.processes import Agreement
+from training.processes import ProcessGroup
 from training.trainer import Trainer
 from training.understanding import VqUnderstanding
 
@@ -117,17 +117,17 @@ def test_other_failures_keep_their_traceback():
 
 def test_a_folder_that_not_all_machines_share_is_refused(world, tmp_path):
     trainer = make_trainer(world, tmp_path / "out")
-    trainer.agreement.any = lambda missing: True  # as another machine says
+    trainer.process_group.any = lambda missing: True  # as another machine says
     with pytest.raises(UserError, match="is not the same folder for all processes; give one that all machines share"):
         trainer.train()
-    agreement = Agreement(trainer.accelerator)
-    agreement.check_same("checkpoint-4", "they differ")
-    agreement.group = object()
+    process_group = ProcessGroup(trainer.accelerator)
+    process_group.check_same("checkpoint-4", "they differ")
+    process_group.group = object()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "get_world_size", lambda: 2)
         patch.setattr(torch.distributed, "all_gather_object", lambda values, value, group: values.__setitem__(0, value))
         with pytest.raises(UserError, match="they differ"):
-            agreement.check_same("checkpoint-4", "they differ")
+            process_group.check_same("checkpoint-4", "they differ")
 
 
 # ---- the final model ----
@@ -192,7 +192,7 @@ def test_a_change_counts_if_it_changes_what_is_learnt(world, tmp_path, before, n
     OmegaConf.save(config_of(world, overrides=before), tmp_path / "config.yaml")
     with pytest.raises(UserError) if told else nullcontext() as error:
         check_same_config(tmp_path, config_of(world, overrides=now))
-    assert not told or f": {told}. Take the changes back" in str(error.value)
+    assert not told or f": {told}. Undo the changes" in str(error.value)
 
 
 def test_another_number_of_workers_begins_the_data_anew_if_it_is_accepted(world, tmp_path, finished, capsys):
@@ -202,7 +202,7 @@ def test_another_number_of_workers_begins_the_data_anew_if_it_is_accepted(world,
     trainer.resume()
     told = capsys.readouterr().out
     assert "lm: the checkpoint was made with 1 loader workers, dataset.params.num_workers is 2" in told
-    assert told.count("Its data begins anew") == 3
+    assert told.count("Its data starts again") == 3
     assert trainer.state.global_step == 6 and all(flow.batches == 0 for flow in trainer.flows.values())
 
 
@@ -380,8 +380,8 @@ def test_the_rate_stays_where_no_optimiser_step_was_taken(world, tmp_path, monke
 
 def test_skipped_samples_of_all_processes_are_logged(world, tmp_path):
     trainer = make_trainer(world, tmp_path / "out")
-    trainer.flows["t2i"].tally.skip("unreadable_image", "a.png")
-    trainer.flows["lm"].tally.skip("truncated_shard", "b.parquet", 40)
+    trainer.flows["t2i"].counters.skip("unreadable_image", "a.png")
+    trainer.flows["lm"].counters.skip("truncated_shard", "b.parquet", 40)
     trainer.sum_over_processes = lambda values: values * 2
     assert trainer.skipped_data() == {
         "data/skipped/t2i/unreadable_image": 2,

@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.tracking import Tracker
-from training.plot import draw, main, read_run, running_mean
+from training.plot import main, plot, read_run, running_mean
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_stages_stand_side_by_side(stages, capsys):
 
 def test_a_panel_holds_what_was_logged_its_mean_and_held_out_data(stages):
     run = read_run(stages / "stage1", "one")
-    figure = draw([run], "columns")
+    figure = plot([run], "columns")
     titles = [(axes.get_title(), axes.get_ylabel()) for axes in figure.axes]
     assert titles == [("one", "loss"), ("", "token accuracy"), ("", "learning rate")]
     loss, accuracy, rate = curves(figure)
@@ -71,7 +71,7 @@ def test_a_panel_holds_what_was_logged_its_mean_and_held_out_data(stages):
 @pytest.mark.slow
 def test_runs_can_lie_over_each_other(stages):
     runs = [read_run(stages / "stage1", "a"), read_run(stages / "stage2", "b")]
-    figure = draw(runs, "overlay", title="Both")
+    figure = plot(runs, "overlay", title="Both")
     assert [axes.get_title() for axes in figure.axes[:3]] == ["text to image", "image to text", "text"]
     assert [line.get_color() for line in figure.axes[2].lines] == ["#0072b2"] * 2  # the second run has no lm flow
     assert {line.get_color() for line in figure.axes[0].lines} == {"#0072b2", "#d55e00"}
@@ -80,7 +80,7 @@ def test_runs_can_lie_over_each_other(stages):
 
 def test_a_run_without_accuracies_and_held_out_data(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "step_loss_lm": 2.0}\n')
-    figure = draw([read_run(tmp_path, "short")], "columns")
+    figure = plot([read_run(tmp_path, "short")], "columns")
     assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "learning rate"][: len(figure.axes)] == ["loss"]
     assert "held out" not in [text.get_text() for text in figure.legends[0].texts]
 

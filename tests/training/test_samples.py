@@ -8,7 +8,7 @@ from models.images import to_pil
 from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, config_of, make_vq_model
 from training.data.flows import build_flows
 from training.parts import make_builder, make_model, make_prompting
-from training.samples import draw, predict_masked
+from training.samples import generate_images, predict_masked
 from training.understanding import VqUnderstanding
 
 IMAGE = slice(MAX_TEXT + 2, MAX_TEXT + 2 + NUM_TOKENS)
@@ -33,11 +33,11 @@ def test_drawing_is_seeded_and_leaves_the_global_random_numbers_alone(world):
     model, builder, _ = make(world)
     settings = {"guidance_scale": 1.5, "timesteps": 3, "temperature": 1.0}
     before = torch.get_rng_state()
-    images = draw(model, builder, CAPTIONS[:3], seed=1, **settings)
+    images = generate_images(model, builder, CAPTIONS[:3], seed=1, **settings)
     assert torch.equal(torch.get_rng_state(), before)
     assert [image.size for image in images] == [(32, 32)] * 3
-    assert bytes_of(images) == bytes_of(draw(model, builder, CAPTIONS[:3], seed=1, **settings))
-    assert bytes_of(images) != bytes_of(draw(model, builder, CAPTIONS[:3], seed=2, **settings))
+    assert bytes_of(images) == bytes_of(generate_images(model, builder, CAPTIONS[:3], seed=1, **settings))
+    assert bytes_of(images) != bytes_of(generate_images(model, builder, CAPTIONS[:3], seed=2, **settings))
 
 
 def test_drawing_is_guided_as_asked(world):
@@ -45,7 +45,7 @@ def test_drawing_is_guided_as_asked(world):
     for parameter in model.parameters():
         parameter.data.mul_(3)  # an untrained model hardly listens to the text
     pictures = [
-        draw(model, builder, CAPTIONS[:2], guidance_scale=scale, timesteps=3, temperature=0.0, seed=1)
+        generate_images(model, builder, CAPTIONS[:2], guidance_scale=scale, timesteps=3, temperature=0.0, seed=1)
         for scale in (0.0, 8.0)
     ]
     assert bytes_of(pictures[0]) != bytes_of(pictures[1])

@@ -255,7 +255,7 @@ def test_another_number_of_processes_keeps_weights_optimiser_and_schedule(whole_
     """Whether the moments went on the losses tell, too: the last ones would be 0.3 % away from those of DDP if not."""
     parts, output = moved_runs(kind, before, after)
     assert f"was written by {before} processes, now there are {after}: weights, optimiser and schedule" in output
-    assert "the counts of NaN batches and skipped samples begin anew" in output
+    assert "the counts of NaN batches and skipped samples start again" in output
     lines = [line for line in metrics_of(parts) if "lr" in line]
     whole = [line for line in metrics_of(whole_runs(kind, before)) if "lr" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]

@@ -25,7 +25,7 @@ from training.checkpointing import checkpoints
 from training.guards import only_run_in
 from training.perceptual import PerceptualLoss
 from training.tokenizer_config import TokenizerTrainingConfig
-from training.tokenizer_data import CachedPictures, StreamedPictures, augment, find_shards, generator_for, load_pictures
+from training.tokenizer_data import CachedImages, StreamedImages, augment, find_shards, generator_for, load_images
 from training.tokenizer_eval import evaluate, psnr, to_pixels, use_of
 from training.tokenizer_losses import bit_groups, code_entropies, commitment_loss, edge_loss, joint_probabilities
 from training.tokenizer_trainer import TokenizerTrainer
@@ -187,8 +187,8 @@ def test_psnr_and_code_use():
 
 def readers(shards, **where):
     names = find_shards(f"{shards}/train-*.tar", "train")
-    yield CachedPictures(load_pictures(names, 16, quiet=True), batch_size=4, seed=1, **where)
-    yield StreamedPictures(names, 16, batch_size=4, seed=1, shuffle_buffer_size=5, **where)
+    yield CachedImages(load_images(names, 16, quiet=True), batch_size=4, seed=1, **where)
+    yield StreamedImages(names, 16, batch_size=4, seed=1, shuffle_buffer_size=5, **where)
 
 
 def test_a_reader_goes_on_at_any_step_as_if_it_had_never_stopped(shards):
@@ -201,7 +201,7 @@ def test_a_reader_goes_on_at_any_step_as_if_it_had_never_stopped(shards):
 
 def test_workers_go_on_in_the_right_order_too(shards):
     names = find_shards(f"{shards}/train-{{0..2}}.tar", "train")
-    reader = StreamedPictures(names, 16, batch_size=2, seed=1, shuffle_buffer_size=3, num_workers=2)
+    reader = StreamedImages(names, 16, batch_size=2, seed=1, shuffle_buffer_size=3, num_workers=2)
     whole = list(islice(reader.batches_from(0), 8))
     assert all(torch.equal(a, b) for a, b in zip(whole[3:], islice(reader.batches_from(3), 5), strict=True))
 
@@ -221,7 +221,7 @@ def test_processes_share_an_epoch(shards):
 def test_unreadable_pictures_cost_their_place_only(shards, caplog):
     write_shard(shards / "train-1.tar", 7, seed=1, damage=(0, 3))
     cached, streamed = readers(shards)
-    assert len(cached.pictures) == 19
+    assert len(cached.images) == 19
     assert "cannot be read" in caplog.text
     whole = list(islice(streamed.batches_from(0), 9))
     assert all(batch.shape == (4, 3, 16, 16) for batch in whole)
@@ -305,9 +305,9 @@ def test_training_makes_pictures_better_and_keeps_codes_in_use(shards):
     often = ("experiment.eval_every=60", "experiment.save_every=100", "optimizer.params.learning_rate=0.005")
     data = ("dataset.params.cache_in_memory=True", "dataset.params.random_flip=False", "dataset.params.max_shift=0")
     run = trainer(shards, *losses, *steps, *often, *data)
-    before = evaluate(run.model, run.eval_pictures, 4)
+    before = evaluate(run.model, run.eval_images, 4)
     run.train()
-    after = evaluate(MAGVITv2.from_pretrained(shards / "out"), run.eval_pictures, 4)
+    after = evaluate(MAGVITv2.from_pretrained(shards / "out"), run.eval_images, 4)
     assert after["psnr"] > before["psnr"] + 2
     assert after["codes_used"] >= 8
 
@@ -374,7 +374,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(shards):
 
 def test_shards_without_pictures_are_refused(shards):
     write_shard(shards / "train-0.tar", 7, seed=0, damage=tuple(range(7)))
-    with pytest.raises(UserError, match="no readable picture"):
+    with pytest.raises(UserError, match="no readable image"):
         trainer(shards, f"dataset.params.train_shards={shards}/train-0.tar", "dataset.params.cache_in_memory=True")
 
 

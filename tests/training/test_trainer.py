@@ -204,7 +204,7 @@ def test_it_learns_one_batch_by_heart(world, tmp_path):
     ids=["plain", "accumulation-clipping-workers", "bf16-checkpointing", "log-every-2", "packing"],
 )
 def test_a_continued_run_equals_an_uninterrupted_one_to_the_last_bit(world, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr("training.data.sources.ROUND", 7)
+    monkeypatch.setattr("training.data.sources.CHUNK", 7)
     run(world, tmp_path / "whole", settings)
     stopped = make_trainer(world, tmp_path / "parts", settings)
     step = stopped.step

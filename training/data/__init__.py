@@ -1,1 +1,1 @@
-"""Where training samples come from: what is made here, and the loaders of published formats."""
+"""Training data: generated data sets, and loaders of published formats."""

@@ -1,7 +1,7 @@
-"""Items of a batch on their way from a loader worker: few large tensors instead of many small ones.
+"""Transfer of batches from loader workers: few large tensors instead of many small ones.
 
-Every tensor that crosses the border of a process takes a file handle; with one per picture, 32 workers use up the
-thousand that a process may have.
+Every tensor sent between processes takes a file handle. With one per image, 32 workers would exhaust the usual limit of
+a thousand.
 """
 
 from typing import Any
@@ -12,21 +12,21 @@ from models.images import normalized
 
 
 class Batch(list):
-    """The items of a batch. `stacked[key]` is the (B, …) tensor whose rows are the items' tensors of that key."""
+    """A list of samples. `stacked[key]` is the (B, …) tensor whose rows are the samples' tensors of that key."""
 
-    def __init__(self, items: list, stacked: dict[str, torch.Tensor] | None = None):
-        super().__init__(items)
+    def __init__(self, samples: list, stacked: dict[str, torch.Tensor] | None = None):
+        super().__init__(samples)
         self.stacked = stacked or {}
 
 
-def pack(items: list) -> Any:
-    """Items that are dictionaries → columns: equally shaped tensors stacked, others joined, the rest as lists.
+def pack(samples: list) -> Any:
+    """Samples that are dictionaries → columns: tensors of one shape stacked, others concatenated, the rest as lists.
 
-    Texts, and a batch in which some items hold pixels and others codes, stay as they are.
+    Texts, and batches in which some samples have pixels and others codes, are returned unchanged.
     """
-    if not isinstance(items[0], dict) or any(item.keys() != items[0].keys() for item in items):
-        return items
-    return {key: _column([item[key] for item in items]) for key in items[0]}
+    if not isinstance(samples[0], dict) or any(sample.keys() != samples[0].keys() for sample in samples):
+        return samples
+    return {key: _column([sample[key] for sample in samples]) for key in samples[0]}
 
 
 def _column(values: list) -> torch.Tensor | tuple[torch.Tensor, list[int]] | list:
@@ -38,22 +38,22 @@ def _column(values: list) -> torch.Tensor | tuple[torch.Tensor, list[int]] | lis
 
 
 def unpack(packed: Any) -> Batch:
-    """What `pack` packed; the items' tensors are views of the columns. Pictures become (3, H, W) in [-1, 1]."""
+    """The inverse of `pack`; tensors are views of the columns. Images become (3, H, W) float32 in [-1, 1]."""
     if not isinstance(packed, dict):
-        return Batch([_with_pixels(item) for item in packed])
+        return Batch([_with_pixels(sample) for sample in packed])
     packed = _with_pixels(packed)
     stacked = {key: column for key, column in packed.items() if isinstance(column, torch.Tensor)}
     columns = [_values(column) for column in packed.values()]
-    items = [dict(zip(packed, values, strict=True)) for values in zip(*columns, strict=True)]
-    return Batch(items, stacked)
+    samples = [dict(zip(packed, values, strict=True)) for values in zip(*columns, strict=True)]
+    return Batch(samples, stacked)
 
 
-def _with_pixels(item: Any) -> Any:
-    """An item, or the columns of several. Pictures cross the border between processes as bytes, a quarter as many."""
-    image = item.get("image") if isinstance(item, dict) else None
+def _with_pixels(sample: Any) -> Any:
+    """A sample, or the columns of several, with normalised images; they are sent as uint8, a quarter of the size."""
+    image = sample.get("image") if isinstance(sample, dict) else None
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
-        return item | {"image": normalized(image)}
-    return item
+        return sample | {"image": normalized(image)}
+    return sample
 
 
 def _values(column: torch.Tensor | tuple | list) -> list:
@@ -66,7 +66,7 @@ def _values(column: torch.Tensor | tuple | list) -> list:
 
 
 def pin(packed: Any) -> Any:
-    """The same with its tensors in page-locked memory."""
+    """Copies the tensors to page-locked memory."""
     return {key: _pinned(column) for key, column in packed.items()} if isinstance(packed, dict) else packed
 
 
@@ -76,7 +76,7 @@ def _pinned(column: torch.Tensor | tuple | list) -> torch.Tensor | tuple | list:
     return column.pin_memory() if isinstance(column, torch.Tensor) else column
 
 
-def stack(items: list[dict], key: str) -> torch.Tensor:
-    """The items' tensors of one key as (B, …); without copying them again where they came as one."""
-    stacked = items.stacked if isinstance(items, Batch) else {}
-    return stacked[key] if key in stacked else torch.stack([item[key] for item in items])
+def stack(samples: list[dict], key: str) -> torch.Tensor:
+    """The samples' tensors of one key as (B, …), without a copy if they are rows of one tensor already."""
+    stacked = samples.stacked if isinstance(samples, Batch) else {}
+    return stacked[key] if key in stacked else torch.stack([sample[key] for sample in samples])

@@ -1,7 +1,7 @@
-"""Pictures with captions, found but not yet read, and what every place that holds them shares.
+"""Images with captions, found but not yet read: the interface of all their sources.
 
-A source gives blocks: lists of `Captioned` pictures, and of a `Skipped` for each thing that was found but is none. A
-block is what fits into memory at once: a whole listing, or one row group of a parquet file.
+A source yields blocks: lists of `Captioned` images, and of `Skipped` for entries that are unusable. A block fits in
+memory: a whole listing, or one row group of a parquet file.
 """
 
 import random
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from common.errors import UserError
 from training.data.skipping import Skipped
 
-NO_CAPTION = "no_caption"  # a picture that nothing is said about; `empty_text` is a caption without a word
+NO_CAPTION = "no_caption"  # an image without a caption; `empty_text` is an empty caption
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file", "filepath", "image_name", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "description", "sentences", "sentence", "comment", "title")
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
@@ -23,25 +23,25 @@ SPLITS |= {"training": "train", "test": "test"}
 
 @dataclass(frozen=True, slots=True)
 class Captioned:
-    """One picture with its captions.
+    """One image with its captions.
 
     Args:
-        picture: the encoded bytes, or the file that holds them.
-        name: what messages call it.
+        image: the encoded bytes, or the file that holds them.
+        name: used in messages.
         captions: as found, perhaps none or empty.
-        extra: what else is known of it, for JSON.
+        extra: further facts, for JSON.
     """
 
-    picture: bytes | Path
+    image: bytes | Path
     name: str
     captions: list[str]
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 class CaptionedSource(Protocol):
-    """`pictures`: how many entries all blocks have together, those that are skipped too."""
+    """Images with captions, in blocks. `num_images`: entries of all blocks together, skipped ones included."""
 
-    pictures: int
+    num_images: int
 
     def blocks(self, order: random.Random | None) -> Iterator[list[Captioned | Skipped]]:
         """The blocks in an order drawn from `order`, or their own."""
@@ -51,7 +51,7 @@ class Listing:
     """A source that is one block."""
 
     def __init__(self, entries: list[Captioned | Skipped]):
-        self.entries, self.pictures = entries, len(entries)
+        self.entries, self.num_images = entries, len(entries)
 
     def blocks(self, order: random.Random | None) -> Iterator[list[Captioned | Skipped]]:
         yield self.entries
@@ -84,7 +84,7 @@ def choose_column(setting: str, given: str, candidates: Iterable[str], columns: 
 
 
 def of_one_split(files: list[Path], root: Path, split: str) -> list[Path]:
-    """The files of one split, so that held-out pictures do not slip into a training set unnoticed.
+    """The files of one split, so that held-out images do not slip into a training set unnoticed.
 
     Raises:
         UserError: `split` has no file; or it is not given, and the files belong to several.

@@ -1,4 +1,4 @@
-"""Pictures that are files: texts beside them, folders named after their classes, a table (csv, jsonl, json, COCO)."""
+"""Images that are files: texts beside them, folders named after their classes, a table (csv, jsonl, json, COCO)."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ DELIMITERS = ("\t", "|", ";", ",")
 
 
 def list_files(folder: Path) -> list[Path]:
-    """All files at any depth in order, but hidden ones; links to folders are followed."""
+    """All files at any depth, sorted, without hidden ones; links to folders are followed."""
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -27,39 +27,39 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def is_picture(file: Path) -> bool:
+def is_image_file(file: Path) -> bool:
     return file.suffix.lower() in PICTURE_SUFFIXES
 
 
-# ---- texts beside the pictures ----
+# ---- texts beside the images ----
 
 
 def beside_texts(files: list[Path], root: Path, lines: bool) -> list[Captioned | Skipped]:
     """``a.jpg`` with ``a.txt`` or ``a.jpg.txt``; empty if there is not one such text.
 
     Args:
-        files: pictures, texts and anything else, below `root`.
+        files: images, texts and anything else, below `root`.
         lines: each line of a text is a caption of its own, not the whole text one.
     """
     texts = {file for file in files if file.suffix in TEXT_SUFFIXES}
-    pictures = [file for file in files if is_picture(file)]
-    entries = [_beside(file, texts, root, lines) for file in pictures]
+    image_files = [file for file in files if is_image_file(file)]
+    entries = [_beside(file, texts, root, lines) for file in image_files]
     nothing = all(isinstance(entry, Skipped) and entry.kind == NO_CAPTION for entry in entries)
     return [] if nothing else entries
 
 
-def _beside(picture: Path, texts: set[Path], root: Path, lines: bool) -> Captioned | Skipped:
-    names = [name for suffix in TEXT_SUFFIXES for name in (picture.stem + suffix, picture.name + suffix)]
-    text = next((picture.with_name(name) for name in names if picture.with_name(name) in texts), None)
+def _beside(image_file: Path, texts: set[Path], root: Path, lines: bool) -> Captioned | Skipped:
+    names = [name for suffix in TEXT_SUFFIXES for name in (image_file.stem + suffix, image_file.name + suffix)]
+    text = next((image_file.with_name(name) for name in names if image_file.with_name(name) in texts), None)
     if text is None:
-        return Skipped(NO_CAPTION, f"{picture}: no {names[0]} beside it")
+        return Skipped(NO_CAPTION, f"{image_file}: no {names[0]} beside it")
     try:
         content = text.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         return Skipped(MALFORMED_ITEM, f"{text}: {error}")
     captions = [line for line in content.splitlines() if line.strip()] if lines else []
-    extra = {"file_name": picture.relative_to(root).as_posix()}
-    return Captioned(picture, str(picture), captions or [content], extra)
+    extra = {"file_name": image_file.relative_to(root).as_posix()}
+    return Captioned(image_file, str(image_file), captions or [content], extra)
 
 
 def in_class_folders(folder: Path) -> list[Captioned]:
@@ -73,12 +73,12 @@ def in_class_folders(folder: Path) -> list[Captioned]:
 
 
 def in_table(table: Path, folder: Path, image_column: str = "", caption_column: str = "") -> list[Captioned | Skipped]:
-    """Pictures that a csv, tsv, jsonl or json (COCO captions, a list of records, or file → captions) names.
+    """Images that a csv, tsv, jsonl or json (COCO captions, a list of records, or file → captions) names.
 
-    Rows of one picture come together, at the place of the first.
+    Rows of one image come together, at the place of the first.
 
     Args:
-        folder: what the names of the pictures are relative to.
+        folder: that file names of images are relative to.
         image_column, caption_column: empty means the first of `IMAGE_COLUMNS`, `CAPTION_COLUMNS` that there is.
 
     Raises:
@@ -98,7 +98,7 @@ def in_table(table: Path, folder: Path, image_column: str = "", caption_column: 
         file = row.get(columns[0])
         try:
             if not isinstance(file, str):
-                raise TypeError(f"the picture is {file!r}, not the name of a file")
+                raise TypeError(f"the image is {file!r}, not the name of a file")
             captions = captions_of(row.get(columns[1]))
         except TypeError as error:
             entries[where] = Skipped(MALFORMED_ITEM, f"{where}: {error}")
@@ -125,7 +125,7 @@ def _rows(table: Path) -> Iterator[dict | Skipped]:
 
 
 def _csv_rows(table: Path) -> Iterator[dict]:
-    """The first line names the columns; whichever of tab, | ; , it holds most often parts them."""
+    """The first line names the columns; the separator is the one of tab, | ; , that occurs most often in it."""
     with table.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         file.seek(0)
@@ -162,7 +162,7 @@ def _record(item, table: Path) -> dict | Skipped:
 
 
 def _coco(content: dict, table: Path) -> Iterator[dict | Skipped]:
-    """One record for each picture of COCO's captions (``images`` by ``id``, ``annotations`` by ``image_id``)."""
+    """One record for each image of COCO's captions (``images`` by ``id``, ``annotations`` by ``image_id``)."""
     captions: dict[int, list[str]] = {}
     try:
         for annotation in content["annotations"]:

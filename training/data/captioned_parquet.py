@@ -1,4 +1,4 @@
-"""Pictures with captions in the parquet files of a Hugging Face data set."""
+"""Images with captions in the parquet files of a Hugging Face data set."""
 
 import random
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from training.data.skipping import MALFORMED_ITEM, Skipped
 
 
 class CaptionedParquet:
-    """A row is a picture: a column of encoded bytes or of ``{"bytes", "path"}``, and one of a text or a list of texts.
+    """A row is an image: a column of encoded bytes or of ``{"bytes", "path"}``, and one of a text or a list of texts.
 
     Args:
         files: of one schema; paths in them are relative to the file's folder.
-        image_column: empty means the only column of pictures, or the first of `IMAGE_COLUMNS` among several.
+        image_column: empty means the only column of images, or the first of `IMAGE_COLUMNS` among several.
         caption_column: empty means the first of `CAPTION_COLUMNS`.
         extra: read the other columns as well.
 
@@ -29,26 +29,27 @@ class CaptionedParquet:
 
     def __init__(self, files: list[Path], image_column: str = "", caption_column: str = "", extra: bool = False):
         self.groups: list[tuple[Path, int, int]] = []  # file, row group, number of its first row
-        self.pictures, self.columns = 0, {}
+        self.num_images, self.columns = 0, {}
         for file in files:
             schema, rows = _footer(file)
             self.columns[file] = self._choose(file, schema, image_column, caption_column, extra)
             for group, count in enumerate(rows):
-                self.groups.append((file, group, self.pictures))
-                self.pictures += count
+                self.groups.append((file, group, self.num_images))
+                self.num_images += count
 
     @staticmethod
     def _choose(file: Path, schema: pyarrow.Schema, image: str, caption: str, extra: bool) -> list[str]:
-        """The columns to read, those of the pictures and captions first."""
-        pictures = [field.name for field in schema if _holds_pictures(field.type)]
-        paths = [name for name in IMAGE_COLUMNS if name in schema.names and name not in pictures]
-        candidates = pictures if len(pictures) == 1 else [name for name in IMAGE_COLUMNS if name in pictures] + paths
+        """The columns to read, those of the images and captions first."""
+        image_columns = [field.name for field in schema if _holds_images(field.type)]
+        paths = [name for name in IMAGE_COLUMNS if name in schema.names and name not in image_columns]
+        known = [name for name in IMAGE_COLUMNS if name in image_columns]
+        candidates = image_columns if len(image_columns) == 1 else known + paths
         image = choose_column("image_column", image, candidates, schema.names, file)
         caption = choose_column("caption_column", caption, CAPTION_COLUMNS, schema.names, file)
         if not _holds_text(schema.field(caption).type):
             wrong = f"column {caption!r} holds {schema.field(caption).type}, not text; name another by caption_column=…"
             raise UserError(f"{file}: {wrong}")
-        others = [f.name for f in schema if f.name not in (image, caption) and not _holds_pictures(f.type)]
+        others = [f.name for f in schema if f.name not in (image, caption) and not _holds_images(f.type)]
         return [image, caption, *(others if extra else ())]
 
     def blocks(self, order: random.Random | None) -> Iterator[list[Captioned | Skipped]]:
@@ -73,7 +74,7 @@ class CaptionedParquet:
             return Skipped(MALFORMED_ITEM, f"{name}: {row}")
         try:
             extra = {other: row[other] for other in others}
-            return Captioned(_picture(row[image], file.parent), name, captions_of(row[caption]), extra)
+            return Captioned(_image_data(row[image], file.parent), name, captions_of(row[caption]), extra)
         except TypeError as error:
             return Skipped(MALFORMED_ITEM, f"{name}: {error}")
 
@@ -90,7 +91,7 @@ def _footer(file: Path) -> tuple[pyarrow.Schema, list[int]]:
         raise UserError(f"{file} cannot be read as parquet: {remedy}") from None
 
 
-def _holds_pictures(kind: pyarrow.DataType) -> bool:
+def _holds_images(kind: pyarrow.DataType) -> bool:
     if types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
     return types.is_binary(kind) or types.is_large_binary(kind)
@@ -102,7 +103,7 @@ def _holds_text(kind: pyarrow.DataType) -> bool:
     return types.is_string(kind) or types.is_large_string(kind)
 
 
-def _picture(value, folder: Path) -> bytes | Path:
+def _image_data(value, folder: Path) -> bytes | Path:
     """Bytes, or the file that ``path`` names.
 
     Raises:
@@ -113,5 +114,5 @@ def _picture(value, folder: Path) -> bytes | Path:
     if isinstance(value, str):
         return folder / value
     if not isinstance(value, bytes) or not value:
-        raise TypeError("no picture")
+        raise TypeError("no image")
     return value

@@ -1,4 +1,4 @@
-"""The text of a picture: its own or one from elsewhere, with an instruction or shortened (spec §15)."""
+"""The text of an image: its own or one from elsewhere, with an instruction or shortened (spec §15)."""
 
 import random
 import re
@@ -44,7 +44,7 @@ CAPTION_INSTRUCTIONS = (
     "Sum up the picture.",
     "Tell a reader what the picture contains.",
 )
-OPENINGS = (  # of machine-made captions; a longer one stands before one that it begins with
+OPENINGS = (  # of machine-made captions; before any that are their prefixes
     "The image features ",
     "The image shows ",
     "The image displays ",

@@ -107,7 +107,7 @@ def plain_code(hexcode: str) -> str:
 
 
 class WebpStyle:
-    """A style whose package holds one picture file for each emoji."""
+    """A style whose package holds one image file for each emoji."""
 
     def __init__(self, archive: Archive):
         self.pictures = {plain_code(Path(p).stem): data for p, data in archive.files.items() if p.endswith(".webp")}
@@ -164,7 +164,7 @@ class EmojiPackages:
         return [name for name in names if name.styles]
 
     def picture(self, name: Name, style: str, size: int, background: str) -> Image.Image:
-        """The drawing of `name` in `style` as an RGB picture of size x size pixels."""
+        """The drawing of `name` in `style` as an RGB image of size x size pixels."""
         return frame(self.styles[style].draw(plain_code(name.hexcode), 4 * size), size, background)
 
 
@@ -194,10 +194,10 @@ def frame(drawing: Image.Image, size: int, background: str) -> Image.Image:
 
 
 def distinctiveness(pictures: list[list[Image.Image]]) -> np.ndarray:
-    """How well each name is told from all others by its pixels alone, given its pictures in S styles.
+    """How well each name is told from all others by its pixels alone, given its images in S styles.
 
-    Mean similarity to its own pictures in the other styles, less the largest similarity to a picture of another name;
-    similarity is the cosine of 16 x 16 RGB thumbnails after the mean thumbnail of all pictures is taken away.
+    Mean similarity to its own images in the other styles, less the largest similarity to an image of another name;
+    similarity is the cosine of 16 x 16 RGB thumbnails after the mean thumbnail of all images is taken away.
 
     Returns:
         (names,) float64, higher is more distinctive.

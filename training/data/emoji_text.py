@@ -24,7 +24,7 @@ STYLE_QUESTION = "Which style is it drawn in?"
 
 @dataclass
 class Name:
-    """One emoji: what it is called, where it belongs, and which style (if any) is held back from training."""
+    """One emoji: its name, its group, and the style (if any) that is held out."""
 
     name: str
     group: str
@@ -47,7 +47,7 @@ def slug(text: str) -> str:
 
 
 def picture_key(name: str, style: str) -> str:
-    """Sample key of a picture, without dots (WebDataset splits keys at the first one)."""
+    """Sample key of an image, without dots (WebDataset splits keys at the first one)."""
     return f"{slug(name)}_{slug(style)}"
 
 
@@ -56,9 +56,9 @@ def caption(name: str, style: str) -> str:
 
 
 def conversations(names: list[Name], held_out: bool, seed: int) -> list[dict]:
-    """LLaVA records (spec §9), four for each picture of the split: name, group (yes or no), style, caption.
+    """LLaVA records (spec §9), four for each image of the split: name, group (yes or no), style, caption.
 
-    Every second group question, in a shuffled order, is about the picture's own group, so "yes" and "no" are equally
+    Every second group question, in a shuffled order, is about the image's own group, so "yes" and "no" are equally
     frequent. The extra key `task` says which of the four questions a record is.
     """
     rng = random.Random(f"questions {held_out} {seed}")
@@ -84,7 +84,7 @@ def _record(key: str, task: str, question: str, answer: str) -> dict:
 
 
 def sentences(names: list[Name], seed: int) -> list[str]:
-    """Text for the language-modelling flow, shuffled: what each name belongs to, is related to and resembles.
+    """Text for the language-modelling flow, shuffled: each name's group, relatives and look-alikes.
 
     Held-out styles are not mentioned together with their name.
     """

@@ -5,12 +5,12 @@
 downloads five npm packages once (into `{output_dir}/packages`), draws them and writes, in half a minute:
 
     shards/{train,heldout}-NNNNNN.tar   WebDataset samples: key.png, key.txt (caption), key.json
-    images/key.png                      the same pictures, for llava_{train,heldout}.json (questions and answers)
+    images/key.png                      the same images, for llava_{train,heldout}.json (questions and answers)
     imagenet/train/<id>/key.JPEG        one folder for each name; imagenet/LOC_synset_mapping.txt has their names
     text/train.parquet, text/train.txt  sentences (column `content`); all texts of training, for a BPE tokenizer
-    manifest.json                       what was asked for, every name and picture, counts, licences, checksums
+    manifest.json                       settings, every name and image, counts, licences, checksums
 
-Every 8th name holds back one of its styles: those pictures are only in the held-out files (and in images/), so a model
+Every 8th name holds back one of its styles: those images are only in the held-out files (and in images/), so a model
 that draws or names them has understood both the name and the style.
 
 The same versions of the libraries give the same bytes on every machine; other versions may compress or round
@@ -52,7 +52,7 @@ class EmojiWorldConfig:
     size: int = 64  # pixels per side
     names: str = "all"  # or a number: only that many names, the most distinctive that all four styles draw
     background: str = "white"  # any colour that PIL knows, under the transparent drawings
-    shard_size: int = 256  # pictures in a shard
+    shard_size: int = 256  # images in a shard
     seed: int = 0  # order of the shards and sentences, and the choice of questions
 
 
@@ -74,8 +74,8 @@ class Picture:
 def hold_out(names: list[Name]) -> None:
     """Set `held_out_style` of every 8th name that all styles draw, rotating through the styles.
 
-    Done on the whole list before any selection, so a smaller world holds back a subset of what a larger one does, and a
-    tokenizer trained on all names has not seen the held-out pictures of a model trained on some.
+    Done on the whole list before any selection, so a smaller world holds out a subset of a larger one's, and a
+    tokenizer trained on all names has not seen the held-out images of a model trained on some.
     """
     complete = [name for name in names if len(name.styles) == len(STYLES)]
     for turn, name in enumerate(complete[::HOLD_OUT_EVERY]):
@@ -83,7 +83,7 @@ def hold_out(names: list[Name]) -> None:
 
 
 def most_distinctive(pictures: list[Picture], count: int) -> list[Picture]:
-    """The pictures of the `count` names with the highest `distinctiveness`, in their old order."""
+    """The images of the `count` names with the highest `distinctiveness`, in their old order."""
     rows: dict[str, list[Image.Image]] = {}
     for picture in pictures:
         if len(picture.name.styles) == len(STYLES):
@@ -147,7 +147,7 @@ def write_json(path: Path, value: dict | list) -> None:
 
 
 def write_shard(path: Path, pictures: list[Picture]) -> None:
-    """One WebDataset shard. Owners and times are fixed, so equal pictures make equal files."""
+    """One WebDataset shard. Owners and times are fixed, so equal images make equal files."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for picture in pictures:
             facts = {field: getattr(picture.name, field) for field in ("name", "group", "subgroup", "hexcode", "tags")}
@@ -188,7 +188,7 @@ def write_text(folder: Path, names: list[Name], seed: int) -> None:
 
 
 def describe(pictures: list[Picture], names: list[Name], folder: Path, config: EmojiWorldConfig) -> dict:
-    """The manifest of what lies in `folder`."""
+    """The manifest of `folder`."""
     arguments = {k: v for k, v in asdict(config).items() if k not in ("output_dir", "packages_dir")}
     held_out = sum(picture.held_out for picture in pictures)
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".tar", ".json", ".parquet", ".txt"))

@@ -1,12 +1,12 @@
-"""Turns shards of pictures into shards of image codes, so that the tokenizer runs once and not in every epoch.
+"""Turns shards of images into shards of image codes, so that the tokenizer runs once and not in every epoch.
 
     python3 training/data/encode_images.py shards='data/pets/train-{000000..000011}.tar' output=data/pets_codes/train \
         vq_model_name=showlab/magvitv2 resolution=256
     torchrun --standalone --nproc_per_node 8 training/data/encode_images.py …      (or accelerate launch)
 
-Every image flow reads the result in place of pictures: ``codes.npy`` holds the (N,) uint16 codes of the picture,
+Every image flow reads the result in place of images: ``codes.npy`` holds the (N,) uint16 codes of the image,
 resized and cropped as in training; other members stay as they are. The codes are those of `MAGVITv2.get_code` in fp32
-(without TF32) for each picture by itself, whatever the batch size. Codes cannot be mirrored or moved: flows that read
+(without TF32) for each image by itself, whatever the batch size. Codes cannot be mirrored or moved: flows that read
 them want `random_flip`, `und_random_flip` and `und_jitter` off.
 
 Each shard is written whole or not at all, and an interrupted run continues where it stopped: shards whose source,
@@ -39,11 +39,11 @@ from models.checkpoint_io import resolve_folder
 from models.images import normalized
 from models.pipeline_loading import PUBLISHED_VQ, choose_device, load_magvitv2, without_loading_bars
 from training.data.encoding_records import Encoding, Plan, tokenizer_sha256
-from training.data.image_text import IMAGE_KEYS, Pictures
+from training.data.image_text import IMAGE_KEYS, ImageTransform
 from training.data.paths import SHARDS, expand_paths, is_address
 from training.data.shard_writing import in_order, read_prefix, shard_path, write_shard
 from training.data.shards import CODES, promised_samples, read_shard
-from training.data.skipping import Skipped, SkipSample, Tally
+from training.data.skipping import SkipCounters, Skipped, SkipSample
 
 # Latents this close to 0, as a share of their mean size, may change sign with the batch size: sums are then taken in
 # another order. Measured: 4e-6 of the mean (showo-tiny), 1.5e-6 (the published sizes), on a CPU in fp32.
@@ -58,16 +58,16 @@ class EncodeImagesConfig:
     resolution: int = 256
     batch_size: int = 32
     device: str = ""  # empty: the process's own GPU if there is one
-    num_workers: int = 4  # threads that decode pictures
+    num_workers: int = 4  # threads that decode images
     keep_images: bool = False  # beside their codes
     overwrite: bool = False  # another data set of this prefix
 
 
-# ---- pictures to codes ----
+# ---- images to codes ----
 
 
 class ImageEncoder:
-    """The tokenizer, with codes that do not depend on what else is in the batch.
+    """The tokenizer, with codes that do not depend on the other images of the batch.
 
     Args:
         vq_model: in fp32.
@@ -78,7 +78,7 @@ class ImageEncoder:
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
-        """(B, 3, H, W) in [-1, 1] → (B, N) uint16, each row as `get_code` gives it for that picture alone."""
+        """(B, 3, H, W) in [-1, 1] → (B, N) uint16, each row as `get_code` gives it for that image alone."""
         pixels = pixels.to(self.vq_model.device)
         latents = self.vq_model.encode(pixels)  # (B, K, h, w)
         codes = self.vq_model.quantize.codes_of(latents)
@@ -90,24 +90,24 @@ class ImageEncoder:
         return codes.cpu().numpy().astype(np.uint16)
 
 
-def decode(raw: dict | Skipped, pictures: Pictures) -> tuple[dict, torch.Tensor] | Skipped:
+def decode(raw: dict | Skipped, images: ImageTransform) -> tuple[dict, torch.Tensor] | Skipped:
     """A raw sample with its pixels (3, R, R)."""
     if isinstance(raw, Skipped):
         return raw
     try:
-        old = {key: value for key, value in raw.items() if key != CODES}  # of another tokenizer, perhaps
-        return raw, normalized(pictures.of(old, random.Random(0))["image"])
+        old = {key: value for key, value in raw.items() if key != CODES}  # which may be another tokenizer's
+        return raw, normalized(images.of(old, random.Random(0))["image"])
     except SkipSample as problem:
         return Skipped(problem.kind, problem.detail)
 
 
 def encoded_samples(
-    raws: Iterable[dict | Skipped], encoder: ImageEncoder, config, tally: Tally, bar: tqdm
+    raws: Iterable[dict | Skipped], encoder: ImageEncoder, config, counters: SkipCounters, bar: tqdm
 ) -> Iterator[dict]:
-    """Samples with codes, in order; what cannot be read is counted and left out."""
-    pictures = Pictures(config.resolution, num_codes=0, codebook_size=0)
-    decoded = in_order(partial(decode, pictures=pictures), raws, config.num_workers, ahead=2 * config.batch_size)
-    good = _only_good(decoded, tally)
+    """Samples with codes, in order; unreadable ones are counted and left out."""
+    images = ImageTransform(config.resolution, num_codes=0, codebook_size=0)
+    decoded = in_order(partial(decode, images=images), raws, config.num_workers, ahead=2 * config.batch_size)
+    good = _only_good(decoded, counters)
     while batch := list(islice(good, config.batch_size)):
         codes = encoder(torch.stack([pixels for _, pixels in batch]))
         bar.update(len(batch))
@@ -115,17 +115,17 @@ def encoded_samples(
             yield with_codes(raw, row, config.keep_images)
 
 
-def _only_good(decoded: Iterable[tuple | Skipped], tally: Tally) -> Iterator[tuple[dict, torch.Tensor]]:
-    for item in decoded:
-        tally.seen += 1
-        if isinstance(item, Skipped):
-            tally.skip(item.kind, item.detail, item.count)
+def _only_good(decoded: Iterable[tuple | Skipped], counters: SkipCounters) -> Iterator[tuple[dict, torch.Tensor]]:
+    for result in decoded:
+        counters.seen += 1
+        if isinstance(result, Skipped):
+            counters.skip(result.kind, result.detail, result.count)
         else:
-            yield item
+            yield result
 
 
 def with_codes(raw: dict, codes: np.ndarray, keep_image: bool) -> dict:
-    """The members of a sample, its picture replaced or accompanied by ``codes.npy``."""
+    """The members of a sample, its image replaced or accompanied by ``codes.npy``."""
     buffer = io.BytesIO()
     np.save(buffer, codes)
     dropped = () if keep_image else IMAGE_KEYS
@@ -135,13 +135,13 @@ def with_codes(raw: dict, codes: np.ndarray, keep_image: bool) -> dict:
 # ---- the work of this process ----
 
 
-def encode_shards(plan: Plan, encoder: ImageEncoder, config, rank: int, world_size: int) -> Tally:
-    """Encode every world_size-th of the shards, beginning with number `rank`, that is not yet done.
+def encode_shards(plan: Plan, encoder: ImageEncoder, config, rank: int, world_size: int) -> SkipCounters:
+    """Encode every world_size-th of the unfinished shards, starting from number `rank`.
 
     Returns:
-        what was seen and skipped.
+        the counters of seen and skipped samples.
     """
-    share, total = plan.unfinished(rank, world_size), Tally()
+    share, total = plan.unfinished(rank, world_size), SkipCounters()
     promised = promised_samples(plan.sources)
     known = [promised.get(plan.sources[index]) for index in share]
     bar = tqdm(
@@ -153,25 +153,25 @@ def encode_shards(plan: Plan, encoder: ImageEncoder, config, rank: int, world_si
     )
     with bar:
         for index in share:
-            tally, source = Tally(), plan.sources[index]
+            counters, source = SkipCounters(), plan.sources[index]
             raws = read_shard(source, promised.get(source, 0))
-            samples = encoded_samples(raws, encoder, config, tally, bar)
-            plan.record(index, write_shard(shard_path(plan.prefix, index), samples), tally)
-            total.add(tally)
+            samples = encoded_samples(raws, encoder, config, counters, bar)
+            plan.record(index, write_shard(shard_path(plan.prefix, index), samples), counters)
+            total.add(counters)
     return total
 
 
 def local_device(name: str) -> torch.device:
-    """The named device, or of several processes each its own GPU."""
+    """The named device; by default each process's own GPU."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     return choose_device(name or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
 
 
 def read_sources(config) -> list[str]:
-    """Raises `UserError` where a shard does not exist or is not a file of this machine."""
+    """Raises `UserError` if a shard is not a local file."""
     sources = expand_paths("shards", config.shards, SHARDS)
     if addresses := [source for source in sources if is_address(source)]:
-        raise UserError(f"shards: {addresses[0]} is no file; fetch it first, then encode what was fetched")
+        raise UserError(f"shards: {addresses[0]} is not a file; download the shards first")
     return sources
 
 
@@ -197,7 +197,7 @@ def load_tokenizer(config, device: torch.device) -> MAGVITv2:
 
 
 def encoding_of(config, vq_model: MAGVITv2) -> Encoding:
-    """What the codes depend on."""
+    """The settings that codes depend on."""
     return Encoding(
         tokenizer=config.vq_model_name,
         tokenizer_sha256=tokenizer_sha256(vq_model),
@@ -215,9 +215,9 @@ def main(argv: list[str]) -> None:
     vq_model = load_tokenizer(config, device)
     plan = Plan(sources, read_prefix(config.output), encoding_of(config, vq_model), config.overwrite)
     plan.begin(is_main=rank == 0)
-    tally = encode_shards(plan, ImageEncoder(vq_model), config, rank, world_size)
-    if tally.skipped:
-        print(f"skipped {tally.describe()}")
+    counters = encode_shards(plan, ImageEncoder(vq_model), config, rank, world_size)
+    if counters.skipped:
+        print(f"skipped {counters.describe()}")
     if manifest := plan.finish():
         print(f"{config.output}: {manifest['samples']} samples in {len(manifest['shards'])} shards")
 

@@ -1,4 +1,4 @@
-"""Which shards have been encoded already, from what and how; so that many processes, started again, repeat nothing.
+"""Records of encoded shards, their sources and settings, so that restarted processes repeat no work.
 
 While the work goes on, ``.{prefix}.parts/`` holds one record for each finished shard. The process that finds all of
 them there joins them into the manifest and removes the folder.
@@ -21,11 +21,11 @@ from training.data.shard_writing import (
     shard_path,
     write_json,
 )
-from training.data.skipping import Tally
+from training.data.skipping import SkipCounters
 
 
 def tokenizer_sha256(vq_model: MAGVITv2) -> str:
-    """Checksum of the weights that codes depend on; the decoder's are not among them."""
+    """Checksum of the weights that codes depend on, which excludes the decoder's."""
     checksum = hashlib.sha256()
     for name, tensor in sorted(vq_model.state_dict().items()):
         if not name.startswith("decoder."):
@@ -35,7 +35,7 @@ def tokenizer_sha256(vq_model: MAGVITv2) -> str:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What codes depend on besides their pictures. `tokenizer`, the name, is for people: its weights tell."""
+    """The settings that codes depend on. `tokenizer` is only a name; the checksum identifies the weights."""
 
     tokenizer: str
     tokenizer_sha256: str
@@ -53,7 +53,7 @@ class Plan:
     """Shards to make: number i of ``{prefix}-i.tar`` holds the codes of `sources[i]`.
 
     Args:
-        overwrite: what stands at the prefix may be of other sources, or of another encoding.
+        overwrite: allow existing files at the prefix to be of other sources or another encoding.
     """
 
     sources: list[str]
@@ -66,7 +66,7 @@ class Plan:
         return self.prefix.with_name(f".{self.prefix.name}.parts")
 
     def begin(self, is_main: bool) -> None:
-        """Make sure that this work may be done here. Every process calls it before it does any.
+        """Checks that the shards may be written here. Every process must call it first.
 
         Raises:
             UserError: other shards are there.
@@ -95,7 +95,7 @@ class Plan:
         return f" ({', '.join(found)})" if found else ""
 
     def unfinished(self, rank: int, world_size: int) -> list[int]:
-        """The numbers of the shards that are still to be made, of every world_size-th one from `rank` on.
+        """The numbers of the unfinished shards among every world_size-th one from `rank` on.
 
         Raises:
             UserError: a shard of another source is there.
@@ -110,20 +110,20 @@ class Plan:
                 missing.append(index)
         return missing
 
-    def record(self, index: int, entry: dict, tally: Tally) -> None:
-        """Note that a shard is done; `entry` as `write_shard` returns it."""
-        content = {"source": _identity(self.sources[index]), "skipped": dict(tally.skipped)}
+    def record(self, index: int, entry: dict, counters: SkipCounters) -> None:
+        """Records that a shard is finished; `entry` as `write_shard` returns it."""
+        content = {"source": _identity(self.sources[index]), "skipped": dict(counters.skipped)}
         write_json(self.parts / f"{index:06d}.json", entry | content | asdict(self.encoding))
 
     def records(self) -> dict[int, dict]:
         """Number → record of each shard of this encoding that was finished."""
         found = {int(file.stem): _read(file) for file in self.parts.glob("[0-9]*.json")}
-        manifest = read_manifest(self.prefix)  # after the parts: who removes them has written it
+        manifest = read_manifest(self.prefix)  # after the parts, as they are removed only once it is written
         listed = dict(enumerate(manifest["shards"])) if self.encoding.agrees(manifest) else {}
         return listed | {index: record for index, record in found.items() if self.encoding.agrees(record)}
 
     def finish(self) -> dict | None:
-        """Write the manifest if all shards are done, by whatever process.
+        """Write the manifest if all shards are finished, by any process.
 
         Returns:
             the manifest; None while others are at work.
@@ -136,7 +136,7 @@ class Plan:
             return None
         keys = ("file", "samples", "sha256", "source", "skipped")
         shards = [{key: records[index][key] for key in keys} for index in range(len(self.sources))]
-        skipped = Tally()
+        skipped = SkipCounters()
         for shard in shards:
             skipped.skipped.update(shard["skipped"])
         counts = {"samples": sum(shard["samples"] for shard in shards), "skipped": dict(skipped.skipped)}
@@ -147,7 +147,7 @@ class Plan:
             write_json(manifest_path(self.prefix), {"shards": shards, **counts, **asdict(self.encoding)})
         shutil.rmtree(self.parts, ignore_errors=True)
         if not counts["samples"]:
-            raise UserError(f"not one picture in {self.sources[0]} and {len(shards) - 1} more shards can be read")
+            raise UserError(f"not one image in {self.sources[0]} and {len(shards) - 1} more shards can be read")
         return read_manifest(self.prefix)
 
 
@@ -159,4 +159,4 @@ def _read(file: Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError:
-        return {}  # not there, or joined into the manifest and removed since
+        return {}  # missing, or merged into the manifest and removed

@@ -1,4 +1,4 @@
-"""What the flows of a configuration read, and whether it is there; looks at names only."""
+"""The paths that the flows of a configuration read, checked for existence without reading them."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -20,7 +20,7 @@ FORMATS = {
     "llava_tuning": JSON + SHARDS,
     "lm": PARQUET + TEXT,
 }
-SORTS = (SHARDS, PARQUET, JSON + TEXT)  # a flow reads files of one of these
+SORTS = (SHARDS, PARQUET, JSON + TEXT)  # the files of a flow are all of one of these kinds
 LLAVA = ("llava_pretrain", "llava_tuning")
 
 
@@ -38,7 +38,7 @@ class FlowPaths:
         self.kinds = {"t2i": config.dataset.gen_type, "mmu": config.dataset.und_type, "lm": "lm"}
 
     def check_all(self) -> list[str]:
-        """The flows that are on, all of whose paths exist.
+        """The active flows, after a check that all their paths exist.
 
         Raises:
             UserError: there is no flow, or paths are not set, missing or of another kind; all of them in one message.
@@ -51,7 +51,7 @@ class FlowPaths:
         return names
 
     def files(self, name: str) -> list[str]:
-        """The files of a flow, or the one folder of an ImageNet."""
+        """The files of a flow, or the folder of an ImageNet."""
         kind, setting, value = self.kinds[name], self._setting(name), self._value(name)
         if kind == "imagenet1k" and isinstance(value, str) and _has_folders(resolve_path(value)):
             return [str(resolve_path(value))]
@@ -68,7 +68,7 @@ class FlowPaths:
         return paths
 
     def image_root(self, name: str) -> str | None:
-        """The folder that file names of pictures start at, if one is given and the flow reads such names."""
+        """The folder that image file names are relative to, if one is given and the flow reads file names."""
         key = self._root_key(name)
         return str(resolve_path(self.params[key])) if key else None
 
@@ -93,7 +93,7 @@ class FlowPaths:
         return next((key for key in keys if self.params[key]), "")
 
     def _check_captions(self) -> None:
-        """The captions from elsewhere; only the first key turns them on."""
+        """The external captions; only the first key switches them on."""
         params, prefix = self.params, "dataset.params.external"
         keys = [f"external_{place}_caption_path" for place in ("laion12m", "cc12m", "journeydb") if self._given(place)]
         if not params.external_caption_path:
@@ -112,7 +112,7 @@ class FlowPaths:
 
 
 def _is_readable(path: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a flow that reads files of these suffixes can open it; WebDataset alone opens addresses."""
+    """Whether a flow of files with these suffixes can open it; only WebDataset opens URLs."""
     if is_address(path):
         return SHARDS[0] in suffixes and not has_suffix(path, PARQUET + JSON + TEXT)
     return has_suffix(path, suffixes)

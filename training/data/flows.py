@@ -1,8 +1,8 @@
 """The three data flows of a run: which source and which transform a configuration means (spec §15, docs/data.md).
 
-An item is ``{"image": (3, res, res) float32 in [-1, 1], "text": str}``; with ``"codes"``, (N,) int64, in place of the
-picture where shards hold codes, ``"pixel_values"``, (3, S, S), in the CLIP-ViT branch, and ``"input_ids"`` and
-``"labels"``, (L,) int64, in place of the text where it is a conversation. A language item is a text.
+A sample is ``{"image": (3, res, res) float32 in [-1, 1], "text": str}``; with ``"codes"``, (N,) int64, in place of the
+image where shards hold codes, ``"pixel_values"``, (3, S, S), in the CLIP-ViT branch, and ``"input_ids"`` and
+``"labels"``, (L,) int64, in place of the text where it is a conversation. A language sample is a text.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from llava import ChatFormat, encode_conversation, encode_plain
 from training.data.captions import Captions, ExternalCaptions
 from training.data.encoding_records import tokenizer_sha256
 from training.data.flow_paths import LLAVA, FlowPaths, all_or_problems
-from training.data.image_text import ImageTextItem, Pictures
+from training.data.image_text import ImageTextSample, ImageTransform
 from training.data.imagenet import ImageFolder
 from training.data.json_records import JsonTable
-from training.data.language import Documents, text_item
-from training.data.llava_flow import LlavaItem, LlavaRecords
+from training.data.language import Documents, text_sample
+from training.data.llava_flow import LlavaRecords, LlavaSample
 from training.data.parquet import IMAGE_COLUMNS, TEXT_COLUMNS, ParquetUnits
 from training.data.paths import JSON, PARQUET, has_suffix
 from training.data.shards import ShardUnits, check_codes, manifests, promised_samples, read_shards
@@ -44,13 +44,13 @@ def build_flows(
         config: a `TrainingConfig`.
         process, num_processes: which share of the data this process reads.
         tokenizer: of the model; flows of conversations cannot be read without one.
-        image_processor: CLIP's, for the pictures of the mmu flow in the CLIP-ViT branch.
+        image_processor: CLIP's, for the images of the mmu flow in the CLIP-ViT branch.
         split: ``train``, or ``eval``: the held-out data of the `eval_*` paths, in an order that is the same in every
             run, without augmentation, read by this process itself. Flows without such a path are absent.
         text_length: tokens of a conversation that a row has room for; `max_seq_length` if not given.
 
     Raises:
-        UserError: paths are not set or missing (all of them in one message), or what they hold does not fit.
+        UserError: paths are not set or missing (all of them in one message), or their content does not match.
     """
     setup = _Setup(config, split, tokenizer, image_processor, text_length)
     names = setup.places.check_all()
@@ -90,7 +90,7 @@ def check_tokenizer(config, vq_model) -> None:
     if wrong := sorted(file for file, found in made_with.items() if found != own):
         raise UserError(
             f"{wrong[0]}: these codes were made with another image tokenizer than model.vq_model names; encode the "
-            "pictures again with training/data/encode_images.py, or name that tokenizer"
+            "images again with training/data/encode_images.py, or name that tokenizer"
         )
 
 
@@ -103,7 +103,7 @@ def end_together(sources: dict[str, Source], batch_sizes: dict[str, int]) -> Non
 
 
 class _Setup:
-    """What a configuration says of the flows of one split."""
+    """The flows of one split, according to a configuration."""
 
     def __init__(self, config, split: str, tokenizer, image_processor, text_length: int | None):
         self.config, self.training, self.params = config, split == "train", config.dataset.params
@@ -112,7 +112,7 @@ class _Setup:
         self.text_length = text_length or config.dataset.preprocessing.max_seq_length
 
     def source(self, name: str) -> Source:
-        """Opens what a flow reads."""
+        """The source of a flow."""
         kind, paths, params = self.places.kinds[name], self.places.files(name), self.params
         samples = self.config.experiment[f"max_train_examples_{name}"] if name != "lm" and self.training else None
         if Path(paths[0]).is_dir():
@@ -123,7 +123,7 @@ class _Setup:
             return Epochs(Documents(paths, params.lm_column), samples)
         if kind in LLAVA and has_suffix(paths[0], JSON):
             return Epochs(LlavaRecords(paths), samples)
-        check_codes(paths, self.code_sizes(), self.pictures(name).refuses_codes())
+        check_codes(paths, self.code_sizes(), self.image_transform(name).refuses_codes())
         promised = promised_samples(paths)
         if not self.training:
             return Epochs(ShardUnits(paths, promised))
@@ -139,22 +139,22 @@ class _Setup:
         return names, {key: f"dataset.params.{key}_column" for key in names}
 
     def code_sizes(self) -> dict[str, int]:
-        """What a manifest of codes must say."""
+        """The values that a manifest of codes must have."""
         model, resolution = self.config.model.showo, self.config.dataset.preprocessing.resolution
         return {"resolution": resolution, "num_vq_tokens": model.num_vq_tokens, "codebook_size": model.codebook_size}
 
     def transform(self, name: str) -> Callable:
-        """What makes an item of a raw sample."""
-        kind, pictures = self.places.kinds[name], self.pictures(name)
+        """The transform of raw samples to samples."""
+        kind, images = self.places.kinds[name], self.image_transform(name)
         if name == "lm":
-            return text_item
+            return text_sample
         if kind in LLAVA:
             plain = kind == "llava_pretrain" and self.image_processor is not None
             encode = encode_plain if plain else self.encode_conversation()
-            return LlavaItem(pictures, encode, self.tokenizer, self.text_length)
+            return LlavaSample(images, encode, self.tokenizer, self.text_length)
         external = self.external_captions() if kind in ("t2i", "captioning") else None
         instructions = name == "mmu" and self.params.add_caption_prompt
-        return ImageTextItem(pictures, Captions(external, instructions, shorten=name == "t2i"))
+        return ImageTextSample(images, Captions(external, instructions, shorten=name == "t2i"))
 
     def encode_conversation(self) -> Callable:
         """Turns and tokenizer → a sample, in the format that `conversation` names."""
@@ -165,11 +165,11 @@ class _Setup:
         except ValueError as error:
             raise UserError(f"conversation=chat: {error}") from None
 
-    def pictures(self, name: str) -> Pictures:
+    def image_transform(self, name: str) -> ImageTransform:
         preprocessing, model = self.config.dataset.preprocessing, self.config.model.showo
         understanding = name == "mmu"
         flip = preprocessing.random_flip or (understanding and preprocessing.und_random_flip)
-        return Pictures(
+        return ImageTransform(
             preprocessing.resolution,
             model.num_vq_tokens,
             model.codebook_size,
@@ -188,7 +188,7 @@ class _Setup:
         return ExternalCaptions(*map(_resolved, folders), JsonTable(table) if table else None)
 
     def reading(self, name: str) -> dict[str, Any]:
-        """How a flow's loader reads."""
+        """Arguments of `Flow`."""
         params = self.params
         return {
             "name": name,

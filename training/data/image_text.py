@@ -1,4 +1,4 @@
-"""Pictures with texts: a raw sample → ``{"image" | "codes" | "pixel_values": tensor, "text": str}`` (spec §15)."""
+"""Images with texts: a raw sample → ``{"image" | "codes" | "pixel_values": tensor, "text": str}`` (spec §15)."""
 
 import io
 import os
@@ -23,16 +23,16 @@ IMAGE_KEYS = ("jpg", "png", "jpeg", "webp", "image")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What a sample brings of its picture → the tensor that the model is given.
+class ImageTransform:
+    """An image in a raw sample → the tensor that the model takes.
 
     Args:
-        resolution: side of the pictures in pixels.
-        num_codes, codebook_size: length and range of codes that come in place of pixels.
-        flip: mirror half of the pictures.
-        jitter: shift and scale them by up to this share.
+        resolution: side of the images in pixels.
+        num_codes, codebook_size: length and range of codes, for samples that have them in place of pixels.
+        flip: mirror each image with probability 0.5.
+        jitter: shift and scale each image by up to this share of its size.
         processor: CLIP's image processor; None for the VQ branch.
-        root: folder that the file names in parquet files and LLaVA jsons start at; None: the one of that file.
+        root: folder that file names in parquet files and LLaVA jsons are relative to; None: that of the file.
     """
 
     resolution: int
@@ -44,11 +44,11 @@ class Pictures:
     root: str | None = None
 
     def of(self, raw: dict, rng: random.Random) -> dict[str, torch.Tensor]:
-        """The picture of a raw sample: a member of a shard, or under ``image`` bytes, a file name, both (as Hugging
+        """The image of a raw sample: a member of a shard, or under ``image`` bytes, a file name, both (as Hugging
         Face's data sets have them), or codes.
 
         Raises:
-            SkipSample: there is none, or it cannot be used.
+            SkipSample: there is none, or it is unusable.
             UserError: it is codes, and this flow needs pixels.
         """
         name = raw.get("__key__", "")
@@ -69,7 +69,7 @@ class Pictures:
         as_it_is = not self.flip and not self.jitter and self.processor is None
         if as_it_is and pixels is not None and pixels.shape[:2] == (self.resolution, self.resolution):
             return {"image": torch.from_numpy(pixels)}
-        image = read_picture(encoded, name) if pixels is None else Image.fromarray(pixels)
+        image = read_image(encoded, name) if pixels is None else Image.fromarray(pixels)
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.jitter:
@@ -84,7 +84,7 @@ class Pictures:
     def from_codes(self, codes: np.ndarray, name: str) -> dict[str, torch.Tensor]:
         """``codes`` (N,) int64."""
         if refused := self.refuses_codes():
-            raise UserError(f"{name} holds codes in place of a picture; {refused}")
+            raise UserError(f"{name} holds codes in place of an image; {refused}")
         if codes.shape != (self.num_codes,) or codes.dtype.kind not in "ui":
             raise SkipSample(
                 BAD_CODES, f"{name}: {codes.shape} of {codes.dtype}, the model takes {self.num_codes} whole numbers"
@@ -96,30 +96,29 @@ class Pictures:
     def refuses_codes(self) -> str:
         """Why this flow cannot use codes; empty if it can."""
         if self.processor is not None:
-            return "the CLIP-ViT branch sees pixels; give it the shards with the pictures"
+            return "the CLIP-ViT branch sees pixels; give it the shards with the images"
         if self.flip or self.jitter:
             keys = "dataset.preprocessing.random_flip, und_random_flip and und_jitter"
-            return f"codes cannot be mirrored or moved; turn {keys} off, or give the shards with the pictures"
+            return f"codes cannot be mirrored or moved; turn {keys} off, or give the shards with the images"
         return ""
 
 
 @dataclass(frozen=True)
-class ImageTextItem:
-    """Transform of a raw sample with a picture and a text."""
+class ImageTextSample:
+    """Transform of a raw sample with an image and a text."""
 
-    pictures: Pictures
+    images: ImageTransform
     captions: Captions
 
     def __call__(self, raw: dict, rng: random.Random) -> dict:
-        text = self.captions(raw, rng)  # before the picture: what has no text need not be decoded
-        return {**self.pictures.of(raw, rng), "text": text, "key": raw.get("__key__", "")}
+        text = self.captions(raw, rng)  # before the image, which need not be decoded if there is no text
+        return {**self.images.of(raw, rng), "text": text, "key": raw.get("__key__", "")}
 
 
 def decode_jpeg(encoded: Any) -> np.ndarray | None:
-    """(H, W, 3) uint8 of an ordinary jpeg; None for anything else, which PIL is to judge.
+    """(H, W, 3) uint8 of an ordinary jpeg; None for anything else, which is left to PIL.
 
-    It is the same library that PIL has, and gives the same pixels (tests/data/test_image_text.py), but they are not
-    laid out three times on the way.
+    It uses the same library as PIL and gives the same pixels (tests/data/test_image_text.py), with fewer copies.
     """
     if not isinstance(encoded, bytes) or not encoded.startswith(JPEG):
         return None
@@ -132,17 +131,17 @@ def decode_jpeg(encoded: Any) -> np.ndarray | None:
         return None
 
 
-def read_picture(encoded: bytes | str | None, name: str) -> Image.Image:
+def read_image(encoded: bytes | str | None, name: str) -> Image.Image:
     """Encoded bytes, or a path → RGB.
 
     Raises:
         SkipSample: it does not exist, or cannot be read completely, or is enormous.
     """
     if not isinstance(encoded, bytes | str):
-        raise SkipSample(MALFORMED_ITEM, f"{name}: no picture")
+        raise SkipSample(MALFORMED_ITEM, f"{name}: no image")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures, odd EXIF data and palettes
+            warnings.simplefilter("ignore")  # of large images, odd EXIF data and palettes
             with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
                 image.load()
                 # Faithful: EXIF rotation is not applied.

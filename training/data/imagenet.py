@@ -1,4 +1,4 @@
-"""A folder of class folders, such as ImageNet: the text of a picture is the name of its class (spec §15)."""
+"""A folder of class folders, such as ImageNet: the text of an image is the name of its class (spec §15)."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ LEVELS = 5  # ILSVRC/Data/CLS-LOC/train: the synset file of the published archiv
 
 
 class ImageFolder:
-    """Pictures ``{folder}/{class}/{file}``, or ``{folder}/train/{class}/{file}``.
+    """Images ``{folder}/{class}/{file}``, or ``{folder}/train/{class}/{file}``.
 
     A class is called as `names` says, else by the first name in the data set's own file of synsets, looked for in the
     folder and those above it, else as its folder.
@@ -30,14 +30,14 @@ class ImageFolder:
         names: file with a line ``{class folder} {name}`` for each class, or a JSON dictionary.
 
     Raises:
-        UserError: there are no pictures, or `names` cannot be read.
+        UserError: there are no images, or `names` cannot be read.
     """
 
     def __init__(self, folder: str, names: str | None = None):
         root = Path(folder)
         self.root = root / "train" if (root / "train").is_dir() else root
         classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
-        files = [f"{name}/{file}" for name in classes for file in _pictures(self.root / name)]
+        files = [f"{name}/{file}" for name in classes for file in _image_files(self.root / name)]
         if not files:
             raise UserError(f"{self.root} holds no {', '.join(SUFFIXES)} in folders named after their classes")
         self.files = np.array([os.fsencode(file) for file in files])  # one array: loader workers share it
@@ -66,7 +66,7 @@ class ImageFolder:
         yield {"__key__": file, "image": str(self.root / file), "text": self.names.get(name, name)}
 
 
-def _pictures(folder: Path) -> list[str]:
+def _image_files(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
 
 
@@ -80,7 +80,7 @@ def _synsets(root: Path) -> dict[str, str]:
 
 
 def _read_names(path: str) -> dict[str, str]:
-    """Class folder → name, of a file with one a line, or of a JSON dictionary."""
+    """Class folder → name, from a file with one per line or a JSON dictionary."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]

@@ -1,7 +1,7 @@
-"""Records of a large JSON file, read one by one from where they stand.
+"""Random access to the records of a large JSON file.
 
-A list of 665,000 conversations takes gigabytes as Python objects, and every loader worker would come to own a copy.
-Here the workers share the file and an array of places in it.
+A list of 665,000 conversations takes gigabytes as Python objects, and every loader worker would end up with a copy.
+Here the workers share the file and an array of byte offsets.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class JsonRecords:
         return len(self.places)
 
     def __getitem__(self, index: int) -> bytes:
-        """One record as it stands in the file."""
+        """The bytes of one record."""
         return _read(self.path, *self.places[index])
 
 
@@ -135,7 +135,7 @@ def _lines(text: str) -> Iterator[tuple[int, int, Any]]:
 
 
 def _open(text: str, bracket: str) -> int:
-    """Place behind the opening bracket; a byte order mark before it is passed over."""
+    """Offset after the opening bracket; a byte order mark before it is skipped."""
     place = _blanks(text, 3 if text.startswith("\xef\xbb\xbf") else 0)
     if text[place : place + 1] != bracket:
         raise ValueError(f"it must begin with {bracket}")

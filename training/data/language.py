@@ -1,4 +1,4 @@
-"""Plain texts: parquet columns, jsonl and txt files (spec §15). An item is a text."""
+"""Plain texts: parquet columns, jsonl and txt files (spec §15). A sample is a text."""
 
 import json
 import random
@@ -21,7 +21,7 @@ MAX_CHARACTERS = 8000
 CHUNK = 4 * 2**20  # bytes of a unit; its documents are in memory together
 
 
-def text_item(raw: str | dict | None, rng: random.Random) -> str:
+def text_sample(raw: str | dict | None, rng: random.Random) -> str:
     """Newlines removed; texts over 8000 characters cut to a random window.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Conversations on pictures in LLaVA's form: ``{"image": tensor, "input_ids", "labels"}`` (spec §9)."""
+"""Conversations on images in LLaVA's form: ``{"image": tensor, "input_ids", "labels"}`` (spec §9)."""
 
 import json
 import random
@@ -10,20 +10,20 @@ from typing import Any
 
 from common.errors import UserError
 from llava.conversation import IGNORE_INDEX
-from training.data.image_text import Pictures
+from training.data.image_text import ImageTransform
 from training.data.json_records import JsonRecords
 from training.data.skipping import BAD_CONVERSATION, MALFORMED_ITEM, MISSING_FILE, Skipped, SkipSample, checked_text
 
 
 class LlavaRecords:
-    """Records of LLaVA jsons, undecoded; those without a picture are left out.
+    """Records of LLaVA jsons, undecoded; those without an image are left out.
 
     Raises:
-        UserError: a file is no JSON list, or no record has a picture.
+        UserError: a file is no JSON list, or no record has an image.
     """
 
     def __init__(self, paths: list[str]):
-        self.files = [JsonRecords(path, keep=_has_picture) for path in paths]
+        self.files = [JsonRecords(path, keep=_has_image) for path in paths]
         self.ends = list(accumulate(len(file) for file in self.files))
         self.samples = self.ends[-1]
         if not self.samples:
@@ -42,32 +42,32 @@ class LlavaRecords:
             yield Skipped(MISSING_FILE, f"{file.path}: {error}")
 
 
-def _has_picture(record: Any) -> bool:
-    """Whether a record counts; what is no record counts, too, as a broken one."""
+def _has_image(record: Any) -> bool:
+    """Whether a record has an image. Anything that is not a record counts too, and is skipped later."""
     return not isinstance(record, dict) or record.get("image") is not None
 
 
 @dataclass(frozen=True)
-class LlavaItem:
+class LlavaSample:
     """Transform of a record of LLaVA's form.
 
     Args:
-        pictures: decodes the picture.
+        images: decodes the image.
         encode: turns and tokenizer → ``input_ids`` and ``labels``, (L,) int64 each.
         tokenizer: of the model.
         text_length: tokens that a row has room for; a conversation whose answers begin later teaches nothing.
     """
 
-    pictures: Pictures
+    images: ImageTransform
     encode: Callable
     tokenizer: Any
     text_length: int
 
     def __call__(self, raw: dict, rng: random.Random) -> dict:
-        """One item.
+        """One sample.
 
         Raises:
-            SkipSample: the record is malformed, its conversation has nothing to learn, or its picture is unreadable.
+            SkipSample: the record is malformed, its conversation has nothing to learn, or its image is unreadable.
         """
         record, key = _parse(raw), raw["__key__"]
         checked_text(json.dumps(record["conversations"], ensure_ascii=False), key)
@@ -77,13 +77,13 @@ class LlavaItem:
             raise SkipSample(BAD_CONVERSATION, f"{key}: {error}") from None
         if (encoded["labels"][: self.text_length] == IGNORE_INDEX).all():
             raise SkipSample(BAD_CONVERSATION, f"{key}: no answer within {self.text_length} tokens to learn from")
-        # A sample of shards brings its picture along; else the record names the file.
-        return {**self.pictures.of({"image": _file_name(record)} | raw, rng), **encoded, "key": key}
+        # A sample of shards brings its image along; else the record names the file.
+        return {**self.images.of({"image": _file_name(record)} | raw, rng), **encoded, "key": key}
 
 
 def _file_name(record: dict) -> str | None:
     name = record.get("image")
-    return name if isinstance(name, str) else None  # LLaVA's form has one picture; several are no LLaVA record
+    return name if isinstance(name, str) else None  # LLaVA's form has one image; several are no LLaVA record
 
 
 def _parse(raw: dict) -> dict:

@@ -1,15 +1,15 @@
-"""Turns a LLaVA-format JSON and its pictures into WebDataset shards for the captioning flow.
+"""Turns a LLaVA-format JSON and its images into WebDataset shards for the captioning flow.
 
     python3 training/data/llava_shards.py json=data/emoji_world/llava_train.json image_root=data/emoji_world/images \
         output=data/emoji_world/shards/qa repeat=name:3
 
     … json=llava_v1_5_mix665k.json image_root=llava_data output=data/llava/tuning records=true
 
-Every question with its answer becomes one sample: the picture and ``USER: \\n{question} ASSISTANT: {answer}``, the
+Every question with its answer becomes one sample: the image and ``USER: \\n{question} ASSISTANT: {answer}``, the
 very text that `inference_mmu.py` asks with, so train on it with `dataset.params.add_caption_prompt: False`. With
-`records=true` a sample is the picture and the whole record as `json`, which the flows llava_pretrain and llava_tuning
-read, also when `encode_images.py` has encoded the pictures. `repeat` weighs the values of the records' key `task`.
-Records without a picture are left out (spec §9).
+`records=true` a sample is the image and the whole record as `json`, which the flows llava_pretrain and llava_tuning
+read, also when `encode_images.py` has encoded the images. `repeat` weighs the values of the records' key `task`.
+Records without an image are left out (spec §9).
 """
 
 import json
@@ -35,29 +35,29 @@ class LlavaShardsConfig:
     image_root: str = "???"
     output: str = "???"  # prefix of the shards: {output}-000000.tar
     repeat: str = ""  # task:times, comma-separated
-    records: bool = False  # whole records, for the llava flows, in place of questions for the captioning flow
+    records: bool = False  # complete records for the llava flows, instead of questions for the captioning flow
     shard_size: int = 2000
     seed: int = 0
 
 
 def samples(records: list[dict], image_root: Path, repeat: dict[str, int], whole: bool) -> Iterator[dict]:
-    """One sample per question, or record if `whole`, and repetition; its picture is the path, yet to be read.
+    """One sample per question, or record if `whole`, and repetition; its image is the path, yet to be read.
 
     Raises:
-        UserError: a record's picture is missing.
+        UserError: a record's image is missing.
     """
     for index, record in enumerate(records):
         if "image" not in record:
             continue
-        picture = image_root / record["image"]
-        if not picture.is_file():
-            raise UserError(f"record {record.get('id', index)!r}: picture {picture} does not exist; check image_root")
+        image = image_root / record["image"]
+        if not image.is_file():
+            raise UserError(f"record {record.get('id', index)!r}: image {image} does not exist; check image_root")
         questions = () if whole else questions_and_answers(record["conversations"])
         texts = [{"txt": f"{question_prompt_vq(question)} {answer}"} for question, answer in questions]
         for number, text in enumerate([{"json": record}] if whole else texts):
             for time in range(repeat.get(record.get("task"), 1)):
                 key = f"{index:06d}-{number}-{time}"
-                yield {"__key__": key, picture.suffix.lstrip(".").lower(): picture, **text}
+                yield {"__key__": key, image.suffix.lstrip(".").lower(): image, **text}
 
 
 def questions_and_answers(turns: list[dict]) -> list[tuple[str, str]]:

@@ -1,10 +1,10 @@
-"""Turns pictures with captions, however they are kept, into WebDataset shards that every image flow reads.
+"""Turns images with captions, however they are kept, into WebDataset shards that every image flow reads.
 
     python3 training/data/make_shards.py source=~/pets output=data/pets/train
 
-`source` is a folder: pictures with a text beside each (``a.jpg``, ``a.txt``), or with ``metadata.csv`` or
+`source` is a folder: images with a text beside each (``a.jpg``, ``a.txt``), or with ``metadata.csv`` or
 ``metadata.jsonl`` (Hugging Face's imagefolder), or parquet files (a data set as the hub keeps it). With `captions=FILE`
-a table names the pictures, with `captions=folders` the folders they lie in (ImageNet):
+a table names the images, with `captions=folders` the folders they lie in (ImageNet):
 
     … source=coco/train2017 captions=coco/annotations/captions_train2017.json output=data/coco/train
     … source=flickr8k/Images captions=flickr8k/captions.txt output=data/flickr/train       (csv, tsv, jsonl, json)
@@ -12,10 +12,10 @@ a table names the pictures, with `captions=folders` the folders they lie in (Ima
 
     … source=imagenet captions=folders output=data/imagenet/train
 
-Each sample is the picture's own bytes and ``txt``. A picture with several captions (COCO has five) becomes several
-samples, so that an epoch sees all; `captions_per_image=join` or `first` makes one. Pictures that cannot be read, files
+Each sample is the image's own bytes and ``txt``. An image with several captions (COCO has five) becomes several
+samples, so that an epoch sees all; `captions_per_image=join` or `first` makes one. Images that cannot be read, files
 that are missing and empty captions are left out and counted. `{output}-manifest.json` lists the shards. The same source
-and settings give the same bytes; what was there before stays until the new set is complete.
+and settings give the same bytes; an existing set is kept until the new one is complete.
 """
 
 import io
@@ -40,7 +40,7 @@ from tqdm import tqdm
 from common.config import read_settings
 from common.errors import UserError, run_cli
 from training.data.captioned import NO_CAPTION, Captioned, CaptionedSource, Listing, of_one_split
-from training.data.captioned_files import beside_texts, in_class_folders, in_table, is_picture, list_files
+from training.data.captioned_files import beside_texts, in_class_folders, in_table, is_image_file, list_files
 from training.data.captioned_parquet import CaptionedParquet
 from training.data.shard_writing import (
     find_shards,
@@ -53,7 +53,7 @@ from training.data.shard_writing import (
     write_json,
     write_shard,
 )
-from training.data.skipping import EMPTY_TEXT, MALFORMED_ITEM, MISSING_FILE, UNREADABLE_IMAGE, Skipped, Tally
+from training.data.skipping import EMPTY_TEXT, MALFORMED_ITEM, MISSING_FILE, UNREADABLE_IMAGE, SkipCounters, Skipped
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # PIL's name → member; others become PNG
 CLASS_FOLDERS = "folders"  # in place of a table
@@ -62,36 +62,36 @@ CAPTIONS_PER_IMAGE = ("each", "join", "first")
 
 @dataclass
 class MakeShardsConfig:
-    source: str = "???"  # folder of pictures or of a Hugging Face data set
+    source: str = "???"  # folder of images or of a Hugging Face data set
     output: str = "???"  # prefix of the shards: {output}-000000.tar
-    captions: str = ""  # table that names pictures in `source`; `folders`: their classes; empty: what lies in `source`
+    captions: str = ""  # table that names images in `source`; `folders`: their classes; empty: those found in `source`
     image_column: str = ""  # of a table or parquet; empty: the usual names
     caption_column: str = ""
     split: str = ""  # of a Hugging Face data set; needed where it has several
     captions_per_image: str = "each"
-    txt_lines: bool = False  # each line of a .txt beside a picture is a caption
+    txt_lines: bool = False  # each line of a .txt beside an image is a caption
     metadata: bool = False  # a member `json` with the other columns
-    resize: int = 0  # larger pictures are scaled until their shorter side is this; 0 keeps every byte
-    quality: int = 95  # of the JPEG and WebP pictures that were scaled
+    resize: int = 0  # larger images are scaled until their shorter side is this; 0 keeps every byte
+    quality: int = 95  # of the JPEG and WebP images that were scaled
     shard_size: int = 1000  # samples in a shard
     shuffle: bool = True  # parquet: row groups, and rows within each
     seed: int = 0
-    num_workers: int = 4  # threads that read and check pictures
+    num_workers: int = 4  # threads that read and check images
     overwrite: bool = False  # another data set of this prefix
 
 
-# ---- where pictures and captions are ----
+# ---- where images and captions are ----
 
 
 def open_source(config) -> CaptionedSource:
-    """The pictures that the settings name.
+    """The images that the settings name.
 
     Raises:
         UserError: there are none, or none with a caption, or a table or column is missing.
     """
     folder = Path(config.source).expanduser()
     if not folder.is_dir():
-        raise UserError(f"source={config.source} is no folder that exists; give the one that holds the pictures")
+        raise UserError(f"source={config.source} is no folder that exists; give the one that holds the images")
     if config.captions == CLASS_FOLDERS:
         return Listing(in_class_folders(folder))
     columns = (config.image_column, config.caption_column)
@@ -111,13 +111,13 @@ def open_source(config) -> CaptionedSource:
 def _advice(files: list[Path]) -> str:
     if any(file.suffix == ".arrow" for file in files):
         return "it is a data set saved with save_to_disk: save it with to_parquet instead"
-    if pictures := sum(map(is_picture, files)):
+    if num_images := sum(map(is_image_file, files)):
         ways = "put a .txt beside each, name a table with captions=FILE, or take their folders with captions=folders"
-        return f"it holds {pictures} pictures: {ways}"
-    return "it holds neither pictures with a .txt beside them, nor metadata.csv or metadata.jsonl, nor parquet files"
+        return f"it holds {num_images} images: {ways}"
+    return "it holds neither images with a .txt beside them, nor metadata.csv or metadata.jsonl, nor parquet files"
 
 
-# ---- from pictures to samples ----
+# ---- from images to samples ----
 
 
 def entries_of(source: CaptionedSource, config) -> Iterator[Captioned | Skipped]:
@@ -153,25 +153,25 @@ def make_sample(entry: Captioned | Skipped, config) -> dict[str, bytes] | Skippe
     except UnicodeEncodeError as error:  # half a character, as broken JSON escapes have it
         return Skipped(MALFORMED_ITEM, f"{entry.name}: {error}")
     try:
-        data = entry.picture if isinstance(entry.picture, bytes) else entry.picture.read_bytes()
+        data = entry.image if isinstance(entry.image, bytes) else entry.image.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         return Skipped(MISSING_FILE, f"{entry.name}: {getattr(error, 'strerror', error)}")
     try:
-        suffix, data = checked_picture(data, config.resize, config.quality)
+        suffix, data = checked_image(data, config.resize, config.quality)
     except Exception as error:  # decoders of broken files raise almost anything, even SyntaxError
         return Skipped(UNREADABLE_IMAGE, f"{entry.name}: {error}")
     extra = {"json": json.dumps(entry.extra, default=str).encode()} if config.metadata else {}
     return {suffix: data, "txt": text, **extra}
 
 
-def checked_picture(data: bytes, resize: int, quality: int) -> tuple[str, bytes]:
-    """Decode a picture to its end; keep its bytes unless it is to be scaled or of a format that no flow reads.
+def checked_image(data: bytes, resize: int, quality: int) -> tuple[str, bytes]:
+    """Decode an image to its end; keep its bytes unless it is to be scaled or of a format that no flow reads.
 
     Returns:
         member suffix, bytes.
 
     Raises:
-        Exception: whatever PIL says of a broken picture.
+        Exception: whatever PIL says of a broken image.
     """
     with Image.open(io.BytesIO(data)) as image:
         image.load()
@@ -179,45 +179,45 @@ def checked_picture(data: bytes, resize: int, quality: int) -> tuple[str, bytes]
         suffix, scaled = SUFFIXES.get(image.format), resize and short > resize
         if suffix and not scaled:
             return suffix, data
-        picture = image.convert("RGB")  # as the flows read it; without EXIF, whose rotation they do not apply
+        rgb = image.convert("RGB")  # as the flows read it; without EXIF, whose rotation they do not apply
         if scaled:
             new_long = int(resize * long / short)  # spec §11
             size = (resize, new_long) if image.width == short else (new_long, resize)
-            picture = picture.resize(size, Image.Resampling.BICUBIC)
+            rgb = rgb.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    picture.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}.get(suffix, "PNG"), quality=quality)
+    rgb.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}.get(suffix, "PNG"), quality=quality)
     return suffix or "png", buffer.getvalue()
 
 
 # ---- from samples to shards ----
 
 
-def make_shards(source: CaptionedSource, config) -> tuple[dict, Tally]:
-    """Write the shards and their manifest aside, then in the place of what was there.
+def make_shards(source: CaptionedSource, config) -> tuple[dict, SkipCounters]:
+    """Write the shards and their manifest to a temporary folder, then replace the previous ones.
 
     Returns:
-        the manifest; what was seen and skipped.
+        the manifest; the counters of seen and skipped images.
 
     Raises:
         UserError: another data set is there, nothing could be read, or the disk is full.
     """
-    prefix, tally = read_prefix(config.output), Tally()
+    prefix, counters = read_prefix(config.output), SkipCounters()
     settings = made_from(config)
     refuse_others(prefix, settings, config.overwrite)
-    aside = prefix.with_name(f".{prefix.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    make_folder(aside)
+    temporary = prefix.with_name(f".{prefix.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    make_folder(temporary)
     try:
-        entries = write_all(aside / prefix.name, source, config, tally)
+        entries = write_all(temporary / prefix.name, source, config, counters)
         if not entries:
-            raise UserError(f"source={config.source}: nothing is left to write: skipped {tally.describe()}")
-        counts = {"samples": sum(entry["samples"] for entry in entries), "skipped": dict(tally.skipped)}
+            raise UserError(f"source={config.source}: nothing is left to write: skipped {counters.describe()}")
+        counts = {"samples": sum(entry["samples"] for entry in entries), "skipped": dict(counters.skipped)}
         manifest = {"shards": entries, **counts, "settings": settings}
-        write_json(manifest_path(aside / prefix.name), manifest)
-        publish(aside / prefix.name, prefix)
+        write_json(manifest_path(temporary / prefix.name), manifest)
+        publish(temporary / prefix.name, prefix)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return manifest, tally
+        shutil.rmtree(temporary, ignore_errors=True)
+    return manifest, counters
 
 
 def made_from(config) -> dict:
@@ -227,7 +227,7 @@ def made_from(config) -> dict:
 
 
 def refuse_others(prefix: Path, settings: dict, overwrite: bool) -> None:
-    """Raises `UserError` if another data set than this one stands at the prefix, unless it may be overwritten."""
+    """Raises `UserError` if another data set exists at the prefix, unless it may be overwritten."""
     old, remedy = read_manifest(prefix), "choose another output, or give overwrite=true"
     if overwrite or old.get("settings") == settings:
         return
@@ -239,10 +239,10 @@ def refuse_others(prefix: Path, settings: dict, overwrite: bool) -> None:
         raise UserError(f"{shards[0]} is there already, without a manifest; {remedy}")
 
 
-def write_all(prefix: Path, source: CaptionedSource, config, tally: Tally) -> list[dict]:
+def write_all(prefix: Path, source: CaptionedSource, config, counters: SkipCounters) -> list[dict]:
     """All shards of a source, one after another; their entries of the manifest."""
-    with tqdm(total=source.pictures, unit=" samples", desc="writing shards", dynamic_ncols=True) as bar:
-        samples = numbered(entries_of(source, config), config, tally, bar)
+    with tqdm(total=source.num_images, unit=" samples", desc="writing shards", dynamic_ncols=True) as bar:
+        samples = numbered(entries_of(source, config), config, counters, bar)
         entries = []
         for index in itertools.count():
             first = next(samples, None)
@@ -252,15 +252,15 @@ def write_all(prefix: Path, source: CaptionedSource, config, tally: Tally) -> li
             entries.append(write_shard(shard_path(prefix, index), itertools.chain([first], rest)))
 
 
-def numbered(entries: Iterator[Captioned | Skipped], config, tally: Tally, bar: tqdm) -> Iterator[dict]:
+def numbered(entries: Iterator[Captioned | Skipped], config, counters: SkipCounters, bar: tqdm) -> Iterator[dict]:
     """The samples that could be read, with their keys; everything is counted."""
     make = partial(make_sample, config=config)
     for number, sample in enumerate(in_order(make, entries, config.num_workers, ahead=8 * config.num_workers)):
-        bar.total = max(bar.total, number + 1)  # a picture of several captions is several samples
+        bar.total = max(bar.total, number + 1)  # an image of several captions is several samples
         bar.update()
-        tally.seen += 1
+        counters.seen += 1
         if isinstance(sample, Skipped):
-            tally.skip(sample.kind, sample.detail)
+            counters.skip(sample.kind, sample.detail)
         else:
             yield {"__key__": f"{number:08d}", **sample}
 
@@ -293,10 +293,10 @@ def main(argv: list[str]) -> None:
     config = read_settings(argv, MakeShardsConfig, "source=~/pets output=data/pets/train")
     check_settings(config)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit, which is allowed
-    manifest, tally = make_shards(open_source(config), config)
+    manifest, counters = make_shards(open_source(config), config)
     print(f"{config.output}: {manifest['samples']} samples in {len(manifest['shards'])} shards")
-    if tally.skipped:
-        print(f"skipped {tally.describe()}")
+    if counters.skipped:
+        print(f"skipped {counters.describe()}")
 
 
 if __name__ == "__main__":

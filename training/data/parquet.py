@@ -21,7 +21,7 @@ ROWS = 128  # decoded at once; a row group may be larger than memory
 
 @dataclass
 class _Footer:
-    """What stands at the end of a file: its columns, and rows per group; `error` where it cannot be read."""
+    """A file's footer: columns, and rows per row group; `error` if it cannot be read."""
 
     columns: tuple[str, ...] = ()
     rows: tuple[int, ...] = (0,)
@@ -60,7 +60,7 @@ class ParquetUnits:
         self.group_of = np.concatenate([np.arange(len(footer.rows)) for footer in footers])
         self.samples = sum(sum(footer.rows) for footer in footers)
         whole = [sum(footer.rows) for footer in footers if not footer.error]
-        mean = max(1, round(sum(whole) / len(whole)))  # what a file without a readable end may have held
+        mean = max(1, round(sum(whole) / len(whole)))  # estimate for files without a readable footer
         rows = [[mean] if footer.error else footer.rows for footer in footers]
         self.rows_of = np.concatenate(rows)
 
@@ -93,7 +93,7 @@ class ParquetUnits:
 
 
 def rows_of(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict | UnicodeDecodeError]:
-    """The rows as Python values, or why one cannot be had: parquet promises UTF-8, but not all writers keep it."""
+    """The rows as Python values, or the error of a row: parquet requires UTF-8, but not all writers comply."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:

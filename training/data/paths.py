@@ -24,7 +24,7 @@ def expand_paths(setting: str, value, suffixes: tuple[str, ...] = ()) -> list[st
     Args:
         setting: the key to name in messages.
         value: text, or a list of texts. Addresses that WebDataset opens (``pipe:…``, ``https://…``) stay as they are.
-        suffixes: of the files that a folder stands for, at any depth; of those the first sort that it holds.
+        suffixes: if the path is a folder, its files with the first of these suffixes that occurs, at any depth.
 
     Raises:
         UserError: the setting is empty or needs an environment variable, files do not exist (all are counted, and named

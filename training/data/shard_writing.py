@@ -1,4 +1,4 @@
-"""Shards on disk, each whole or absent, and the manifest that lists them.
+"""Writes shards, each completely or not at all, and the manifest that lists them.
 
 A data set of shards is ``{prefix}-000000.tar``, ``{prefix}-000001.tar``, … and ``{prefix}-manifest.json``, which is
 written last: ``{"shards": [{"file", "samples", "sha256"}, …], "samples": n, "skipped": {kind: n}, …}``.
@@ -21,7 +21,7 @@ from common.errors import UserError
 
 
 def read_prefix(output: str) -> Path:
-    """The setting `output`, with its folder made.
+    """The setting `output`, after creating its folder.
 
     Raises:
         UserError: it names a folder, or the folder cannot be made.
@@ -34,7 +34,7 @@ def read_prefix(output: str) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """With all above it; `UserError` where that is not possible."""
+    """Creates a folder and its parents; `UserError` if that is impossible."""
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -48,13 +48,13 @@ def manifest_path(prefix: Path) -> Path:
 
 
 def find_shards(prefix: Path) -> list[Path]:
-    """All shards of a prefix that are there, in order."""
+    """All existing shards of a prefix, in order."""
     name = re.compile(re.escape(prefix.name) + r"-\d{6,}\.tar")
     return sorted(path for path in prefix.parent.iterdir() if name.fullmatch(path.name))
 
 
 def write_shard(path: Path, samples: Iterable[dict]) -> dict:
-    """Write one shard beside its place, then put it there; the same samples make the same bytes.
+    """Writes one shard under a temporary name and renames it; the same samples give the same bytes.
 
     Args:
         path: its place.
@@ -66,24 +66,27 @@ def write_shard(path: Path, samples: Iterable[dict]) -> dict:
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
     """
-    aside, count = path.with_name(path.name + ".partial"), 0
+    temporary, count = path.with_name(path.name + ".partial"), 0
     with _disk_errors(path):
         # GNU's format: the default refuses names over 100 characters.
-        with aside.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0, format="GNU_FORMAT") as tar:
+        with (
+            temporary.open("wb") as file,
+            webdataset.TarWriter(file, encoder=False, mtime=0, format="GNU_FORMAT") as tar,
+        ):
             for sample in samples:
                 tar.write(sample)
                 count += 1
-        checksum = sha256(aside)
-        aside.rename(path)
+        checksum = sha256(temporary)
+        temporary.rename(path)
     return {"file": path.name, "samples": count, "sha256": checksum}
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Whole or not at all, as `write_shard`; several processes may write the same."""
-    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    """Writes a file completely or not at all; several processes may write the same one."""
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     with _disk_errors(path):
-        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.rename(path)
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.rename(path)
 
 
 def read_manifest(prefix: Path) -> dict:
@@ -108,7 +111,7 @@ def sha256(path: str | Path) -> str:
 
 
 def in_order(function: Callable, items: Iterable, threads: int, ahead: int) -> Iterator:
-    """`function` of every item by several threads, results in the items' order, at most `ahead` of them waiting."""
+    """`function` of every item, run by several threads; results in order, at most `ahead` of them waiting."""
     waiting = deque()
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for item in items:

@@ -1,4 +1,4 @@
-"""WebDataset shards as raw samples, and what the manifest beside them says (spec §15).
+"""WebDataset shards as raw samples, and the manifests beside them (spec §15).
 
 A raw sample is a dictionary: ``__key__``, ``__url__``, and the undecoded members by suffix (``jpg``, ``txt``, …).
 """
@@ -27,11 +27,11 @@ CODES = "codes.npy"
 
 
 def read_shards(urls: list[str], buffer_size: int, promised: dict[str, int], seed: int) -> Iterator[dict | Skipped]:
-    """Samples of shards drawn with replacement, mixed in a buffer; endless.
+    """Samples of shards that are sampled with replacement, shuffled in a buffer; endless.
 
     Args:
-        promised: samples of the shards whose manifest says how many; of others the mean of the whole shards read so far
-            is expected.
+        promised: number of samples of the shards whose manifest tells; for others, the mean of the intact shards read
+            so far is assumed.
     """
     shards = webdataset.ResampledShards(urls, seed=seed, worker_seed=lambda: 0, deterministic=True)
     return mixed(_in_turn((shard["url"] for shard in shards), promised), buffer_size, random.Random(seed))
@@ -52,19 +52,19 @@ def _in_turn(urls: Iterable[str], promised: dict[str, int]) -> Iterator[dict | S
 
 
 def read_shard(url: str, expected: int = 0) -> Iterator[dict | Skipped]:
-    """The samples of one shard in order, then, where it could not be read to its end, one `Skipped`.
+    """The samples of one shard in order, then one `Skipped` if it could not be read to its end.
 
-    A sample that the end cuts in two comes with the members it has.
+    A sample that is cut off comes with the members read so far.
 
     Args:
-        expected: how many samples it should hold, to tell how many are lost; 0 where that is not known.
+        expected: number of samples it should have, to count lost ones; 0 if unknown.
     """
     problems: list[Skipped] = []
     read = 0
 
     def note(error: Exception) -> bool:
         problems.append(Skipped(MALFORMED_ITEM, f"{url}: {error.args[0]}"))
-        return True  # of two members of one name the first is kept
+        return True  # the first of two members with one name is kept
 
     for sample in group_by_keys(_members(url, problems), handler=note):
         yield sample
@@ -85,25 +85,25 @@ def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
                 yield {"fname": name, "data": content, "__url__": url}
     except FileNotFoundError:
         problems.append(Skipped(MISSING_FILE, url))
-    except Exception as error:  # tar, gzip and the file system have each their own
+    except Exception as error:  # tar, gzip and the file system each raise their own
         problems.append(Skipped(TRUNCATED_SHARD, f"{url}: {error}"))
     finally:
         if stream is not None:
-            with suppress(OSError):  # a program behind a pipe that was not read to its end
+            with suppress(OSError):  # of a pipe that was not read to its end
                 stream.close()
 
 
 def _compressed_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """As `members`, of what may be compressed in any way."""
+    """Like `members`, for archives with any compression."""
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
         for member in archive:
             if member.isreg():
                 yield member.name, archive.extractfile(member).read()
-            archive.members = []  # it would keep all headers
+            archive.members = []  # otherwise it would keep all headers
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """An archive ends with its end mark, not where a header is damaged, cut or absent."""
+    """Treats a damaged, truncated or missing header as an error, not as the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -114,7 +114,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 class ShardUnits:
-    """Shards that are read once per epoch, in order: held-out data."""
+    """Shards that are read once per epoch, in order; for held-out data."""
 
     samples = None
 
@@ -161,14 +161,14 @@ def promised_samples(urls: list[str]) -> dict[str, int]:
 
 
 def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") -> None:
-    """Whether shards of codes, if their manifest says that they are, fit the run.
+    """Checks that shards of codes, as far as their manifests tell, match the run.
 
     Args:
         expected: manifest key → value in this run.
-        refused: why codes cannot be used in this flow at all, if so; then pictures beside them are.
+        refused: why this flow cannot use codes, if it cannot; images beside the codes are used then.
 
     Raises:
-        UserError: they do not fit.
+        UserError: they do not match.
     """
     for file, manifest in manifests(urls).items():
         if "num_vq_tokens" not in manifest:
@@ -180,6 +180,6 @@ def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") ->
         wrong = [f"{k} {manifest.get(k)}, here {value}" for k, value in expected.items() if manifest.get(k) != value]
         if wrong:
             raise UserError(
-                f"{file}: these codes were made for {'; '.join(wrong)}; encode the pictures again with "
+                f"{file}: these codes were made for {'; '.join(wrong)}; encode the images again with "
                 "training/data/encode_images.py for this resolution and tokenizer"
             )

@@ -1,14 +1,14 @@
-"""Bad data: how a reader or a transform says that a sample cannot be used, and when there is too much of it."""
+"""Bad data: how readers and transforms report unusable samples, and when there are too many of them."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-UNREADABLE_IMAGE = "unreadable_image"  # broken, truncated, enormous, or no picture at all
-TRUNCATED_SHARD = "truncated_shard"  # a shard or row group that ends early or is corrupt; counts what is lost of it
+UNREADABLE_IMAGE = "unreadable_image"  # broken, truncated, enormous, or no image at all
+TRUNCATED_SHARD = "truncated_shard"  # a shard or row group that ends early or is corrupt; counts its lost samples
 MISSING_FILE = "missing_file"
 EMPTY_TEXT = "empty_text"
-MALFORMED_ITEM = "malformed_item"  # parts missing, of the wrong type, or not to be parsed
-BAD_CONVERSATION = "bad_conversation"  # turns out of order, or no token of an answer to learn from
+MALFORMED_ITEM = "malformed_item"  # parts are missing, of the wrong type, or cannot be parsed
+BAD_CONVERSATION = "bad_conversation"  # turns out of order, or no supervised token
 BAD_CODES = "bad_codes"  # of another length or range than the model's
 KINDS = (
     UNREADABLE_IMAGE,
@@ -23,9 +23,10 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Skipped:
-    """What a reader yields in place of a raw sample, or of the rest of a file, that it cannot read.
+    """Yielded by a reader in place of a raw sample, or of the rest of a file, that it cannot read.
 
-    count: samples that are lost with it, as far as the reader can know.
+    Args:
+        count: number of lost samples, as far as the reader can know.
     """
 
     kind: str
@@ -42,10 +43,10 @@ class SkipSample(Exception):
 
 
 def checked_text(text: object, name: str) -> str:
-    """The text itself.
+    """Returns `text` if it is valid.
 
     Raises:
-        SkipSample: it is no text, or holds half of a character (as ``"\\ud83d"`` in JSON), which no tokenizer takes.
+        SkipSample: not a string, or with a lone surrogate (``"\\ud83d"`` in JSON), which tokenizers reject.
     """
     if not isinstance(text, str):
         raise SkipSample(MALFORMED_ITEM, f"{name}: {text!r:.80} is no text")
@@ -57,10 +58,10 @@ def checked_text(text: object, name: str) -> str:
 
 
 @dataclass
-class Tally:
-    """How many raw samples were seen and how many of them, by kind, were skipped; one example of each kind.
+class SkipCounters:
+    """Counts raw samples and skipped ones by kind, with one example of each kind.
 
-    Samples lost with a file count as seen, too. `largest` is the most that one file has cost.
+    Samples lost with a file count as seen, too. `largest` is the largest number of samples lost with one file.
     """
 
     seen: int = 0
@@ -69,32 +70,32 @@ class Tally:
     examples: dict[str, str] = field(default_factory=dict)
 
     def skip(self, kind: str, detail: str, count: int = 1) -> None:
-        """Notes `count` samples as skipped, of which one was counted as seen."""
+        """Counts `count` samples as skipped, one of which is already in `seen`."""
         self.skipped[kind] += count
         self.seen += count - 1
         self.largest = max(self.largest, count)
         self.examples.setdefault(kind, detail)
 
-    def lose(self, lost: Skipped, owed: Counter) -> None:
-        """Notes one sample of a lost file as skipped; the others are owed: they are noted bit by bit by `collect`."""
+    def skip_file(self, lost: Skipped, deferred: Counter) -> None:
+        """Counts one sample of a lost file as skipped; the rest goes to `deferred`, for `add_deferred`."""
         self.skip(lost.kind, lost.detail)
         self.largest = max(self.largest, lost.count)
-        owed[lost.kind] += lost.count - 1
+        deferred[lost.kind] += lost.count - 1
 
-    def collect(self, owed: Counter, most: int) -> None:
-        """Notes up to `most` of the samples that are owed.
+    def add_deferred(self, deferred: Counter, most: int) -> None:
+        """Counts up to `most` of the deferred samples as skipped.
 
-        A lost file costs no time, while a whole one is read for long: noted at once, a hundredth of the files could
-        look like half of the data for as long as the first ones are being read.
+        A damaged file is lost at once, while reading an intact one takes long. Counted at once, the samples of 1 % of
+        the files could look like half of the data while the first intact files are being read.
         """
-        for kind in list(owed):
-            count = min(most, owed[kind])
+        for kind in list(deferred):
+            count = min(most, deferred[kind])
             self.skipped[kind] += count
-            self.seen, most, owed[kind] = self.seen + count, most - count, owed[kind] - count
-            if not owed[kind]:
-                del owed[kind]
+            self.seen, most, deferred[kind] = self.seen + count, most - count, deferred[kind] - count
+            if not deferred[kind]:
+                del deferred[kind]
 
-    def add(self, other: "Tally") -> None:
+    def add(self, other: "SkipCounters") -> None:
         self.seen += other.seen
         self.skipped.update(other.skipped)
         self.largest = max(self.largest, other.largest)
@@ -105,10 +106,10 @@ class Tally:
         return self.skipped.total() / self.seen if self.seen else 0.0
 
     def exceeds(self, fraction: float, enough: int) -> bool:
-        """Whether too much is skipped, judged from `enough` samples on, the costliest file counted as one sample.
+        """Whether more than `fraction` of the samples were skipped, judged once `enough` were seen.
 
-        It may be the only bad one of a thousand and says nothing of the others. Where it is a large part of the data,
-        it is soon read again and counts.
+        The most costly file counts as one sample: it may be the only bad file among thousands. If it is a large part of
+        the data, it is soon read again and then counts.
         """
         left_out = max(0, min(self.largest, self.skipped.total()) - 1)
         skipped, seen = self.skipped.total() - left_out, self.seen - left_out
@@ -120,4 +121,4 @@ class Tally:
         return f"{self.skipped.total()} of {self.seen} samples ({self.share:.1%}): {', '.join(kinds)}"
 
     def _example(self, kind: str) -> str:
-        return f" (such as {self.examples[kind]})" if kind in self.examples else ""  # none from before a restart
+        return f" (such as {self.examples[kind]})" if kind in self.examples else ""  # examples do not survive a restart

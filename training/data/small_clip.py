@@ -3,7 +3,7 @@
     python3 training/data/small_clip.py output_dir=outputs/tiny-clip
 
 The folder takes the place of `openai/clip-vit-large-patch14-336` in `model.clip_vit_name`. What it sees is a random
-but fixed view of the picture, enough to try the CLIP-ViT branch; the same settings make the same weights.
+but fixed view of the image, enough to try the CLIP-ViT branch; the same settings make the same weights.
 """
 
 import sys
@@ -27,7 +27,7 @@ from models.pipeline_loading import without_loading_bars
 class SmallClipConfig:
     output_dir: str = "???"
     image_size: int = 64
-    patch_size: int = 8  # 64 features for a picture of 64 x 64
+    patch_size: int = 8  # 64 features for an image of 64 x 64
     hidden_size: int = 192
     layers: int = 3  # the last one is not used: features are the hidden state before it
     heads: int = 3

@@ -1,7 +1,7 @@
-"""Where raw samples come from: endless streams, cut into rounds that can each be read on their own.
+"""Sources of raw samples: endless streams, cut into chunks that can each be read independently.
 
-Round r of stream s is a function of the run's seed, s and r alone. So a run continues at any place by reading from the
-beginning of the round it stood in; nothing before that is read again.
+Chunk c of stream s depends only on the run's seed, s and c. A run therefore resumes by reading from the beginning of
+its current chunk; nothing before that is read again.
 """
 
 import math
@@ -14,32 +14,32 @@ from typing import Any, Protocol
 
 import numpy as np
 
-ROUND = 20_000  # raw samples between two starts of an endless reader
+CHUNK = 20_000  # raw samples in a chunk of an endless reader
 
 Reader = Callable[[int], Iterator[Any]]  # seed → endless raw samples
 
 
 def seed_of(*parts) -> int:
-    """A seed of 32 bits for each tuple of names and numbers, the same in every process and Python."""
+    """A 32-bit seed from names and numbers, the same in every process and Python version."""
     return zlib.crc32(repr(parts).encode())
 
 
 class Source(Protocol):
-    """Raw samples as `num_streams` streams, all (process, worker) pairs of a run together.
+    """Raw samples, split into `num_streams` streams: one for each loader worker of each process.
 
-    `samples`: length of one epoch over all streams; None where it is not known.
+    `samples`: length of one epoch over all streams; None if unknown.
     """
 
     samples: int | None
 
-    def round(self, seed: int | str, stream: int, num_streams: int, index: int) -> Iterator[Any]:
-        """The raw samples of one stretch of a stream; finite, perhaps empty."""
+    def chunk(self, seed: int | str, stream: int, num_streams: int, index: int) -> Iterator[Any]:
+        """The raw samples of chunk `index` of a stream; finite, may be empty."""
 
 
 class Units(Protocol):
-    """A finite data set in parts that are read one by one: files, row groups, single samples.
+    """A finite data set in units that are read one at a time: files, row groups, single samples.
 
-    `samples`: how many all parts hold together; None where that is not known.
+    `samples`: total number over all units; None if unknown.
     """
 
     samples: int | None
@@ -47,41 +47,41 @@ class Units(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int, rng: random.Random) -> Iterator[Any]:
-        """The raw samples of one part, in an order of `rng`."""
+        """The raw samples of one unit, in an order determined by `rng`."""
 
 
 class Resampled:
-    """Every round draws with replacement, each stream with random numbers of its own.
+    """Samples with replacement; each chunk of each stream has its own seed.
 
     Args:
         read: makes an endless iterator of raw samples from a seed.
-        samples: what one epoch counts; a new round begins with it.
+        samples: length of an epoch; a chunk is at most a stream's share of it.
     """
 
     def __init__(self, read: Reader, samples: int | None = None):
         self.read, self.samples = read, samples
 
-    def round(self, seed: int | str, stream: int, num_streams: int, index: int) -> Iterator[Any]:
-        length = ROUND if self.samples is None else min(ROUND, math.ceil(self.samples / num_streams))
+    def chunk(self, seed: int | str, stream: int, num_streams: int, index: int) -> Iterator[Any]:
+        length = CHUNK if self.samples is None else min(CHUNK, math.ceil(self.samples / num_streams))
         return islice(self.read(seed_of(seed, stream, "round", index)), length)
 
 
 class Epochs:
-    """Every epoch visits each part once over all streams: a common permutation, dealt out in turn.
+    """Every epoch visits each unit once over all streams: one permutation, dealt out to the streams in turn.
 
-    Piece number ``stream + num_streams * round`` of the endless sequence of permutations belongs to a stream's round.
-    A piece is one part; where there are fewer parts than streams, it is every k-th sample of one.
+    A chunk of a stream is piece number ``stream + num_streams * index`` of the endless sequence of permutations. A
+    piece is one unit or, if there are fewer units than streams, every k-th sample of one.
 
     Args:
         units: the data set.
-        samples: length of an epoch, if it is to end before all was seen; counted in whole parts, rounded up.
+        samples: length of an epoch that ends before all data was seen; rounded up to whole units.
     """
 
     def __init__(self, units: Units, samples: int | None = None):
         self.units = units
         self.samples = samples if units.samples is None else min(samples or units.samples, units.samples)
 
-    def round(self, seed: int | str, stream: int, num_streams: int, index: int) -> Iterator[Any]:
+    def chunk(self, seed: int | str, stream: int, num_streams: int, index: int) -> Iterator[Any]:
         slices = math.ceil(num_streams / len(self.units))
         pieces = len(self.units) * slices
         epoch, place = divmod(stream + num_streams * index, self._pieces_per_epoch(pieces))
@@ -101,7 +101,7 @@ def _permutation(seed: int, length: int) -> np.ndarray:
 
 
 def mixed(samples: Iterator, buffer_size: int, rng: random.Random) -> Iterator:
-    """Each sample waits in a buffer for a random time; what is left at the end comes in random order."""
+    """Shuffles a stream through a buffer of `buffer_size` samples."""
     buffer = []
     for sample in samples:
         if len(buffer) < buffer_size:

@@ -1,7 +1,7 @@
 """Endless streams of batches whose order is a function of (seed, step, process, worker), so a run can continue.
 
-Every loader worker reads one stream of a `Source`. A stream is cut into rounds; to continue at sample n of round r, the
-n samples before it are passed over, and none of them is decoded.
+Every loader worker reads one stream of a `Source`. A stream is cut into chunks; to resume at sample n of chunk c, the n
+samples before it are skipped without being decoded.
 """
 
 import atexit
@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
 from training.data.batching import Batch, pack, pin, unpack
-from training.data.skipping import Skipped, SkipSample, Tally
+from training.data.skipping import SkipCounters, Skipped, SkipSample
 from training.data.sources import Source, seed_of
 
-ENOUGH_SEEN = 200  # raw samples from which the share of bad ones can be judged
-GIVE_UP = 10_000  # raw samples, or empty rounds, without a single batch
+ENOUGH_SEEN = 200  # raw samples after which the share of skipped ones is judged
+GIVE_UP = 10_000  # raw samples, or empty chunks, without a single batch
 
-Transform = Callable[[Any, random.Random], Any]  # raw sample, its own random numbers → item; raises SkipSample
+Transform = Callable[[Any, random.Random], Any]  # (raw sample, its own generator) → sample; raises SkipSample
 
 
 @dataclass
@@ -35,33 +35,39 @@ class StreamState:
     """How far a flow has been read.
 
     Args:
-        batches: handed out.
-        positions, rounds: of each worker's stream: the round it stands in, and raw samples used of that round.
-        seen, skipped, largest: raw samples used so far in all rounds, those of them that could not be used, by kind,
-            and the most that were lost at once.
-        owed: of each worker's stream: samples lost with files that are not among the skipped ones yet, by kind.
+        batches: number of batches returned.
+        positions, chunks: for each worker's stream, the number of raw samples read of its current chunk, and the index
+            of that chunk.
+        seen, skipped, largest: the `SkipCounters` of this process so far.
+        deferred: for each worker's stream, samples of lost files that are not counted as skipped yet, by kind.
     """
 
     batches: int = 0
     positions: list[int] = field(default_factory=list)
-    rounds: list[int] = field(default_factory=list)
+    chunks: list[int] = field(default_factory=list)
     seen: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     largest: int = 1
-    owed: list[dict[str, int]] = field(default_factory=list)
+    deferred: list[dict[str, int]] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, content: dict) -> "StreamState":
+        """The state in a checkpoint; older ones say ``rounds`` for `chunks` and ``owed`` for `deferred`."""
+        renamed = {"rounds": "chunks", "owed": "deferred"}
+        return cls(**{renamed.get(key, key): value for key, value in content.items()})
 
 
 @dataclass
 class _Delivery:
-    """What a worker hands over: a batch, where its stream stands after it, and what was skipped on the way."""
+    """Sent by a worker: a batch, the position of its stream after it, and the samples skipped on the way."""
 
     packed: Any = None
     stream: int = 0
-    round: int = 0
+    chunk: int = 0
     position: int = 0
-    tally: Tally = field(default_factory=Tally)
-    owed: dict[str, int] = field(default_factory=dict)
-    problem: str = ""  # in place of a batch: why there is none
+    counters: SkipCounters = field(default_factory=SkipCounters)
+    deferred: dict[str, int] = field(default_factory=dict)
+    problem: str = ""  # why there is no batch
 
     def pin_memory(self) -> "_Delivery":
         """Called by the loader's pinning thread."""
@@ -75,7 +81,8 @@ class _Batches(IterableDataset):
         self.seed, self.process, self.num_processes = flow.seed, flow.process, flow.num_processes
         allowed = flow.max_skipped_fraction
         self.patience = ENOUGH_SEEN if allowed < 1 else GIVE_UP
-        self.collected = math.ceil(1 / (1 - allowed)) if allowed < 1 else 1  # a sample; enough to pass what is allowed
+        # Deferred samples counted per raw sample: enough that the share of skipped ones can exceed the allowed one.
+        self.deferred_per_sample = math.ceil(1 / (1 - allowed)) if allowed < 1 else 1
         self.state = state
 
     def __iter__(self) -> Iterator[_Delivery]:
@@ -86,65 +93,65 @@ class _Batches(IterableDataset):
         stream = (worker + self.state.batches) % num_workers
         try:
             yield from self._deliveries(stream, num_workers)
-        except UserError as error:  # as a value: the loader would wrap an exception in its own traceback
+        except UserError as error:  # as a value, since the loader would add its own traceback to an exception
             yield _Delivery(problem=str(error))
 
     def _deliveries(self, stream: int, num_workers: int) -> Iterator[_Delivery]:
-        items, tally, tried, limit = [], Tally(), 0, self.patience
-        owed = Counter(self.state.owed[stream] if self.state.owed else {})
+        samples, counters, tried, limit = [], SkipCounters(), 0, self.patience
+        deferred = Counter(self.state.deferred[stream] if self.state.deferred else {})
         for raw, index, position, seed in self._raw_samples(stream, num_workers):
-            tally.seen, tried = tally.seen + 1, tried + 1
+            counters.seen, tried = counters.seen + 1, tried + 1
             try:
                 if isinstance(raw, Skipped):
-                    tally.lose(raw, owed)
+                    counters.skip_file(raw, deferred)
                 else:
-                    items.append(self.transform(raw, random.Random(seed)))
+                    samples.append(self.transform(raw, random.Random(seed)))
                     limit = max(GIVE_UP, 100 * self.batch_size)
             except SkipSample as skipped:
-                tally.skip(skipped.kind, skipped.detail)
-            tally.collect(owed, self.collected)
-            if len(items) == self.batch_size:
-                yield _Delivery(pack(items), stream, index, position + 1, tally, dict(owed))
-                items, tally, tried = [], Tally(), 0
+                counters.skip(skipped.kind, skipped.detail)
+            counters.add_deferred(deferred, self.deferred_per_sample)
+            if len(samples) == self.batch_size:
+                yield _Delivery(pack(samples), stream, index, position + 1, counters, dict(deferred))
+                samples, counters, tried = [], SkipCounters(), 0
             elif tried >= limit:
-                yield _Delivery(tally=tally, problem="hardly any sample can be used")
+                yield _Delivery(counters=counters, problem="hardly any sample can be used")
                 return
 
     def _raw_samples(self, stream: int, num_workers: int) -> Iterator[tuple[Any, int, int, int]]:
-        """(raw sample, its round, its place in the round, seed of its random numbers), endless."""
-        of_all = self.process * num_workers + stream
-        index, position = self.state.rounds[stream], self.state.positions[stream]
+        """Endless: (raw sample, index of its chunk, position in the chunk, seed of its random numbers)."""
+        global_stream = self.process * num_workers + stream
+        index, position = self.state.chunks[stream], self.state.positions[stream]
         empty = 0
         while empty < GIVE_UP:
-            samples = self.source.round(self.seed, of_all, self.num_processes * num_workers, index)
+            samples = self.source.chunk(self.seed, global_stream, self.num_processes * num_workers, index)
             empty += 1
             for raw in islice(samples, position, None):
-                yield raw, index, position, seed_of(self.seed, of_all, index, position)
+                yield raw, index, position, seed_of(self.seed, global_stream, index, position)
                 position, empty = position + 1, 0
             index, position = index + 1, 0
         raise UserError("there is not a single sample in the data")
 
 
 class Flow:
-    """One data flow of a run: an endless iterator of lists of items that knows where it stands.
+    """One data flow of a run: an endless, resumable iterator of batches (lists of samples).
 
-    `skipped` (kind → number) and `seen` count raw samples of this process, those of an earlier part of the run
-    included.
+    `skipped` (kind → number) and `seen` count raw samples of this process since the start of the run, also across
+    restarts.
 
     Args:
-        source: raw (undecoded) samples.
-        transform: decodes one raw sample with random numbers of its own, or raises `SkipSample`.
-        batch_size: items per batch.
+        source: of raw (undecoded) samples.
+        transform: decodes one raw sample with its own random generator, or raises `SkipSample`.
+        batch_size: samples per batch.
         seed: of the run and of this flow.
-        process, num_processes: which share of the data is this process's.
+        process, num_processes: which share of the data this process reads.
         num_workers: as in torch's DataLoader; the order of the data depends on it.
         name: for messages.
-        max_skipped_fraction: of the raw samples; more is an error.
-        pin_memory: the batches' tensors lie in page-locked memory, if there is a GPU.
+        max_skipped_fraction: of the raw samples; skipping more is an error.
+        pin_memory: put batches in page-locked memory, if there is a GPU.
         persistent_workers: False ends the workers after each epoch and starts new ones.
 
     Raises:
-        UserError (from `next`): too many samples cannot be used, or none.
+        UserError (from `next`): too many samples, or all, are unusable.
     """
 
     def __init__(
@@ -170,21 +177,21 @@ class Flow:
         self.rewind()
 
     def rewind(self) -> None:
-        """Back to the first batch, as a new run would see it."""
+        """Goes back to the first batch of a new run."""
         streams = max(1, self.num_workers)
-        self.load_state_dict(StreamState(positions=[0] * streams, rounds=[0] * streams))
+        self.load_state_dict(StreamState(positions=[0] * streams, chunks=[0] * streams))
 
     @property
     def skipped(self) -> Counter:
-        return self.tally.skipped
+        return self.counters.skipped
 
     @property
     def seen(self) -> int:
-        return self.tally.seen
+        return self.counters.seen
 
     @property
     def batches_per_epoch(self) -> int | None:
-        """Batches of this process in one epoch of the source; None where it has no end."""
+        """Batches of this process in one epoch of the source; None if its length is unknown."""
         samples = self.source.samples
         return samples and math.ceil(samples / (self.batch_size * self.num_processes))
 
@@ -196,19 +203,19 @@ class Flow:
             self._iterator = iter(self._loader())
             _reading.add(self)
         delivery: _Delivery = next(self._iterator)
-        self.tally.add(delivery.tally)
+        self.counters.add(delivery.counters)
         if problem := self._problem(delivery):
             self.close()
             raise UserError(f"{self.name}: {problem}")
         self.batches += 1
-        self.rounds[delivery.stream], self.positions[delivery.stream] = delivery.round, delivery.position
-        self.owed[delivery.stream] = delivery.owed
+        self.chunks[delivery.stream], self.positions[delivery.stream] = delivery.chunk, delivery.position
+        self.deferred[delivery.stream] = delivery.deferred
         if not self.persistent_workers and self.num_workers and self._at_epoch_end():
             self.close()
         return unpack(delivery.packed)
 
     def _loader(self) -> DataLoader:
-        # Its own generator: else each new loader draws from the global one, and a continued run from others.
+        # With its own generator: a new loader would otherwise advance the global one, and a resumed run would differ.
         return DataLoader(
             _Batches(self, self.state_dict()),
             batch_size=None,
@@ -220,32 +227,32 @@ class Flow:
         )
 
     def _problem(self, delivery: _Delivery) -> str:
-        """Why the run must end here, if it must."""
+        """Why the run must end here; empty if it need not."""
         if delivery.problem:
-            counted = f"; skipped were {self.tally.describe()}" if self.skipped else ""
-            return f"{delivery.problem}{counted}; mend the data or its path"
+            counted = f"; skipped {self.counters.describe()}" if self.skipped else ""
+            return f"{delivery.problem}{counted}; fix the data or its path"
         epoch = math.ceil((self.source.samples or ENOUGH_SEEN) / self.num_processes)
-        if not self.tally.exceeds(self.max_skipped_fraction, min(ENOUGH_SEEN, epoch)):
+        if not self.counters.exceeds(self.max_skipped_fraction, min(ENOUGH_SEEN, epoch)):
             return ""
         return (
-            f"skipped {self.tally.describe()}; that is more than dataset.params.max_skipped_fraction "
-            f"{self.max_skipped_fraction}; mend the data, or raise the fraction"
+            f"skipped {self.counters.describe()}; that is more than dataset.params.max_skipped_fraction "
+            f"{self.max_skipped_fraction}; fix the data, or raise the fraction"
         )
 
     def _at_epoch_end(self) -> bool:
         return bool(self.batches_per_epoch) and self.batches % self.batches_per_epoch == 0
 
     def close(self) -> None:
-        """Ends the loader's workers at once, not when Python gets round to it; reading on begins where it stands."""
+        """Stops the loader's workers at once, without waiting for garbage collection. `next` starts new ones."""
         self._iterator = None
 
     def state_dict(self) -> StreamState:
-        places = list(self.positions), list(self.rounds)
-        owed = [dict(of_stream) for of_stream in self.owed] if any(self.owed) else []
-        return StreamState(self.batches, *places, self.seen, dict(self.skipped), self.tally.largest, owed)
+        position = list(self.positions), list(self.chunks)
+        deferred = [dict(of_stream) for of_stream in self.deferred] if any(self.deferred) else []
+        return StreamState(self.batches, *position, self.seen, dict(self.skipped), self.counters.largest, deferred)
 
     def load_state_dict(self, state: StreamState) -> None:
-        """Continues after the batches that `state` counts.
+        """Resumes after the first `state.batches` batches.
 
         Raises:
             UserError: the state was made with another number of workers.
@@ -256,9 +263,9 @@ class Flow:
                 f"{self.num_workers}; use {len(state.positions)} to continue with the same data"
             )
         self.batches, self.positions = state.batches, list(state.positions)
-        self.rounds = list(state.rounds) or [0] * len(self.positions)
-        self.owed = [dict(owed) for owed in state.owed] or [{} for _ in self.positions]
-        self.tally = Tally(state.seen, Counter(state.skipped), state.largest)
+        self.chunks = list(state.chunks) or [0] * len(self.positions)
+        self.deferred = [dict(deferred) for deferred in state.deferred] or [{} for _ in self.positions]
+        self.counters = SkipCounters(state.seen, Counter(state.skipped), state.largest)
         self._iterator = None
 
 
@@ -267,15 +274,15 @@ def _as_it_is(delivery: _Delivery) -> _Delivery:
 
 
 def _begin_worker(_: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per worker already; else it warns of the fork
-    # Schedulers signal all processes of a job. The run finishes its step and saves; it needs its workers for that.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers are parallel already, and tokenizers warn of forks
+    # Job schedulers signal all processes of a job. The run then finishes its step and saves, which needs the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _pass_over_once)
+    signal.signal(signal.SIGTERM, _ignore_once)
 
 
-def _pass_over_once(number: int, _) -> None:
-    signal.signal(number, signal.SIG_DFL)  # the loader sends another one to a worker that does not end by itself
+def _ignore_once(number: int, _) -> None:
+    signal.signal(number, signal.SIG_DFL)  # the loader sends a second one to workers that do not end by themselves
 
 
 _reading: "weakref.WeakSet[Flow]" = weakref.WeakSet()
@@ -283,6 +290,6 @@ _reading: "weakref.WeakSet[Flow]" = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Ends the workers of a run that fails, before multiprocessing waits for them."""
+    """Stops the workers of a failing run before multiprocessing waits for them."""
     for flow in list(_reading):
         flow.close()

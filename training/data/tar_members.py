@@ -1,5 +1,7 @@
-"""Members of a tar archive read in order. Python's tarfile takes as long for the headers of a sample as PIL for its
-256² jpeg; this reads what shards consist of: regular files, with names of any length (ustar, GNU, pax)."""
+"""Reads the members of a tar archive in order: regular files only, with names of any length (ustar, GNU, pax).
+
+Python's tarfile takes as long for the headers of a sample as PIL for its 256² jpeg.
+"""
 
 import tarfile
 from collections.abc import Iterator
@@ -7,7 +9,7 @@ from typing import BinaryIO
 
 BLOCK = 512
 END = bytes(BLOCK)
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # what such files begin with
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # magic numbers of compressed files
 REGULAR, LONG_NAME, PAX, PAX_GLOBAL, SPARSE = (b"0", b"\0", b"7"), b"L", b"x", b"g", b"S"
 
 
@@ -17,7 +19,7 @@ def members(archive: BinaryIO) -> Iterator[tuple[str, bytes]]:
     Raises:
         tarfile.ReadError: a header is damaged, or the archive ends before its end mark.
     """
-    described = {}  # by the member before: what does not fit into a header
+    described = {}  # by the previous member: values that do not fit into a header
     while (header := _read(archive, BLOCK)) != END:
         _check(header)
         kind = header[156:157]

@@ -1,4 +1,4 @@
-"""Benchmarks that have the model draw: the pictures lie in the task's folder, an answer is the name of one."""
+"""Benchmarks of image generation: images are saved in the task's folder, and an answer is an image's file name."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from models import SamplingParameters
 from models.images import load_image, preprocess
 
 
-class DrawingTask(Task):
-    """A benchmark whose prompts are drawn."""
+class GenerationTask(Task):
+    """A benchmark that generates an image for each prompt."""
 
-    reads_pictures = False
+    reads_images = False
 
     @property
     def is_random(self) -> bool:
@@ -33,9 +33,9 @@ class DrawingTask(Task):
 
     @property
     def _options(self) -> dict[str, Any]:
-        """The `sampling.*` keys that are not neutral."""
-        neutral = SamplingParameters()
-        return {f"sampling.{k}": value for k, value in self.config.sampling.items() if value != getattr(neutral, k)}
+        """The `sampling.*` keys that differ from their defaults."""
+        default = SamplingParameters()
+        return {f"sampling.{k}": value for k, value in self.config.sampling.items() if value != getattr(default, k)}
 
     def notes(self) -> list[str]:
         parts = [f"guidance {self.config.guidance_scale:g}", f"{self.config.generation_timesteps} steps"]
@@ -43,10 +43,10 @@ class DrawingTask(Task):
 
     @abstractmethod
     def file_of(self, item: Item) -> str:
-        """Where an item's drawing lies, seen from the task's folder."""
+        """File of an item's image, relative to the task's folder."""
 
     def predict(self, model, items, images, generator) -> list[str]:
-        drawn = model.text_to_image(
+        generated = model.text_to_image(
             [item.prompt for item in items],
             guidance_scale=self.config.guidance_scale,
             timesteps=self.config.generation_timesteps,
@@ -54,17 +54,17 @@ class DrawingTask(Task):
             generator=generator,
             sampling=SamplingParameters(**self.config.sampling),
         )
-        return [save(self.folder, self.file_of(item), image) for item, image in zip(items, drawn, strict=True)]
+        return [save(self.folder, self.file_of(item), image) for item, image in zip(items, generated, strict=True)]
 
     def picture(self, item, answer) -> Image.Image:
         return load_image(self.folder / answer)
 
-    def drawings(self, answers: Sequence[str]) -> list[Image.Image]:
+    def generated(self, answers: Sequence[str]) -> list[Image.Image]:
         return [load_image(self.folder / answer) for answer in answers]
 
 
 def save(folder: Path, name: str, image: Image.Image) -> str:
-    """Writes a picture; returns its name."""
+    """Writes an image to `folder / name`; returns the name."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
@@ -72,12 +72,12 @@ def save(folder: Path, name: str, image: Image.Image) -> str:
 
 
 def as_bytes(image: Image.Image, size: int) -> torch.Tensor:
-    """(3, size, size) uint8: the shorter side to `size` (bicubic), the centre cropped, as the model sees a picture."""
+    """(3, size, size) uint8, preprocessed as for the model: shorter side to `size` (bicubic), centre crop."""
     return (preprocess(image, size, normalize=False) * 255).round().byte()
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The same as a picture."""
+    """`as_bytes` as a PIL image."""
     return Image.fromarray(as_bytes(image.convert("RGB"), size).permute(1, 2, 0).numpy())
 
 
@@ -87,7 +87,7 @@ def psnr(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def side_by_side(*images: Image.Image) -> Image.Image:
-    """Pictures of one size in a row."""
+    """Images next to each other, at the size of the first."""
     width, height = images[0].size
     row = Image.new("RGB", (width * len(images), height))
     for number, image in enumerate(images):

@@ -1,12 +1,12 @@
-"""What the approximate ways to draw cost and bring: time and quality of each against the exact drawing, in one run.
+"""Speed and quality of the sampling options that change the image, against exact generation, in one run.
 
-    python3 benchmarks/drawing_options.py config=configs/showo_tiny_demo.yaml guidance_scale=2 data=data/emoji_world
+    python3 benchmarks/sampling_options.py config=configs/showo_tiny_demo.yaml guidance_scale=2 data=data/emoji_world
 
-Quality: captions of the emoji world are drawn with the small default, and a drawing counts when the real picture
-nearest to it, pixel by pixel, shows the right thing (`evaluation/tasks/emoji_drawing.py`). `differ` is the share of
-tokens that are not those of the exact drawing from the same seed; another seed differs, too, so it is one of the rows.
-Time: seconds of the small default on the CPU for all of them, and of one 256-token drawing with a random model of
-8 layers x 512 over the full vocabulary, guidance 5. Prints a table and last one JSON line.
+Quality: the small default generates an image for each caption of the emoji world. An image counts as correct if the
+real image nearest to it, by pixel distance, shows the right thing (`evaluation/tasks/emoji_drawing.py`). `differ` is
+the share of tokens that differ from exact generation with the same seed; another seed is a row for comparison.
+Time: seconds of the small default for all captions, and of one 256-token image of a randomly initialised model
+(8 layers x 512, full vocabulary, guidance 5). Prints a table, then one JSON line.
 """
 
 import json
@@ -22,15 +22,15 @@ import torch
 from benchmarks import generation, report
 from common.config import InferenceConfig, load_config, resolve_path
 from common.errors import run_cli
-from evaluation.drawing import square
 from evaluation.emoji import SPLITS, read_world
+from evaluation.generation import square
 from evaluation.tasks.emoji_drawing import name_ranks, pixels
 from models import SamplingParameters, ShowoPipeline
 from models.images import load_image
 from training.data.emoji_text import caption
 
 BATCH = 64
-# label -> options, and other settings of a drawing
+# label -> sampling options and other generation settings
 WAYS = {
     "exact": {},
     "exact, another seed": {"seed": 1},
@@ -56,13 +56,13 @@ OPTIONS = SamplingParameters.__dataclass_fields__
 @dataclass
 class WaysConfig(InferenceConfig):
     data: str = "data/emoji_world"
-    pictures: int = 200  # seen ones, evenly spread; the held-out ones come on top
-    repeats: int = 2  # of the timed drawing with the random model; the fastest counts
-    quality: bool = True  # False: only the times of the random model
+    pictures: int = 200  # seen images, evenly spread; all held-out ones are added
+    repeats: int = 2  # of the timed generation with the random model; the fastest counts
+    quality: bool = True  # False: time the random model only
 
 
 def settings_of(way: dict, config) -> dict:
-    """Arguments of `t2i_generate` but for the generator."""
+    """Arguments of `t2i_generate` except for the generator."""
     return {
         "timesteps": way.get("timesteps", config.generation_timesteps),
         "temperature": way.get("temperature", config.generation_temperature),
@@ -71,7 +71,7 @@ def settings_of(way: dict, config) -> dict:
 
 
 class EmojiWorld:
-    """The gallery of all pictures that training saw, and the captions to draw."""
+    """The gallery (all training images) and the captions to generate images for."""
 
     def __init__(self, config):
         self.pipeline = ShowoPipeline.from_config(config)
@@ -83,7 +83,7 @@ class EmojiWorld:
         self.wanted = seen[:: max(1, len(seen) // config.pictures)][: config.pictures] + held_out
         self.prompts = [caption(picture.name, picture.style) for picture in self.wanted]
 
-    def draw(self, way: dict, config) -> tuple[float, torch.Tensor]:
+    def generate(self, way: dict, config) -> tuple[float, torch.Tensor]:
         """(seconds, codes of all captions)."""
         pipeline = self.pipeline
         pipeline.noise_schedule = generation.get_mask_schedule(way.get("schedule", "cosine"))
@@ -93,13 +93,13 @@ class EmojiWorld:
             batch = self.prompts[first : first + BATCH]
             blank = torch.full((len(batch), pipeline.window**2), -1, device=pipeline.device)
             settings = settings_of(way, config) | {"guidance_scale": config.guidance_scale, "generator": generator}
-            codes.append(pipeline.draw_codes(batch, blank, **settings))
+            codes.append(pipeline.generate_codes(batch, blank, **settings))
         return time.perf_counter() - started, torch.cat(codes)
 
     def top1(self, codes: torch.Tensor) -> list[float]:
-        """Shares of the seen and of the held-out captions."""
-        drawn = pixels([image for some in codes.split(BATCH) for image in self.pipeline.decode(some)])
-        ranks = name_ranks(drawn, self.gallery, self.names, [picture.name for picture in self.wanted], cosine=False)
+        """Top-1 accuracy on the seen and on the held-out captions."""
+        images = pixels([image for some in codes.split(BATCH) for image in self.pipeline.decode(some)])
+        ranks = name_ranks(images, self.gallery, self.names, [picture.name for picture in self.wanted], cosine=False)
         hits = {split: [] for split in SPLITS}
         for picture, (rank, _) in zip(self.wanted, ranks, strict=True):
             hits[picture.split].append(rank == 0)
@@ -107,7 +107,7 @@ class EmojiWorld:
 
 
 def time_random_model(ways: dict[str, dict], config) -> dict[str, float]:
-    """Seconds of one drawing; the ways take turns, so that a slow moment of the machine does not meet one alone."""
+    """Seconds per image. The options take turns, so that a slow moment of the machine does not hit only one of them."""
     args = generation.parse([])
     model = generation.make_model(args)
     row, uncond, _ = generation.make_prompts(model, args)
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
     for name, way in WAYS.items():
         result, cells = results[name], ""
         if world is not None:
-            seconds, codes = world.draw(way, config)
+            seconds, codes = world.generate(way, config)
             exact = codes if exact is None else exact
             figures = *world.top1(codes), float((codes != exact).float().mean())
             result |= dict(zip(("tiny_s", "top1_seen", "top1_held_out", "differ"), (seconds, *figures), strict=True))
