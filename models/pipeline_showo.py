@@ -315,22 +315,18 @@ class ShowoPipeline:
         images: Sequence[ImageInput],
         questions: Sequence[str],
         *,
-        max_new_tokens: int = 100,
-        temperature: float = 1.0,
-        top_k: int | None = 1,
-        top_p: float | None = None,
         batch_size: int | None = None,
-        generator: torch.Generator | None = None,
         callback: Callable[[int, int, str], None] | None = None,
+        **settings,
     ) -> Iterator[tuple[int, int, str]]:
         """Yields (image index, question index, answer without surrounding whitespace), batch by batch.
 
         Args:
             images: PIL images or paths; paths are opened when their batch begins.
-            temperature, top_k, top_p: see `sample_next`; greedy by default, as published.
             batch_size: (image, question) pairs answered at once; default: all.
             callback: streaming: called as ``callback(image index, question index, text)`` with the next words of an
                 answer as soon as they are generated, and with "" when it is complete.
+            settings: max_new_tokens, temperature, top_k, top_p, generator; see `answer_each`.
         """
         pairs = [(image, question) for image in range(len(images)) for question in range(len(questions))]
         for batch in _batches(pairs, batch_size):
@@ -343,12 +339,8 @@ class ShowoPipeline:
             texts = self.answer_each(
                 [images[image] for image, _ in batch],
                 [questions[question] for _, question in batch],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                generator=generator,
                 callback=put if streams else None,
+                **settings,
             )
             for stream in streams:
                 stream.end()
@@ -370,6 +362,7 @@ class ShowoPipeline:
 
         Args:
             images: one for each question; an object that occurs several times is encoded once.
+            temperature, top_k, top_p: see `sample_next`; greedy by default, as published.
             callback: called with the (B,) new ids after each token.
         """
         assert len(images) == len(questions), f"{len(images)} images, {len(questions)} questions"
