@@ -109,7 +109,8 @@ train-tiny-stages: data-emoji ## all stages of both branches with few steps, on 
 		runs=outputs/showo-tiny-tuning-stage1-w-clip-vit,outputs/showo-tiny-tuning-stage2-w-clip-vit
 
 bench: $(READY) ## both generation loops against the published algorithm
-	$(PY) benchmarks/generation.py --hidden 512 --layers 8
+	$(PY) benchmarks/generation.py
+	$(PY) benchmarks/generation.py --hidden 512 --layers 8 --heads 8 --timesteps 8 --new-tokens 40
 
 bench-training: $(READY) ## memory and time of a training step, published settings against ours (10 minutes, 8 GB)
 	$(PY) benchmarks/training.py --size tiny

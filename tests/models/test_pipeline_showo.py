@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 
 from common.errors import UserError
 from models import CLIPVisionTower, Showo, ShowoConfig, ShowoPipeline, UniversalPrompting
+from models.generation.cpu import SkinnyLinear
 from models.pipeline_showo import _AnswerStreamer, mask_tokens
 from tests.parity.goldens import PHI, facts, prompting, tensors, tiny_showo
 from tests.tiny import RESOLUTION, WINDOW, clip_showo, tiny_vq, write_checkpoints, write_clip
@@ -361,6 +362,16 @@ def test_a_folder_of_folders(tmp_path, pipeline):
     ours = loaded.text_to_image(["w1"], **settings)
     assert same(ours, pipeline.text_to_image(["w1"], **FAST, generator=pipeline.generator(1)))
     assert loaded.model.dtype == loaded.vq_model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("settings", [{}, {"cpu_kernels": False}, {"compile": True}])
+def test_cpu_kernels_are_one_key(tmp_path, settings):
+    """On by default, off by the key and where steps are compiled."""
+    write_checkpoints(tmp_path)
+    (tmp_path / "llm").symlink_to(PHI, target_is_directory=True)
+    model = ShowoPipeline.from_pretrained(tmp_path, device="cpu", **settings).model
+    assert isinstance(model.showo.get_output_embeddings(), SkinnyLinear) == (not settings)
+    assert (model.step_caches is not None) == settings.get("compile", False)
 
 
 @pytest.mark.slow
