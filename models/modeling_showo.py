@@ -149,7 +149,7 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
 
         The first step of a shape takes its time: image side, batch size and the next multiple of 64 positions count.
         """
-        self.step_caches = {}  # caches that no runner uses, by (rows, length)
+        self.step_caches = {}  # caches that no runner uses now, see Runner
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -36,9 +36,9 @@ class Runner:
 
     def _begin(self, mask: OmniMask, position_ids: torch.Tensor | None) -> None:
         """Sets the rows, with an empty cache for them."""
-        num_rows, length = mask.shape[0], mask.shape[3]
+        self.num_rows, length = mask.shape[0], mask.shape[3]
         num_layers, spare = self.decoder.config.num_hidden_layers, self.model.step_caches
-        self.num_rows, self.cached_mask = num_rows, (None, None)
+        self.last_slice, self.last_attention = None, None
         if position_ids is None:
             position_ids = torch.arange(length, device=mask.device)[None]
         if spare is None:
@@ -46,8 +46,10 @@ class Runner:
         else:
             fixed = -(-length // BUCKET) * BUCKET
             mask, position_ids = mask.pad_to(fixed), nn.functional.pad(position_ids, (0, fixed - length))
+            weight = self.model.get_input_embeddings().weight
+            self.cache_key = self.num_rows, fixed, weight.dtype, weight.device
             new = KVCache(num_layers, fixed, static=True)
-            self.cache = spare.pop((num_rows, fixed), new)
+            self.cache = spare.pop(self.cache_key, new)
             self.cache.reset()
         self.mask, self.position_ids = mask, position_ids  # over the slots of the cache
 
@@ -90,7 +92,7 @@ class Runner:
     def release(self) -> None:
         """Leaves a cache of fixed size to the next runner: CUDA graphs are recorded for its addresses."""
         if self.model.step_caches is not None:
-            self.model.step_caches[self.num_rows, self.cache.max_length] = self.cache
+            self.model.step_caches[self.cache_key] = self.cache
 
     def _run(self, run, embeds: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
         groups = self.num_rows // len(embeds)
@@ -101,26 +103,24 @@ class Runner:
         mask, position_ids, slots = self._attention_at(positions)
         self.cache.write_at(slots)
         inputs = {"attention_mask": mask, "position_ids": position_ids, self.cache_argument: self.cache}
-        return run(self.decoder, inputs | {"inputs_embeds": embeds.repeat(groups, 1, 1)})
+        return run(self.decoder, inputs | {"inputs_embeds": embeds.repeat(groups, 1, 1) if groups > 1 else embeds})
 
-    def _attention_at(self, positions: slice | torch.Tensor):
-        """Mask in the back end's form, rotary positions and cache slots of a step; kept while a slice comes again."""
-        asked = (positions, self.length)
-        if isinstance(positions, slice) and asked == self.cached_mask[0]:
-            return self.cached_mask[1]
+    def _attention_at(self, positions: slice | torch.Tensor) -> tuple:
+        """(mask in the back end's form, rotary positions, cache slots) of a step; kept for a slice that comes again."""
+        is_slice = isinstance(positions, slice)
+        if is_slice and (positions, self.length) == self.last_slice:
+            return self.last_attention
         num_keys = self.cache.max_length if self.cache.static else self.length
-        form = self.mask.at(positions, num_keys).for_attention(
-            self.decoder.config._attn_implementation, self.model.get_input_embeddings().weight.dtype
-        )
+        implementation, dtype = self.decoder.config._attn_implementation, self.model.get_input_embeddings().weight.dtype
+        mask = self.mask.at(positions, num_keys).for_attention(implementation, dtype)
+        if not is_slice:
+            return mask, self.position_ids.expand(self.num_rows, -1).gather(1, positions), positions
         slots = positions
-        if isinstance(positions, slice):
-            position_ids = self.position_ids[:, positions]
-            if self.cache.static:  # a slice would be compiled in
-                slots = torch.arange(positions.start, positions.stop, device=position_ids.device)
-        else:
-            position_ids = self.position_ids.expand(self.num_rows, -1).gather(1, positions)
-        self.cached_mask = asked, (form, position_ids, slots)
-        return self.cached_mask[1]
+        if self.cache.static:  # a slice would be compiled in
+            slots = torch.arange(positions.start, positions.stop, device=self.mask.device)
+        self.last_slice = positions, self.length
+        self.last_attention = mask, self.position_ids[:, positions], slots
+        return self.last_attention
 
 
 def inference(method):
