@@ -69,11 +69,8 @@ def make_model(args) -> Showo:
     torch.manual_seed(0)
     llm = {"model_type": args.llm, "hidden_size": args.hidden, "num_hidden_layers": args.layers}
     llm |= {"num_attention_heads": args.heads, "num_key_value_heads": args.kv_heads or args.heads}
-    llm |= {
-        "intermediate_size": 4 * args.hidden,
-        "max_position_embeddings": 2048,
-        "head_dim": args.hidden // args.heads,
-    }
+    llm |= {"intermediate_size": 4 * args.hidden, "max_position_embeddings": 2048}
+    llm |= {"head_dim": args.hidden // args.heads, "sliding_window": None}
     return Showo(ShowoConfig(llm_config=llm, num_vq_tokens=args.tokens)).eval().to(args.device)
 
 
