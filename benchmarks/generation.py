@@ -17,7 +17,6 @@ not the published ones.
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -92,16 +91,9 @@ def make_prompts(model: Showo, args) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 def timed(run: Callable[[], torch.Tensor], args) -> tuple[float, torch.Tensor]:
     """(seconds of the fastest run, its result), after one run that pays for set-up."""
-    best, result = float("inf"), run()
-    for _ in range(args.repeats):
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        result = run()
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best, result
+    results = [run()]
+    best = min(limits.timed(run, args.device, results) for _ in range(args.repeats))
+    return best, results[0]
 
 
 def ours(model: Showo, args, prompts) -> dict[str, Callable]:

@@ -83,13 +83,16 @@ def best(run: Callable[[], object], device: str = "cpu", repeats: int = REPEATS)
     return min(seconds[1:])
 
 
-def timed(run: Callable[[], object], device: str = "cpu") -> float:
-    """Seconds of one run; a GPU is waited for."""
+def timed(run: Callable[[], object], device: str = "cpu", results: list | None = None) -> float:
+    """Seconds of one run; a GPU is waited for. What it returns is put into `results`."""
     _wait(device)
     started = time.perf_counter()
-    run()
+    result = run()
     _wait(device)
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    if results is not None:
+        results[:] = [result]
+    return seconds
 
 
 def _wait(device: str) -> None:

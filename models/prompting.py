@@ -39,9 +39,7 @@ class UniversalPrompting:
         complete_tokenizer(tokenizer)
         known = tokenizer.get_vocab()
         llm_vocab_size = known.get(PAD_TOKEN, len(tokenizer))
-        self.vocabulary = Vocabulary(
-            llm_vocab_size
-        )  # the codebook's size, which only affects later ids, does not matter here
+        self.vocabulary = Vocabulary(llm_vocab_size)  # the codebook's size only affects later ids
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
         tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
         for token in (PAD_TOKEN, *SPECIAL_TOKENS):

@@ -272,7 +272,7 @@ def linear_cross_entropy(
         A float32 scalar, the only one with a graph, for one backward pass; (S,) float32; (S,) int64 or None.
 
     Raises:
-        ValueError: the head is no plain linear layer, whose gradients alone are known here.
+        ValueError: the head is not an `nn.Linear`. Only its weight and bias count; hooks of the head are not run.
     """
     if not isinstance(head, nn.Linear):
         raise ValueError(f"the loss needs a vocabulary head that is an nn.Linear, got {type(head).__name__}")

@@ -1,4 +1,4 @@
-"""What pays on CPUs in float32, for any model: `enable(model)` puts it in place, and nothing else knows of it.
+"""Optional float32 speed-ups for CPUs, for any model: `enable(model)` installs them, and nothing else knows of them.
 
 - Few rows through a linear layer as W xᵀ, which BLAS reads up to twice as fast as x Wᵀ (`SkinnyLinear`).
 - The likeliest token from an 8-bit copy of the vocabulary head, then exactly among those that can win (`GreedyHead`).
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.generation import sampling
+from models.generation.runner import is_plain_linear
 from models.generation.text import greedy_ids
 
 
@@ -27,13 +28,14 @@ def read_cpuinfo() -> str:
 
 
 # B rows of a batch, n positions, M = B n, V tokens, H hidden size, K candidates
+
 # Numbers of rows for which W xᵀ is faster: up to 32, on Intel's processors only from 8 on (docs/performance.md).
 FEW_ROWS = range(1 if "AuthenticAMD" in read_cpuinfo() else 8, 33)
 BLOCKS = 8  # of the weights that a single row is multiplied with at once; in one piece the product runs on one core
 
 
 def enable(model: nn.Module) -> None:
-    """Puts the faster pieces into a `Showo` on a CPU; parameters, their names, hooks and adapters stay."""
+    """Installs all of them in a `Showo` on a CPU; parameters, their names, hooks and adapters stay."""
     for module in model.showo.modules():
         if type(module) is nn.Linear:
             module.__class__ = SkinnyLinear
@@ -77,10 +79,10 @@ class GreedyHead:
     the argmax of the whole head. The copy is made at the first use, and again once the weights have changed.
     """
 
-    SMALLEST = 2**22  # weights; below, one plain product is as fast
-    COLUMNS = 32  # torch's 8-bit kernels read up to so many at once, and past the end of rows that are no multiple
-    MOST_ROWS = 4  # beyond, a plain product reads the weights for many rows at once
-    PAYS = 16  # tokens that are worth a look at the weights
+    MIN_WEIGHTS = 2**22  # weights; below, one plain product is as fast
+    COLUMN_MULTIPLE = 32  # of the width; torch's 8-bit kernels read past the end of other rows
+    MAX_ROWS = 4  # beyond, a plain product reads the weights for many rows at once
+    MIN_TOKENS = 16  # answers this long amortise the check that the copy is current
     BF16_ERROR = 2.0**-8  # largest relative rounding error
     SLACK = 1.01  # for the rounding of the float32 sums
 
@@ -93,10 +95,10 @@ class GreedyHead:
 
     def chooser(self, count: int) -> Callable[[torch.Tensor], Iterator[torch.Tensor]]:
         """As `TextGeneration.greedy_chooser`; looks at the weights once for all `count` tokens of an answer."""
-        if count < self.PAYS or not self.serves(self.head.weight[:1, None]):
+        if count < self.MIN_TOKENS or not self.serves_head():
             return partial(greedy_ids, self.head)
         if self.rounded is None or not self.is_current():
-            self.copy()
+            self.quantize()
         return self.greedy_ids
 
     def greedy_ids(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -104,20 +106,22 @@ class GreedyHead:
         if not self.serves(hidden):
             yield from greedy_ids(self.head, hidden)
             return
-        for part in hidden.split(self.MOST_ROWS, dim=1):
+        for part in hidden.split(self.MAX_ROWS, dim=1):
             yield from self.argmax(part.flatten(0, 1)).view(part.shape[:2]).unbind(1)
 
     def serves(self, hidden: torch.Tensor) -> bool:
-        """Whether the head is a plain product (no hooks), large enough, and the rows are few enough."""
-        head = self.head
-        if type(head) is not SkinnyLinear or head._forward_hooks or head._forward_pre_hooks:
-            return False
-        weight, few = head.weight, len(hidden) <= self.MOST_ROWS
-        return (
-            few and is_plain(weight, hidden) and weight.numel() >= self.SMALLEST and not weight.shape[1] % self.COLUMNS
-        )
+        """Whether these are few rows of a kind that the head's copy serves."""
+        return self.serves_head() and len(hidden) <= self.MAX_ROWS and is_plain(self.head.weight, hidden)
 
-    def copy(self) -> None:
+    def serves_head(self) -> bool:
+        """Whether the head is a plain product, large enough, and of a width that torch's 8-bit kernel can read."""
+        if not is_plain_linear(self.head):
+            return False
+        weight = self.head.weight
+        readable = weight.dtype == torch.float32 and weight.shape[1] % self.COLUMN_MULTIPLE == 0
+        return readable and weight.device.type == "cpu" and weight.numel() >= self.MIN_WEIGHTS
+
+    def quantize(self) -> None:
         """Rounds the head's rows to 8 bits and measures how far that moves them."""
         weight = self.head.weight.detach()
         self.bias = weight.new_zeros(len(weight)) if self.head.bias is None else self.head.bias.detach().clone()
@@ -131,13 +135,13 @@ class GreedyHead:
             self.norm = max(self.norm, float(block.norm(dim=1).max()))
             self.error = max(self.error, float((block - rounded.mul_(scale)).norm(dim=1).max()))
         self.probe = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(0))
-        self.seen = skinny_product(self.probe, weight)
+        self.probe_product = skinny_product(self.probe, weight)
 
     def is_current(self) -> bool:
         """Whether the weights still are what was copied: all products with one random row are the same."""
         head = self.head
         same_bias = head.bias is None or torch.equal(head.bias, self.bias)
-        return same_bias and torch.equal(skinny_product(self.probe, head.weight), self.seen)
+        return same_bias and torch.equal(skinny_product(self.probe, head.weight), self.probe_product)
 
     def argmax(self, hidden: torch.Tensor) -> torch.Tensor:
         """(M, H) float32 -> (M,) int64: ``(hidden @ weight.T + bias).argmax(1)``."""

@@ -11,10 +11,9 @@ linear; the head and the sampling run at unknown positions, over the image codes
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from torch.func import functional_call
 
-from models.generation.runner import BUCKET, Runner, inference
+from models.generation.runner import BUCKET, Model, Runner, inference, is_plain_linear
 from models.generation.sampling import (
     SamplingParameters,
     Schedule,
@@ -61,7 +60,7 @@ class ImageGeneration:
             noise_schedule: name or function of a scalar tensor, see `get_mask_schedule`.
             attention_mask: of the rows, those with text before those without; default: read off the ids.
             callback: called as ``callback(step, codes)`` after each step, codes (B, N) as sampled.
-            sampling: faster or better ways that are not the published one; default: the published one.
+            sampling: options that deviate from the published sampling; default: none.
 
         Returns:
             (B, N) int64 codes in [0, codebook_size).
@@ -77,37 +76,43 @@ class ImageGeneration:
         sampling = sampling or SamplingParameters()
         rows = input_ids if uncond_input_ids is None else torch.cat([input_ids, uncond_input_ids])  # (R, L)
         mask = OmniMask.from_ids(rows, self.vocabulary) if attention_mask is None else attention_mask
+        if mask.shape[0] != len(rows):
+            raise ValueError(
+                f"attention_mask has {mask.shape[0]} rows, but there are {len(rows)} with and without text"
+            )
         codes = known_codes(input_ids, self.vocabulary)  # (B, N)
         batch_size, mask_id = len(codes), self.vocabulary.mask_token_id
         order = halton_order(codes.shape[1]).to(codes.device) if sampling.order == "halton" else None
 
         denoisers: dict[float, Denoiser] = {}  # by guidance scale: two, if guidance is on in a part of the steps only
-        for step in range(timesteps):
-            scale = guidance_scale if sampling.guides(step, timesteps) else 0.0
-            if scale not in denoisers:
-                used = slice(None) if scale > 0 else slice(batch_size)
-                denoisers[scale] = Denoiser(
-                    self, rows[used], mask.select(used), batch_size, scale, sampling.refresh_every
+        try:
+            for step in range(timesteps):
+                scale = guidance_scale if guidance_scale > 0 and sampling.guides(step, timesteps) else 0.0
+                if scale not in denoisers:
+                    used = slice(None) if scale > 0 else slice(batch_size)
+                    denoisers[scale] = Denoiser(
+                        self, rows[used], mask.select(used), batch_size, scale, sampling.refresh_every
+                    )
+                logits, positions = denoisers[scale](step, codes)  # (B, U, C), (B, U)
+                ratio = (step + 1) / timesteps
+                temperature = temperature * (1.0 - ratio)  # Faithful: compounds, before use (pinned by tests/parity)
+                sampled, remaining = maskgit_step(
+                    logits,
+                    codes,
+                    mask_id,
+                    mask_ratio=schedule(torch.tensor(ratio, device=logits.device)),
+                    temperature=temperature,
+                    generator=generator,
+                    positions=positions,
+                    order=order,
+                    multinomial_at=self.multinomial_at,
                 )
-            logits, positions = denoisers[scale](step, codes)  # (B, U, C), (B, U)
-            ratio = (step + 1) / timesteps
-            temperature = temperature * (1.0 - ratio)  # Faithful: compounds, before use (pinned by tests/parity)
-            sampled, remaining = maskgit_step(
-                logits,
-                codes,
-                mask_id,
-                mask_ratio=schedule(torch.tensor(ratio, device=logits.device)),
-                temperature=temperature,
-                generator=generator,
-                positions=positions,
-                order=order,
-                multinomial_at=self.multinomial_at,
-            )
-            codes = torch.where(remaining, mask_id, sampled)
-            if callback is not None:
-                callback(step, sampled)
-        for denoiser in denoisers.values():
-            denoiser.runner.release()
+                codes = torch.where(remaining, mask_id, sampled)
+                if callback is not None:
+                    callback(step, sampled)
+        finally:
+            for denoiser in denoisers.values():
+                denoiser.runner.release()
         return sampled.clamp(0, self.vocabulary.codebook_size - 1)
 
 
@@ -123,7 +128,13 @@ class Denoiser:
     """
 
     def __init__(
-        self, model, rows: torch.Tensor, mask: OmniMask, batch_size: int, guidance_scale: float, refresh_every: int = 1
+        self,
+        model: Model,
+        rows: torch.Tensor,
+        mask: OmniMask,
+        batch_size: int,
+        guidance_scale: float,
+        refresh_every: int = 1,
     ):
         self.vocabulary, self.guidance_scale, self.refresh_every = model.vocabulary, guidance_scale, refresh_every
         soi = common_soi(rows, model.vocabulary)
@@ -170,20 +181,20 @@ class Denoiser:
             count = min(-(-count // BUCKET) * BUCKET, num_positions)
         inner = first_positions(self.stale.int(), count) + 1
         ends = inner.new_tensor([0, num_positions + 1]).expand(len(inner), 2)
-        places = torch.cat([ends[:, :1], inner, ends[:, 1:]], dim=1)  # in the block, ascending
-        hidden = self.runner.step(self.block_ids.gather(1, places), places + self.block.start)
-        return hidden, torch.searchsorted(places, positions + 1)
+        refreshed = torch.cat([ends[:, :1], inner, ends[:, 1:]], dim=1)  # positions of the block, ascending
+        hidden = self.runner.step(self.block_ids.gather(1, refreshed), refreshed + self.block.start)
+        return hidden, torch.searchsorted(refreshed, positions + 1)
 
 
-def code_head(model) -> Callable[[torch.Tensor, float], torch.Tensor]:
+def code_head(model: Model) -> Callable[[torch.Tensor, float], torch.Tensor]:
     """The function from hidden states (R, U, H) and a guidance scale to logits (B, U, C) of the image codes.
 
     A plain linear head runs with the codes' rows of its weight alone, and after guidance, which halves its rows. Any
-    other head (adapted, quantised) runs whole, and guidance follows.
+    other head (adapted, quantised, hooked) runs whole, and guidance follows.
     """
     head, vocabulary = model.showo.get_output_embeddings(), model.vocabulary
     codes = slice(vocabulary.image_offset, vocabulary.image_offset + vocabulary.codebook_size)
-    is_linear = isinstance(head, nn.Linear) and type(head.weight) is nn.Parameter
+    is_linear = is_plain_linear(head)
     rows = {name: parameter[codes] for name, parameter in head.named_parameters()} if is_linear else {}
 
     def logits_of(hidden: torch.Tensor, guidance_scale: float) -> torch.Tensor:
@@ -208,7 +219,7 @@ def known_codes(input_ids: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor
     image_ids = input_ids[:, common_soi(input_ids, vocabulary) + 1 : -1]
     codes = torch.where(image_ids == mask_id, mask_id, image_ids - vocabulary.image_offset)
     if ((codes < 0) | (codes >= vocabulary.codebook_size) & (codes != mask_id)).any():
-        raise ValueError("between <soi> and <eoi> only image ids (code + offset) and the mask token may stand")
+        raise ValueError("expected only image ids (code + offset) and the mask token between <soi> and <eoi>")
     return codes
 
 

@@ -62,7 +62,7 @@ class KVCache(Cache):
                 tensors[layer][:, :, : self.length] = rows[:, :, : self.length]
 
     def reset(self) -> None:
-        """Empties the cache and keeps its memory. A NaN left in a hidden slot would spread: its weight 0 times NaN."""
+        """Empties the cache, keeps its memory. Masked slots have weight 0, but a NaN left there would still spread."""
         self.length = 0
         for tensor in (*self.keys, *self.values):
             if tensor is not None:
@@ -75,7 +75,9 @@ class KVCache(Cache):
         return self.length
 
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
-        memory = like.new_zeros(*like.shape[:2], self.max_length, like.shape[3])
+        shape = (*like.shape[:2], self.max_length, like.shape[3])
+        with torch.inference_mode(False):  # it may be written outside of inference mode later
+            memory = torch.zeros(shape, dtype=like.dtype, device=like.device)
         if self.static:  # so that CUDA graphs write into it and do not copy it; torch has no public name for this
             torch._dynamo.mark_static_address(memory, guard=False)
         return memory

@@ -7,27 +7,43 @@ modules, so adapters, hooks and quantised or sharded weights take effect without
 
 from functools import cache, wraps
 from inspect import signature
+from typing import Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from models.generation.kv_cache import KVCache
 from models.omni_attention import OmniMask
+from models.vocabulary import Vocabulary
 
 # R rows, B distinct rows of ids (R is a multiple of B), n positions of a step, L positions in all, H hidden size
 BUCKET = 64  # slots; a compiled step serves all lengths up to the same multiple of it
+MAX_SPARE = 8  # caches of fixed size that are kept for later, as many as torch compiles shapes
+
+
+class Model(Protocol):
+    """What generation needs of a `Showo`."""
+
+    showo: PreTrainedModel  # the language model
+    vocabulary: Vocabulary
+    step_caches: dict[tuple, KVCache] | None  # None: steps run eagerly
+
+    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    def get_input_embeddings(self) -> nn.Embedding: ...
 
 
 class Runner:
     """The rows of a batch on their way through a decoder.
 
     Args:
-        model: a `Showo`; after `model.compile_steps()` steps run compiled, at fixed shapes.
+        model: after its `compile_steps()`, steps run compiled, at fixed shapes.
         mask: attention of the R rows over every position that will come.
         position_ids: (R, L) int64 rotary positions; default: 0, 1, … in every row.
     """
 
-    def __init__(self, model, mask: OmniMask, position_ids: torch.Tensor | None = None):
+    def __init__(self, model: Model, mask: OmniMask, position_ids: torch.Tensor | None = None):
         self.model, self.decoder = model, model.showo.get_decoder()
         # renamed in transformers 5.24, which warns of the old name and will drop it in 5.40
         parameters = signature(self.decoder.forward).parameters
@@ -86,13 +102,17 @@ class Runner:
     def expand(self, mask: OmniMask, position_ids: torch.Tensor | None = None) -> None:
         """Broadcasts the cached positions of a single row to the batch of `mask` (shared-prefix prefill)."""
         prefix = self.cache
+        self.release()
         self._begin(mask, position_ids)
         self.cache.expand_from(prefix, self.num_rows)
 
     def release(self) -> None:
         """Leaves a cache of fixed size to the next runner: CUDA graphs are recorded for its addresses."""
-        if self.model.step_caches is not None:
-            self.model.step_caches[self.cache_key] = self.cache
+        spare = self.model.step_caches
+        if spare is not None:
+            spare[self.cache_key] = self.cache
+            while len(spare) > MAX_SPARE:
+                spare.pop(next(iter(spare)))  # the one that was released first
 
     def _run(self, run, embeds: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
         groups = self.num_rows // len(embeds)
@@ -128,15 +148,24 @@ def inference(method):
 
     @wraps(method)
     def run(self, *args, **kwargs):
-        was_training = self.training
-        self.train(False)
+        training = [module for module in self.modules() if module.training]
+        self.eval()
         try:
             with torch.no_grad():
                 return method(self, *args, **kwargs)
         finally:
-            self.train(was_training)
+            for module in training:  # parts that are frozen in evaluation mode stay so
+                module.training = True
 
     return run
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether weight and bias alone say what a module computes: no adapter, hook or quantised weight."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    if not isinstance(module, nn.Linear) or type(module.weight) is not nn.Parameter or hooked:
+        return False
+    return {name for name, _ in module.named_parameters()} <= {"weight", "bias"}
 
 
 def run_decoder(decoder: nn.Module, inputs: dict) -> torch.Tensor:

@@ -8,12 +8,14 @@ one step checks all of them, which costs hardly more than one token. The tokens 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 import torch
 
-from models.generation.runner import Runner, inference
+from models.generation.runner import Model, Runner, inference
 from models.generation.sampling import is_greedy, sample_next
 from models.omni_attention import OmniMask
 from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
@@ -67,14 +69,16 @@ class TextGeneration:
             max_draft = MAX_DRAFT if self.get_input_embeddings().weight.dtype == torch.float32 else 0
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         new_ids = []
-        for token in new_tokens(self, prompts, max_new_tokens, settings, max_draft if len(input_ids) == 1 else 0):
-            token = token.masked_fill(finished, self.vocabulary.pad_id)
-            new_ids.append(token)
-            if callback is not None:
-                callback(token)
-            finished = finished | torch.isin(token, stops)
-            if finished.all():
-                break
+        tokens = new_tokens(self, prompts, max_new_tokens, settings, max_draft if len(input_ids) == 1 else 0)
+        with closing(tokens):  # so that its cache is released, however the answer ends
+            for token in tokens:
+                token = token.masked_fill(finished, self.vocabulary.pad_id)
+                new_ids.append(token)
+                if callback is not None:
+                    callback(token)
+                finished = finished | torch.isin(token, stops)
+                if finished.all():
+                    break
         return torch.stack(new_ids, dim=1) if new_ids else input_ids[:, :0]
 
     def greedy_chooser(self, count: int) -> Callable[[torch.Tensor], Iterator[torch.Tensor]]:
@@ -87,7 +91,7 @@ def greedy_ids(head: torch.nn.Module, hidden: torch.Tensor) -> Iterator[torch.Te
     yield from head(hidden).argmax(-1).unbind(1)
 
 
-def new_tokens(model, prompts: "Prompts", count: int, settings: dict, max_draft: int) -> Iterator[torch.Tensor]:
+def new_tokens(model: Model, prompts: "Prompts", count: int, settings: dict, max_draft: int) -> Iterator[torch.Tensor]:
     """Yields (B,) new ids, `count` times, each computed when it is asked for or with the draft that it confirms.
 
     Args:
@@ -96,28 +100,31 @@ def new_tokens(model, prompts: "Prompts", count: int, settings: dict, max_draft:
     """
     choose = _chooser(model, count, settings)
     runner, hidden = prompts.prefill(model, count + max_draft)  # (B, 1, H)
-    lookup, draft, start = PromptLookup(prompts.input_ids[0].tolist(), max_draft), [], runner.length - 1
-    while count:
-        for accepted, token in enumerate(choose(hidden)):
-            yield token
-            count -= 1
-            if max_draft:
-                lookup.add(int(token))
-            if count == 0:
-                runner.release()
-                return
-            if accepted == len(draft) or int(token) != draft[accepted]:
-                break
-        runner.crop(start + 1 + accepted)  # without the rejected tokens of the draft
-        lookup.adapt(len(draft), accepted)
-        draft, start = lookup.draft(count - 1), runner.length
-        ids = torch.cat([token, token.new_tensor(draft)])[None] if draft else token[:, None]
-        if draft and runner.cache.static:  # one compiled shape for drafts of any length
-            ids = torch.nn.functional.pad(ids, (0, max_draft - len(draft)))
-        hidden = runner.step(ids)[:, : 1 + len(draft)]  # (B, 1 + draft, H)
+    lookup = PromptLookup(prompts.input_ids[0].tolist() if max_draft else [], max_draft)
+    draft, start = [], runner.length - 1
+    try:
+        while count:
+            for accepted, token in enumerate(choose(hidden)):
+                yield token
+                count -= 1
+                if max_draft:
+                    lookup.add(int(token))
+                if count == 0:
+                    return
+                if accepted == len(draft) or int(token) != draft[accepted]:
+                    break
+            runner.crop(start + 1 + accepted)  # without the rejected tokens of the draft
+            lookup.adapt(len(draft), accepted)
+            draft, start = lookup.draft(count - 1), runner.length
+            ids = torch.cat([token, token.new_tensor(draft)])[None] if draft else token[:, None]
+            if draft and runner.cache.static:  # one compiled shape for drafts of any length
+                ids = torch.nn.functional.pad(ids, (0, max_draft - len(draft)))
+            hidden = runner.step(ids)[:, : 1 + len(draft)]  # (B, 1 + draft, H)
+    finally:
+        runner.release()
 
 
-def _chooser(model, count: int, settings: dict) -> Callable[[torch.Tensor], Iterator[torch.Tensor]]:
+def _chooser(model: Model, count: int, settings: dict) -> Callable[[torch.Tensor], Iterator[torch.Tensor]]:
     """The function from hidden states (B, n, H) to the next ids (B,) at each position, chosen as they are asked for."""
     if is_greedy(**{name: value for name, value in settings.items() if name != "generator"}):
         return model.greedy_chooser(count)
@@ -154,6 +161,8 @@ class Prompts:
         """Prompts of ids (B, ·) that are padded on either side, with the mask read off them if none is given."""
         is_token = input_ids != vocabulary.pad_id
         lengths = is_token.sum(1)
+        if not lengths.all():
+            raise ValueError(f"prompt {int(lengths.argmin())} holds no token, only padding")
         if mask is None:
             order = is_token.int().sort(dim=1, descending=True, stable=True).indices  # tokens in their order, then pads
             input_ids = input_ids.gather(1, order)[:, : int(lengths.max())]
@@ -165,7 +174,7 @@ class Prompts:
             shared, image_features = _shared_features(input_ids, shared, image_features)
         return cls(input_ids, lengths, mask, shared, image_features)
 
-    def prefill(self, model, count: int) -> tuple[Runner, torch.Tensor]:
+    def prefill(self, model: Model, count: int) -> tuple[Runner, torch.Tensor]:
         """(runner with room for `count` new tokens, hidden states (B, 1, H) of the last token of each prompt)."""
         mask = self.mask.extend(count)
         # new tokens follow their own prompt, not the longest one
@@ -232,7 +241,8 @@ class PromptLookup:
         for size in NGRAMS:
             start = self.next_index.get(tuple(self.ids[-size:]))
             if start is not None:
-                return self.ids[start : start + min(limit, self.length)]
+                found = self.ids[start : start + min(limit, self.length)]
+                return list(takewhile(lambda token: token >= 0, found))  # image features have no id to check
         return []
 
     def adapt(self, drafted: int, accepted: int) -> None:

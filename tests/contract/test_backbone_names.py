@@ -10,7 +10,6 @@ NAME = re.compile(r"Phi|PHI|\bphi|[Ll]lama|LLAMA|[Mm]istral|[Qq]wen|[Ss]mol[Ll][
 ROOMS = ("models", "training", "llava", "common", "evaluation", "benchmarks")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))] + sorted(ROOT.glob("*.py"))
 DECLARED = ROOT / "models/backbones.py"
-# Decoder layers written out by hand, which the one generation engine replaces.
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p != DECLARED], ids=lambda path: str(path.relative_to(ROOT)))

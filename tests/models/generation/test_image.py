@@ -156,6 +156,14 @@ def positions_run(model, **settings) -> list[tuple[int, int]]:
     return [tuple(shape) for shape in shapes]
 
 
+def test_negative_guidance_is_none(model):
+    ids, uncond_ids = t2i_rows(["w1"])
+    off, negative = (
+        model.t2i_generate(ids, uncond_ids, guidance_scale=scale, timesteps=3, generator=seeded(1)) for scale in (0, -1)
+    )
+    assert torch.equal(off, negative)
+
+
 def test_the_text_is_encoded_once(model):
     """<t2i> bos w2 w3 eos: the pads that all rows share are dropped."""
     assert positions_run(model, timesteps=3) == [(4, 5 + N + 2)] + [(4, N + 2)] * 2
@@ -171,6 +179,7 @@ def test_the_text_is_encoded_once(model):
             {"guidance_scale": 1.0, "uncond_input_ids": torch.zeros(1, 31).long()},
             "needs uncond_input_ids",
         ),
+        (lambda ids: ids, {"attention_mask": OmniMask.lm(1, 31)}, "attention_mask has 1 rows, but there are 2"),
         (lambda ids: ids, {"noise_schedule": "spiral"}, "unknown mask schedule 'spiral'"),
         (lambda ids: ids[:, :12], {}, "<soi>"),
         (lambda ids: torch.cat([ids[:1], ids[1:].roll(-1, 1)]), {}, "<soi> at one common position"),

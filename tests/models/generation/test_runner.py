@@ -143,9 +143,14 @@ def hook(model):
     model.showo.get_decoder().layers[0].register_forward_hook(lambda module, args, output: output + 0.5)
 
 
+def head_hook(model):
+    scale = torch.linspace(0.5, 1.5, model.config.vocab_size)
+    model.showo.get_output_embeddings().register_forward_hook(lambda module, args, output: output * scale)
+
+
 @pytest.mark.parametrize("with_cpu", [False, True])
 @pytest.mark.parametrize("family", ["phi", "llama"])
-@pytest.mark.parametrize("change", [lora, int8, hook])
+@pytest.mark.parametrize("change", [lora, int8, hook, head_hook])
 def test_changes_from_outside_take_effect_in_both_loops(family, change, with_cpu):
     """Cached equals uncached with them, and differs from without."""
     torch.manual_seed(0)
@@ -155,8 +160,8 @@ def test_changes_from_outside_take_effect_in_both_loops(family, change, with_cpu
     change(model)
     model.eval()
     question = torch.tensor([[MMU, *BLOCK, 117, 3, 4, 5]])
-    expected = published.mmu_generate(model, question, max_new_tokens=8)
-    assert torch.equal(model.mmu_generate(question, max_new_tokens=8, top_k=1), expected)
+    expected = published.mmu_generate(model, question, max_new_tokens=20)
+    assert torch.equal(model.mmu_generate(question, max_new_tokens=20, top_k=1), expected)
     ids, uncond_ids = IMAGES[:1].clone(), IMAGES[2:].clone()
     ids[:, 10:26] = MASK
     settings = {"guidance_scale": 2.0, "timesteps": 4, "temperature": 1.0}

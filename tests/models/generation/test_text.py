@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 from benchmarks import published
 from models import OmniMask
 from models.generation import cpu
+from models.generation import runner as runner_module
 from models.generation.runner import BUCKET, Runner
 from models.generation.text import MAX_DRAFT, PromptLookup, Prompts
 from models.vocabulary import IMAGE_FEATURE_ID
@@ -132,6 +133,33 @@ def test_all_stopped_ends_the_loop(model, answers, eot_token):
         torch.tensor(PROMPTS[:1]), max_new_tokens=12, top_k=1, eot_token=eot, callback=seen.append
     )
     assert new_ids.tolist() == [expected] and len(seen) == len(expected) < 12
+
+
+def test_the_cache_is_released_however_an_answer_ends(model, answers, monkeypatch):
+    """At the end token, in the callback, and in inference mode, whose tensors no other mode may write to."""
+    monkeypatch.setattr(runner_module, "compiled_decoder", lambda device_type: runner_module.run_decoder)
+    static, ids = tiny_showo(), torch.tensor(PROMPTS[:1])
+    static.step_caches = {}
+    with torch.inference_mode():
+        static.mmu_generate(ids, max_new_tokens=12, top_k=1, eot_token=answers[0][2])
+    assert len(static.step_caches) == 1
+    assert static.mmu_generate(ids, max_new_tokens=12, top_k=1).tolist() == answers[:1]
+    with pytest.raises(ZeroDivisionError):
+        static.mmu_generate(ids, max_new_tokens=12, callback=lambda token: 1 // 0)
+    assert len(static.step_caches) == 1
+
+
+def test_frozen_parts_stay_in_evaluation_mode():
+    model = tiny_showo().train()
+    model.showo.get_decoder().layers[0].eval()
+    model.mmu_generate(torch.tensor(PROMPTS[:1]), max_new_tokens=1)
+    modes = [layer.training for layer in model.showo.get_decoder().layers]
+    assert model.training and modes == [False] + [True] * (len(modes) - 1)
+
+
+def test_a_prompt_of_padding_is_refused(model):
+    with pytest.raises(ValueError, match="prompt 1 holds no token"):
+        model.mmu_generate(torch.tensor([[117, 3], [PAD, PAD]]), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("max_new_tokens", [0, 1])
@@ -280,6 +308,12 @@ def test_a_draft_repeats_the_last_occurrence():
     assert lookup.draft(10) == [9, 2, 3]
     lookup.add(77)
     assert lookup.draft(10) == []
+
+
+def test_image_features_are_never_drafted():
+    """They have no id that a step could embed."""
+    lookup = PromptLookup([7, 8, 119, IMAGE_FEATURE_ID, IMAGE_FEATURE_ID, 9, 7, 8], 15)
+    assert lookup.draft(10) == [119]
 
 
 def test_drafts_grow_when_accepted_and_shrink_when_not():
