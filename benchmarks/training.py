@@ -172,7 +172,7 @@ def make_model(kind: str, size: Size, device: str = "cpu", attention: str = "sdp
     with torch.device(device):  # a GPU makes random weights in no time
         model = Showo._from_config(size.config, attn_implementation="sdpa" if kind == "published" else attention)
     model.train()
-    if kind == "published":
+    if kind == "published" and size.config.llm_config.get("hidden_act", "gelu_new") == "gelu_new":
         for layer in model.showo.model.layers:  # whose activation is eight operations there
             layer.mlp.activation_fn = NewGELUActivation()
     if "checkpointing" in kind:
