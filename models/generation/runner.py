@@ -5,6 +5,7 @@ of drafted tokens (1 + k positions), a partial refresh (some positions of the bl
 modules, so adapters, hooks and quantised or sharded weights take effect without anything here knowing of them.
 """
 
+from collections.abc import Callable
 from functools import cache, wraps
 from inspect import signature
 from typing import Protocol
@@ -32,6 +33,8 @@ class Model(Protocol):
     def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor: ...
 
     def get_input_embeddings(self) -> nn.Embedding: ...
+
+    def greedy_chooser(self, count: int) -> Callable: ...
 
 
 class Runner:
