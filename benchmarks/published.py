@@ -20,19 +20,26 @@ from models import OmniMask, Showo
 @contextmanager
 def published_activations(model: Showo) -> Iterator[None]:
     """The published GELU in its eight operations, where ours is the same formula as one (`models/backbones.py`)."""
-    fused = [
-        (parent, name, module)
-        for parent in model.modules()
-        for name, module in parent.named_children()
-        if isinstance(module, GELUTanh)
-    ]
-    for parent, name, _ in fused:
-        setattr(parent, name, NewGELUActivation())
+    fused = use_published_activations(model)
     try:
         yield
     finally:
         for parent, name, module in fused:
             setattr(parent, name, module)
+
+
+def use_published_activations(model: Showo) -> list[tuple]:
+    """The same for good; returns (parent, name, module) of what was replaced.
+
+    A language model whose own settings name the fused form keeps it.
+    """
+    if model.config.llm_config.get("hidden_act", "gelu_new") != "gelu_new":
+        return []
+    children = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
+    fused = [(parent, name, module) for parent, name, module in children if isinstance(module, GELUTanh)]
+    for parent, name, _ in fused:
+        setattr(parent, name, NewGELUActivation())
+    return fused
 
 
 def all_logits(model: Showo, input_ids: torch.Tensor, dense_mask: torch.Tensor, **features) -> torch.Tensor:

@@ -34,7 +34,6 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
 
 import torch
-from transformers.activations import NewGELUActivation
 
 from benchmarks import limits, published, report
 from models import OmniMask, Showo, ShowoConfig, get_mask_schedule
@@ -172,9 +171,8 @@ def make_model(kind: str, size: Size, device: str = "cpu", attention: str = "sdp
     with torch.device(device):  # a GPU makes random weights in no time
         model = Showo._from_config(size.config, attn_implementation="sdpa" if kind == "published" else attention)
     model.train()
-    if kind == "published" and size.config.llm_config.get("hidden_act", "gelu_new") == "gelu_new":
-        for layer in model.showo.model.layers:  # whose activation is eight operations there
-            layer.mlp.activation_fn = NewGELUActivation()
+    if kind == "published":
+        published.use_published_activations(model)
     if "checkpointing" in kind:
         enable_gradient_checkpointing(model)
     return model

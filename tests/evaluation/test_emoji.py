@@ -87,7 +87,7 @@ def test_drawings_are_the_pipelines(evaluation):
 
 
 @pytest.mark.slow
-def test_drawing_options_reach_the_model(evaluation, monkeypatch):
+def test_sampling_options_reach_the_model(evaluation, monkeypatch):
     """They are part of what answers depend on, and of the table; a neutral one is as if it was not given."""
     given = []
     draw = ShowoPipeline.text_to_image

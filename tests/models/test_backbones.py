@@ -11,7 +11,7 @@ from transformers import AutoModel, Gemma2Config, MistralConfig, Qwen2Config
 
 from models import OmniMask, Showo, ShowoConfig, UniversalPrompting
 from models.backbones import BACKBONES
-from tests.parity.goldens import prompting, tensors
+from tests.parity.goldens import mixed_batch
 from tests.tiny_llms import (
     FAMILIES,
     WORDS,
@@ -39,15 +39,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 @pytest.fixture(scope="module")
 def batch():
     """Rows t2i ×3, lm ×2, mmu ×2: ids, labels, mask."""
-    build = prompting()
-    images, labels = tensors()["prompt.t2i_image_ids"], tensors()["prompt.t2i_image_labels"]
-    rows = [
-        build((["w1 w2", "", "w9 w8 w7"], images, labels), "t2i"),
-        build((TEXTS, 31), "lm"),
-        build((images[:2], TEXTS), "mmu"),
-    ]
-    ids, labels = (torch.cat([getattr(row, name) for row in rows]) for name in ("input_ids", "labels"))
-    return ids, labels, OmniMask.cat([row.attention_mask for row in rows])
+    return mixed_batch()
 
 
 def same(a, b, tolerance=1e-5):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, PhiConfig, PhiForCausalLM
 from common.errors import UserError
 from models import OmniMask, Showo, ShowoConfig
 from models.vocabulary import Vocabulary
-from tests.parity.goldens import fill_, prompting, tensors, tiny_config, tiny_showo
+from tests.parity.goldens import fill_, mixed_batch, prompting, tensors, tiny_config, tiny_showo
 from training import loss as training_loss
 from training.loss import Objective
 
@@ -37,15 +37,7 @@ def clip_model():
 @pytest.fixture(scope="module")
 def batch():
     """Rows t2i ×3 (with left pads), lm ×2, mmu ×2 (with right pads): ids, labels, mask."""
-    build = prompting()
-    images, labels = tensors()["prompt.t2i_image_ids"], tensors()["prompt.t2i_image_labels"]
-    rows = [
-        build((["w1 w2", "", "w9 w8 w7"], images, labels), "t2i"),
-        build((TEXTS, 31), "lm"),
-        build((images[:2], TEXTS), "mmu"),
-    ]
-    ids, labels = (torch.cat([getattr(row, name) for row in rows]) for name in ("input_ids", "labels"))
-    return ids, labels, OmniMask.cat([row.attention_mask for row in rows])
+    return mixed_batch()
 
 
 @contextmanager

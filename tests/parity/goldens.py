@@ -5,10 +5,11 @@ import json
 from functools import cache
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from models import Showo, ShowoConfig, UniversalPrompting
+from models import OmniMask, Showo, ShowoConfig, UniversalPrompting
 
 FOLDER = Path(__file__).parent / "golden"
 PHI = FOLDER / "public" / "phi"
@@ -37,6 +38,19 @@ def facts() -> dict:
 def prompting(cond_dropout_prob: float = 0.0) -> UniversalPrompting:
     tokenizer = AutoTokenizer.from_pretrained(PHI, padding_side="left")
     return UniversalPrompting(tokenizer, max_text_len=facts()["max_text_len"], cond_dropout_prob=cond_dropout_prob)
+
+
+def mixed_batch() -> tuple[torch.Tensor, torch.Tensor, OmniMask]:
+    """Rows t2i ×3 (with left pads), lm ×2, mmu ×2 (with right pads): ids, labels, mask."""
+    build, texts = prompting(), ["w3 w4", "w5 w6 w7 w8 w9 w10 w11"]
+    images, labels = tensors()["prompt.t2i_image_ids"], tensors()["prompt.t2i_image_labels"]
+    rows = [
+        build((["w1 w2", "", "w9 w8 w7"], images, labels), "t2i"),
+        build((texts, 31), "lm"),
+        build((images[:2], texts), "mmu"),
+    ]
+    ids, labels = (torch.cat([getattr(row, name) for row in rows]) for name in ("input_ids", "labels"))
+    return ids, labels, OmniMask.cat([row.attention_mask for row in rows])
 
 
 def tiny_config(**overrides) -> ShowoConfig:
