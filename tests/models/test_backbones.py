@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 COUNTS = {"batch_size_t2i": 3, "batch_size_lm": 2, "batch_size_mmu": 2}
 LOSSES = {**COUNTS, "max_seq_length": 12}
 TASKS = ("t2i", "lm", "mmu")
-TEXTS = ["w3 w4", "w5 w6 w7 w8 w9 w10 w11"]
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

@@ -18,7 +18,6 @@ from training.loss import Objective
 
 COUNTS = {"batch_size_t2i": 3, "batch_size_lm": 2, "batch_size_mmu": 2}
 LOSSES = {**COUNTS, "max_seq_length": 12}
-TEXTS = ["w3 w4", "w5 w6 w7 w8 w9 w10 w11"]
 TINY_LLM = {"model_type": "phi", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY_LLM |= {"intermediate_size": 48, "max_position_embeddings": 256}
 CLIP_SIZE = 24
