@@ -11,8 +11,7 @@ from models.backbones import DEFAULT_LLM, read_llm_config
 from models.checkpoint_io import resolve_folder
 from models.clip_encoder import read_clip_config
 from models.pipeline_loading import load_magvitv2, without_loading_bars
-from training.batches import BatchBuilder
-from training.loss import TASKS
+from training.batches import FLOWS, BatchBuilder
 from training.masking import MaskingNoise
 from training.packing import PACKED_SDPA
 
@@ -156,7 +155,7 @@ def make_builder(
         device,
         packing_length=_packing_length(config, row_length),
         bf16=training.vq_dtype == "bf16",
-        coefficients=tuple(training[f"{task}_coeff"] for task in TASKS),
+        coefficients={name: training[f"{name}_coeff"] for name in FLOWS},
         label_smoothing=training.label_smoothing,
     )
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from training.data.batching import Batch, pack, stack, unpack
+from training.data.streams import Batch, pack, stack, unpack
 
 
 def items() -> list[dict]:
@@ -19,7 +19,7 @@ def equal(left: dict, right: dict) -> bool:
 
 
 def tensors(packed) -> int:
-    return sum(isinstance(column, torch.Tensor | tuple) for column in packed.values())
+    return sum(isinstance(column, torch.Tensor) for column in packed.values())
 
 
 def test_items_come_out_as_they_went_in():
@@ -29,7 +29,7 @@ def test_items_come_out_as_they_went_in():
 
 
 def test_there_is_one_tensor_for_each_key_not_for_each_item():
-    assert tensors(pack(items())) == 2
+    assert tensors(pack(items())) == 1, "input_ids differ in length"
     batch = unpack(pack(items()))
     assert batch.stacked["image"].shape == (3, 3, 4, 4)
     assert batch[1]["image"].data_ptr() == batch.stacked["image"][1].data_ptr(), "rows of it, not copies"

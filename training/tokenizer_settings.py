@@ -19,7 +19,10 @@ class Experiment:
     save_every: int = 1000
     checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: str | None = "latest"  # "latest", a folder, or null to start again
-    max_eval_examples: int | None = 1000
+    log_grad_norm_every: int = 500
+    generate_every: int = 500  # sample images
+    eval_batches: int = 16
+    accept_config_changes: bool = False
     num_sheet_pictures: int = 24
 
 
@@ -45,7 +48,11 @@ class DatasetParams:
     train_shards: Any = None  # a path, a brace list or a pattern with `*`, or a list of such
     eval_shards: Any = None
     resolution: int = 256
-    cache_in_memory: bool = False  # decode all images once and keep them, as small sets should
+    image_column: str | None = None
+    text_column: str | None = None
+    max_skipped_fraction: float = 0.1
+    pin_memory: bool = True
+    persistent_workers: bool = True
     shuffle_buffer_size: int = 1000
     num_workers: int = 4
     random_flip: bool = True
@@ -74,6 +81,7 @@ class Losses:
 @dataclass
 class OptimizerParams:
     learning_rate: float = 1e-4
+    scale_lr: bool = False
     beta1: float = 0.9
     beta2: float = 0.99
     weight_decay: float = 0.0
@@ -99,6 +107,9 @@ class Scheduler:
 @dataclass
 class Training:
     batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    overfit_one_batch: bool = False
+    max_nonfinite_batches: int | None = 10
     max_train_steps: int = 100_000
     mixed_precision: str = "bf16"  # "no", "fp16" or "bf16"
     max_grad_norm: float | None = 1.0
@@ -113,13 +124,15 @@ RANGES = {  # beside those of common/schema.py
     "dataset.params.max_shift": (0, math.inf),
     **{f"losses.{item.name}": (0, math.inf) for item in fields(Losses)},
     "losses.entropy_group_bits": (1, math.inf),
-    "experiment.max_eval_examples": (1, math.inf),
     "experiment.num_sheet_pictures": (1, math.inf),
 }
 
 
 @dataclass
 class TokenizerTrainingConfig:
+    task: str = "tokenizer"
+    device: str | None = None
+    compile: bool = False
     wandb: WandbSection = field(default_factory=WandbSection)
     experiment: Experiment = field(default_factory=Experiment)
     model: Model = field(default_factory=Model)
