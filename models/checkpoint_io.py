@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
 
@@ -174,18 +175,21 @@ def _some(names: list[str], limit: int = 6) -> str:
 
 
 @contextmanager
-def without_key_report() -> Iterator[None]:
-    """Silences transformers' report on missing and unexpected keys, which `check_state_dict` replaces."""
-    names = ("modeling_utils", "distributed.tensor_parallel")
-    reporters = [logging.getLogger(f"transformers.{name}") for name in names]
-    levels = [reporter.level for reporter in reporters]
+def quietly() -> Iterator[None]:
+    """Hides transformers' report on keys, which `check_state_dict` replaces, and its bars over copies within memory."""
+    names = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
+    reporters = [logging.getLogger(name) for name in names]
+    levels, bars = [reporter.level for reporter in reporters], transformers_logging.is_progress_bar_enabled()
     for reporter in reporters:
         reporter.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         for reporter, level in zip(reporters, levels, strict=True):
             reporter.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def resize_rows(tensor: torch.Tensor, rows: int, std: float) -> torch.Tensor:
@@ -235,7 +239,7 @@ class CheckpointMixin:
         check_state_dict(
             str(name_or_path), {k: v for k, v in expected.items() if k not in tied}, state_dict, allow_missing
         )
-        with without_key_report():
+        with quietly():
             model = super().from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype, **kwargs)
         if new := [k for k in expected if k not in state_dict and k not in tied]:
             logger.warning("%s does not hold %s; initialised at random", name_or_path, ", ".join(new))

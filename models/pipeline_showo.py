@@ -19,13 +19,14 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from common.errors import UserError
+from common.schema import mask_schedule_of
 from llava import QuestionFormat
 from models.clip_encoder import CLIPVisionTower
 from models.generation.sampling import SamplingParameters, Schedule, get_mask_schedule
 from models.images import load_image, preprocess, to_pil
+from models.loading import check_sizes, find_parts, load_parts
 from models.modeling_magvitv2 import MAGVITv2
 from models.modeling_showo import Showo
-from models.pipeline_loading import Source, check_config, load
 from models.prompting import UniversalPrompting
 from models.vocabulary import PAD_TOKEN, SPECIAL_TOKENS
 
@@ -85,12 +86,13 @@ class ShowoPipeline:
             settings: `vq_model`, `llm`, `clip` (folder or hub name; default: the sub-folder, or the published one),
                 `max_seq_length` (128), `resolution`, `device` (default: a GPU if there is one), `dtype` (`fp32`,
                 `bf16`, `fp16`; default: bf16 on a GPU, else fp32), `attn_implementation`, `compile`, `cpu_kernels`,
-                `conversation`.
+                `conversation`; None: the default.
 
         Raises:
             UserError: a component is missing, broken, or does not match the others.
         """
-        return cls(**load(Source.of_folder(name_or_path, **settings)))
+        given = {key: value for key, value in settings.items() if value is not None}
+        return cls(**load_parts(**find_parts(name_or_path) | given))
 
     @classmethod
     def from_config(cls, config) -> "ShowoPipeline":
@@ -99,15 +101,26 @@ class ShowoPipeline:
         Raises:
             UserError: as `from_pretrained`. Cheap checks run before any weights are read.
         """
-        from common.config import mask_schedule_of
-
-        check_config(config)
+        showo, vq_model, images = config.model.showo, config.model.vq_model, config.dataset.preprocessing
+        check_sizes(showo, images.resolution, vq_model.vq_model_name)
         name, parameters = mask_schedule_of(config)
         try:
             noise_schedule = get_mask_schedule(name, **parameters)
         except (ValueError, TypeError) as error:
             raise UserError(f"mask_schedule: {error}") from None
-        return cls(**load(Source.of_config(config)), noise_schedule=noise_schedule)
+        how = ("device", "dtype", "attn_implementation", "compile", "cpu_kernels", "conversation")
+        parts = load_parts(
+            showo.pretrained_model_path,
+            vq_model=vq_model.vq_model_name,
+            llm=showo.llm_model_path,
+            clip=config.model.clip_vit_name,
+            vq_weights=vq_model.pretrained_model_path,
+            max_seq_length=images.max_seq_length,
+            resolution=images.resolution,
+            section=showo,
+            **{key: config[key] for key in how},
+        )
+        return cls(**parts, noise_schedule=noise_schedule)
 
     @property
     def device(self) -> torch.device:

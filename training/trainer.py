@@ -43,13 +43,7 @@ from training.optimization import (
     make_optimizer,
     make_schedule,
 )
-from training.parts import (
-    check_sizes,
-    make_builder,
-    make_model,
-    make_prompting,
-    make_vq_model,
-)
+from training.parts import make_builder, make_model, make_prompting, make_vq_model
 from training.processes import (
     ProcessGroup,
     call_before_deepspeed_steps,
@@ -103,7 +97,6 @@ class Trainer:
         if training.overfit_one_batch:
             self.flows = {name: OneBatch(flow) for name, flow in self.flows.items()}
         vq_model = make_vq_model(config).to(device)
-        check_sizes(config, vq_model)
         check_tokenizer(config, vq_model)
         torch.backends.cuda.matmul.allow_tf32 = training.enable_tf32
         if training.seed is not None:
