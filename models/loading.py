@@ -18,14 +18,7 @@ from common.errors import UserError
 from common.schema import ShowoSection
 from llava import QuestionFormat
 from models.backbones import DEFAULT_LLM
-from models.checkpoint_io import (
-    CHECKPOINT_FILES,
-    TOKENIZER_FILES,
-    check_state_dict,
-    load_weights_file,
-    read_json,
-    resolve_folder,
-)
+from models.checkpoint_io import CHECKPOINT_FILES, TOKENIZER_FILES, read_json, resolve_folder
 from models.clip_encoder import CLIP_VIT_L_336, CLIPVisionTower, read_clip_config
 from models.generation import cpu
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
@@ -169,15 +162,8 @@ def load_image_tokenizer(name: str, weights_file: str | None = None) -> MAGVITv2
     Raises:
         UserError: there is no such tokenizer or file, or the weights do not fit.
     """
-    folder = find_folder(name)
-    if weights_file is None:
-        return MAGVITv2.from_pretrained(folder).requires_grad_(False)
-    weights_file = located(weights_file)
-    state_dict = load_weights_file(weights_file)
-    model = MAGVITv2(MAGVITv2._read_config(folder, {}))
-    check_state_dict(weights_file, model.state_dict(), state_dict)
-    model.load_state_dict(state_dict)
-    return model.requires_grad_(False).eval()
+    file = weights_file and located(weights_file)
+    return MAGVITv2.from_pretrained(find_folder(name), weights_file=file).requires_grad_(False)
 
 
 def load_clip(name: str, feature_size: int) -> CLIPVisionTower:

@@ -129,10 +129,8 @@ class ShowoPipeline:
     def generator(self, seed: int | None = None) -> torch.Generator:
         """A generator on the model's device; without a seed, seeded by the system (`initial_seed()` tells the seed)."""
         generator = torch.Generator(self.device)
-        if seed is None:
-            generator.seed()
-            return generator
-        return generator.manual_seed(seed)
+        generator.manual_seed(generator.seed() if seed is None else seed)
+        return generator
 
     # ---- images and codes ----
 
@@ -223,10 +221,16 @@ class ShowoPipeline:
             settings: see `generate_codes`.
         """
         prompts = [prompt for prompt in _as_list(prompts) for _ in range(num_images_per_prompt)]
+        blank = torch.full((1, self.window**2), UNKNOWN, device=self.device)
+        return self._complete(prompts, blank, batch_size, settings)
+
+    def _complete(
+        self, prompts: Sequence[str], codes: torch.Tensor, batch_size: int | None, settings: dict
+    ) -> list[Image.Image]:
+        """An image for each prompt, in which the known ones of the codes (1, N) are kept."""
         images = []
         for batch in _batches(prompts, batch_size):
-            blank = torch.full((len(batch), self.window**2), UNKNOWN, device=self.device)
-            images += self.decode(self.generate_codes(batch, blank, **settings))
+            images += self.decode(self.generate_codes(batch, codes.repeat(len(batch), 1), **settings))
         return images
 
     def inpaint(
@@ -251,10 +255,7 @@ class ShowoPipeline:
         image = _open(image)
         unknown = mask_tokens(mask, image, self.resolution, self.window).to(self.device)  # (1, N)
         codes = self.encode([image]).masked_fill(unknown, UNKNOWN)
-        images = []
-        for batch in _batches([prompt] * num_images_per_prompt, batch_size):
-            images += self.decode(self.generate_codes(batch, codes.repeat(len(batch), 1), **settings))
-        return images
+        return self._complete([prompt] * num_images_per_prompt, codes, batch_size, settings)
 
     def extrapolate(
         self,
@@ -300,10 +301,8 @@ class ShowoPipeline:
         axis, across = (1, 2) if direction in ("up", "down") else (2, 1)
         at_start = direction in ("left", "up")
         num_new = self.window - (self.window // 2 - offset)
-        size = list(canvas.shape)
-        size[axis] = num_new
-        strip = canvas.new_full(size, UNKNOWN)
-        canvas = torch.cat([strip, canvas] if at_start else [canvas, strip], dim=axis)
+        strip = (num_new, 0) if at_start else (0, num_new)
+        canvas = F.pad(canvas, (0, 0, *strip) if axis == 1 else strip, value=UNKNOWN)
         band = canvas.narrow(axis, 0 if at_start else canvas.shape[axis] - self.window, self.window)
         for start in range(0, canvas.shape[across] - self.window + 1, num_new):
             window = band.narrow(across, start, self.window)  # (B, W, W), a view

@@ -102,7 +102,7 @@ class Packing:
         for number, row in enumerate(self.lengths()):
             stops = torch.tensor(row).cumsum(0).tolist()
             ends = zip(row[:-1], stops, strict=False)
-            masks.append([self.mask.window(number, stop - size, stop).dense() for size, stop in ends])
+            masks.append([self.mask.select([number]).window(stop - size, stop).dense() for size, stop in ends])
         return masks
 
 

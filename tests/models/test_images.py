@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from common.contact_sheet import contact_sheet
 from common.errors import UserError
-from models.images import contact_sheet, load_image, preprocess, to_pil
+from models.images import load_image, preprocess, to_pil
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:

@@ -134,7 +134,7 @@ def test_masks_that_do_not_fit_are_refused(implementation, spoil, batch):
 
 def test_omni_masks_that_do_not_fit_are_refused(model, batch):
     ids, _, mask = batch
-    for wrong in (mask.select(slice(2)), mask.drop_keys(1), mask.extend(2)):
+    for wrong in (mask.select(slice(2)), mask.window(1), mask.extend(2)):
         with pytest.raises(ValueError, match="does not fit ids"):
             model(ids, wrong)
 

@@ -227,11 +227,11 @@ def test_unused_slots_are_seen_by_nobody():
     assert torch.equal(dense[:, :, : ids.shape[1], :-5], oracle(layouts)) and not dense[..., -5:].any()
 
 
-def test_drop_keys_removes_common_padding():
+def test_a_window_without_common_padding():
     for seed in range(200):
         layouts, ids = random_batch(seed, kinds=("t2i", "mmu", "mmu_vit"))
         count = min(layout.num_pads for layout in layouts)
-        dropped = OmniMask.from_ids(ids, VOCABULARY).drop_keys(count)
+        dropped = OmniMask.from_ids(ids, VOCABULARY).window(count)
         assert torch.equal(dropped.dense(), oracle(layouts)[:, :, count:, count:])
         assert torch.equal(dropped.dense(), OmniMask.from_ids(ids[:, count:], VOCABULARY).dense())
 
@@ -325,4 +325,4 @@ def test_hidden_keys_are_seen_by_nobody():
 
 def test_the_first_keys_alone():
     mask = OmniMask.lm(1, 9)
-    assert torch.equal(mask.keys(4).dense(), mask.dense()[:, :, :4, :4])
+    assert torch.equal(mask.window(0, 4).dense(), mask.dense()[:, :, :4, :4])
