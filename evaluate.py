@@ -38,9 +38,9 @@ def evaluate(config, output_dir: Path, processes) -> None:
     """Asks, scores and reports one checkpoint."""
     from evaluation.report import report, score
     from evaluation.runner import ask_all
-    from models.pipeline_loading import check_config
+    from models.loading import check_sizes
 
-    check_config(config)
+    check_sizes(config.model.showo, config.dataset.preprocessing.resolution, config.model.vq_model.vq_model_name)
     tasks, root = choose_tasks(config), required_path("data_root", config.data_root)
     runs = ask_all(config, [task(config, root, output_dir / task.name) for task in tasks], processes)
     if not processes.is_main:

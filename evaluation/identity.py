@@ -4,10 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from common.config import resolve_path
 from models.backbones import DEFAULT_LLM
-from models.checkpoint_io import resolve_folder
-from models.pipeline_loading import choose_device, choose_dtype
+from models.loading import choose_device, choose_dtype, find_folder
 
 SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".txt")
 NUM_BLOCKS, BLOCK = 16, 1 << 16  # of a large file, this much is read
@@ -24,7 +22,7 @@ def model_settings(config) -> dict[str, Any]:
     names |= {"llm": showo.llm_model_path or DEFAULT_LLM} | (
         {"clip": config.model.clip_vit_name} if showo.w_clip_vit else {}
     )
-    parts = {part: f"{Path(name).name} ({fingerprint(_folder(name))})" for part, name in names.items()}
+    parts = {part: f"{Path(name).name} ({fingerprint(find_folder(name))})" for part, name in names.items()}
     if file := config.model.vq_model.pretrained_model_path:
         parts["image_tokenizer"] += f" with {Path(file).name}"
     dtype = choose_dtype(config.dtype, choose_device(config.device))
@@ -43,7 +41,3 @@ def fingerprint(folder: Path) -> str:
                 file.seek(max(0, size - BLOCK) * number // (NUM_BLOCKS - 1))
                 digest.update(file.read(BLOCK))
     return digest.hexdigest()[:12]
-
-
-def _folder(name: str) -> Path:
-    return resolve_folder(str(resolve_path(name)))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from common.config import resolve_path
 from common.errors import UserError
 from evaluation.generation import as_bytes, psnr
-from models.pipeline_loading import choose_device
+from models.loading import choose_device
 
 BATCH = 50
 ALONE = {"sync_on_compute": False}  # only the main process judges; the others do not answer

@@ -12,11 +12,12 @@ from models import OmniMask, UniversalPrompting
 from models.devices import send
 from models.modeling_showo import check_image_features
 from models.prompting import Rows
+from models.vocabulary import Vocabulary
 from training.data.flows import FlowReader, LanguageReader, MmuReader, T2IReader
 from training.data.streams import stack
 from training.loss import Objective, in_place, next_token
 from training.masking import MaskingNoise
-from training.packing import Packing
+from training.packing import Packing, packing_length
 
 
 @dataclass
@@ -90,6 +91,24 @@ class BatchBuilder:
     bf16: bool = False
     coefficients: dict[str, float] | None = None
     label_smoothing: float = 0.0
+
+    @classmethod
+    def of(cls, config, vocabulary: Vocabulary, prompting: UniversalPrompting, vq_model, understanding, device):
+        """The builder of a run; `vocabulary` of its model."""
+        training = config.training
+        row_length = config.model.showo.num_vq_tokens + 3 + prompting.max_text_len
+        return cls(
+            prompting,
+            vq_model,
+            MaskingNoise.of(config, vocabulary),
+            understanding,
+            row_length,
+            device,
+            packing_length=packing_length(config.dataset, row_length),
+            bf16=training.vq_dtype == "bf16",
+            coefficients={name: training[f"{name}_coeff"] for name in FLOWS},
+            label_smoothing=training.label_smoothing,
+        )
 
     def for_evaluation(self, mask_ratio: float | None = None) -> "BatchBuilder":
         """A copy for evaluation: each flow's plain loss, without augmentation and text dropout.

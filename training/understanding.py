@@ -11,7 +11,7 @@ from models import OmniMask
 from models.checkpoint_io import resolve_folder
 from models.clip_encoder import image_processor_class, num_features, read_clip_config
 from models.devices import send
-from models.pipeline_loading import load_clip, without_loading_bars
+from models.loading import load_clip
 from models.prompting import Rows
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
 from training.data.streams import stack
@@ -103,8 +103,7 @@ class ClipVitUnderstanding:
 
     def attach(self, model, device) -> None:
         """Loads the frozen tower and selects the trained parameters."""
-        with without_loading_bars():
-            self.tower = load_clip(self.clip_vit_name, model.config.clip_feature_size).to(device)
+        self.tower = load_clip(self.clip_vit_name, model.config.clip_feature_size).to(device)
         if self.projector_only:
             model.requires_grad_(False)
         # Without mmu rows it gets no gradient: DDP would wait for it, and weight decay wear it away.

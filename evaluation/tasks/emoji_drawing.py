@@ -19,7 +19,7 @@ from evaluation.frechet import frechet_figures
 from evaluation.generation import GenerationTask, as_bytes, psnr, save, side_by_side, square
 from evaluation.task import Item, Verdict, ratio
 from models.images import load_image
-from models.pipeline_loading import choose_device
+from models.loading import choose_device
 from training.data.emoji_text import caption
 
 GENERATED, RECONSTRUCTED, REAL = "drawings", "reconstructions", "real pictures"

@@ -92,7 +92,7 @@ def test_configs(refused, arguments, parts, script):
         (["mask_schedule.schedule=sine"], ["mask_schedule", "'sine'", "cosine"]),
         (["dataset.preprocessing.resolution=40"], ["resolution=40", "num_vq_tokens=16", "32 pixels"]),
         (["model.showo.num_vq_tokens=15"], ["num_vq_tokens is 15", "square"]),
-        (["model.showo.vocab_size=200"], ["model.showo.vocab_size is 200", "193"]),
+        (["model.showo.vocab_size=200"], ["model.showo: vocab_size is 200", "193"]),
         (["model.showo.num_new_special_tokens=3"], ["num_new_special_tokens is 3"]),
         (["model.showo.pretrained_model_path=null"], ["pretrained_model_path is not given"]),
     ],
@@ -108,7 +108,7 @@ def test_no_mode(refused, loads_nothing):
 
 def test_a_published_resolution_is_checked_without_the_hub(refused, loads_nothing, repository):
     message = refused(f"config={repository}/configs/showo_demo.yaml", "dataset.preprocessing.resolution=512", *DOG)
-    assert "resolution=512 does not match model.showo.num_vq_tokens=256" in message and "make 256 pixels" in message
+    assert "resolution=512 does not match model.showo.num_vq_tokens=256" in message and "256 x 256 pixels" in message
 
 
 # --- prompts, directions, questions
@@ -360,11 +360,11 @@ def test_checkpoints_of_other_sizes(refused, loads_nothing, places, tmp_path):
     sizes = ["model.showo.codebook_size=128", "model.showo.vocab_size=257"]
     assert "model.showo.vocab_size is 257, but the checkpoint" in refused(*DOG, *sizes)
     few = write_published(tmp_path / "few", {"_class_name": "MAGVITv2"} | VQ_SIZES | {"code_bits": 4}, {})
-    assert "has 16 codes, the model 64" in refused(*DOG, f"model.vq_model.vq_model_name={few}")
+    assert "has 16 codes, but model.showo.codebook_size is 64" in refused(*DOG, f"model.vq_model.vq_model_name={few}")
     fine = {"_class_name": "MAGVITv2"} | VQ_SIZES | {"stem_patch_size": 2}
     write_published(tmp_path / "fine", fine, {})
     message = refused(*DOG, f"model.vq_model.vq_model_name={tmp_path}/fine")
-    assert "resolution=32 does not match" in message and "16 pixels" in message
+    assert "resolution=32 does not match" in message and "16 x 16 pixels" in message
 
 
 def test_a_tokenizer_with_another_vocabulary(refused, loads_nothing, tmp_path):
@@ -375,7 +375,7 @@ def test_a_tokenizer_with_another_vocabulary(refused, loads_nothing, tmp_path):
         token["id"] += token["id"] >= content["model"]["vocab"]["w-new"]
     (folder / "tokenizer.json").write_text(json.dumps(content))
     message = refused(*DOG, f"model.showo.llm_model_path={folder}")
-    assert "has 119 tokens, but llm_vocab_size is 118" in message
+    assert "has 119 tokens, but model.showo.llm_vocab_size is 118" in message
     (folder / "tokenizer.json").write_text("{")
     assert "copy its tokenizer files again" in refused(*DOG, f"model.showo.llm_model_path={folder}")
 

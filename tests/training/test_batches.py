@@ -5,8 +5,17 @@ import torch
 
 from models import OmniMask
 from models.images import preprocess
-from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, config_of, make_vq_model, picture
-from training.parts import make_builder, make_model, make_prompting
+from tests.training.tiny import (
+    CAPTIONS,
+    MAX_TEXT,
+    NUM_TOKENS,
+    config_of,
+    make_builder,
+    make_model,
+    make_prompting,
+    make_vq_model,
+    picture,
+)
 from training.understanding import VqUnderstanding
 
 LENGTH = MAX_TEXT + 1 + NUM_TOKENS + 2

@@ -16,6 +16,9 @@ from tests.training.tiny import (
     MAX_TEXT,
     NUM_TOKENS,
     config_of,
+    make_builder,
+    make_model,
+    make_prompting,
     make_trainer,
     make_vq_model,
     metrics_of,
@@ -27,7 +30,6 @@ from tests.training.tiny_sources import CLIP_WIDTH, NUM_FEATURES, turns, write_c
 from training import train_w_clip_vit
 from training.batches import BatchBuilder
 from training.masking import MaskingNoise
-from training.parts import make_builder, make_model, make_prompting
 from training.understanding import ClipVitUnderstanding, VqUnderstanding
 
 SYSTEM_LENGTH = 28  # of the system prompt with Phi-1.5's tokenizer

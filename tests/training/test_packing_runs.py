@@ -11,6 +11,9 @@ from tests.training.tiny import (
     MAX_TEXT,
     NUM_TOKENS,
     config_of,
+    make_builder,
+    make_model,
+    make_prompting,
     make_trainer,
     make_vq_model,
     metrics_of,
@@ -18,7 +21,6 @@ from tests.training.tiny import (
 )
 from tests.training.tiny import train as run
 from tests.training.tiny_sources import turns, write_clip
-from training.parts import make_builder, make_model, make_prompting
 from training.understanding import ClipVitUnderstanding, VqUnderstanding
 
 ROW = MAX_TEXT + NUM_TOKENS + 3

@@ -5,8 +5,17 @@ import pytest
 import torch
 
 from models.images import to_pil
-from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, build_flows, config_of, make_vq_model
-from training.parts import make_builder, make_model, make_prompting
+from tests.training.tiny import (
+    CAPTIONS,
+    MAX_TEXT,
+    NUM_TOKENS,
+    build_flows,
+    config_of,
+    make_builder,
+    make_model,
+    make_prompting,
+    make_vq_model,
+)
 from training.samples import generate_images, predict_masked
 from training.understanding import VqUnderstanding
 

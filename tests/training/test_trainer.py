@@ -379,11 +379,10 @@ def test_settings_run_and_log_finite_losses(world, tmp_path, settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model.showo.codebook_size": 128, "model.showo.vocab_size": 429}, "codebook_size is 128.*64 codes"),
-        ({"dataset.preprocessing.resolution": 64}, "resolution 64 makes 64 image tokens.*num_vq_tokens is 16"),
-        ({"dataset.preprocessing.resolution": 36}, "resolution is 36; it must be a multiple of 8"),
-        ({"model.showo.num_vq_tokens": 25}, "resolution 32 makes 16 image tokens.*num_vq_tokens is 25"),
-        ({"model.showo.llm_vocab_size": 291, "model.showo.vocab_size": 366}, "llm_vocab_size is 291.*has 290 entries"),
+        ({"model.showo.codebook_size": 128, "model.showo.vocab_size": 429}, "has 64 codes, but .*codebook_size is 128"),
+        ({"dataset.preprocessing.resolution": 36}, "resolution=36 does not match .*num_vq_tokens=16: .*32 x 32 pixels"),
+        ({"model.showo.num_vq_tokens": 17}, "num_vq_tokens is 17, expected a square"),
+        ({"model.showo.llm_vocab_size": 291, "model.showo.vocab_size": 366}, "290 tokens, but .*llm_vocab_size is 291"),
         ({"model.showo.vocab_size": 400}, "vocab_size is 400, but .* = 365"),
         ({"model.showo.llm_model_path": "/nowhere/llm"}, "llm_model_path|/nowhere/llm"),
         ({"model.showo.load_from_showo": False}, "no file named|pytorch_model|safetensors"),

@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 from PIL import Image, ImageDraw
 
 from common.config import REPOSITORY, TrainingConfig, load_config
-from models import MAGVITv2, MAGVITv2Config
-from training.batches import flow_readers
+from models import MAGVITv2, MAGVITv2Config, Showo, UniversalPrompting
+from training.batches import BatchBuilder, flow_readers
 from training.data import flows, small_llm
 from training.data.flows import Reading, open_flows
 from training.data.streams import Flow
@@ -157,6 +157,18 @@ def build_flows(config: DictConfig, split: str = "train", **reading) -> dict[str
     readers, together = flow_readers(config, split), config.dataset.combined_loader_mode == "min_size"
     flows.check_data(readers)
     return open_flows(readers, Reading(**reading, end_together=together and split == "train"))
+
+
+def make_model(config: DictConfig) -> Showo:
+    return ShowoTask(config).make_model(None)
+
+
+def make_builder(config: DictConfig, model: Showo, vq_model, prompting, understanding, device="cpu") -> BatchBuilder:
+    return BatchBuilder.of(config, model.vocabulary, prompting, vq_model, understanding, torch.device(device))
+
+
+def make_prompting(config: DictConfig) -> UniversalPrompting:
+    return ShowoTask(config).prompting
 
 
 def make_trainer(world: Path, output_dir: Path | None = None, overrides: dict | None = None) -> Trainer:

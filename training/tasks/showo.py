@@ -7,11 +7,12 @@ import torch
 from common.config import TrainingConfig
 from common.inputs import read_prompts
 from models import Showo
+from models.loading import check_image_tokenizer, initial_showo, load_image_tokenizer, load_text_tokenizer
 from training.batches import FLOWS, BatchBuilder, OmniBatch, flow_readers
 from training.data.flows import FlowReader, Reading, check_data, check_tokenizer
 from training.metrics import Sums
 from training.optimization import enable_gradient_checkpointing
-from training.parts import check_sizes, make_builder, make_model, make_prompting, make_vq_model
+from training.packing import PACKED_SDPA
 from training.samples import GENERATED_PANEL, PREDICTED_PANEL, generate_images, predict_masked
 from training.tasks import Outcome, Panel, Task
 from training.trainable import choose_trainable
@@ -32,7 +33,13 @@ class ShowoTask(Task):
         check_data([*self.readers("train"), *self.readers("eval")])
         self.understanding.open()
         self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
-        self.prompting = make_prompting(config)
+        showo, dropout = config.model.showo, config.training.cond_dropout_prob
+        self.prompting = load_text_tokenizer(
+            showo.llm_model_path,
+            showo.llm_vocab_size,
+            config.dataset.preprocessing.max_seq_length,
+            cond_dropout_prob=dropout,
+        )
 
     def readers(self, split: str) -> list[FlowReader]:
         return flow_readers(self.config, split)
@@ -49,12 +56,20 @@ class ShowoTask(Task):
         )
 
     def load(self) -> None:
-        self.vq_model = make_vq_model(self.config).to(self.device)
-        check_sizes(self.config, self.vq_model)
+        section, resolution = self.config.model.vq_model, self.config.dataset.preprocessing.resolution
+        check_image_tokenizer(section.vq_model_name, self.config.model.showo, resolution)
+        self.vq_model = load_image_tokenizer(section.vq_model_name, section.pretrained_model_path).to(self.device)
+        if self.config.training.vq_compile:
+            self.vq_model.encoder.compile()
         check_tokenizer([*self.readers("train"), *self.readers("eval")], self.vq_model)
 
     def make_model(self, start: Path | None) -> Showo:
-        model = make_model(self.config, start)
+        attention, clip = self.config.attn_implementation, self.config.model.clip_vit_name
+        if self.config.dataset.packing and attention == "sdpa":
+            attention = PACKED_SDPA  # sample by sample
+        start = start or self.config.experiment.init_from
+        model = initial_showo(self.config.model.showo, start, clip_vit_name=clip, attn_implementation=attention)
+        model.train()
         if self.config.model.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         return model
@@ -65,10 +80,8 @@ class ShowoTask(Task):
         return old_rows
 
     def prepare(self, model: Showo) -> None:
-        self.vocabulary = model.vocabulary
-        self.builder: BatchBuilder = make_builder(
-            self.config, model, self.vq_model, self.prompting, self.understanding, self.device
-        )
+        parts = self.prompting, self.vq_model, self.understanding, self.device
+        self.builder = BatchBuilder.of(self.config, model.vocabulary, *parts)
 
     def make_batch(self, samples: dict[str, list]) -> OmniBatch:
         return self.builder(samples)
