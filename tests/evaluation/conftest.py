@@ -8,12 +8,10 @@ import pytest
 
 import evaluate
 from common.config import load_config
-from evaluation.answers import AnswerStore
-from evaluation.identity import model_settings
-from evaluation.processes import Processes
-from evaluation.registry import TASKS
-from evaluation.runner import Run
+from evaluation.answers import AnswerStore, model_settings
+from evaluation.runner import Processes, Run
 from evaluation.schema import EvaluationConfig
+from evaluation.tasks import task_class
 from tests.evaluation.official import WRITERS
 from tests.tiny import write_checkpoints
 
@@ -54,7 +52,7 @@ class Evaluation:
     def prepared(self, task: str, *more: str) -> Run:
         """The task as the runner would begin it."""
         config = load_config(self.arguments(task, *more), EvaluationConfig)
-        return Run.of(TASKS[task](config, self.root, self.folder / task), model_settings(config))
+        return Run.of(task_class(task)(config, self.root, self.folder / task), model_settings(config))
 
     def answer(self, task: str, answers: dict[str, str], *more: str) -> dict:
         """Figures of the task when these are the model's answers, by key; the rest of the run is the real one."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from evaluation.tasks.mme import SUBTASKS
+from evaluation.tasks.yes_no import SUBTASKS
 from models.clip_encoder import image_processor_class
 from tests.parity.goldens import fill_
 

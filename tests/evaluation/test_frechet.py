@@ -6,7 +6,7 @@ import torch
 from torchmetrics.image.fid import _compute_fid
 
 from evaluation.bootstrap import set_difference, set_estimate
-from evaluation.frechet import RESAMPLES, frechet_distance, frechet_figures
+from examples.emoji_world.features import RESAMPLES, frechet_distance, frechet_figures
 
 
 def test_by_hand():

@@ -80,7 +80,7 @@ def test_geneval_runs_the_official_script(evaluation, tmp_path, monkeypatch):
     script.parent.mkdir(parents=True)
     script.write_text(SCRIPT)
     given = [f"geneval_repository={tmp_path / 'official'}", "geneval_detector=weights"]
-    monkeypatch.setattr("evaluation.tasks.geneval.find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr("evaluation.tasks.text_to_image.find_spec", lambda name: types.SimpleNamespace())
     assert evaluation.run("geneval", *given)["geneval"]["figures"]["overall"]["value"] == 100
     script.write_text("import sys\nsys.exit('no detector')")
     (evaluation.folder / "geneval/results.jsonl").unlink()
@@ -122,7 +122,7 @@ def test_coco_compared(evaluation, monkeypatch):
     """FID has no interval, so no p; CLIPScore has both. Comparing needs no networks."""
     evaluation.run("coco")
     for network in ("fid_metric", "clip_network"):
-        monkeypatch.setattr(f"evaluation.tasks.coco.{network}", None)
+        monkeypatch.setattr(f"evaluation.tasks.text_to_image.{network}", None)
     evaluate.main(evaluation.arguments("coco", f"compare={evaluation.folder},{evaluation.folder}"))
     found = json.loads((evaluation.folder / "compare.json").read_text())["tasks"]["coco"]
     assert found["FID-30K"]["difference"] == {"value": 0, "low": None, "high": None} and found["FID-30K"]["p"] is None
@@ -141,7 +141,7 @@ def test_what_is_missing_is_named(evaluation, monkeypatch):
         assert message in str(error.value) and "\n" not in str(error.value).strip()
     assert not evaluation.folder.exists()
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    monkeypatch.setattr("evaluation.image_scores.find_spec", lambda name: None)
+    monkeypatch.setattr("evaluation.images.find_spec", lambda name: None)
     with pytest.raises(UserError, match="CLIPScore needs torchmetrics"):
         evaluation.run("coco", "coco_scores=clip")
 
@@ -154,7 +154,7 @@ def unreachable(*_, **__):
 def test_networks_that_do_not_serve(evaluation, tmp_path, monkeypatch, task):
     """They are opened before anything is drawn, and before any weights of Show-o are read."""
     monkeypatch.setattr(ShowoPipeline, "from_config", None)
-    monkeypatch.setattr("evaluation.image_scores.find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr("evaluation.images.find_spec", lambda name: types.SimpleNamespace())
     monkeypatch.setattr("torchmetrics.image.fid.FrechetInceptionDistance", unreachable)
     (tmp_path / "broken.pt").write_bytes(b"x")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation.tasks.mme import COGNITION, PERCEPTION, SUBTASKS, _read_pair, parse_yes_no_other
+from evaluation.tasks.yes_no import COGNITION, PERCEPTION, SUBTASKS, _read_pair, parse_yes_no_other
 from tests.evaluation.official import save_picture
 
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from evaluation.mmmu_parsing import normalize, open_is_right, parse_letter, parse_open
-from evaluation.runner import with_pictures
+from evaluation.runner import read_images
+from evaluation.tasks.mmmu import normalize, open_is_right, parse_letter, parse_open
 from tests.evaluation.conftest import Evaluation
 from tests.evaluation.official import mmmu_row
 
@@ -103,7 +103,7 @@ def test_a_subject_in_two_files(places, tmp_path):
         row = mmmu_row(f"validation_Math_{shard}", question, ["x", "y"], "A")
         pq.write_table(pa.Table.from_pylist([row]), folder / f"validation-0000{shard}-of-00002.parquet")
     items = Evaluation(places["demo"], tmp_path, tmp_path / "out").prepared("mmmu").items
-    ((first, second),) = with_pictures([items])
+    ((first, second),) = read_images([items])
     assert [first.tobytes(), second.tobytes()] == [item.open_image().tobytes() for item in items]
     assert first.tobytes() != second.tobytes()
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evaluation.tasks.pope import parse_yes_no
+from evaluation.tasks.yes_no import parse_yes_no
 
 
 @pytest.mark.parametrize(

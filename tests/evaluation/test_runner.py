@@ -5,8 +5,7 @@ from PIL import Image
 
 from evaluation.answers import AnswerStore
 from evaluation.official_files import read_json_lines, write_json_lines
-from evaluation.processes import Processes
-from evaluation.runner import share, thin, with_pictures
+from evaluation.runner import Processes, read_images, share, thin
 from evaluation.task import Item
 
 ITEMS = [Item(str(n), f"q{n}", group=f"g{n // 2}") for n in range(20)]
@@ -40,7 +39,7 @@ def test_a_picture_that_recurs_is_read_once():
         return lambda: (read.append(name), Image.new("RGB", (2, 2)))[1]
 
     items = [Item(str(n), "q", reader(name), name) for n, name in enumerate("aabc")]
-    batches = list(with_pictures([items[:3], items[3:]]))
+    batches = list(read_images([items[:3], items[3:]]))
     assert sorted(read) == ["a", "b", "c"]
     assert batches[0][0] is batches[0][1] and len(batches[1]) == 1
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evaluation.vqa_normalization import CONTRACTIONS, normalize, vqa_accuracy
+from evaluation.tasks.vqa import CONTRACTIONS, normalize, vqa_accuracy
 from tests.evaluation.conftest import Evaluation
 from tests.evaluation.official import write_vqav2
 

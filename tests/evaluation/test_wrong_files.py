@@ -209,7 +209,7 @@ def test_rows_of_mmmu(refused, change, parts):
 
 
 def test_a_library_that_is_not_there(refused, monkeypatch):
-    monkeypatch.setattr("evaluation.caption_tokens.find_spec", lambda name: None)
+    monkeypatch.setattr("evaluation.tasks.flickr30k.find_spec", lambda name: None)
     message = refused("flickr30k", lambda root: None)
     assert "pip install --no-deps pycocoevalcap==1.2" in message
 
