@@ -110,7 +110,7 @@ def fid_metric(config):
     """torchmetrics' FID with its network.
 
     Raises:
-        UserError: the network does not serve, or its weights cannot be fetched.
+        UserError: the network is unusable, or its weights cannot be fetched.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 

@@ -55,7 +55,7 @@ class Flickr30k(QuestionTask):
 
     def __init__(self, config, root: Path, folder: Path) -> None:
         super().__init__(config, root, folder)
-        tokenizer_name()  # a library that is not there is seen before anything is asked
+        tokenizer_name()  # a missing library is noticed before anything is asked
 
     def read_items(self) -> list[Item]:
         file = self.root / "flickr30k" / FILE
@@ -149,7 +149,7 @@ def java_tokens(captions: Sequence[str], library) -> list[list[str]]:
     lines = done.stdout.split("\n")[:-1]
     if done.returncode or len(lines) != len(captions):
         reason = " ".join(done.stderr.split())[-200:]
-        raise UserError(f"java does not run the caption tokenizer ({reason}); mend it, or take java off the PATH")
+        raise UserError(f"java does not run the caption tokenizer ({reason}); fix it, or take java off the PATH")
     return [line.split() for line in lines]
 
 

@@ -46,7 +46,7 @@ class MMMU(QuestionTask):
         26.7,
         27.4,
         "the validation split is assumed; only the first image of a question is shown, also where its options are "
-        "pictures (the official example draws the answer there)",
+        "images (the official example picks a random answer there)",
     )
 
     @property
@@ -104,7 +104,7 @@ class MMMU(QuestionTask):
         )
 
     def _rng(self, key: str) -> random.Random:
-        """The official code draws from one generator; ours is the question's own, whatever else is asked."""
+        """For the random letter: the question's own, whatever else is asked; the official code has one for all."""
         return random.Random(f"{self.config.seed} {key}")
 
     def _parsed(self, item: Item, answer: str) -> str | list[str | float]:

@@ -122,7 +122,7 @@ class GenEval(GenerationTask):
         done = subprocess.run([*command, "--model-path", config.geneval_detector], capture_output=True, text=True)
         if done.returncode or not partial.is_file():
             reason = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
-            raise UserError(f"GenEval's {script} failed ({reason[:200]}); mend that and start the same command again")
+            raise UserError(f"GenEval's {script} failed ({reason[:200]}); fix that and start the same command again")
         partial.rename(file)
         return True
 

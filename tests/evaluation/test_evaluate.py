@@ -20,7 +20,7 @@ from evaluation.schema import EvaluationConfig
 from evaluation.task import QuestionTask
 from evaluation.tasks import GROUPS, TASKS
 from models import CLIPVisionTower, ShowoPipeline
-from tests.evaluation.conftest import Evaluation
+from tests.evaluation.conftest import Evaluation, values
 from tests.evaluation.official import write_gqa
 from tests.parity.goldens import prompting, tiny_showo
 from tests.tiny import clip_showo, tiny_vq
@@ -168,7 +168,8 @@ def test_results_of_earlier_commands_are_kept(evaluation, capsys):
     assert "| gqa |" not in evaluation.text("results.md")
 
 
-def test_two_runs_compared(evaluation):
+def test_two_runs_compared(evaluation, places):
+    """Answers that differ in one item; then two checkpoints, which are evaluated first."""
     first, second = evaluation.inside("a"), evaluation.inside("b")
     first.answer("gqa", {"201": "chair", "202": "yes", "203": "left"})
     second.answer("gqa", {"201": "table", "202": "yes", "203": "left"})
@@ -177,12 +178,7 @@ def test_two_runs_compared(evaluation):
     assert found["accuracy"]["difference"]["value"] == pytest.approx(100 / 3)
     assert found["binary"]["difference"] == {"value": 0, "low": 0, "high": 0} and found["binary"]["p"] == 1
     assert "| gqa | accuracy | 66.7 | 100.0 | 33.3 [" in evaluation.text("compare.md")
-
-
-@pytest.mark.slow
-def test_two_checkpoints_compared(evaluation, places):
-    found = evaluation.compare("gqa", places["showo"], places["showo"])["gqa"]
-    assert found["accuracy"]["difference"]["value"] == 0
+    assert evaluation.compare("gqa", places["showo"], places["showo"])["gqa"]["accuracy"]["difference"]["value"] == 0
     assert evaluation.text("1-showo/results.md") == evaluation.text("2-showo/results.md")
 
 
@@ -204,30 +200,23 @@ def test_runs_that_asked_something_else_are_not_compared(evaluation):
 
 
 @pytest.mark.slow
-def test_a_figure_of_one_run_is_left_out(evaluation):
-    """rFID, and of COCO FID and CLIPScore, which stand for nothing where they were not computed."""
+def test_figures_of_images_compared(evaluation, monkeypatch):
+    """Two guidance scales: sums and Fréchet distances, each with an interval and a p, without any network.
+    A figure that one run did not compute is left out."""
+    tasks, name = "emoji_drawing,reconstruction,coco", "seen Fréchet distance (EfficientNet-Lite0)"
     first, second = evaluation.inside("a"), evaluation.inside("b")
-    first.run("reconstruction,coco", "reconstruction_fid=false", "coco_scores=clip")
-    second.run("reconstruction,coco", "coco_scores=fid")
-    found = evaluation.compare("reconstruction,coco", first.folder, second.folder)
-    assert "rFID" not in found["reconstruction"] and "PSNR" in found["reconstruction"] and found["coco"] == {}
-    end = "has it: reconstruction rFID, coco CLIPScore, coco FID-30K.\n"
-    assert evaluation.text("compare.md").endswith(end)
-
-
-@pytest.mark.slow
-def test_generated_images_compared(evaluation):
-    """Two guidance scales: sums and Fréchet distances, each with an interval and a p."""
-    first, second = evaluation.inside("a"), evaluation.inside("b")
-    name = "seen Fréchet distance (EfficientNet-Lite0)"
-    one = first.run("emoji_drawing")["emoji_drawing"]["figures"][name]["value"]
-    two = second.run("emoji_drawing", "guidance_scale=5")["emoji_drawing"]["figures"][name]["value"]
-    found = evaluation.compare("emoji_drawing", first.folder, second.folder)["emoji_drawing"]
-    distance, ceiling = found[name], found[f"{name}: reconstructions"]
+    one = values(first.run(tasks, "reconstruction_fid=false", "coco_scores=clip")["emoji_drawing"])[name]
+    two = values(second.run(tasks, "guidance_scale=5", "coco_scores=fid")["emoji_drawing"])[name]
+    for network in ("fid_metric", "clip_network"):
+        monkeypatch.setattr(f"evaluation.tasks.text_to_image.{network}", None)
+    found = evaluation.compare(tasks, first.folder, second.folder)
+    distance, ceiling = (found["emoji_drawing"][key] for key in (name, f"{name}: reconstructions"))
     assert (distance["first"], distance["second"]) == (one, two) and one != two
     assert distance["difference"]["low"] < two - one < distance["difference"]["high"]
-    assert 0 <= distance["p"] <= 1 and found["seen top-1, pixels"]["p"] <= 1
+    assert 0 <= distance["p"] <= 1 and found["emoji_drawing"]["seen top-1, pixels"]["p"] <= 1
     assert ceiling["difference"]["value"] == 0 and ceiling["p"] == 1
+    assert "PSNR" in found["reconstruction"] and found["coco"] == {}
+    assert evaluation.text("compare.md").endswith("has it: reconstruction rFID, coco CLIPScore, coco FID-30K.\n")
 
 
 @pytest.mark.slow

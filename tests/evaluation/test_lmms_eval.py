@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.errors import UserError
 from models import ShowoPipeline
 from tests.evaluation.official import noise
 from tests.parity.goldens import prompting, tiny_showo
@@ -60,9 +59,9 @@ def plugin(monkeypatch):
 
 @pytest.fixture
 def make(plugin, places):
-    def make(more: str = ""):
+    def make():
         settings = {"batch_size": 2, "device": "cpu", "max_batch_size": None}
-        model = plugin.ShowoLmms.create_from_arg_string(f"config={places['demo']},seed=3{more}", settings)
+        model = plugin.ShowoLmms.create_from_arg_string(f"config={places['demo']},seed=3", settings)
         model.task_dict = {"task": {"test": DOCS}}
         return model
 
@@ -124,11 +123,6 @@ def test_loglikelihood(make):
 
 def test_an_answer_ends_where_the_harness_says(plugin):
     assert plugin.cut("a b. c", ".") == "a b" and plugin.cut("a\n\nb", ["x", "\n\n"]) == plugin.cut("a", []) == "a"
-
-
-def test_wrong_settings_are_refused(make):
-    with pytest.raises(UserError, match="unknown key tempratur"):
-        make(",tempratur=1")
 
 
 @pytest.mark.slow

@@ -98,16 +98,6 @@ def test_coco_by_hand(evaluation):
     assert "both sets: shorter side to 16 by PIL's bicubic, centre crop" in row and "CLIPScore by clip" in row
 
 
-def test_coco_compared(evaluation, monkeypatch):
-    """FID has no interval, so no p; CLIPScore has both. Comparing needs no networks."""
-    evaluation.run("coco")
-    for network in ("fid_metric", "clip_network"):
-        monkeypatch.setattr(f"evaluation.tasks.text_to_image.{network}", None)
-    found = evaluation.compare("coco", evaluation.folder, evaluation.folder)["coco"]
-    assert found["FID-30K"]["difference"] == {"value": 0, "low": None, "high": None} and found["FID-30K"]["p"] is None
-    assert found["CLIPScore"]["p"] == 1
-
-
 def unreachable(*_, **__):
     raise URLError("no route")
 

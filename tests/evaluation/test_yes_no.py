@@ -2,8 +2,8 @@
 
 import pytest
 
-from evaluation.tasks.yes_no import COGNITION, PERCEPTION, POPE_SPLITS, SUBTASKS, _read_pair, parse_yes_no
-from evaluation.tasks.yes_no import parse_yes_no_other as parse_mme
+from evaluation.tasks import yes_no
+from evaluation.tasks.yes_no import POPE_SPLITS, SUBTASKS, parse_yes_no, yes_no_figures
 from tests.evaluation.official import noise, save_image, write_text
 
 
@@ -15,12 +15,12 @@ def test_popes_parser():
         assert parse_yes_no(answer) == "yes", answer
 
 
-def test_mmes_parser():
-    found = [[a for a in ANSWERS if parse_mme(a) == kind] for kind in ("yes", "no", "other")]
-    assert found == [["Yes", " yes"], ["NO.", "no, it is", "Nope", "not"], ["  yes", "It is not", ""]]  # 4 characters
-
-
 ANSWERS = ("Yes", " yes", "NO.", "no, it is", "Nope", "not", "  yes", "It is not", "")
+
+
+def test_mmes_parser():
+    found = [[a for a in ANSWERS if yes_no.parse_yes_no_other(a) == kind] for kind in ("yes", "no", "other")]
+    assert found == [["Yes", " yes"], ["NO.", "no, it is", "Nope", "not"], ["  yes", "It is not", ""]]  # 4 characters
 
 
 def test_pope_by_hand(evaluation):
@@ -33,14 +33,9 @@ def test_pope_by_hand(evaluation):
     for split, row in zip(POPE_SPLITS, ((100, 100, 100, 100, 50), (50, 50, 100, 200 / 3, 100), (50,) * 5), strict=True):
         expected |= {f"{split} {kind}": value for kind, value in zip(kinds, row, strict=True)}
     assert figures == pytest.approx(expected)
+    assert yes_no_figures({"a tp": 0, "a fp": 0, "a tn": 1, "a fn": 1}, ["a"])["a F1"] == 0  # never yes
     lines = evaluation.lines("pope/submission/coco_pope_popular_answers.json")
     assert lines[0] == {"question": "Is there a popular thing 0 in the image?", "answer": "yes"} and len(lines) == 4
-
-
-def test_never_yes_is_no_division_by_zero(evaluation):
-    figures = evaluation.answer("pope", {f"{split}-{n}": "no" for split in POPE_SPLITS for n in range(1, 5)})
-    assert figures["random precision"] == figures["random F1"] == figures["random yes-ratio"] == 0
-    assert figures["random accuracy"] == 50
 
 
 def test_mme_by_hand(evaluation):
@@ -53,22 +48,16 @@ def test_mme_by_hand(evaluation):
     assert (figures["existence acc"], figures["existence acc+"], figures["existence"]) == (50, 0, 50)
     assert (figures["count acc"], figures["count acc+"], figures["count"]) == (50, 50, 100)
     assert figures["OCR"] == figures["landmark"] == 200 and figures["code_reasoning"] == 0
-    assert figures["perception"] == 50 + 100 + 8 * 200 and len(PERCEPTION) == 10
-    assert figures["cognition"] == 3 * 200 and len(COGNITION) == 4
+    assert figures["perception"] == 50 + 100 + 8 * 200 and len(yes_no.PERCEPTION) == 10
+    assert figures["cognition"] == 3 * 200 and len(yes_no.COGNITION) == 4
     assert figures["neither yes nor no, %"] == pytest.approx(100 * 4 / 56)
     lines = evaluation.text("mme/submission/code_reasoning.txt").splitlines()
     assert lines[0] == "000.jpg\tIs it red? Please answer yes or no.\tYes\tWell, maybe not" and len(lines) == 4
     assert evaluation.text("mme/submission/OCR.txt").startswith("000.png\t")
 
 
-def test_a_part_of_mme_keeps_pairs_together(evaluation):
-    items = evaluation.prepared("mme", "max_items=9").items
-    assert len(items) == 8 and len({item.stratum for item in items}) == 4
-    assert {item.group for item in items[::2]} == {item.group for item in items[1::2]}
-
-
 def test_only_a_newline_ends_a_question_of_mme(tmp_path):
     save_image(tmp_path / "1.jpg", noise(0))
     write_text(tmp_path / "1.txt", "Is it\u2028red?\tYes\nIs it blue?\tNo\n")
-    prompts = [item.prompt for item in _read_pair("color", tmp_path / "1.txt", tmp_path)]
+    prompts = [item.prompt for item in yes_no._read_pair("color", tmp_path / "1.txt", tmp_path)]
     assert prompts == ["Is it\u2028red?", "Is it blue?"]
