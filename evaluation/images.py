@@ -1,4 +1,4 @@
-"""Scores of images by torchmetrics: FID, CLIPScore, PSNR and SSIM, with networks from local files or the hub."""
+"""Images saved and compared: PSNR and SSIM, FID and CLIPScore by torchmetrics, with networks from files or the hub."""
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -10,12 +10,55 @@ from tqdm import tqdm
 
 from common.config import resolve_path
 from common.errors import UserError
-from evaluation.generation import as_bytes, psnr
+from models.images import preprocess
 from models.loading import choose_device
 
 BATCH = 50
 ALONE = {"sync_on_compute": False}  # only the main process judges; the others do not answer
 INCEPTION = "torch-fidelity's Inception (FID's own weights)"
+
+
+def save(folder: Path, name: str, image: Image.Image) -> str:
+    """Writes an image to `folder / name`; returns the name."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return name
+
+
+def as_bytes(image: Image.Image, size: int) -> torch.Tensor:
+    """(3, size, size) uint8, preprocessed as for the model: shorter side to `size` (bicubic), centre crop."""
+    return (preprocess(image, size, normalize=False) * 255).round().byte()
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """`as_bytes` as a PIL image."""
+    return Image.fromarray(as_bytes(image.convert("RGB"), size).permute(1, 2, 0).numpy())
+
+
+def psnr(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(N,) peak signal-to-noise ratio in dB of (N, F) pixels in [0, 1]; 100 at most."""
+    return -10 * (values - others).square().mean(dim=-1).clamp(min=1e-10).log10()
+
+
+def side_by_side(*images: Image.Image) -> Image.Image:
+    """Images next to each other, at the size of the first."""
+    width, height = images[0].size
+    row = Image.new("RGB", (width * len(images), height))
+    for number, image in enumerate(images):
+        row.paste(image.resize((width, height)), (number * width, 0))
+    return row
+
+
+def psnr_and_ssim(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[tuple[float, float]]:
+    """(dB, [-1, 1]) of each pair of 8-bit images of one size; 100 dB at most, SSIM with the usual 11 x 11 window."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    found = []
+    for image, other in zip(images, others, strict=True):
+        one, two = (as_bytes(each, min(each.size))[None].double() / 255 for each in (image, other))
+        found.append((float(psnr(one.flatten(1), two.flatten(1))), float(ssim(one, two, data_range=1.0))))
+    return found
 
 
 def need(library: str, what: str, remedy: str) -> None:
@@ -67,7 +110,7 @@ def fid_metric(config):
     """torchmetrics' FID with its network.
 
     Raises:
-        UserError: the network does not serve, or its weights cannot be fetched.
+        UserError: the network is unusable, or its weights cannot be fetched.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -167,17 +210,6 @@ def _reason(error: Exception, line: int = 0) -> str:
 
 def _pooled(output) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.pooler_output
-
-
-def psnr_and_ssim(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[tuple[float, float]]:
-    """(dB, [-1, 1]) of each pair of 8-bit images of one size; 100 dB at most, SSIM with the usual 11 x 11 window."""
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
-    found = []
-    for image, other in zip(images, others, strict=True):
-        one, two = (as_bytes(picture, min(picture.size))[None].double() / 255 for picture in (image, other))
-        found.append((float(psnr(one.flatten(1), two.flatten(1))), float(ssim(one, two, data_range=1.0))))
-    return found
 
 
 def _batches(numbers: range, what: str) -> Iterator[range]:

@@ -1,15 +1,15 @@
-"""Penn-Treebank tokens of captions, by Java and by rule, and CIDEr of Flickr30k."""
+"""Flickr30k: Penn-Treebank tokens of captions, by Java and by rule, and CIDEr by hand."""
 
-import json
 import math
 import shutil
 
 import pytest
 
-from evaluation import caption_tokens
-from evaluation.caption_tokens import cider, java_tokens, python_tokens, tokenize
+from common.errors import UserError
+from evaluation.tasks import flickr30k
+from evaluation.tasks.flickr30k import cider, java_tokens, python_tokens, tokenize
 from tests.evaluation.conftest import Evaluation
-from tests.evaluation.official import save_picture, write_json
+from tests.evaluation.official import write_flickr30k
 
 EXPECTED = {
     "Two young guys , with shaggy hair , look at their hands .": "two young guys with shaggy hair look at their hands",
@@ -30,31 +30,24 @@ EXPECTED = {
 
 
 def test_the_rule_in_python(monkeypatch):
-    monkeypatch.setattr(caption_tokens.shutil, "which", lambda name: None)
+    monkeypatch.setattr(flickr30k.shutil, "which", lambda name: None)
     assert tokenize(list(EXPECTED)) == list(EXPECTED.values())
-    assert "Python" in caption_tokens.tokenizer_name()
+    assert "Python" in flickr30k.tokenizer_name()
+    monkeypatch.setattr(flickr30k, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps pycocoevalcap==1.2"):
+        tokenize([""])
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="no Java")
 def test_the_rule_is_that_of_java():
-    library = caption_tokens._library("tokenizer.ptbtokenizer")
-    by_java = java_tokens(list(EXPECTED), library)
+    library = flickr30k._library("tokenizer.ptbtokenizer")
     dropped = set(library.PUNCTUATIONS)
-    for caption, tokens in zip(EXPECTED, by_java, strict=True):
+    for caption, tokens in zip(EXPECTED, java_tokens(list(EXPECTED), library), strict=True):
         ours = [token for token in python_tokens(caption) if token not in dropped]
         assert ours == [token for token in tokens if token not in dropped], caption
 
 
-def test_cider_by_hand():
-    """Two pictures, so a word of one picture has idf ln 2. "x y" against "x y" is alike in 1- and 2-grams and has no
-    3- and 4-grams: 10 * (1 + 1 + 0 + 0) / 4."""
-    tokens, scores = cider(["X, y!", "p q"], [["x y"], ["p z"]])
-    assert tokens == ["x y", "p q"]
-    assert scores[0] == pytest.approx(5.0)
-    assert scores[1] == pytest.approx(10 * 0.5 / 4)  # unigrams: cosine 1/2, nothing else
-
-
-def test_length_is_punished():
+def test_length_is_penalised():
     """A 2-gram too many: the factor is exp(-1 / (2 * 36))."""
     _, scores = cider(["x y x", "p"], [["x y"], ["q"]])
     unigrams = (1 * 1 + 1 * 1) / (math.sqrt(5) * math.sqrt(2))  # counts are clipped to the reference's
@@ -62,17 +55,14 @@ def test_length_is_punished():
     assert scores[0] == pytest.approx(10 * (unigrams + bigrams) / 4 * math.exp(-1 / 72))
 
 
-def test_flickr30k(places, tmp_path):
-    """The set of `test_cider_by_hand` as official files: 5 and 1.25, so the figure is 100 * (5 + 1.25) / 2 = 312.5."""
-    images = []
-    for number, reference in enumerate(("x y", "p z")):
-        save_picture(tmp_path / f"flickr30k/flickr30k-images/{number}.jpg", number)
-        image = {"imgid": number, "filename": f"{number}.jpg", "split": "test", "sentences": [{"raw": reference}]}
-        images.append(image)
-    write_json(tmp_path / "flickr30k/dataset_flickr30k.json", {"images": images})
+def test_cider_by_hand(places, tmp_path):
+    """Two images, so a word of one image has idf ln 2. "x y" against "x y" is alike in 1- and 2-grams and has no
+    3- and 4-grams: 10 * (1 + 1 + 0 + 0) / 4 = 5; "p q" against "p z" only in half its unigrams: 1.25."""
+    write_flickr30k(tmp_path, {"0.jpg": ["x y"], "1.jpg": ["p z"]})
     evaluation = Evaluation(places["demo"], tmp_path, tmp_path / "out")
-    figures = evaluation.answer("flickr30k", {"0": "X, y!", "1": "p\nq"})
-    assert figures == {"CIDEr": pytest.approx(312.5)}
-    results = json.loads(evaluation.submission("flickr30k", "flickr30k_test_results.json"))
+    assert evaluation.answer("flickr30k", {"0": "X, y!", "1": "p\nq"}) == {"CIDEr": pytest.approx(312.5)}
+    lines = evaluation.lines("flickr30k/predictions.jsonl")
+    assert [(line["parsed"], line["score"]) for line in lines] == [("x y", 5.0), ("p q", 1.25)]
+    results = evaluation.json("flickr30k/submission/flickr30k_test_results.json")
     assert results == [{"image_id": 0, "caption": "X, y!"}, {"image_id": 1, "caption": "p q"}]
-    assert "tokenised by" in (evaluation.folder / "results.md").read_text()
+    assert "tokenised by" in evaluation.text("results.md")
