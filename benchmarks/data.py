@@ -8,7 +8,7 @@ Images are pieces of the repository's photographs, saved as jpegs with captions 
 - bare: PIL's decoding and resizing of the encoded images, all in memory; nothing else. This is the limit.
 - worker: the work of a loader worker for the mmu flow of stage 2: reading shards, mixing, captions with instructions,
   images put together as a batch. The row that the target is about.
-- worker, codes: the same with shards encoded beforehand (`training/data/encode_images.py`).
+- worker, codes: the same with shards encoded beforehand (`tools/encode_images.py`).
 - through: the flow with one worker in a process of its own, from here: batches cross the border and become numbers.
 
 They take turns, and the fastest run of each counts. Prints a table and last one JSON line.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from evaluation.official_files import check_filled, check_images, field, read_json, unique_keys
-from training.data.emoji_text import GROUPS, STYLES
+from examples.emoji_world.text import GROUPS, STYLES
 
 SPLITS = ("seen", "held-out")
 WHAT = "the manifest of an emoji world, which `make data-emoji` writes"

@@ -18,9 +18,9 @@ from evaluation.emoji import KINDS, SPLITS, read_world, world_settings
 from evaluation.frechet import frechet_figures
 from evaluation.generation import GenerationTask, as_bytes, psnr, save, side_by_side, square
 from evaluation.task import Item, Verdict, ratio
+from examples.emoji_world.text import caption
 from models.images import load_image
 from models.pipeline_loading import choose_device
-from training.data.emoji_text import caption
 
 GENERATED, RECONSTRUCTED, REAL = "drawings", "reconstructions", "real pictures"
 SOURCES = (GENERATED, RECONSTRUCTED, REAL)

@@ -1,6 +1,6 @@
 """What a model says about the images of the emoji world: names, yes or no, styles.
 
-The questions are those of training (`training/data/emoji_text.py`); a held-out image's name was seen in other styles.
+The questions are those of training (`examples/emoji_world/text.py`); a held-out image's name was seen in other styles.
 """
 
 import random
@@ -11,8 +11,8 @@ import numpy as np
 from evaluation.emoji import KINDS, SPLITS, Picture, read_world, world_settings
 from evaluation.task import Item, QuestionTask, Verdict, ratio
 from evaluation.tasks.pope import YesNoRule, yes_no_figures
+from examples.emoji_world.text import GROUP_QUESTIONS, GROUPS, NAME_QUESTION, STYLE_QUESTION
 from models.images import load_image
-from training.data.emoji_text import GROUP_QUESTIONS, GROUPS, NAME_QUESTION, STYLE_QUESTION
 
 
 class EmojiQuestions(QuestionTask):

@@ -20,8 +20,8 @@ from models.images import preprocess
 from tests.tiny_llms import qwen_like
 from tests.training.tiny import CAPTIONS, config_of, image_bytes, picture, sample, write_shard, write_texts, write_world
 from training.data.batching import stack
-from training.data.captions import CAPTION_INSTRUCTIONS
 from training.data.flows import build_flows, check_data, end_together
+from training.data.image_text import CAPTION_INSTRUCTIONS
 from training.data.sources import Resampled
 from training.data.streams import Flow
 

@@ -174,7 +174,7 @@ def emoji_key(name: str, style: str) -> str:
 
 
 def write_emoji(root: Path) -> None:
-    """The manifest as training/data/emoji_world.py writes it, as far as the evaluation reads it."""
+    """The manifest as examples/emoji_world/make.py writes it, as far as the evaluation reads it."""
     names = {name: {"name": name, "group": group, "tags": []} for name, group, *_ in EMOJI}
     pictures = [
         {"key": emoji_key(name, style), "name": name, "style": style, "held_out": held_out}

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from common.config import TrainingConfig, load_config
 from models import MAGVITv2, MAGVITv2Config
-from training.data import small_llm
+from tools import small_llm
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220), "yellow": (230, 210, 40)}
 PLACES = ("left", "middle", "right")

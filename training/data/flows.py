@@ -13,17 +13,15 @@ from typing import Any
 from common.config import resolve_path
 from common.errors import UserError
 from llava import ChatFormat, encode_conversation, encode_plain
-from training.data.captions import Captions, ExternalCaptions
-from training.data.encoding_records import tokenizer_sha256
 from training.data.flow_paths import LLAVA, FlowPaths, all_or_problems
-from training.data.image_text import ImageTextSample, ImageTransform
+from training.data.image_text import Captions, ExternalCaptions, ImageTextSample, ImageTransform
 from training.data.imagenet import ImageFolder
 from training.data.json_records import JsonTable
 from training.data.language import Documents, text_sample
-from training.data.llava_flow import LlavaRecords, LlavaSample
+from training.data.llava import LlavaRecords, LlavaSample
 from training.data.parquet import IMAGE_COLUMNS, TEXT_COLUMNS, ParquetUnits
 from training.data.paths import JSON, PARQUET, has_suffix
-from training.data.shards import ShardUnits, check_codes, manifests, promised_samples, read_shards
+from training.data.shards import ShardUnits, check_codes, manifests, promised_samples, read_shards, tokenizer_sha256
 from training.data.sources import Epochs, Resampled, Source
 from training.data.streams import Flow
 
@@ -90,7 +88,7 @@ def check_tokenizer(config, vq_model) -> None:
     if wrong := sorted(file for file, found in made_with.items() if found != own):
         raise UserError(
             f"{wrong[0]}: these codes were made with another image tokenizer than model.vq_model names; encode the "
-            "images again with training/data/encode_images.py, or name that tokenizer"
+            "images again with tools/encode_images.py, or name that tokenizer"
         )
 
 

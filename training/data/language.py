@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from common.errors import UserError
-from training.data.skipping import (
+from training.data.sources import (
     EMPTY_TEXT,
     MALFORMED_ITEM,
     MISSING_FILE,

@@ -11,8 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from common.errors import UserError
-from training.data.skipping import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped
-from training.data.sources import mixed
+from training.data.sources import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped, mixed
 
 IMAGE_COLUMNS = ("codes", "image", "jpg", "png", "jpeg", "webp", "picture", "img", "image_bytes", "image_path")
 TEXT_COLUMNS = ("text", "caption", "txt", "captions", "prompt", "description")

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from common.errors import UserError
 from models import Showo, ShowoConfig, UniversalPrompting
 from tests.training.tiny import CAPTIONS, LLM_VOCAB_SIZE, write_llm
-from training.data.small_llm import main, train_tokenizer
+from tools.small_llm import main, train_tokenizer
 
 
 @pytest.fixture(scope="module")

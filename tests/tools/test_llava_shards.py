@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import UserError
 from tests.training.tiny import CAPTIONS, image_bytes, picture
-from training.data.llava_shards import main, questions_and_answers
+from tools.llava_shards import main, questions_and_answers
 from training.data.shards import read_shards
 
 

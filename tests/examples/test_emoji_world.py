@@ -15,17 +15,17 @@ import webdataset
 from PIL import Image, ImageDraw
 
 from common.errors import UserError
-from training.data import emoji_sources, emoji_text
-from training.data.emoji_sources import Package, SvgStyle, WebpStyle, distinctiveness, frame, plain_code, read_name
-from training.data.emoji_text import GROUPS, STYLES, Name
-from training.data.emoji_world import (
+from examples.emoji_world import sources as emoji_sources
+from examples.emoji_world import text as emoji_text
+from examples.emoji_world.make import (
     EmojiWorldConfig,
     Picture,
     hold_out,
-    load_manifest,
     most_distinctive,
     write_world,
 )
+from examples.emoji_world.sources import Package, SvgStyle, WebpStyle, distinctiveness, frame, plain_code, read_name
+from examples.emoji_world.text import GROUPS, STYLES, Name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,6 +57,10 @@ def world(tmp_path_factory):
     pictures = make_pictures(make_names(34))
     write_world(pictures, folder, EmojiWorldConfig(shard_size=50))
     return folder, pictures
+
+
+def load_manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
 
 
 def read_shards(folder: Path, split: str) -> list[dict]:
@@ -318,7 +322,7 @@ def test_archives_are_read_in_place(tmp_path):
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "training" / "data" / "emoji_world.py"), *arguments]
+    command = [sys.executable, str(ROOT / "examples" / "emoji_world" / "make.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env={"PATH": "", **environment}, check=False)
 
 
@@ -357,8 +361,3 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(emoji_sources.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(UserError, match="SHA-256"):
         emoji_sources.fetch_packages(tmp_path)
-
-
-def test_a_folder_without_a_world_has_no_manifest(tmp_path):
-    with pytest.raises(UserError, match="emoji_world.py"):
-        load_manifest(tmp_path)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from models.pipeline_loading import load_clip
-from training.data.small_clip import main
+from tools.small_clip import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "layers": 2, "heads": 2}
@@ -49,7 +49,7 @@ def test_the_seed_fixes_the_weights_and_disturbs_nothing_else(tmp_path):
 def test_the_defaults_make_what_the_small_stages_expect(tmp_path):
     """64 features, as many as a picture of the emoji world has codes; run as users do, from another folder."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "training/data/small_clip.py"), "output_dir=clip"],
+        [sys.executable, str(ROOT / "tools/small_clip.py"), "output_dir=clip"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

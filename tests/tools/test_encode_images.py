@@ -26,12 +26,12 @@ from tests.training.tiny import (
     sample,
     write_shard,
 )
-from training.data.encode_images import ImageEncoder, main
+from tools.encode_images import ImageEncoder, main
+from tools.shard_writing import sha256
 from training.data.image_text import ImageTransform
-from training.data.shard_writing import sha256
 from training.data.shards import check_codes, read_shard
 
-SCRIPT = Path(__file__).resolve().parents[2] / "training" / "data" / "encode_images.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "encode_images.py"
 
 
 @pytest.fixture

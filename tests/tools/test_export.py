@@ -9,9 +9,14 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from models import MAGVITv2, Showo
-from tests.training.tiny import config_of, make_vq_model
-from training.export import main as export
+from tests.training.tiny import config_of, make_vq_model, write_world
+from tools.export import main as export
 from training.parts import make_model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world") / "tiny")
 
 
 @pytest.fixture(scope="module")

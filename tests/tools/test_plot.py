@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.tracking import Tracker
-from training.plot import main, plot, read_run, running_mean
+from tools.plot import main, plot, read_run, running_mean
 
 
 @pytest.fixture

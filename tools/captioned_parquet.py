@@ -9,9 +9,9 @@ import pyarrow.parquet
 from pyarrow import types
 
 from common.errors import UserError
-from training.data.captioned import CAPTION_COLUMNS, IMAGE_COLUMNS, Captioned, captions_of, choose_column
+from tools.captioned import CAPTION_COLUMNS, IMAGE_COLUMNS, Captioned, captions_of, choose_column
 from training.data.parquet import rows_of
-from training.data.skipping import MALFORMED_ITEM, Skipped
+from training.data.sources import MALFORMED_ITEM, Skipped
 
 
 class CaptionedParquet:

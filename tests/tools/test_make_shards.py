@@ -13,9 +13,9 @@ from PIL import Image
 
 from common.errors import UserError
 from tests.training.tiny import CAPTIONS, image_bytes, picture
-from training.data.captioned import split_of
-from training.data.make_shards import checked_image, main
-from training.data.shard_writing import in_order, sha256, write_shard
+from tools.captioned import split_of
+from tools.make_shards import checked_image, main
+from tools.shard_writing import in_order, sha256, write_shard
 from training.data.shards import read_shard
 
 
