@@ -76,7 +76,7 @@ def test_names_of_any_length_are_read_whatever_wrote_the_archive(tmp_path, form)
     with tarfile.open(tmp_path / "a.tar", "w", format=form, pax_headers={"comment": "of the whole archive"}) as archive:
         for name in ("sub", *names):
             info = tarfile.TarInfo(name)
-            info.type, info.size = (tarfile.DIRTYPE, 0) if name == "sub" else (tarfile.REGTYPE, len(name))
+            info.type, info.size = (tarfile.DIRTYPE, 0) if name == "sub" else (tarfile.REGTYPE, len(name.encode()))
             archive.addfile(info, io.BytesIO(name.encode()))
     raws = list(read_shard(str(tmp_path / "a.tar")))
     assert [raw["__key__"] + ".txt" for raw in raws] == [raw["txt"].decode() for raw in raws] == names
