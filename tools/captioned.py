@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from common.errors import UserError
 from training.data.imagenet import ImageFolder
+from training.data.paths import choose_column
 from training.data.sources import MALFORMED_ITEM, Skipped
 
 NO_CAPTION = "no_caption"  # an image without a caption; `empty_text` is an empty caption
@@ -75,20 +76,6 @@ def captions_of(value: Any) -> list[str]:
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"the caption is {str(value)[:60]!r}, not text")
     return texts
-
-
-def choose_column(setting: str, given: str, candidates: Iterable[str], columns: Iterable[str], where: Path) -> str:
-    """The column that a setting names, else the first candidate that there is.
-
-    Raises:
-        UserError: there is none.
-    """
-    columns = [column for column in columns if column]
-    found = [name for name in ([given] if given else candidates) if name in columns]
-    if not found:
-        wanted = f"no column {given!r}" if given else f"no column that can be taken for {setting}"
-        raise UserError(f"{where} has {wanted}; its columns are {', '.join(columns)}; name one by {setting}=…")
-    return found[0]
 
 
 def of_one_split(files: list[Path], root: Path, split: str) -> list[Path]:
@@ -191,8 +178,8 @@ def in_table(table: Path, folder: Path, image_column: str = "", caption_column: 
             entries[where] = row
             continue
         columns = columns or (
-            choose_column("image_column", image_column, IMAGE_COLUMNS, row, table),
-            choose_column("caption_column", caption_column, CAPTION_COLUMNS, row, table),
+            choose_column(table, row, [image_column] if image_column else IMAGE_COLUMNS, "image_column=…"),
+            choose_column(table, row, [caption_column] if caption_column else CAPTION_COLUMNS, "caption_column=…"),
         )
         file = row.get(columns[0])
         try:

@@ -1,6 +1,5 @@
 """Shards out of every form in which people keep images with captions."""
 
-import csv
 import errno
 import io
 import json
@@ -12,11 +11,11 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
+from tests.tools.sets import read_set
 from tests.training.tiny import CAPTIONS, image_bytes, picture
 from tools.captioned import split_of
 from tools.make_shards import checked_image, main
-from tools.shard_writing import in_order, sha256, write_shard
-from training.data.shards import read_shard
+from tools.shard_writing import in_order, write_shard
 
 
 @pytest.fixture
@@ -36,18 +35,8 @@ def arguments(source: Path, **settings) -> list[str]:
 
 
 def run(source: Path, **settings) -> tuple[list[dict], dict]:
-    """The samples in their order, and the manifest, which must describe the shards."""
     main(arguments(source, **settings))
-    prefix = Path(settings.get("output", source.parent / "shards" / "train"))
-    manifest = json.loads(prefix.with_name(f"{prefix.name}-manifest.json").read_text())
-    shards = sorted(prefix.parent.glob(f"{prefix.name}-*.tar"))
-    samples = [list(read_shard(str(shard))) for shard in shards]
-    assert manifest["shards"] == [
-        {"file": shard.name, "samples": len(content), "sha256": sha256(shard)}
-        for shard, content in zip(shards, samples, strict=True)
-    ]
-    assert manifest["samples"] == sum(map(len, samples)) and not list(prefix.parent.glob(".*"))
-    return [sample for content in samples for sample in content], manifest
+    return read_set(Path(settings.get("output", source.parent / "shards" / "train")))
 
 
 def texts(samples: list[dict]) -> list[str]:
@@ -69,32 +58,36 @@ def test_texts_beside_the_images(pets, capsys):
     assert {"one", "two"} < set(texts(run(pets, txt_lines=True, overwrite=True)[0]))
 
 
-@pytest.mark.parametrize("delimiter", [",", "|", "\t"])
-def test_a_csv_whose_rows_repeat_an_image(pets, delimiter):
-    with (pets.parent / "captions.txt").open("w", newline="") as file:  # as Flickr8k and Flickr30k have it
-        writer = csv.writer(file, delimiter=delimiter)
-        writer.writerow(["image_name", "number", "comment"])
-        writer.writerows([f"a/pet.{i:02d}.png", n, f"{n}, of {i}"] for i in (1, 3) for n in range(2))
-    samples, _ = run(pets, captions=pets.parent / "captions.txt", shuffle=False, metadata=True)
-    assert texts(samples) == ["0, of 1", "1, of 1", "0, of 3", "1, of 3"]
-    assert samples[0]["png"] == samples[1]["png"] != samples[2]["png"]
-    assert json.loads(samples[0]["json"]) == {"image_name": "a/pet.01.png", "number": "0"}
+PLAIN = [{"image": "a/pet.01.png", "text": "one", "n": "0"}, {"image": "b/pet.02.png", "text": "two, too", "n": "1"}]
+TABLES = {
+    "comma.csv": 'image,text,n\na/pet.01.png,one,0\nb/pet.02.png,"two, too",1\n',
+    "tab.tsv": "image\ttext\tn\na/pet.01.png\tone\t0\nb/pet.02.png\ttwo, too\t1\n",
+    "pipe.txt": "image| text| n\na/pet.01.png| one| 0\nb/pet.02.png| two, too| 1\n",  # as Flickr30k has it
+    "records.json": json.dumps(PLAIN),
+    "lines.jsonl": "\n\n".join(map(json.dumps, PLAIN)),
+    "files.json": json.dumps({row["image"]: row["text"] for row in PLAIN}),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_every_form(pets, name):
+    table = pets.parent / name
+    table.write_text(TABLES[name])
+    samples, _ = run(pets, captions=table, shuffle=False, metadata=True)
+    assert texts(samples) == ["one", "two, too"] and samples[0]["png"] == (pets / "a/pet.01.png").read_bytes()
+    extra = {"file_name": "a/pet.01.png"} if name == "files.json" else {"image": "a/pet.01.png", "n": "0"}
+    assert json.loads(samples[0]["json"]) == extra
 
 
 def test_jsonl_with_lines_that_cannot_be_read(pets):
     lines = ['{"image": "a/pet.01.png", "caption": "one", "id": 7}', "{broken", "[1]", '{"image": 3, "caption": "x"}']
     lines += ['{"image": "a/pet.07.png", "caption": "half \\ud83d"}', '{"image": "a\\u0000b.png", "caption": "x"}']
     lines += ['{"image": "a/pet.03.png", "caption": null}', '{"image": "a/pet.05.png", "caption": 5}', ""]
+    lines += ['{"image": "a/pet.01.png", "caption": "another of it"}']
     (pets.parent / "c.jsonl").write_text("\n".join(lines))
-    samples, manifest = run(pets, captions=pets.parent / "c.jsonl", metadata=True)
-    assert texts(samples) == ["one"] and json.loads(samples[0]["json"])["id"] == 7
+    samples, manifest = run(pets, captions=pets.parent / "c.jsonl", metadata=True, shuffle=False)
+    assert texts(samples) == ["one", "another of it"] and json.loads(samples[0]["json"])["id"] == 7
     assert manifest["skipped"] == {"malformed_item": 5, "no_caption": 1, "missing_file": 1}
-
-
-@pytest.mark.parametrize("content", [[{"path": "a/pet.01.png", "text": "one"}], {"a/pet.01.png": "one"}])
-def test_json_records_and_json_that_maps_files(pets, content):
-    (pets.parent / "c.json").write_text(json.dumps(content))
-    assert texts(run(pets, captions=pets.parent / "c.json")[0]) == ["one"]
 
 
 def test_coco_gives_a_sample_for_each_caption_or_one_for_each_image(pets):
@@ -152,6 +145,12 @@ def test_a_hub_data_set_in_parquet(tmp_path):
     assert all(sample["png"] == image_bytes(picture(sample["txt"].decode())) for sample in samples)
     assert all(CAPTIONS[json.loads(s["json"])["label"]] == s["txt"].decode() for s in samples)
     assert texts(run(folder, metadata=True, shuffle=False, overwrite=True)[0]) == CAPTIONS
+    file = folder / "data/train-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(file), file, compression="none", use_dictionary=False)
+    file.write_bytes(file.read_bytes().replace(CAPTIONS[1].encode(), b"\xff" * len(CAPTIONS[1])))  # no UTF-8
+    samples, manifest = run(folder, overwrite=True)
+    assert sorted(texts(samples)) == sorted(set(CAPTIONS) - {CAPTIONS[1]})
+    assert manifest["skipped"] == {"malformed_item": 1}
 
 
 def test_parquet_with_plain_bytes_lists_of_captions_and_paths(tmp_path):
@@ -201,15 +200,6 @@ def test_what_cannot_be_read_is_left_out_counted_and_told(pets, capsys):
     with pytest.raises(UserError, match="nothing is left to write: skipped 12 of 12 .* 8 unreadable_image"):
         main(arguments(pets, output=pets.parent / "empty" / "train"))
     assert not list((pets.parent / "empty").iterdir())
-
-
-def test_a_caption_that_is_no_utf_8_is_skipped(tmp_path):
-    folder = hub_data_set(tmp_path / "hub", hub_rows(CAPTIONS[:2]))
-    file = folder / "data/train-00000-of-00001.parquet"
-    pyarrow.parquet.write_table(pyarrow.parquet.read_table(file), file, compression="none", use_dictionary=False)
-    file.write_bytes(file.read_bytes().replace(CAPTIONS[1].encode(), b"\xff" * len(CAPTIONS[1])))
-    samples, manifest = run(folder)
-    assert texts(samples) == CAPTIONS[:1] and manifest["skipped"] == {"malformed_item": 1}
 
 
 @pytest.mark.parametrize(("form", "suffix"), [("JPEG", "jpg"), ("WEBP", "webp"), ("PNG", "png"), ("BMP", "png")])
@@ -303,7 +293,10 @@ FILES = {
         ({"source": "hub", "image_column": "photo"}, "no column 'photo'; its columns are image, text, label"),
         ({"captions": "none.csv"}, "none.csv does not exist"),
         ({"captions": "lfs/train.parquet"}, "must be a file of .csv"),
-        ({"captions": "c.csv"}, "no column that can be taken for caption_column; its columns are"),
+        (
+            {"captions": "c.csv"},
+            "no column 'caption' or .*; its columns are image, number; name one by caption_c",
+        ),
         ({"captions": "c.csv", "caption_column": "says"}, "no column 'says'"),
         ({"captions": "c.json"}, "no valid JSON"),
         ({"captions": "number.json"}, "holds neither COCO captions nor a list of records"),
