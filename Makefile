@@ -74,13 +74,13 @@ format: $(READY) ## fix and format with ruff
 	$(PY) -m ruff format .
 
 data-emoji: $(READY) ## download and render the training set of the small default (about a minute)
-	$(PY) training/data/emoji_world.py output_dir=$(WORLD) size=64 names=200 shard_size=1000
-	$(PY) training/data/llava_shards.py json=$(WORLD)/llava_train.json image_root=$(WORLD)/images \
+	$(PY) examples/emoji_world/make.py output_dir=$(WORLD) size=64 names=200 shard_size=1000
+	$(PY) tools/llava_shards.py json=$(WORLD)/llava_train.json image_root=$(WORLD)/images \
 		output=$(WORLD)/shards/qa repeat=name:3 shard_size=10000
-	$(PY) training/data/emoji_world.py output_dir=$(WORLD)_all size=64 names=all shard_size=10000
+	$(PY) examples/emoji_world/make.py output_dir=$(WORLD)_all size=64 names=all shard_size=10000
 
 train-tiny: data-emoji ## train the small default from nothing into outputs/ (hours on a CPU); goes on where it stopped
-	$(PY) training/data/small_llm.py corpus=$(WORLD)/text/train.txt output_dir=$(LLM) vocab_size=800
+	$(PY) tools/small_llm.py corpus=$(WORLD)/text/train.txt output_dir=$(LLM) vocab_size=800
 	$(MAKE) train-tiny-resume
 
 # Two processes with one thread each train faster on two cores than one process with two.
@@ -98,14 +98,14 @@ STAGES := $(foreach stage,stage1 stage2 stage3 $(TUNINGS),train.py:$(stage)) \
 	$(foreach stage,$(TUNINGS),train_w_clip_vit.py:$(stage)_w_clip_vit)
 
 train-tiny-stages: data-emoji ## all stages of both branches with few steps, on the emoji world (under 25 minutes on 2 cores)
-	$(PY) training/data/small_clip.py output_dir=outputs/tiny-clip
+	$(PY) tools/small_clip.py output_dir=outputs/tiny-clip
 	@for stage in $(STAGES); do \
 		$(VENV)/bin/accelerate launch --config_file accelerate_configs/1_cpu.yaml training/$${stage%%:*} \
 			config=configs/showo_tiny_$${stage##*:}.yaml training.mixed_precision=$(PRECISION) || exit $$?; \
 	done
-	$(PY) training/plot.py output=outputs/showo-tiny-stages.png \
+	$(PY) tools/plot.py output=outputs/showo-tiny-stages.png \
 		runs=outputs/showo-tiny-stage1,outputs/showo-tiny-stage2,outputs/showo-tiny-stage3,outputs/showo-tiny-tuning-stage1,outputs/showo-tiny-tuning-stage2
-	$(PY) training/plot.py output=outputs/showo-tiny-stages-w-clip-vit.png \
+	$(PY) tools/plot.py output=outputs/showo-tiny-stages-w-clip-vit.png \
 		runs=outputs/showo-tiny-tuning-stage1-w-clip-vit,outputs/showo-tiny-tuning-stage2-w-clip-vit
 
 bench: $(READY) ## both generation loops against the published algorithm

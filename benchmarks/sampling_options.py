@@ -25,9 +25,9 @@ from common.errors import run_cli
 from evaluation.images import square
 from examples.emoji_world.benchmark import SPLITS, read_world
 from examples.emoji_world.features import name_ranks, pixels
+from examples.emoji_world.text import caption
 from models import SamplingParameters, ShowoPipeline
 from models.images import load_image
-from training.data.emoji_text import caption
 
 BATCH = 64
 # label -> sampling options and other generation settings

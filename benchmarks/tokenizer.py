@@ -10,7 +10,7 @@ trained ones). Ways:
 - published: fp32, outside autocast, as every published training step does it.
 - compiled: `training.vq_compile`.
 - bf16: `training.vq_dtype: bf16`, autocast; it changes some codes, and the share that stays the same is told.
-- codes from shards: no tokenizer in the step at all (`training/data/encode_images.py`); reading them, from
+- codes from shards: no tokenizer in the step at all (`tools/encode_images.py`); reading them, from
   `benchmarks/data.py`, costs a loader worker a fraction of decoding a jpeg.
 
 `limit` is the operations of the convolutions and the attention, counted, over the measured matmul rate. Prints a table

@@ -15,7 +15,7 @@ from common.errors import UserError
 from evaluation.official_files import write_json
 from evaluation.task import Item
 from models.backbones import DEFAULT_LLM
-from models.loading import choose_device, choose_dtype
+from models.loading import choose_device, choose_dtype, find_folder
 
 SETTINGS = "settings.json"
 SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".txt")  # of a checkpoint's files

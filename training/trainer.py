@@ -29,7 +29,7 @@ from training.checkpointing import (
     save_final_model,
 )
 from training.data.flows import open_flows
-from training.data.skipping import KINDS
+from training.data.sources import KINDS
 from training.data.streams import StreamState
 from training.evaluation import evaluate, own_random_numbers
 from training.guards import LOCK, FiniteLosses, StopSignals, check_writable, full_disk_as_user_error, only_run_in

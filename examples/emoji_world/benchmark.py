@@ -28,9 +28,9 @@ from examples.emoji_world.features import (
     name_ranks,
     pixels,
 )
+from examples.emoji_world.text import GROUP_QUESTIONS, GROUPS, NAME_QUESTION, STYLE_QUESTION, STYLES, caption
 from models.images import load_image
 from models.loading import choose_device
-from training.data.emoji_text import GROUP_QUESTIONS, GROUPS, NAME_QUESTION, STYLE_QUESTION, STYLES, caption
 
 SPLITS = ("seen", "held-out")
 KINDS = tuple(kind for split in SPLITS for kind in (split, *(f"{split}, {style}" for style in STYLES)))

@@ -41,6 +41,8 @@ def test_loading_is_measured_in_every_way():
     assert {read_image(picture, "").size for picture in pictures} == {(48, 48)} and len(set(pictures)) == 12
     found = data.measure(pictures, samples=20, rounds=1)
     assert tuple(found) == data.WAYS and min(found.values()) > 0
+    for ways in data.measure_parts(pictures, samples=20, records=300, rounds=1).values():
+        assert next(iter(ways)) == "ours" and len(ways) > 1 and min(ways.values()) > 0
 
 
 def test_the_tokenizer_is_measured(capsys):

@@ -24,8 +24,8 @@ from models import Showo, ShowoConfig
 from models.backbones import read_llm_config
 from tests.training import tiny
 from tests.training.tiny_sources import CLIP_WIDTH, write_clip, write_imagenet, write_llava, write_llm_weights
+from tools import small_clip
 from training import train, train_w_clip_vit
-from training.data import small_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

@@ -30,8 +30,8 @@ from tests.training.tiny import (
     write_texts,
     write_world,
 )
-from training.data.captions import CAPTION_INSTRUCTIONS
 from training.data.flows import end_together
+from training.data.image_text import CAPTION_INSTRUCTIONS
 from training.data.sources import Resampled
 from training.data.streams import Flow, stack
 

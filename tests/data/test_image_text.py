@@ -1,7 +1,9 @@
-"""Images with texts: pixels, codes, and what cannot be used."""
+"""Images with texts: pixels, codes, captions with instructions or shortened, and what cannot be used (spec §15)."""
 
 import io
+import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -12,24 +14,32 @@ from common.errors import UserError
 from models.clip_encoder import image_processor_class
 from models.images import preprocess
 from tests.training.tiny import CAPTIONS, image_bytes, picture, sample
-from training.data.captions import Captions
-from training.data.image_text import ImageTextSample, ImageTransform, decode_jpeg, jittered
-from training.data.skipping import SkipSample
+from training.data.image_text import (
+    CAPTION_INSTRUCTIONS,
+    OPENINGS,
+    Captions,
+    ExternalCaptions,
+    ImageTextSample,
+    ImageTransform,
+    decode_jpeg,
+    jittered,
+)
+from training.data.json_records import JsonTable
+from training.data.sources import SkipSample
 from training.data.streams import unpack
 
-
-def pictures(resolution: int = 32, **settings) -> ImageTransform:
-    return ImageTransform(resolution, num_codes=16, codebook_size=64, **settings)
+DATA = image_bytes(picture(CAPTIONS[0]))
 
 
-def item_of(raw: dict, seed: int = 0, captions=None, **settings) -> dict:
+def item_of(raw: dict, seed: int = 0, resolution: int = 32, **settings) -> dict:
     """As it comes out of a loader, with its pixels as numbers."""
-    return unpack([ImageTextSample(pictures(**settings), captions or Captions())(raw, random.Random(seed))])[0]
+    images = ImageTransform(resolution, num_codes=16, codebook_size=64, **settings)
+    return unpack([ImageTextSample(images, Captions())(raw, random.Random(seed))])[0]
 
 
-def kind_of(raw: dict, **settings) -> str:
+def kind_of(call, *args, **settings) -> str:
     with pytest.raises(SkipSample) as problem:
-        item_of(raw, **settings)
+        call(*args, **settings)
     return problem.value.kind
 
 
@@ -40,13 +50,6 @@ def codes_bytes(codes) -> bytes:
 
 
 # ---- pixels ----
-
-
-def test_an_item_is_the_preprocessed_picture_and_its_text():
-    item = item_of(sample(CAPTIONS[0]), resolution=16)
-    assert item["text"] == CAPTIONS[0]
-    assert torch.equal(item["image"], preprocess(picture(CAPTIONS[0]), 16))
-    assert item["image"].shape == (3, 16, 16) and item["image"].dtype == torch.float32
 
 
 def saved(image: Image.Image, **settings) -> bytes:
@@ -60,8 +63,7 @@ def saved(image: Image.Image, **settings) -> bytes:
 @pytest.mark.parametrize("progressive", [False, True])
 def test_jpegs_have_the_pixels_that_pil_gives_them(size, mode, progressive):
     photo = Image.open("inpainting_validation/coffee.jpg").resize(size).convert(mode)
-    kinds = [(quality, subsampling) for quality in (20, 75, 95) for subsampling in (0, 1, 2)]
-    for quality, subsampling in kinds:
+    for quality, subsampling in ((20, 0), (75, 1), (95, 2)):
         data = saved(photo, quality=quality, subsampling=subsampling, progressive=progressive)
         assert (decode_jpeg(data) is None) == (mode == "CMYK")
         expected = preprocess(Image.open(io.BytesIO(data)).convert("RGB"), 32)
@@ -74,56 +76,55 @@ def test_what_is_odd_about_a_jpeg_is_left_to_pil(damage):
     try:
         expected = preprocess(Image.open(io.BytesIO(data)).convert("RGB"), 32)
     except OSError:
-        assert kind_of({"jpg": data, "txt": b"x"}) == "unreadable_image"
+        assert kind_of(item_of, {"jpg": data, "txt": b"x"}) == "unreadable_image"
     else:
         assert torch.equal(item_of({"jpg": data, "txt": b"x"})["image"], expected)
 
 
-@pytest.mark.parametrize("image_key", ["jpg", "png", "jpeg", "webp"])
-@pytest.mark.parametrize("text_key", ["text", "txt", "caption"])
+@pytest.mark.parametrize(
+    ("image_key", "text_key"),
+    [("jpg", "text"), ("png", "txt"), ("jpeg", "caption"), ("webp", "txt"), ("image", "text")],
+)
 def test_all_published_suffixes_are_read(image_key, text_key):
-    form = "JPEG" if image_key in ("jpg", "jpeg") else image_key.upper()
-    item = item_of({image_key: image_bytes(picture(CAPTIONS[1]), form), text_key: b"words"})
-    assert item["text"] == "words" and item["image"].shape == (3, 32, 32)
+    form = {"png": "PNG", "webp": "WEBP"}.get(image_key, "JPEG")
+    item = item_of({image_key: image_bytes(picture(CAPTIONS[1]), form), text_key: b"words"}, resolution=16)
+    assert item["text"] == "words" and item["image"].shape == (3, 16, 16) and item["image"].dtype == torch.float32
 
 
-def test_pictures_are_bytes_files_or_both(tmp_path):
-    expected = item_of(sample(CAPTIONS[0]))["image"]
-    data = image_bytes(picture(CAPTIONS[0]))
+def test_images_are_bytes_files_or_both(tmp_path):
+    expected = preprocess(picture(CAPTIONS[0]), 32)
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.png").write_bytes(data)
+    (tmp_path / "a" / "x.png").write_bytes(DATA)
     beside = {"__url__": str(tmp_path / "texts.parquet")}
-    for value in (data, str(tmp_path / "a/x.png"), {"bytes": data, "path": "gone.png"}):
+    for value in (DATA, str(tmp_path / "a/x.png"), {"bytes": DATA, "path": "gone.png"}):
         assert torch.equal(item_of({"image": value, "text": "x"})["image"], expected)
     for value in ("a/x.png", {"bytes": None, "path": "a/x.png"}):
         assert torch.equal(item_of({"image": value, "text": "x"} | beside)["image"], expected)
         assert torch.equal(item_of({"image": value, "text": "x"}, root=str(tmp_path))["image"], expected)
-    assert kind_of({"image": "gone.png", "text": "x"} | beside) == "missing_file"
 
 
-@pytest.mark.parametrize("value", [None, 7, {"bytes": None, "path": None}, {}])
-def test_no_picture_is_a_malformed_item(value):
-    assert kind_of({"image": value, "text": "x"}) == "malformed_item"
-    assert kind_of({"text": "x"}) == "malformed_item"
+STRIP = image_bytes(Image.new("RGB", (1, 30_000)))  # resized it would take 7680000 x 256
 
 
-def test_unreadable_pictures_are_skipped(monkeypatch):
-    good = sample(CAPTIONS[0])
-    for data in (good["png"][:60], good["png"][:-40], b"", b"no picture at all"):
-        assert kind_of(good | {"png": data}) == "unreadable_image"
-    strip = image_bytes(Image.new("RGB", (1, 30_000)))
-    assert kind_of({"png": strip, "txt": b"x"}, resolution=256) == "unreadable_image", "it would take 7680000 x 256"
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert kind_of(good) == "unreadable_image", "PIL's decompression bomb"
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert item_of(good)["image"].shape == (3, 32, 32), "large ones are read, without a warning"
+@pytest.mark.parametrize(
+    ("members", "kind", "limit"),
+    [
+        *(({"image": value}, "malformed_item", None) for value in (None, 7, {"bytes": None, "path": None}, {})),
+        ({}, "malformed_item", None),
+        ({"image": "gone.png"}, "missing_file", None),
+        *(({"png": data}, "unreadable_image", None) for data in (DATA[:60], DATA[:-40], b"", b"no image", STRIP)),
+        ({"png": DATA}, "unreadable_image", 100),  # PIL's decompression bomb
+        ({"png": b"no image", "text": ""}, "empty_text", None),  # the text comes first
+    ],
+)
+def test_unusable_images_are_skipped(members, kind, limit, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit or Image.MAX_IMAGE_PIXELS)
+    assert kind_of(item_of, {"text": "x"} | members, resolution=256) == kind
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_damaged_bytes_never_raise_anything_else(form):
-    whole = image_bytes(picture(CAPTIONS[0]), form)
-    rng = random.Random(0)
-    kinds = []
+    whole, rng, kinds = image_bytes(picture(CAPTIONS[0]), form), random.Random(0), []
     for _ in range(300):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 3))):
@@ -135,14 +136,7 @@ def test_damaged_bytes_never_raise_anything_else(form):
     assert len(kinds) > 50 and set(kinds) == {"unreadable_image"}
 
 
-def test_a_sample_without_text_is_skipped_before_its_picture_is_decoded():
-    assert kind_of({"png": b"no picture", "txt": b""}) == "empty_text"
-
-
-# ---- augmentation ----
-
-
-def test_flipping_mirrors_half_of_the_pictures():
+def test_flipping_mirrors_half_of_the_images():
     plain = item_of(sample(CAPTIONS[0]))["image"]
     seen = [item_of(sample(CAPTIONS[0]), seed, flip=True)["image"] for seed in range(60)]
     flipped = [torch.equal(image, plain.flip(-1)) for image in seen]
@@ -156,15 +150,11 @@ def test_jitter_keeps_size_and_background(background):
     image.paste((0, 0, 0), (10, 6, 30, 18))
     results = [jittered(image, 0.12, random.Random(seed)) for seed in range(30)]
     for result in results:
-        assert result.size == (40, 24)
         rim = [result.getpixel(at) for at in ((0, 0), (39, 0), (0, 23), (39, 23))]
-        assert rim == [background] * 4
+        assert result.size == (40, 24) and rim == [background] * 4
         assert result.getpixel((20, 12)) == (0, 0, 0), "the middle moves by at most an eighth"
     assert len({result.tobytes() for result in results}) > 20
     assert jittered(image, 0.0, random.Random(0)).tobytes() == image.tobytes()
-
-
-# ---- CLIP ----
 
 
 def test_the_clip_branch_gets_what_its_processor_makes():
@@ -179,7 +169,7 @@ def test_the_clip_branch_gets_what_its_processor_makes():
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int64, np.uint8])
-def test_codes_come_in_place_of_the_picture(dtype):
+def test_codes_come_in_place_of_the_image(dtype):
     codes = np.arange(16, dtype=dtype) * 4
     item = item_of({"codes.npy": codes_bytes(codes), "png": b"unread", "txt": b"words"})
     assert item.keys() == {"codes", "text", "key"}
@@ -187,27 +177,18 @@ def test_codes_come_in_place_of_the_picture(dtype):
     assert item_of({"image": codes.tolist(), "text": "words"})["codes"].tolist() == codes.tolist(), "of a parquet file"
 
 
+WRONG_CODES = [np.arange(15), np.arange(16).reshape(4, 4), np.arange(16) + 49, np.arange(16) - 1, np.arange(16.0)]
+WRONG_CODES += [np.array([{}] * 16, dtype=object)]
+
+
 @pytest.mark.parametrize(
-    "data",
-    [
-        codes_bytes(np.arange(15)),
-        codes_bytes(np.arange(16).reshape(4, 4)),
-        codes_bytes(np.arange(16) + 49),
-        codes_bytes(np.arange(16) - 1),
-        codes_bytes(np.arange(16.0)),
-        codes_bytes(np.arange(16))[:-5],
-        b"",
-        b"no numbers",
-        codes_bytes(np.array([{}] * 16, dtype=object)),
-    ],
+    "member",
+    [{"codes.npy": codes_bytes(codes)} for codes in WRONG_CODES]
+    + [{"codes.npy": data} for data in (codes_bytes(np.arange(16))[:-5], b"", b"no numbers")]
+    + [{"image": codes} for codes in ([[1, 2], [3]], [], [None] * 16, ["a"] * 16)],
 )
-def test_codes_of_another_length_or_range_are_skipped(data):
-    assert kind_of({"codes.npy": data, "txt": b"x"}) == "bad_codes"
-
-
-@pytest.mark.parametrize("codes", [[[1, 2], [3]], [], [None] * 16, ["a"] * 16])
-def test_lists_that_are_no_codes_are_skipped(codes):
-    assert kind_of({"image": codes, "text": "x"}) == "bad_codes"
+def test_codes_of_another_length_or_range_are_skipped(member):
+    assert kind_of(item_of, {"txt": b"x"} | member) == "bad_codes"
 
 
 @pytest.mark.parametrize("setting", [{"flip": True}, {"jitter": 0.1}, {"processor": object()}])
@@ -215,9 +196,99 @@ def test_codes_cannot_be_mirrored_moved_or_shown_to_clip(setting):
     raw = {"__key__": "a", "codes.npy": codes_bytes(np.arange(16)), "txt": b"x"}
     with pytest.raises(UserError, match="a holds codes in place of an image; .*give (it )?the shards with the images"):
         item_of(raw, **setting)
+    if "processor" not in setting:
+        assert "image" in item_of(raw | {"png": DATA}, **setting), "the image beside them serves"
 
 
-def test_pictures_beside_codes_serve_where_codes_cannot():
-    both = sample(CAPTIONS[0]) | {"codes.npy": codes_bytes(np.arange(16))}
-    assert "codes" in item_of(both)
-    assert "image" in item_of(both, flip=True)
+# ---- texts ----
+
+LONG = "The image features a red kite. In this image, it flies over 3.5 km of sea! Two people watch."
+
+
+@pytest.fixture
+def external(tmp_path):
+    files = {
+        "sa1b/sa_1.txt": LONG + "\nanother line",
+        "laion/00012/x/000120007.caption": "laion's words",
+        "cc12m/cc12m-0003/42.caption": "cc12m's words",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "sa1b/sa_3.txt").write_bytes(b"\xff")
+    (tmp_path / "journeydb.json").write_text(json.dumps({"db/1": ["first", "second"], "db/2": "In this image, a dog."}))
+    folders = (str(tmp_path / name) for name in ("sa1b", "laion", "cc12m"))
+    return ExternalCaptions(*folders, JsonTable(str(tmp_path / "journeydb.json")))
+
+
+def raw(key: str, url: str = "/data/other-0001.tar") -> dict:
+    return {"__key__": key, "__url__": url, "txt": b"its own words"}
+
+
+def texts(captions: Captions, sample: dict, count: int = 60) -> set[str]:
+    return {captions(sample, random.Random(seed)) for seed in range(count)}
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"txt": "  ein Bär \n".encode()}, {"ein Bär"}),
+        ({"caption": b"c", "text": b"t", "txt": b"x"}, {"t"}),
+        ({"text": ["one", "two"]}, {"one", "two"}),
+        ({"txt": LONG.encode()}, {LONG}),  # only captions from elsewhere are shortened
+    ],
+)
+def test_a_sample_has_one_text_without_the_blanks_around_it(members, expected):
+    assert texts(Captions(shorten=True), {"__key__": "a"} | members) == expected
+
+
+@pytest.mark.parametrize(
+    ("members", "kind"),
+    [({}, "empty_text"), *(({"text": text}, "empty_text") for text in (None, [], b"", b" \n "))]
+    + [({"text": text}, "malformed_item") for text in (b"\xff\xfe\xfa", 3.5, "half of \ud83d")],
+)
+def test_what_is_no_text_is_skipped(members, kind):
+    assert kind_of(Captions(), {"__key__": "a", **members}, random.Random(0)) == kind
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"), [("a", "its own words"), ("SA1B/sa_1", LONG), ("db/2", "In this image, a dog.")]
+)
+def test_an_instruction_precedes_any_whole_caption(external, key, expected):
+    assert len(set(CAPTION_INSTRUCTIONS)) == 34
+    found = texts(Captions(external, instructions=True), raw(key), 200)
+    parts = [re.fullmatch(r"USER: \n(.+?[.?]) ASSISTANT: (.+)", text) for text in found]
+    assert {part[1] for part in parts} <= set(CAPTION_INSTRUCTIONS) and len(found) > 20
+    assert {part[2] for part in parts} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("key", "url", "expected"),
+    [
+        ("SA1B/sa_1", "/laion/00012.tar", {LONG}),  # the first line, by the first rule that matches
+        ("x/000120007", "/laion/00012.tar", {"laion's words"}),
+        ("y/42", "/data/cc12m-0003.tar.gz", {"cc12m's words"}),
+        ("db/1", "/data/other-0001.tar", {"first", "second"}),
+        ("db/9", "/data/other-0001.tar", {"its own words"}),
+    ],
+)
+def test_captions_from_elsewhere_replace_the_own_ones(external, key, url, expected):
+    assert texts(Captions(external), raw(key, url)) == expected
+    without_paths = Captions(ExternalCaptions(external.folder))
+    assert texts(without_paths, raw(key, url)) == (expected if "SA1B" in key else {"its own words"})
+
+
+@pytest.mark.parametrize(("key", "kind"), [("SA1B/sa_2", "empty_text"), ("SA1B/sa_3", "malformed_item")])
+def test_a_missing_or_unreadable_caption_is_skipped(external, key, kind):
+    assert kind_of(Captions(external), raw(key), random.Random(0)) == kind
+
+
+def test_for_generation_half_are_the_first_sentence_without_openings(external):
+    found = [Captions(external, shorten=True)(raw("SA1B/sa_1"), random.Random(seed)) for seed in range(400)]
+    whole = "a red kite. it flies over 3.5 km of sea! Two people watch."
+    assert set(found) == {"a red kite", whole} and 150 < found.count(whole) < 250
+    assert texts(Captions(external, shorten=True), raw("db/2")) == {"In this image, a dog."}, "JourneyDB's stay"
+    assert len(set(OPENINGS)) == 15
+    assert not any(later.startswith(opening) for n, opening in enumerate(OPENINGS) for later in OPENINGS[n + 1 :]), (
+        "the rest of a longer opening must not be left behind"
+    )

@@ -13,7 +13,7 @@ def touch(folder, *names):
     return [str(folder / name) for name in names]
 
 
-def test_paths_are_brace_lists_globs_and_lists_of_them(tmp_path, monkeypatch):
+def test_paths_are_brace_lists_globs_and_lists_of_them(tmp_path, monkeypatch, repository):
     files = touch(tmp_path, *(f"{name}-{i:03d}.tar" for name in ("a", "b") for i in range(3)))
     a, b = files[:3], files[3:]
     assert expand_paths("x", str(tmp_path / "{a,b}-{000..002}.tar")) == files
@@ -21,46 +21,39 @@ def test_paths_are_brace_lists_globs_and_lists_of_them(tmp_path, monkeypatch):
     assert expand_paths("x", [str(tmp_path / "a-00?.tar"), b[0]]) == [*a, b[0]]
     monkeypatch.chdir(tmp_path)
     assert expand_paths("x", "a-*.tar") == ["a-000.tar", "a-001.tar", "a-002.tar"]
+    in_repository = str(repository / "configs/showo_demo.yaml")
+    assert expand_paths("x", "configs/showo_demo.yaml") == [in_repository]
+    assert in_repository in expand_paths("x", "configs/showo_demo*.yaml")
+    addresses = ["pipe:cat a-{0..1}.tar", "https://example.org/a.tar"]
+    assert expand_paths("x", addresses) == ["pipe:cat a-0.tar", "pipe:cat a-1.tar", "https://example.org/a.tar"]
 
 
-def test_relative_paths_are_found_in_the_repository_from_elsewhere(tmp_path, monkeypatch, repository):
-    monkeypatch.chdir(tmp_path)
-    assert expand_paths("x", "configs/showo_demo.yaml") == [str(repository / "configs/showo_demo.yaml")]
-    assert str(repository / "configs/showo_demo.yaml") in expand_paths("x", "configs/showo_demo*.yaml")
-
-
-def test_a_folder_stands_for_its_files_of_the_kind(tmp_path):
+def test_a_folder_means_its_files_of_the_kind(tmp_path):
     shards = touch(tmp_path, "a/x-000.tar", "b/x-001.tar", "b/notes.md")[:2]
     assert expand_paths("x", str(tmp_path), SHARDS) == shards
     zipped = touch(tmp_path / "z", "a.tgz", "b.tar.gz", "c.tar", "x-manifest.json")
     assert expand_paths("x", str(tmp_path / "z"), JSON + SHARDS) == zipped[:3], "shards before the manifest"
     texts = touch(tmp_path / "lm", "b/0.parquet", "README.txt")
     assert expand_paths("x", str(tmp_path / "lm"), PARQUET + TEXT) == texts[:1]
-    with pytest.raises(UserError, match=r"x: folder .* holds no file of \.parquet"):
-        expand_paths("x", str(tmp_path / "z"), PARQUET)
-
-
-def test_addresses_are_left_to_webdataset():
-    addresses = ["pipe:cat a-{0..1}.tar", "https://example.org/a.tar"]
-    assert expand_paths("x", addresses) == ["pipe:cat a-0.tar", "pipe:cat a-1.tar", "https://example.org/a.tar"]
-
-
-def test_missing_files_are_all_named(tmp_path):
-    touch(tmp_path, "a-0.tar")
-    with pytest.raises(UserError) as error:
-        expand_paths("some.setting", [str(tmp_path / "a-{0..2}.tar"), str(tmp_path / "b*.tar")])
-    message = str(error.value)
-    assert message.startswith("some.setting: 3 of 4 files do not exist: ")
-    assert all(name in message for name in ("a-1.tar", "a-2.tar", "b*.tar")) and "a-0.tar" not in message
-    with pytest.raises(UserError, match=r"100 of 100 .*c-19\.tar and 80 more$"):
-        expand_paths("x", "/nowhere/c-{0..99}.tar")
-
-
-def test_unset_and_malformed_settings_are_errors(tmp_path):
-    with pytest.raises(UserError, match=r"some\.setting is not set"):
-        expand_paths("some.setting", None)
-    with pytest.raises(UserError, match="braces"):
-        expand_paths("x", "a-{0..2.tar", JSON)
-    with pytest.raises(UserError, match=r"x: folder /nowhere does not exist"):
-        existing_folder("x", "/nowhere")
     assert existing_folder("x", str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("call", "value", "message"),
+    [
+        (expand_paths, ["{0}/a-{{0..2}}.tar", "{0}/b*.tar"], r"x: 3 of 4 files do not exist: .*a-1.*a-2.*b\*\.tar$"),
+        (expand_paths, "/nowhere/c-{{0..99}}.tar", r"100 of 100 .*c-19\.tar and 80 more$"),
+        (expand_paths, "{0}", r"x: folder .* holds no file of \.parquet"),
+        (expand_paths, None, "x is not set"),
+        (expand_paths, "$A $B", "x needs environment variables that are not set: A, B"),
+        (expand_paths, "a-{{0..2.tar", "braces"),
+        (existing_folder, "/nowhere", "x: folder /nowhere does not exist"),
+        (existing_folder, "", "x is not set; give a folder"),
+    ],
+)
+def test_missing_and_malformed_settings_are_named(tmp_path, call, value, message):
+    touch(tmp_path, "a-0.tar")
+    value = [v.format(tmp_path) for v in value] if isinstance(value, list) else value and value.format(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        call("x", value, *([PARQUET] if call is expand_paths else []))
+    assert "a-0.tar" not in str(error.value)

@@ -13,9 +13,10 @@ import pytest
 from common.errors import UserError
 from tests.training.tiny import CAPTIONS, sample, write_shard
 from training.data.shards import ShardUnits, check_codes, manifests, promised_samples, read_shard, read_shards
-from training.data.skipping import Skipped
+from training.data.sources import Skipped
 
 SAMPLES = [sample(text) for text in CAPTIONS[:4]]
+KEYS = [f"train-000000-{i:03d}" for i in range(4)]
 
 
 @pytest.fixture
@@ -23,12 +24,15 @@ def shard(tmp_path):
     return write_shard(tmp_path / "train-000000.tar", SAMPLES)
 
 
-def keys(samples) -> list[str]:
-    return [raw["__key__"] for raw in samples if not isinstance(raw, Skipped)]
+def read(path, expected: int = 0) -> tuple[list[str], list[str], list[int]]:
+    """Keys of the samples; kinds, and numbers, of the lost ones."""
+    raws = list(read_shard(str(path), expected))
+    lost = [raw for raw in raws if isinstance(raw, Skipped)]
+    return keys(raws), [raw.kind for raw in lost], [raw.count for raw in lost]
 
 
-def skipped(samples) -> list[str]:
-    return [raw.kind for raw in samples if isinstance(raw, Skipped)]
+def keys(raws) -> list[str]:
+    return [raw["__key__"] for raw in raws if not isinstance(raw, Skipped)]
 
 
 def member(path, index: int, suffix: str) -> int:
@@ -36,11 +40,14 @@ def member(path, index: int, suffix: str) -> int:
     return path.read_bytes().index(f"{path.stem}-{index:03d}.{suffix}".encode())
 
 
+def cut(path, index: int, suffix: str, further: int) -> None:
+    """Cuts a shard `further` bytes into a member."""
+    path.write_bytes(path.read_bytes()[: member(path, index, suffix) + further])
+
+
 def test_shards_are_drawn_endlessly_in_an_order_of_the_seed(tmp_path):
-    urls = [
-        str(write_shard(tmp_path / f"{name}.tar", [sample(text) for text in CAPTIONS[i::2]]))
-        for i, name in enumerate("ab")
-    ]
+    halves = [[sample(text) for text in CAPTIONS[i::2]] for i in range(2)]
+    urls = [str(write_shard(tmp_path / f"{name}.tar", half)) for name, half in zip("ab", halves, strict=True)]
 
     def drawn(seed, buffer_size=4):
         return keys(islice(read_shards(urls, buffer_size, {}, seed), 60))
@@ -49,68 +56,30 @@ def test_shards_are_drawn_endlessly_in_an_order_of_the_seed(tmp_path):
     assert len(set(drawn(1))) == len(CAPTIONS)
     unmixed = drawn(1, buffer_size=0)
     runs = [unmixed[i : i + 6] for i in range(0, 60, 6)]  # six samples in each shard
-    assert all(run == sorted(run) for run in runs)
-    assert drawn(1) != unmixed
+    assert all(run == sorted(run) for run in runs) and drawn(1) != unmixed
 
 
-def test_a_whole_shard_gives_its_samples_undecoded(shard):
-    read = list(read_shard(str(shard)))
-    assert keys(read) == [f"train-000000-{i:03d}" for i in range(4)]
-    assert read[0]["png"] == SAMPLES[0]["png"] and read[0]["txt"] == SAMPLES[0]["txt"]
-    assert {raw["__url__"] for raw in read} == {str(shard)}
+def test_a_whole_shard_gives_its_samples_undecoded(tmp_path, shard):
+    raws = list(read_shard(str(shard)))
+    assert keys(raws) == KEYS and {raw["__url__"] for raw in raws} == {str(shard)}
+    assert raws[0]["png"] == SAMPLES[0]["png"] and raws[0]["txt"] == SAMPLES[0]["txt"]
+    other = write_shard(tmp_path / "b.tar", SAMPLES[:2])
+    units = ShardUnits([str(shard), str(other)], {})
+    assert len(units) == 2 and units.samples is None
+    assert keys(units.read(1, random.Random(0))) == ["b-000", "b-001"]
 
 
-@pytest.mark.parametrize("name", ["a.tgz", "a.tar.gz"])
-def test_compressed_shards_are_read(tmp_path, shard, name):
-    (tmp_path / name).write_bytes(gzip.compress(shard.read_bytes()))
-    assert keys(read_shard(str(tmp_path / name))) == keys(read_shard(str(shard)))
-    (tmp_path / name).write_bytes(gzip.compress(shard.read_bytes())[:-400])
-    assert skipped(read_shard(str(tmp_path / name))) == ["truncated_shard"]
-
-
-def test_shards_come_through_a_pipe(shard):
-    assert keys(read_shard(f"pipe:cat {shard}")) == keys(read_shard(str(shard)))
-    assert skipped(read_shard("pipe:cat /nowhere.tar 2>/dev/null")) == ["truncated_shard"]
-
-
-@pytest.mark.parametrize("cut", ["in a picture", "in a header", "before a member", "before the end mark"])
-def test_a_half_written_shard_gives_its_whole_samples_and_counts_once(shard, cut):
-    places = {
-        "in a picture": member(shard, 2, "png") + 600,
-        "in a header": member(shard, 2, "png") + 100,
-        "before a member": member(shard, 2, "png"),
-        "before the end mark": member(shard, 3, "txt") + 1024,
-    }
-    whole = 4 if cut == "before the end mark" else 2
-    shard.write_bytes(shard.read_bytes()[: places[cut]])
-    read = list(read_shard(str(shard)))
-    assert keys(read) == [f"train-000000-{i:03d}" for i in range(whole)]
-    assert skipped(read) == ["truncated_shard"] and str(shard) in read[-1].detail
-
-
-def test_a_sample_that_is_cut_in_two_comes_with_what_it_has(shard):
-    shard.write_bytes(shard.read_bytes()[: member(shard, 1, "txt") + 100])
-    read = list(read_shard(str(shard)))
-    assert keys(read) == ["train-000000-000", "train-000000-001"]
-    assert "txt" not in read[1] and skipped(read) == ["truncated_shard"]
-
-
-def test_a_damaged_header_is_not_taken_for_the_end(shard):
-    data = bytearray(shard.read_bytes())
-    data[member(shard, 1, "png") : member(shard, 1, "png") + 3] = b"\xff\xff\xff"
-    shard.write_bytes(bytes(data))
-    read = list(read_shard(str(shard)))
-    assert keys(read) == ["train-000000-000"] and skipped(read) == ["truncated_shard"]
-
-
-@pytest.mark.parametrize("content", [b"", b"\x00" * 300, random.Random(0).randbytes(4096), b"<html>no shard</html>"])
-def test_what_is_no_shard_counts_once(tmp_path, content):
-    (tmp_path / "a.tar").write_bytes(content)
-    assert [raw.kind for raw in read_shard(str(tmp_path / "a.tar"))] == ["truncated_shard"]
-
-
-def test_a_shard_that_has_gone_counts_once(tmp_path):
-    assert list(read_shard(str(tmp_path / "gone.tar"))) == [Skipped("missing_file", str(tmp_path / "gone.tar"))]
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_of_any_length_are_read_whatever_wrote_the_archive(tmp_path, form):
+    names = ["sub/short.txt", f"{'d' * 90}/{'ä' if form != tarfile.USTAR_FORMAT else 'a'}{'n' * 70}.txt"]
+    names += [] if form == tarfile.USTAR_FORMAT else [f"{'n' * 300}.txt"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=form, pax_headers={"comment": "of the whole archive"}) as archive:
+        for name in ("sub", *names):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = (tarfile.DIRTYPE, 0) if name == "sub" else (tarfile.REGTYPE, len(name.encode()))
+            archive.addfile(info, io.BytesIO(name.encode()))
+    raws = list(read_shard(str(tmp_path / "a.tar")))
+    assert [raw["__key__"] + ".txt" for raw in raws] == [raw["txt"].decode() for raw in raws] == names
 
 
 def test_two_members_of_one_name_keep_the_first(tmp_path):
@@ -119,53 +88,80 @@ def test_two_members_of_one_name_keep_the_first(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    read = list(read_shard(str(tmp_path / "a.tar")))
-    assert [raw["txt"] for raw in read[:2]] == [b"first", b"third"] and skipped(read) == ["malformed_item"]
+    *raws, bad = read_shard(str(tmp_path / "a.tar"))
+    assert [raw["txt"] for raw in raws] == [b"first", b"third"] and bad.kind == "malformed_item"
+
+
+def test_shards_are_read_compressed_and_through_pipes(tmp_path, shard):
+    compressed = gzip.compress(shard.read_bytes())
+    for name in ("a.tgz", "a.tar.gz"):
+        (tmp_path / name).write_bytes(compressed)
+        assert read(tmp_path / name) == (KEYS, [], [])
+    (tmp_path / "a.tgz").write_bytes(compressed[:-400])
+    assert read(tmp_path / "a.tgz")[1] == ["truncated_shard"]
+    assert read(f"pipe:cat {shard}") == (KEYS, [], [])
+    assert read("pipe:cat /nowhere.tar 2>/dev/null")[1] == ["truncated_shard"]
+
+
+@pytest.mark.parametrize(
+    ("index", "suffix", "further", "whole"),
+    [
+        (2, "png", 600, 2),  # in an image
+        (2, "png", 100, 2),  # in a header
+        (2, "png", 0, 2),  # before a member
+        (3, "txt", 1024, 4),  # before the end mark
+        (1, "txt", 100, 2),  # in two: the sample comes without its text
+    ],
+)
+def test_a_half_written_shard_gives_its_whole_samples_and_counts_once(shard, index, suffix, further, whole):
+    cut(shard, index, suffix, further)
+    *raws, lost = read_shard(str(shard))
+    assert keys(raws) == KEYS[:whole] and ("txt" in raws[-1]) == (suffix == "png" or whole == 4)
+    assert lost.kind == "truncated_shard" and str(shard) in lost.detail and lost.count == 1
+
+
+@pytest.mark.parametrize("place", [0, 124, 148])  # name, size, checksum
+def test_a_damaged_header_is_not_taken_for_the_end(shard, place):
+    data, start = bytearray(shard.read_bytes()), member(shard, 1, "png") + place
+    data[start : start + 3] = b"\xff\xff\xff"
+    shard.write_bytes(bytes(data))
+    assert read(shard) == (KEYS[:1], ["truncated_shard"], [1])
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 300, random.Random(0).randbytes(4096), b"<html>no shard</html>"])
+def test_what_is_no_shard_counts_once(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    assert read(tmp_path / "a.tar") == ([], ["truncated_shard"], [1])
+    assert list(read_shard(str(tmp_path / "gone.tar"))) == [Skipped("missing_file", str(tmp_path / "gone.tar"))]
 
 
 def test_broken_shards_do_not_stop_the_whole_ones(tmp_path, shard):
     (tmp_path / "noise.tar").write_bytes(b"noise" * 300)
     urls = [str(shard), str(tmp_path / "noise.tar"), str(tmp_path / "gone.tar")]
-    read = list(islice(read_shards(urls, 3, {}, 5), 200))
-    assert set(keys(read)) == {f"train-000000-{i:03d}" for i in range(4)}
-    counts = Counter(skipped(read))
+    raws = list(islice(read_shards(urls, 3, {}, 5), 200))
+    counts = Counter(raw.kind for raw in raws if isinstance(raw, Skipped))
+    assert set(keys(raws)) == set(KEYS)
     assert counts.keys() == {"truncated_shard", "missing_file"} and min(counts.values()) > 10
 
 
-def losses(samples) -> list[int]:
-    return [raw.count for raw in samples if isinstance(raw, Skipped)]
-
-
-def test_what_a_damaged_shard_has_lost_is_what_its_manifest_promises_beyond_what_was_read(tmp_path, shard):
+def test_a_damaged_shard_has_lost_what_its_manifest_promises_beyond_what_was_read(shard):
     urls = write_manifest(shard, shards=[{"file": shard.name, "samples": 4}, {"other": "tool"}])
     promised = promised_samples(urls)
-    assert promised == {str(shard): 4}
-    assert losses(read_shard(str(shard), 4)) == []
-    shard.write_bytes(shard.read_bytes()[: member(shard, 1, "png") + 600])
-    assert losses(read_shard(str(shard), promised[str(shard)])) == [3]
-    assert losses(read_shard(str(shard))) == [1], "nothing is known of it"
-    assert losses(islice(read_shards(urls, 0, promised, 5), 4)) == [3, 3]
-    assert losses(ShardUnits(urls, promised).read(0, random.Random(0))) == [3]
+    assert promised == {str(shard): 4} and read(shard, 4) == (KEYS, [], [])
+    cut(shard, 1, "png", 600)
+    assert read(shard, promised[str(shard)])[2] == [3]
+    for raws in (islice(read_shards(urls, 0, promised, 5), 2), ShardUnits(urls, promised).read(0, random.Random(0))):
+        assert [raw.count for raw in raws if isinstance(raw, Skipped)] == [3]
 
 
 def test_without_a_manifest_a_damaged_shard_should_have_held_what_whole_ones_held(tmp_path):
-    for index in range(6):
-        write_shard(tmp_path / f"{index}.tar", [sample(text) for text in CAPTIONS])
-    cut, gone = tmp_path / "0.tar", tmp_path / "1.tar"
-    cut.write_bytes(cut.read_bytes()[: member(cut, 2, "png") + 600])
-    gone.unlink()
-    urls = [str(tmp_path / f"{index}.tar") for index in range(6)]
-    read = list(islice(read_shards(urls, 0, {}, 3), 600))
-    first_whole = next(i for i, raw in enumerate(read) if not isinstance(raw, Skipped) and raw["__url__"] > str(gone))
-    found = {(raw.kind, raw.count) for raw in read[first_whole:] if isinstance(raw, Skipped)}
+    files = [write_shard(tmp_path / f"{index}.tar", [sample(text) for text in CAPTIONS]) for index in range(6)]
+    cut(files[0], 2, "png", 600)
+    files[1].unlink()
+    raws = list(islice(read_shards(list(map(str, files)), 0, {}, 3), 600))
+    whole = next(i for i, raw in enumerate(raws) if not isinstance(raw, Skipped) and raw["__url__"] > str(files[1]))
+    found = {(raw.kind, raw.count) for raw in raws[whole:] if isinstance(raw, Skipped)}
     assert found == {("truncated_shard", 10), ("missing_file", 12)}
-
-
-def test_held_out_shards_come_in_order(tmp_path, shard):
-    other = write_shard(tmp_path / "b.tar", SAMPLES[:2])
-    units = ShardUnits([str(shard), str(other)], {})
-    assert len(units) == 2 and units.samples is None
-    assert keys(units.read(1, random.Random(0))) == ["b-000", "b-001"]
 
 
 # ---- manifests ----
@@ -179,7 +175,7 @@ def write_manifest(shard, **content):
     return [str(shard)]
 
 
-def test_manifests_lie_beside_their_shards(shard):
+def test_manifests_are_beside_their_shards(shard):
     assert manifests([str(shard)]) == {}
     urls = write_manifest(shard)
     assert list(manifests([*urls, *urls])) == [str(shard.parent / "train-manifest.json")]
@@ -189,10 +185,11 @@ def test_manifests_lie_beside_their_shards(shard):
 
 
 def test_codes_for_another_model_are_refused(shard):
-    check_codes(write_manifest(shard), EXPECTED, refused="no codes here")  # these hold pictures
+    flipped = "codes cannot be mirrored"
+    check_codes(write_manifest(shard), EXPECTED, flipped)  # these hold images
     check_codes(write_manifest(shard, **EXPECTED), EXPECTED)
+    check_codes(write_manifest(shard, keep_images=True, **EXPECTED), EXPECTED, flipped)
+    with pytest.raises(UserError, match=f"hold codes; {flipped}"):
+        check_codes(write_manifest(shard, **EXPECTED), EXPECTED, flipped)
     with pytest.raises(UserError, match=r"made for resolution 64, here 32; num_vq_tokens 64, here 16; encode"):
         check_codes(write_manifest(shard, resolution=64, num_vq_tokens=64, codebook_size=64), EXPECTED)
-    with pytest.raises(UserError, match="hold codes; codes cannot be mirrored"):
-        check_codes(write_manifest(shard, **EXPECTED), EXPECTED, refused="codes cannot be mirrored")
-    check_codes(write_manifest(shard, keep_images=True, **EXPECTED), EXPECTED, refused="codes cannot be mirrored")

@@ -17,8 +17,7 @@ import torch
 from common.errors import UserError
 from tests.data.test_sources import Parts
 from training.data import sources, streams
-from training.data.skipping import SkipCounters, Skipped, SkipSample
-from training.data.sources import Epochs, Resampled
+from training.data.sources import Epochs, Resampled, SkipCounters, Skipped, SkipSample
 from training.data.streams import Flow, StreamState
 
 

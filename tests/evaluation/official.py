@@ -157,7 +157,7 @@ EMOJI_KEYS = [f"{name}_{style}".replace(" ", "-") for name, _, style, *_ in EMOJ
 
 
 def write_emoji(root: Path) -> None:
-    """The manifest as `make data-emoji` writes it, as far as the evaluation reads it."""
+    """The manifest as examples/emoji_world/make.py writes it, as far as the evaluation reads it."""
     names = {name: {"name": name, "group": group, "tags": []} for name, group, *_ in EMOJI}
     images = []
     for key, (name, _, style, colour, held_out) in zip(EMOJI_KEYS, EMOJI, strict=True):

@@ -19,8 +19,9 @@ from PIL import Image, ImageDraw
 
 from common.config import REPOSITORY, TrainingConfig, load_config
 from models import MAGVITv2, MAGVITv2Config, Showo, UniversalPrompting
+from tools import small_llm
 from training.batches import BatchBuilder, flow_readers
-from training.data import flows, small_llm
+from training.data import flows
 from training.data.flows import Reading, open_flows
 from training.data.streams import Flow
 from training.tasks.showo import ShowoTask

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.training.tiny import CAPTIONS, COLOURS, LLM_VOCAB_SIZE, picture
-from training.data import small_clip
+from tools import small_clip
 
 CLIP_WIDTH, NUM_FEATURES = 16, 9
 

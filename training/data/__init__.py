@@ -1,1 +1,1 @@
-"""Training data: generated data sets, and loaders of published formats."""
+"""Training data: files → samples → batches."""

@@ -16,16 +16,14 @@ from typing import Any, ClassVar
 from common.config import resolve_path
 from common.errors import UserError
 from llava import ChatFormat, encode_conversation, encode_plain
-from training.data.captions import Captions, ExternalCaptions
-from training.data.encoding_records import tokenizer_sha256
-from training.data.image_text import ImageTextSample, ImageTransform
+from training.data.image_text import Captions, ExternalCaptions, ImageTextSample, ImageTransform
 from training.data.imagenet import ImageFolder
 from training.data.json_records import JsonTable
 from training.data.language import Documents, text_sample
-from training.data.llava_flow import LlavaRecords, LlavaSample
+from training.data.llava import LlavaRecords, LlavaSample
 from training.data.parquet import IMAGE_COLUMNS, TEXT_COLUMNS, ParquetUnits
 from training.data.paths import JSON, PARQUET, SHARDS, TEXT, existing_folder, expand_paths, has_suffix, is_address
-from training.data.shards import ShardUnits, check_codes, manifests, promised_samples, read_shards
+from training.data.shards import ShardUnits, check_codes, manifests, promised_samples, read_shards, tokenizer_sha256
 from training.data.sources import Epochs, Resampled, Source, Units
 from training.data.streams import Flow, Transform
 

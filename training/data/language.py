@@ -7,7 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from common.errors import UserError
-from training.data.skipping import (
+from training.data.paths import choose_column
+from training.data.sources import (
     EMPTY_TEXT,
     MALFORMED_ITEM,
     MISSING_FILE,
@@ -152,8 +153,4 @@ def _check_column(path: str, column: str) -> None:
             f'{path} must hold a record such as {{"{column}": "text"}} a line; its first is {str(record)[:40]!r}; put '
             "plain texts into a .txt file"
         )
-    if column not in record:
-        raise UserError(
-            f"{path} has no column {column!r}; its columns are {', '.join(record)}; name one by "
-            "dataset.params.lm_column"
-        )
+    choose_column(path, record, [column], "dataset.params.lm_column")

@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 
 from common.errors import UserError
-from training.data.skipping import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped
-from training.data.sources import mixed
+from training.data.paths import choose_column
+from training.data.sources import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped, mixed
 
 IMAGE_COLUMNS = ("codes", "image", "jpg", "png", "jpeg", "webp", "picture", "img", "image_bytes", "image_path")
 TEXT_COLUMNS = ("text", "caption", "txt", "captions", "prompt", "description")
@@ -20,12 +20,21 @@ ROWS = 128  # decoded at once; a row group may be larger than memory
 
 
 @dataclass
-class _Footer:
-    """A file's footer: columns, and rows per row group; `error` if it cannot be read."""
+class Footer:
+    """A parquet file's columns, and rows per row group; `error` if it cannot be read."""
 
-    columns: tuple[str, ...] = ()
+    schema: pyarrow.Schema | None = None
     rows: tuple[int, ...] = (0,)
     error: str = ""
+
+
+def read_footer(path: str | Path) -> Footer:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            groups = (file.metadata.row_group(index).num_rows for index in range(file.num_row_groups))
+            return Footer(file.schema_arrow, tuple(groups))
+    except (OSError, pyarrow.ArrowException) as error:
+        return Footer(error=f"{path}: {error}")
 
 
 class ParquetUnits:
@@ -50,11 +59,15 @@ class ParquetUnits:
     ):
         self.paths, self.buffer_size = paths, buffer_size
         with ThreadPoolExecutor(16) as pool:
-            footers = list(pool.map(_read_footer, paths))
+            footers = list(pool.map(read_footer, paths))
         if not any(sum(footer.rows) for footer in footers):
             why = next((f": {footer.error}" for footer in footers if footer.error), "")
             raise UserError(f"{paths[0]} and {len(paths) - 1} more hold not a single row{why}")
-        self.columns = [_choose(*of_file, columns, settings) for of_file in zip(paths, footers, strict=True)]
+        self.columns = []  # of each file: column → its name in the raw sample
+        for path, footer in zip(paths, footers, strict=True):
+            names = () if footer.error else columns
+            chosen = {choose_column(path, footer.schema.names, columns[name], settings[name]): name for name in names}
+            self.columns.append(chosen)
         # Numbers in arrays: loader workers share them, while lists would be copied as they are counted.
         self.file_of = np.repeat(np.arange(len(paths)), [len(footer.rows) for footer in footers])
         self.group_of = np.concatenate([np.arange(len(footer.rows)) for footer in footers])
@@ -100,29 +113,3 @@ def rows_of(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict | UnicodeDe
         if len(batch) == 1:
             return [error]
         return [row for number in range(len(batch)) for row in rows_of(batch.slice(number, 1))]
-
-
-def _read_footer(path: str) -> _Footer:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
-            return _Footer(tuple(file.schema_arrow.names), tuple(groups))
-    except (OSError, pyarrow.ArrowException) as error:
-        return _Footer(error=f"{path}: {error}")
-
-
-def _choose(path: str, footer: _Footer, columns: dict[str, tuple[str, ...]], settings: dict[str, str]) -> dict:
-    """Column of a file → its name in the raw sample."""
-    if footer.error:
-        return {}
-    chosen = {}
-    for name, candidates in columns.items():
-        found = next((column for column in candidates if column in footer.columns), None)
-        if found is None:
-            wanted = " or ".join(repr(column) for column in candidates)
-            raise UserError(
-                f"{Path(path)} has no column {wanted}; its columns are {', '.join(footer.columns)}; name one by "
-                f"{settings[name]}"
-            )
-        chosen[found] = name
-    return chosen

@@ -1,8 +1,8 @@
-"""Settings that name data → files, by brace lists, globs, folders and lists of them."""
+"""Settings that name data → files, by brace lists, globs, folders and lists of them; and their columns."""
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import braceexpand
@@ -63,6 +63,19 @@ def _refuse_unset(setting: str, value) -> None:
         raise UserError(
             f"{setting} needs environment variables that are not set: {names}; set them or give {setting}=…"
         )
+
+
+def choose_column(path: str | Path, columns: Collection[str], candidates: Collection[str], setting: str) -> str:
+    """The first candidate that a file has as a column.
+
+    Raises:
+        UserError: it has none of them; the message names the setting that does.
+    """
+    found = next((name for name in candidates if name in columns), None)
+    if found is None:
+        wanted = " or ".join(map(repr, candidates)) or "of the wanted type"
+        raise UserError(f"{path} has no column {wanted}; its columns are {', '.join(columns)}; name one by {setting}")
+    return found
 
 
 def is_address(path: str) -> bool:

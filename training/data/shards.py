@@ -3,6 +3,7 @@
 A raw sample is a dictionary: ``__key__``, ``__url__``, and the undecoded members by suffix (``jpg``, ``txt``, …).
 """
 
+import hashlib
 import json
 import os
 import random
@@ -14,16 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 import webdataset
 from webdataset.tariterators import group_by_keys
 
 from common.errors import UserError
 from training.data.paths import is_address
-from training.data.skipping import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped
-from training.data.sources import mixed
-from training.data.tar_members import is_compressed, members
+from training.data.sources import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped, mixed
 
 CODES = "codes.npy"
+BLOCK = 512
+END = bytes(BLOCK)
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # magic numbers of compressed files
+REGULAR, LONG_NAME, PAX, PAX_GLOBAL, SPARSE = (b"0", b"\0", b"7"), b"L", b"x", b"g", b"S"
 
 
 def read_shards(urls: list[str], buffer_size: int, promised: dict[str, int], seed: int) -> Iterator[dict | Skipped]:
@@ -79,8 +83,8 @@ def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
     stream = None
     try:
         stream = webdataset.gopen(url) if is_address(url) else open(url, "rb", buffering=2**20)
-        plain = not is_address(url) and not is_compressed(stream.peek(8))
-        for name, content in members(stream) if plain else _compressed_members(stream):
+        plain = not is_address(url) and not stream.peek(8).startswith(COMPRESSED)
+        for name, content in tar_members(stream) if plain else _compressed_members(stream):
             if not re.match(r"__[^/]*__($|/)", name):
                 yield {"fname": name, "data": content, "__url__": url}
     except FileNotFoundError:
@@ -94,7 +98,7 @@ def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
 
 
 def _compressed_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Like `members`, for archives with any compression."""
+    """Like `tar_members`, for archives with any compression."""
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
         for member in archive:
             if member.isreg():
@@ -126,6 +130,80 @@ class ShardUnits:
 
     def read(self, index: int, rng: random.Random) -> Iterator[dict | Skipped]:
         return read_shard(self.urls[index], self.promised.get(self.urls[index], 0))
+
+
+# ---- tar archives ----
+
+
+def tar_members(archive: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the regular files of an uncompressed archive, with names of any length (ustar, GNU, pax).
+
+    Python's tarfile, and webdataset with it, take as long for the headers of a sample as PIL for its 256² jpeg.
+
+    Raises:
+        tarfile.ReadError: a header is damaged, or the archive ends before its end mark.
+    """
+    described = {}  # by the previous member: values that do not fit into a header
+    try:
+        while (header := _read(archive, BLOCK)) != END:
+            _check(header)
+            kind = header[156:157]
+            size = int(described.get("size") or _number(header[124:136]))
+            content = _read(archive, -(-size // BLOCK) * BLOCK)[:size]
+            if kind in REGULAR:
+                name = described.get("path") or _name(header)
+                if not name.endswith("/"):
+                    yield name, content
+            elif kind == SPARSE:
+                raise tarfile.ReadError("it holds sparse files")
+            if kind == PAX:
+                described |= _pax_records(content)
+            elif kind == LONG_NAME:
+                described["path"] = _text(content)
+            elif kind != PAX_GLOBAL:
+                described = {}
+    except ValueError:
+        raise tarfile.ReadError("damaged header") from None
+
+
+def _read(archive: BinaryIO, size: int) -> bytes:
+    data = archive.read(size)
+    if len(data) < size:
+        raise tarfile.ReadError("cut short")
+    return data
+
+
+def _check(header: bytes) -> None:
+    """Raises `ValueError` unless the checksum is right, which counts its own bytes as blanks."""
+    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != int(header[148:156].strip(b" \0"), 8):
+        raise ValueError("checksum")
+
+
+def _number(field: bytes) -> int:
+    if field[0] == 0x80:  # beyond 8 GiB, as GNU tar writes it
+        return int.from_bytes(field[1:])
+    return int(field.strip(b" \0") or b"0", 8)
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _name(header: bytes) -> str:
+    name, prefix = _text(header[:100]), header[345:500]
+    is_posix = header[257:263] == b"ustar\0"  # GNU has other things at the place of the prefix
+    return f"{_text(prefix)}/{name}" if is_posix and prefix[0] else name
+
+
+def _pax_records(content: bytes) -> dict[str, str]:
+    """``{length} {key}={value}\\n`` over and over."""
+    found = {}
+    while content.strip(b"\0"):
+        length = int(content[: content.index(b" ")])
+        key, _, value = content[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
+        found[_text(key)] = value.decode("utf-8", "surrogateescape")
+        content = content[max(length, 1) :]
+    return found
 
 
 # ---- manifests ----
@@ -181,5 +259,14 @@ def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") ->
         if wrong:
             raise UserError(
                 f"{file}: these codes were made for {'; '.join(wrong)}; encode the images again with "
-                "training/data/encode_images.py for this resolution and tokenizer"
+                "tools/encode_images.py for this resolution and tokenizer"
             )
+
+
+def tokenizer_sha256(vq_model: torch.nn.Module) -> str:
+    """Checksum of the weights that codes depend on, which excludes the decoder's."""
+    checksum = hashlib.sha256()
+    for name, tensor in sorted(vq_model.state_dict().items()):
+        if not name.startswith("decoder."):
+            checksum.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return checksum.hexdigest()

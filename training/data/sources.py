@@ -1,13 +1,16 @@
-"""Sources of raw samples: endless streams, cut into chunks that can each be read independently.
+"""Sources of raw samples, and how readers and transforms report the unusable ones.
 
-Chunk c of stream s depends only on the run's seed, s and c. A run therefore resumes by reading from the beginning of
-its current chunk; nothing before that is read again.
+A source is endless streams, cut into chunks that can each be read independently. Chunk c of stream s depends only on
+the run's seed, s and c. A run therefore resumes by reading from the beginning of its current chunk; nothing before that
+is read again.
 """
 
 import math
 import random
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Protocol
@@ -113,3 +116,126 @@ def mixed(samples: Iterator, buffer_size: int, rng: random.Random) -> Iterator:
         yield sample
     rng.shuffle(buffer)
     yield from buffer
+
+
+# ---- bad data ----
+
+UNREADABLE_IMAGE = "unreadable_image"  # broken, truncated, enormous, or no image at all
+TRUNCATED_SHARD = "truncated_shard"  # a shard or row group that ends early or is corrupt; counts its lost samples
+MISSING_FILE = "missing_file"
+EMPTY_TEXT = "empty_text"
+MALFORMED_ITEM = "malformed_item"  # parts are missing, of the wrong type, or cannot be parsed
+BAD_CONVERSATION = "bad_conversation"  # turns out of order, or no supervised token
+BAD_CODES = "bad_codes"  # of another length or range than the model's
+KINDS = (
+    UNREADABLE_IMAGE,
+    TRUNCATED_SHARD,
+    MISSING_FILE,
+    EMPTY_TEXT,
+    MALFORMED_ITEM,
+    BAD_CONVERSATION,
+    BAD_CODES,
+)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Yielded by a reader in place of a raw sample, or of the rest of a file, that it cannot read.
+
+    Args:
+        count: number of lost samples, as far as the reader can know.
+    """
+
+    kind: str
+    detail: str
+    count: int = 1
+
+
+class SkipSample(Exception):
+    """Raised by a transform: this sample cannot be used."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(kind, detail)
+        self.kind, self.detail = kind, detail
+
+
+def checked_text(text: object, name: str) -> str:
+    """Returns `text` if it is valid.
+
+    Raises:
+        SkipSample: not a string, or with a lone surrogate (``"\\ud83d"`` in JSON), which tokenizers reject.
+    """
+    if not isinstance(text, str):
+        raise SkipSample(MALFORMED_ITEM, f"{name}: {text!r:.80} is no text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SkipSample(MALFORMED_ITEM, f"{name}: {error}") from None
+    return text
+
+
+@dataclass
+class SkipCounters:
+    """Counts raw samples and skipped ones by kind, with one example of each kind.
+
+    Samples lost with a file count as seen, too. `largest` is the largest number of samples lost with one file.
+    """
+
+    seen: int = 0
+    skipped: Counter = field(default_factory=Counter)
+    largest: int = 1
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def skip(self, kind: str, detail: str, count: int = 1) -> None:
+        """Counts `count` samples as skipped, one of which is already in `seen`."""
+        self.skipped[kind] += count
+        self.seen += count - 1
+        self.largest = max(self.largest, count)
+        self.examples.setdefault(kind, detail)
+
+    def skip_file(self, lost: Skipped, deferred: Counter) -> None:
+        """Counts one sample of a lost file as skipped; the rest goes to `deferred`, for `add_deferred`."""
+        self.skip(lost.kind, lost.detail)
+        self.largest = max(self.largest, lost.count)
+        deferred[lost.kind] += lost.count - 1
+
+    def add_deferred(self, deferred: Counter, most: int) -> None:
+        """Counts up to `most` of the deferred samples as skipped.
+
+        A damaged file is lost at once, while reading an intact one takes long. Counted at once, the samples of 1 % of
+        the files could look like half of the data while the first intact files are being read.
+        """
+        for kind in list(deferred):
+            count = min(most, deferred[kind])
+            self.skipped[kind] += count
+            self.seen, most, deferred[kind] = self.seen + count, most - count, deferred[kind] - count
+            if not deferred[kind]:
+                del deferred[kind]
+
+    def add(self, other: "SkipCounters") -> None:
+        self.seen += other.seen
+        self.skipped.update(other.skipped)
+        self.largest = max(self.largest, other.largest)
+        self.examples = other.examples | self.examples
+
+    @property
+    def share(self) -> float:
+        return self.skipped.total() / self.seen if self.seen else 0.0
+
+    def exceeds(self, fraction: float, enough: int) -> bool:
+        """Whether more than `fraction` of the samples were skipped, judged once `enough` were seen.
+
+        The most costly file counts as one sample: it may be the only bad file among thousands. If it is a large part of
+        the data, it is soon read again and then counts.
+        """
+        left_out = max(0, min(self.largest, self.skipped.total()) - 1)
+        skipped, seen = self.skipped.total() - left_out, self.seen - left_out
+        return seen >= enough and skipped > fraction * seen
+
+    def describe(self) -> str:
+        """``12 of 200 samples (6.0%): 9 unreadable_image (such as a/b.jpg: …), 3 empty_text (such as …)``."""
+        kinds = [f"{count} {kind}{self._example(kind)}" for kind, count in self.skipped.most_common()]
+        return f"{self.skipped.total()} of {self.seen} samples ({self.share:.1%}): {', '.join(kinds)}"
+
+    def _example(self, kind: str) -> str:
+        return f" (such as {self.examples[kind]})" if kind in self.examples else ""  # examples do not survive a restart

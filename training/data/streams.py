@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
 from models.images import normalized
-from training.data.skipping import SkipCounters, Skipped, SkipSample
-from training.data.sources import Source, seed_of
+from training.data.sources import SkipCounters, Skipped, SkipSample, Source, seed_of
 
 ENOUGH_SEEN = 200  # raw samples after which the share of skipped ones is judged
 GIVE_UP = 10_000  # raw samples, or empty chunks, without a single batch

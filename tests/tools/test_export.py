@@ -9,23 +9,32 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from models import MAGVITv2, Showo
-from tests.training.tiny import config_of, make_model, make_vq_model
-from training.export import main as export
+from tests.training.tiny import config_of, make_model, make_vq_model, write_world
+from tools.export import main as export
 
 
 @pytest.fixture(scope="module")
-def trained(world):
-    """A saved Show-o, as `unwrapped_model/` of a checkpoint is."""
-    return save(world, world / "unwrapped_model")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world") / "tiny")
 
 
 def save(world, folder, **settings):
+    """A saved Show-o, as `unwrapped_model/` of a checkpoint is."""
     make_model(config_of(world, overrides=settings)).save_pretrained(folder)
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained(world):
+    return save(world, world / "unwrapped_model")
+
+
 def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -34,7 +43,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_an_exported_model_is_the_saved_one_in_the_given_precision(trained, tmp_path, capsys, dtype, stored):
     target = tmp_path / "new" / "showo"
     export([f"from={trained}", f"to={target}", f"dtype={dtype}"])
-    assert sorted(path.name for path in target.parent.rglob("*")) == ["config.json", "model.safetensors", "showo"]
+    assert names(target) == ["config.json", "model.safetensors"] and names(target.parent) == ["showo"]
     saved, exported = weights(trained), weights(target)
     assert saved.keys() == exported.keys()
     assert all(torch.equal(exported[name], tensor.to(stored)) for name, tensor in saved.items())
@@ -58,8 +67,8 @@ def test_an_exported_model_needs_nothing_of_this_machine(world, tmp_path):
         assert torch.isfinite(loaded(torch.arange(20)[None]).logits).all()
 
 
-def test_a_path_inside_the_repository_is_written_from_there(world, tmp_path, repository):
-    saved = save(world, tmp_path / "saved")
+def test_a_path_inside_the_repository_is_written_from_there(trained, tmp_path, repository):
+    saved = shutil.copytree(trained, tmp_path / "saved")
     content = json.loads((saved / "config.json").read_text())
     content["llm_model_path"] = str(repository / "checkpoints" / "mine" / "llm")
     (saved / "config.json").write_text(json.dumps(content))
@@ -67,44 +76,37 @@ def test_a_path_inside_the_repository_is_written_from_there(world, tmp_path, rep
     assert json.loads((tmp_path / "showo" / "config.json").read_text())["llm_model_path"] == "checkpoints/mine/llm"
 
 
-def test_an_image_tokenizer_is_exported_likewise(world, tmp_path, capsys):
-    export([f"from={world / 'magvitv2'}", f"to={tmp_path / 'vq'}", "dtype=fp16"])
-    codes = MAGVITv2.from_pretrained(str(tmp_path / "vq")).get_code(torch.zeros(1, 3, 32, 32))
-    assert codes.shape == (1, 16)
-    assert weights(tmp_path / "vq").keys() == make_vq_model().state_dict().keys()
-    assert "MAGVITv2" in capsys.readouterr().out
-
-
-def test_exporting_over_a_checkpoint_replaces_weights_and_keeps_notes(world, tmp_path):
+def test_exporting_an_image_tokenizer_over_another_replaces_weights_and_keeps_notes(world, tmp_path, capsys):
     target = tmp_path / "vq"
     shutil.copytree(world / "magvitv2", target)
     (target / "README.md").write_text("card")
+    (target / "samples").mkdir()
     (target / "pytorch_model.bin").write_bytes(b"stale")
     (target / "model.safetensors.index.json").write_text("{}")
     export([f"from={world / 'magvitv2'}", f"to={target}", "dtype=bf16"])
-    assert sorted(path.name for path in target.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["vq"]
+    assert names(target) == ["README.md", "config.json", "model.safetensors", "samples"] and names(tmp_path) == ["vq"]
     assert weights(target)["decoder.conv_in.bias"].dtype == torch.bfloat16
+    assert weights(target).keys() == make_vq_model().state_dict().keys()
+    assert MAGVITv2.from_pretrained(str(target)).get_code(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
+    assert "MAGVITv2" in capsys.readouterr().out
 
 
-def test_mistakes_of_an_export_are_named_and_harm_nothing(world, tmp_path):
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "thesis.tex").write_text("years of work")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text('{"model_type": "phi"}')
-    source = f"from={world / 'magvitv2'}"
-    for argv, message in [
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ([], "from and to not given"),
-        ([source, f"to={tmp_path / 'x'}", "dtype=int3"], "dtype is 'int3'; allowed: fp32, bf16, fp16"),
-        ([source, f"to={tmp_path / 'x'}", "typo=1"], "unknown argument 'typo=1'"),
-        ([source, f"to={full}"], "exists and is no checkpoint folder"),
-        ([f"from={tmp_path / 'gone'}", f"to={tmp_path / 'x'}"], "gone.*does not exist"),
-        ([f"from={full}", f"to={tmp_path / 'x'}"], "config.json is missing"),
-        ([f"from={other}", f"to={tmp_path / 'x'}"], "holds a 'phi' checkpoint; only Showo and MAGVITv2"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            export(argv)
-    assert [path.name for path in full.iterdir()] == ["thesis.tex"]
-    assert not (tmp_path / "x").exists()
+        (["from={vq}", "to={new}/x", "dtype=int3"], "dtype is 'int3'; allowed: fp32, bf16, fp16"),
+        (["from={vq}", "to={new}/x", "typo=1"], "unknown argument 'typo=1'"),
+        (["from={vq}", "to={new}/full"], "exists and is no checkpoint folder"),
+        (["from={new}/gone", "to={new}/x"], "gone.*does not exist"),
+        (["from={new}/full", "to={new}/x"], "config.json is missing"),
+        (["from={new}/other", "to={new}/x"], "holds a 'phi' checkpoint; only Showo and MAGVITv2"),
+    ],
+)
+def test_mistakes_are_named_and_harm_nothing(world, tmp_path, arguments, message):
+    for name, content in (("full/thesis.tex", "years of work"), ("other/config.json", '{"model_type": "phi"}')):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        export([argument.format(vq=world / "magvitv2", new=tmp_path) for argument in arguments])
+    assert names(tmp_path) == ["full", "other"] and names(tmp_path / "full") == ["thesis.tex"]

@@ -12,7 +12,7 @@ from common.errors import UserError
 from llava.conversation import IGNORE_INDEX
 from training.data.image_text import ImageTransform
 from training.data.json_records import JsonRecords
-from training.data.skipping import BAD_CONVERSATION, MALFORMED_ITEM, MISSING_FILE, Skipped, SkipSample, checked_text
+from training.data.sources import BAD_CONVERSATION, MALFORMED_ITEM, MISSING_FILE, Skipped, SkipSample, checked_text
 
 
 class LlavaRecords:

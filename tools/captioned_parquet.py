@@ -9,9 +9,10 @@ import pyarrow.parquet
 from pyarrow import types
 
 from common.errors import UserError
-from training.data.captioned import CAPTION_COLUMNS, IMAGE_COLUMNS, Captioned, captions_of, choose_column
-from training.data.parquet import rows_of
-from training.data.skipping import MALFORMED_ITEM, Skipped
+from tools.captioned import CAPTION_COLUMNS, IMAGE_COLUMNS, Captioned, captions_of
+from training.data.parquet import read_footer, rows_of
+from training.data.paths import choose_column
+from training.data.sources import MALFORMED_ITEM, Skipped
 
 
 class CaptionedParquet:
@@ -31,9 +32,13 @@ class CaptionedParquet:
         self.groups: list[tuple[Path, int, int]] = []  # file, row group, number of its first row
         self.num_images, self.columns = 0, {}
         for file in files:
-            schema, rows = _footer(file)
-            self.columns[file] = self._choose(file, schema, image_column, caption_column, extra)
-            for group, count in enumerate(rows):
+            footer = read_footer(file)
+            if footer.error:
+                pointer = file.is_file() and file.read_bytes()[:24].startswith(b"version https://git-lfs")
+                remedy = "it is a pointer of Git LFS: run `git lfs pull`" if pointer else "fetch the file again"
+                raise UserError(f"{footer.error}; {remedy}")
+            self.columns[file] = self._choose(file, footer.schema, image_column, caption_column, extra)
+            for group, count in enumerate(footer.rows):
                 self.groups.append((file, group, self.num_images))
                 self.num_images += count
 
@@ -44,8 +49,8 @@ class CaptionedParquet:
         paths = [name for name in IMAGE_COLUMNS if name in schema.names and name not in image_columns]
         known = [name for name in IMAGE_COLUMNS if name in image_columns]
         candidates = image_columns if len(image_columns) == 1 else known + paths
-        image = choose_column("image_column", image, candidates, schema.names, file)
-        caption = choose_column("caption_column", caption, CAPTION_COLUMNS, schema.names, file)
+        image = choose_column(file, schema.names, [image] if image else candidates, "image_column=…")
+        caption = choose_column(file, schema.names, [caption] if caption else CAPTION_COLUMNS, "caption_column=…")
         if not _holds_text(schema.field(caption).type):
             wrong = f"column {caption!r} holds {schema.field(caption).type}, not text; name another by caption_column=…"
             raise UserError(f"{file}: {wrong}")
@@ -77,18 +82,6 @@ class CaptionedParquet:
             return Captioned(_image_data(row[image], file.parent), name, captions_of(row[caption]), extra)
         except TypeError as error:
             return Skipped(MALFORMED_ITEM, f"{name}: {error}")
-
-
-def _footer(file: Path) -> tuple[pyarrow.Schema, list[int]]:
-    """Columns, and rows of each group."""
-    try:
-        with pyarrow.parquet.ParquetFile(file) as content:
-            groups = [content.metadata.row_group(index).num_rows for index in range(content.num_row_groups)]
-            return content.schema_arrow, groups
-    except (OSError, pyarrow.ArrowException) as error:
-        pointer = file.is_file() and file.read_bytes()[:24].startswith(b"version https://git-lfs")
-        remedy = "it is a pointer of Git LFS: run `git lfs pull`" if pointer else f"{error}; fetch the file again"
-        raise UserError(f"{file} cannot be read as parquet: {remedy}") from None
 
 
 def _holds_images(kind: pyarrow.DataType) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError
-from training.data.emoji_text import GROUPS, STYLES, Name
+from examples.emoji_world.text import GROUPS, STYLES, Name
 
 FILL = 0.92  # share of the frame that the longer side of every drawing takes, whatever its style
 VISIBLE = 16  # alpha (of 255) from which a pixel counts as part of the drawing

@@ -1,9 +1,7 @@
 """Shards of image codes: the codes that training would compute, whole shards, and no work done twice."""
 
 import io
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,37 +10,42 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
+from common.config import TrainingConfig
 from common.errors import UserError
 from models.images import preprocess
+from tests.tools.sets import read_set
 from tests.training.tiny import (
     CAPTIONS,
     CODEBOOK_SIZE,
     NUM_TOKENS,
     RESOLUTION,
+    image_bytes,
     make_vq_model,
     picture,
     sample,
     write_shard,
 )
-from training.data.encode_images import ImageEncoder, main
+from tools.encode_images import ImageEncoder, main
+from training.batches import flow_readers
+from training.data.flows import check_tokenizer
 from training.data.image_text import ImageTransform
-from training.data.shard_writing import sha256
 from training.data.shards import check_codes, read_shard
 
-SCRIPT = Path(__file__).resolve().parents[2] / "training" / "data" / "encode_images.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "encode_images.py"
+FITS = {"resolution": RESOLUTION, "num_vq_tokens": NUM_TOKENS, "codebook_size": CODEBOOK_SIZE}
 
 
 @pytest.fixture
 def world(tmp_path) -> Path:
-    """Three shards of four pictures, one of them larger and not square, and a tokenizer."""
+    """Three shards of four images, one of them larger and not square, and a tokenizer."""
     make_vq_model().save_pretrained(tmp_path / "magvitv2")
     for index in range(3):
         samples = [sample(text) | {"json": b"{}"} for text in CAPTIONS[index::3]]
-        buffer = io.BytesIO()
-        picture(CAPTIONS[index]).resize((70, 50)).save(buffer, "JPEG")
-        samples[1] = {"jpg": buffer.getvalue(), "txt": CAPTIONS[index].encode(), "json": b"{}"}
+        large = image_bytes(picture(CAPTIONS[index]).resize((70, 50)), "JPEG")
+        samples[1] = {"jpg": large, "txt": CAPTIONS[index].encode(), "json": b"{}"}
         write_shard(tmp_path / f"in-{index:06d}.tar", samples)
     return tmp_path
 
@@ -60,22 +63,8 @@ def arguments(world: Path, **settings) -> list[str]:
 
 
 def run(world: Path, **settings) -> tuple[list[dict], dict]:
-    """The samples in their order, and the manifest, which must tell the truth about the shards."""
     main(arguments(world, **settings))
-    return read(world)
-
-
-def read(world: Path) -> tuple[list[dict], dict]:
-    manifest = json.loads((world / "out" / "codes-manifest.json").read_text())
-    shards = sorted((world / "out").glob("*.tar"))
-    samples = [list(read_shard(str(shard))) for shard in shards]
-    told = [(shard["file"], shard["samples"], shard["sha256"]) for shard in manifest["shards"]]
-    assert told == [(path.name, len(s), sha256(path)) for path, s in zip(shards, samples, strict=True)]
-    assert manifest["samples"] == sum(map(len, samples))
-    assert sorted(path.name for path in (world / "out").iterdir()) == sorted(
-        [*(path.name for path in shards), "codes-manifest.json"]
-    )
-    return [sample for content in samples for sample in content], manifest
+    return read_set(world / "out" / "codes")
 
 
 def codes_of(raw: dict) -> np.ndarray:
@@ -92,7 +81,7 @@ def one_at_a_time(raw: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_the_codes_are_those_of_each_picture_by_itself(world, batch_size):
+def test_the_codes_are_those_of_each_image_by_itself(world, batch_size):
     samples, manifest = run(world, batch_size=batch_size)
     assert len(samples) == 12
     for raw, source in zip(samples, sources(world), strict=True):
@@ -100,12 +89,15 @@ def test_the_codes_are_those_of_each_picture_by_itself(world, batch_size):
         assert codes_of(raw).tolist() == one_at_a_time(source).tolist()
         assert raw["txt"] == source["txt"] and raw["json"] == source["json"] and raw["__key__"] == source["__key__"]
         assert not {"png", "jpg"} & raw.keys()
-    facts = {"resolution": RESOLUTION, "num_vq_tokens": NUM_TOKENS, "codebook_size": CODEBOOK_SIZE, "skipped": {}}
-    assert facts.items() <= manifest.items() and manifest["tokenizer"] == str(world / "magvitv2")
+    assert (FITS | {"skipped": {}}).items() <= manifest.items() and manifest["tokenizer"] == str(world / "magvitv2")
+    # The flows take them, unless their manifest contradicts the run.
+    check_codes([str(path) for path in (world / "out").glob("*.tar")], FITS)
+    item = ImageTransform(RESOLUTION, NUM_TOKENS, CODEBOOK_SIZE).of(samples[0], None)
+    assert item["codes"].tolist() == codes_of(samples[0]).tolist()
 
 
 def test_a_latent_near_zero_gets_the_sign_that_it_has_alone():
-    """A sum in another order may flip it: such pictures are encoded once more by themselves."""
+    """A sum in another order may flip it: such images are encoded once more by themselves."""
     torch.manual_seed(0)
     vq_model, pixels = make_vq_model(), torch.rand(6, 3, RESOLUTION, RESOLUTION) * 2 - 1
     with torch.no_grad():
@@ -120,21 +112,10 @@ def test_a_latent_near_zero_gets_the_sign_that_it_has_alone():
     assert calls[0] == 6 and set(calls[1:]) == {1} and len(calls) < 6  # a few, not all
 
 
-def test_the_flows_take_the_codes(world):
-    samples, _ = run(world)
-    fits = {"resolution": RESOLUTION, "num_vq_tokens": NUM_TOKENS, "codebook_size": CODEBOOK_SIZE}
-    check_codes([str(path) for path in (world / "out").glob("*.tar")], fits)
-    item = ImageTransform(RESOLUTION, NUM_TOKENS, CODEBOOK_SIZE).of(samples[0], None)
-    assert item["codes"].tolist() == one_at_a_time(sources(world)[0]).tolist()
-    with pytest.raises(UserError, match="made for resolution 32, here 64"):
-        check_codes([str(world / "out" / "codes-000000.tar")], fits | {"resolution": 64})
-
-
-def test_pictures_can_stay_beside_their_codes(world):
+def test_images_can_stay_beside_their_codes(world):
     samples, manifest = run(world, keep_images=True)
-    old = sources(world)
-    assert [raw.get("png") or raw["jpg"] for raw in samples] == [raw.get("png") or raw["jpg"] for raw in old]
-    assert manifest["keep_images"]
+    images = [raw.get("png") or raw["jpg"] for raw in sources(world)]
+    assert [raw.get("png") or raw["jpg"] for raw in samples] == images and manifest["keep_images"]
     # What holds codes already gets new ones.
     main(arguments(world, shards=world / "out" / "codes-*.tar", output=world / "again" / "codes", resolution=16))
     raw = next(read_shard(str(world / "again" / "codes-000000.tar")))
@@ -143,7 +124,7 @@ def test_pictures_can_stay_beside_their_codes(world):
 
 def test_bad_data_is_left_out_counted_and_told(world, capsys):
     good = sample(CAPTIONS[0])
-    write_shard(world / "in-000001.tar", [good, good | {"png": good["png"][:-40]}, {"txt": b"no picture"}, good])
+    write_shard(world / "in-000001.tar", [good, good | {"png": good["png"][:-40]}, {"txt": b"no image"}, good])
     shard = world / "in-000002.tar"
     shard.write_bytes(shard.read_bytes()[: 512 * 9])
     samples, manifest = run(world)
@@ -153,14 +134,10 @@ def test_bad_data_is_left_out_counted_and_told(world, capsys):
     assert all("codes.npy" in raw for raw in samples)
     told = capsys.readouterr().out
     assert "skipped 3 of" in told and "1 unreadable_image (such as in-000001-001" in told
-
-
-def test_not_one_readable_picture_is_an_error_and_leaves_nothing(world):
-    for index in range(3):
-        write_shard(world / f"in-{index:06d}.tar", [{"png": b"x", "txt": b"y"}])
+    write_shard(world / "bad-000000.tar", [{"png": b"x", "txt": b"y"}])
     with pytest.raises(UserError, match="not one image in .* can be read"):
-        main(arguments(world))
-    assert not list((world / "out").iterdir())
+        main(arguments(world, shards=world / "bad-000000.tar", output=world / "bad" / "codes"))
+    assert not list((world / "bad").iterdir())
 
 
 # ---- no work twice ----
@@ -188,32 +165,19 @@ def test_finished_shards_are_not_made_again(world, capsys):
 def test_a_run_that_was_killed_continues_where_it_stopped(world):
     for index in range(3):
         write_shard(world / f"in-{index:06d}.tar", [sample(text) for text in CAPTIONS * 40])
-    command = [sys.executable, str(SCRIPT), *arguments(world, batch_size=2)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=world, env=os.environ | {"OMP_NUM_THREADS": "1"})
     first, record = world / "out" / "codes-000000.tar", world / "out" / ".codes.parts" / "000000.json"
-    while not record.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, str(SCRIPT), *arguments(world, batch_size=2)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        while not record.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
     assert not (world / "out" / "codes-manifest.json").exists()
     assert all(list(read_shard(str(path))) for path in (world / "out").glob("*.tar"))  # whole, each of them
     before = first.stat().st_mtime_ns
     samples, _ = run(world, batch_size=2)
     assert len(samples) == 3 * 480 and all("codes.npy" in raw for raw in samples)
     assert first.stat().st_mtime_ns == before
-
-
-@pytest.mark.multiprocess
-def test_processes_share_the_shards(world):
-    _, manifest = run(world)
-    for path in (world / "out").iterdir():
-        path.unlink()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
-    result = subprocess.run([*launch, *arguments(world)], cwd=world, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert read(world)[1] == manifest
-    assert "process 1 of 2" in result.stderr and "12 samples in 3 shards" in result.stdout
 
 
 def test_the_last_of_several_processes_writes_the_manifest(world, monkeypatch):
@@ -223,8 +187,7 @@ def test_the_last_of_several_processes_writes_the_manifest(world, monkeypatch):
     assert [path.name for path in (world / "out").glob("*.tar")] == ["codes-000001.tar"]
     assert not (world / "out" / "codes-manifest.json").exists()
     monkeypatch.setenv("RANK", "0")
-    samples, _ = run(world)
-    assert len(samples) == 12
+    assert len(run(world)[0]) == 12
 
 
 @pytest.mark.slow
@@ -232,68 +195,54 @@ def test_other_codes_are_not_overwritten_unless_told(world):
     run(world)
     for index in range(3):
         write_shard(world / f"other-{index:06d}.tar", [sample(CAPTIONS[index])])
-    with pytest.raises(
-        UserError, match=r"shards are there already \(resolution=32, num_vq_tokens=16\); choose another"
+    make_vq_model(code_bits=7).save_pretrained(world / "other")  # another tokenizer
+    for settings, message in (
+        ({"resolution": 16}, r"shards are there already \(resolution=32, num_vq_tokens=16\); choose another"),
+        ({"shards": world / "other-*.tar"}, "000.tar was made from another in-000000.tar than .*other-000000.tar"),
+        ({"shards": world / "in-000000.tar"}, "of more sources than these"),
+        ({"vq_model_name": world / "other"}, "codebook_size=64"),
     ):
-        main(arguments(world, resolution=16))
-    with pytest.raises(UserError, match="codes-000000.tar was made from another in-000000.tar than .*other-000000.tar"):
-        main(arguments(world, shards=world / "other-*.tar"))
-    with pytest.raises(UserError, match="of more sources than these"):
-        main(arguments(world, shards=world / "in-000000.tar"))
-    make_vq_model(code_bits=7).save_pretrained(world / "magvitv2")  # another tokenizer of the same name
-    with pytest.raises(UserError, match="codebook_size=64"):
-        main(arguments(world))
-    samples, manifest = run(world, shards=world / "other-*.tar", overwrite=True)
+        with pytest.raises(UserError, match=message):
+            main(arguments(world, **settings))
+    settings = {"vq_model_name": world / "other", "overwrite": True}
+    samples, manifest = run(world, shards=world / "other-*.tar", **settings)
     assert len(samples) == 3 and manifest["codebook_size"] == 128
-    samples, manifest = run(world, shards=world / "in-000000.tar", overwrite=True)
+    samples, manifest = run(world, shards=world / "in-000000.tar", **settings)
     assert len(samples) == 4 and len(manifest["shards"]) == 1  # the surplus shards are gone
     (world / "out" / "codes-manifest.json").unlink()
     with pytest.raises(UserError, match="other shards are there already; choose another output"):
         main(arguments(world))
 
 
-# ---- mistakes ----
-
-
-def test_mistakes_are_named(world):
-    for values, message in (
-        ({"shards": world / "no-*.tar"}, "shards: 1 of 1 files do not exist"),
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shards": "no-*.tar"}, "shards: 1 of 1 files do not exist"),
         ({"shards": "pipe:cat x.tar"}, "is not a file; download the shards first"),
-        ({"output": world / "in"}, "would replace the very shards that are read"),
-        ({"output": f"{world}/out/"}, "is a folder; add how"),
-        ({"vq_model_name": world / "none"}, "does not exist"),
+        ({"output": "in"}, "would replace the very shards that are read"),
+        ({"output": "out/"}, "is a folder; add how"),
+        ({"vq_model_name": "none"}, "does not exist"),
         ({"resolution": 33}, "resolution=33 must be a multiple of 8"),
         ({"resolution": 0, "batch_size": 0, "num_workers": 0}, "resolution=0, batch_size=0, num_workers=0 must be at"),
         ({"device": "mars"}, "device=mars cannot be used"),
-    ):
-        with pytest.raises(UserError, match=message):
-            main(arguments(world, **values))
-    with pytest.raises(UserError, match="output, shards not given"):
-        main([])
-    with pytest.raises(UserError, match="the settings are shards, output"):
-        main([*arguments(world), "batchsize=3"])
+        ({"batchsize": 3}, "the settings are shards, output"),
+    ],
+)
+def test_mistakes_are_named(world, monkeypatch, settings, message):
+    monkeypatch.chdir(world)
+    with pytest.raises(UserError, match=message):
+        main(arguments(world, **settings))
 
 
-def test_a_run_refuses_codes_of_another_tokenizer(tmp_path):
+def test_a_run_refuses_codes_of_another_tokenizer(world):
     """The trainer compares the manifest's checksum with its own image tokenizer."""
-    from tests.training import tiny
-    from training.data.flows import check_tokenizer
-
-    world = tiny.write_world(tmp_path / "world")
-    main(
-        [
-            f"shards={world}/train-000000.tar",
-            f"output={tmp_path}/codes",
-            f"vq_model_name={world}/magvitv2",
-            "resolution=32",
-        ]
-    )
-    config = tiny.config_of(
-        world, overrides={"dataset.params.train_t2i_shards_path_or_url": tmp_path / "codes-000000.tar"}
-    )
-    check_tokenizer(config, tiny.make_vq_model())
-    other = tiny.make_vq_model()
+    run(world)
+    config = OmegaConf.structured(TrainingConfig)
+    config.training.update({"batch_size_t2i": 1, "batch_size_lm": 0, "batch_size_mmu": 0})
+    config.dataset.params.train_t2i_shards_path_or_url = str(world / "out" / "codes-000000.tar")
+    vq_model, readers = make_vq_model(), flow_readers(config, "train")
+    check_tokenizer(readers, vq_model)
     with torch.no_grad():
-        next(other.encoder.parameters()).add_(0.01)
+        next(vq_model.encoder.parameters()).add_(0.01)
     with pytest.raises(UserError, match="made with another image tokenizer than model.vq_model names"):
-        check_tokenizer(config, other)
+        check_tokenizer(readers, vq_model)

@@ -4,15 +4,13 @@ While the work goes on, ``.{prefix}.parts/`` holds one record for each finished 
 them there joins them into the manifest and removes the folder.
 """
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from models import MAGVITv2
-from training.data.shard_writing import (
+from tools.shard_writing import (
     find_shards,
     make_folder,
     manifest_path,
@@ -21,16 +19,7 @@ from training.data.shard_writing import (
     shard_path,
     write_json,
 )
-from training.data.skipping import SkipCounters
-
-
-def tokenizer_sha256(vq_model: MAGVITv2) -> str:
-    """Checksum of the weights that codes depend on, which excludes the decoder's."""
-    checksum = hashlib.sha256()
-    for name, tensor in sorted(vq_model.state_dict().items()):
-        if not name.startswith("decoder."):
-            checksum.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return checksum.hexdigest()
+from training.data.sources import SkipCounters
 
 
 @dataclass(frozen=True)

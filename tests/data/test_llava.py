@@ -1,0 +1,109 @@
+"""Conversations on images, in LLaVA's form."""
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from common.errors import UserError
+from llava import encode_conversation, encode_plain
+from tests.parity.goldens import PHI
+from tests.training.tiny import CAPTIONS, image_bytes, picture, sample
+from training.data.image_text import ImageTransform
+from training.data.llava import LlavaRecords, LlavaSample
+from training.data.sources import SkipSample
+
+TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red square."}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(PHI)
+
+
+def record(**changes) -> dict:
+    return {"id": "1", "image": "a/0.png", "conversations": TURNS} | changes
+
+
+def write(folder, records, name="llava.json") -> str:
+    (folder / "a").mkdir(exist_ok=True)
+    (folder / "a" / "0.png").write_bytes(image_bytes(picture(CAPTIONS[0])))
+    (folder / "a" / "broken.png").write_bytes(b"no image")
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    (folder / name).write_text("\n".join(lines) if name.endswith("l") else f"[{','.join(lines)}]")
+    return str(folder / name)
+
+
+def transform(tokenizer, encode=encode_conversation, text_length=40, **settings) -> LlavaSample:
+    return LlavaSample(ImageTransform(32, num_codes=16, codebook_size=64, **settings), encode, tokenizer, text_length)
+
+
+def made(units: LlavaRecords, item: LlavaSample) -> list:
+    """The samples, and in place of one that is skipped its kind."""
+    found = []
+    for index in range(len(units)):
+        for raw in units.read(index, random.Random(0)):
+            try:
+                found.append(item(raw, random.Random(0)))
+            except SkipSample as skipped:
+                found.append(skipped.kind)
+    return found
+
+
+@pytest.mark.parametrize("encode", [encode_conversation, encode_plain])
+def test_a_sample_is_the_image_and_the_conversation(tmp_path, tokenizer, encode):
+    (item,) = made(LlavaRecords([write(tmp_path, [record()])]), transform(tokenizer, encode))
+    assert item["image"].shape == (32, 32, 3)
+    expected = encode(TURNS, tokenizer)
+    assert torch.equal(item["input_ids"], expected["input_ids"]) and torch.equal(item["labels"], expected["labels"])
+
+
+def test_images_are_found_under_their_root_and_shards_bring_them_along(tmp_path, tokenizer):
+    units = LlavaRecords([write(tmp_path, [record(image="0.png")])])
+    assert made(units, transform(tokenizer)) == ["missing_file"], "beside the json"
+    (item,) = made(units, transform(tokenizer, root=str(tmp_path / "a")))
+    raw = sample(CAPTIONS[0]) | {"__key__": "a", "json": json.dumps(record(image="elsewhere.png")).encode()}
+    assert torch.equal(transform(tokenizer)(raw, random.Random(0))["image"], item["image"])
+    with pytest.raises(SkipSample, match="malformed_item"):
+        transform(tokenizer)(sample(CAPTIONS[0]) | {"__key__": "a"}, random.Random(0))
+
+
+@pytest.mark.parametrize("name", ["llava.json", "llava.jsonl"])
+def test_records_without_an_image_are_left_out(tmp_path, name):
+    path = write(tmp_path, [record(id=1), {"conversations": TURNS}, record(image=None), record(id=4)], name)
+    units = LlavaRecords([path, path])
+    raws = [next(units.read(index, random.Random(0))) for index in range(len(units))]
+    assert [json.loads(raw["json"])["id"] for raw in raws] == [1, 4, 1, 4] and units.samples == 4
+    assert raws[3]["__key__"] == f"{path}: record 1"
+    (tmp_path / name).unlink()
+    assert [raw.kind for raw in units.read(0, random.Random(0))] == ["missing_file"]
+    with pytest.raises(UserError, match="no record with an image"):
+        LlavaRecords([write(tmp_path, [{"conversations": TURNS}], name)])
+
+
+def turns(*values, **changes) -> dict:
+    sides = ("human", "gpt")
+    return record(conversations=[{"from": sides[n % 2], "value": value} for n, value in enumerate(values)], **changes)
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind"),
+    [
+        (record(image="a/broken.png"), "unreadable_image"),
+        (record(image="a/none.png"), "missing_file"),
+        *((bad, "malformed_item") for bad in ({"image": "a/0.png"}, '"text"', ["a"], '{"image": "a/0.png", "conv')),
+        *((record(image=image), "malformed_item") for image in (["a/0.png", "a/1.png"], 7)),
+        (turns("What?", "half of \ud83d"), "malformed_item"),
+        *((record(conversations=bad), "bad_conversation") for bad in (None, [], [{"from": "human"}])),
+        (record(conversations=[{"from": "system", "value": "x"}]), "bad_conversation"),
+        (record(conversations=[TURNS[0], TURNS[0]]), "bad_conversation"),
+        (turns("What?", "a ASSISTANT: b"), "bad_conversation"),
+        (turns("w " * 60, "A red square."), "bad_conversation"),  # no label within the row
+    ],
+)
+def test_malformed_records_and_conversations_without_labels_are_skipped(tmp_path, tokenizer, changed, kind):
+    units = LlavaRecords([write(tmp_path, [record(), changed, record()], "llava.jsonl")])
+    found = made(units, transform(tokenizer))
+    assert [item if isinstance(item, str) else "sample" for item in found] == ["sample", kind, "sample"]

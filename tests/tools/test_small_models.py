@@ -1,0 +1,99 @@
+"""The folders that take Phi-1.5's and CLIP ViT-L's places in a small Show-o."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from common.errors import UserError
+from models import Showo, ShowoConfig, UniversalPrompting
+from models.loading import load_clip
+from tests.training.tiny import CAPTIONS, LLM_VOCAB_SIZE, write_llm
+from tools import small_clip, small_llm
+
+SIZES = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "layers": 2, "heads": 2}
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llm")
+    (path / "corpus.txt").write_text("\n".join(CAPTIONS * 3))
+    return write_llm(path / "llm", path / "corpus.txt")
+
+
+def test_the_tokenizer_has_the_asked_size_and_loses_no_text(llm):
+    tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")
+    assert len(tokenizer) == LLM_VOCAB_SIZE
+    assert tokenizer.bos_token == tokenizer.eos_token == tokenizer.unk_token == "<|endoftext|>"
+    for text in (CAPTIONS[0], "Ünïcödé 🦊 \n\ttabs", "  spaces  ", "USER: \nWhat? ASSISTANT: x"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+    assert len(tokenizer(CAPTIONS[0])["input_ids"]) < len(CAPTIONS[0]) / 2, "it has learned from the corpus"
+    assert small_llm.train_tokenizer(CAPTIONS * 3, LLM_VOCAB_SIZE).get_vocab() == tokenizer.get_vocab()
+    prompting = UniversalPrompting(tokenizer, max_text_len=8)
+    assert prompting.vocabulary.llm_vocab_size == prompting.vocabulary.pad_id == LLM_VOCAB_SIZE
+    assert prompting.bos_id == prompting.eos_id
+
+
+def test_the_settings_make_a_show_o(llm):
+    settings = json.loads((llm / "config.json").read_text())
+    assert settings["model_type"] == "phi" and settings["vocab_size"] == LLM_VOCAB_SIZE
+    sizes = {"vocab_size": LLM_VOCAB_SIZE + 10 + 8 + 1, "llm_vocab_size": LLM_VOCAB_SIZE}
+    phi = Showo(ShowoConfig(llm_model_path=str(llm), codebook_size=8, num_vq_tokens=4, **sizes)).showo.config
+    assert (phi.hidden_size, phi.num_hidden_layers, phi.num_attention_heads, phi.intermediate_size) == (32, 2, 2, 64)
+    assert phi.qk_layernorm and phi.tie_word_embeddings
+    assert phi.bos_token_id == phi.eos_token_id == AutoTokenizer.from_pretrained(llm).eos_token_id
+
+
+def make_clip(folder, **changes):
+    small_clip.main([f"{key}={value}" for key, value in ({"output_dir": folder} | SIZES | changes).items()])
+    return folder
+
+
+def test_the_tower_loads_and_gives_one_feature_a_patch(tmp_path):
+    tower = load_clip(str(make_clip(tmp_path / "clip")), feature_size=16)
+    assert type(tower.vision_tower).__name__ == "CLIPVisionModel" and tower.num_features == 16
+    image = Image.new("RGB", (80, 48), "white")
+    image.paste((200, 30, 30), (24, 0, 80, 48))
+    features = tower(tower.preprocess([image, Image.new("RGB", (40, 40), "blue")]))
+    assert features.shape == (2, 16, 16) and features.isfinite().all()
+    assert torch.cdist(features[0], features[1]).min() > 0.1, "a feature depends on the image"
+    assert torch.cdist(features[0], features[0]).max() > 0.1, "and on the patch"
+
+
+def test_the_seed_fixes_the_weights_and_disturbs_nothing_else(tmp_path):
+    before = torch.get_rng_state()
+    folders = [make_clip(tmp_path / str(number), seed=seed) for number, seed in enumerate((0, 0, 1))]
+    assert torch.equal(torch.get_rng_state(), before)
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert any(not torch.equal(tensor, weights[2][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.slow
+def test_the_defaults_make_what_the_small_stages_expect(tmp_path, capsys):
+    """64 features, as many as an image of the emoji world has codes."""
+    small_clip.main([f"output_dir={tmp_path / 'clip'}"])
+    assert "64 features of 192 numbers" in capsys.readouterr().out
+    assert load_clip(str(tmp_path / "clip"), feature_size=192).num_features == 64
+
+
+@pytest.mark.parametrize(
+    ("main", "settings", "message"),
+    [
+        (small_llm.main, {"vocab_size": 5000}, r"gives 2\d\d tokens, vocab_size is 5000"),
+        (small_llm.main, {"family": "bert"}, "family='bert'; allowed: phi"),
+        (small_llm.main, {"corpus": "gone.txt"}, "corpus=gone.txt does not exist"),
+        (small_clip.main, SIZES | {"patch_size": 7}, r"image_size is 32, it must be a multiple of patch_size \(7\)"),
+        (small_clip.main, SIZES | {"heads": 3}, r"hidden_size is 16, it must be a multiple of heads \(3\)"),
+        (small_clip.main, {"patch_size": 0, "layers": -1}, "patch_size is 0, it must be 1 or more; layers is -1"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, main, settings, message):
+    (tmp_path / "corpus.txt").write_text("a b a b\n")
+    given = {"corpus": tmp_path / "corpus.txt"} if main is small_llm.main else {}
+    with pytest.raises(UserError, match=message):
+        main([f"{key}={value}" for key, value in (given | {"output_dir": tmp_path / "new"} | settings).items()])
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,313 @@
+"""Turns images with captions, however they are kept, into WebDataset shards that every image flow reads.
+
+    python3 tools/make_shards.py source=~/pets output=data/pets/train
+
+`source` is a folder: images with a text beside each (``a.jpg``, ``a.txt``), or with ``metadata.csv`` or
+``metadata.jsonl`` (Hugging Face's imagefolder), or parquet files (a data set as the hub keeps it). With `captions=FILE`
+a table names the images, with `captions=folders` the folders they lie in (ImageNet):
+
+    … source=coco/train2017 captions=coco/annotations/captions_train2017.json output=data/coco/train
+    … source=flickr8k/Images captions=flickr8k/captions.txt output=data/flickr/train       (csv, tsv, jsonl, json)
+    … source=~/datasets/some-hub-dataset split=train caption_column=prompt output=data/some/train resize=512
+
+    … source=imagenet captions=folders output=data/imagenet/train
+
+Each sample is the image's own bytes and ``txt``. An image with several captions (COCO has five) becomes several
+samples, so that an epoch sees all; `captions_per_image=join` or `first` makes one. Images that cannot be read, files
+that are missing and empty captions are left out and counted. `{output}-manifest.json` lists the shards. The same source
+and settings give the same bytes; an existing set is kept until the new one is complete.
+"""
+
+import io
+import itertools
+import json
+import random
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from omegaconf import OmegaConf
+from PIL import Image
+from tqdm import tqdm
+
+from common.config import read_settings
+from common.errors import UserError, run_cli
+from tools.captioned import (
+    NO_CAPTION,
+    Captioned,
+    CaptionedSource,
+    Listing,
+    beside_texts,
+    in_class_folders,
+    in_table,
+    is_image_file,
+    list_files,
+    of_one_split,
+)
+from tools.captioned_parquet import CaptionedParquet
+from tools.shard_writing import (
+    find_shards,
+    in_order,
+    make_folder,
+    manifest_path,
+    read_manifest,
+    read_prefix,
+    shard_path,
+    write_json,
+    write_shard,
+)
+from training.data.sources import EMPTY_TEXT, MALFORMED_ITEM, MISSING_FILE, UNREADABLE_IMAGE, SkipCounters, Skipped
+
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # PIL's name → member; others become PNG
+CLASS_FOLDERS = "folders"  # in place of a table
+CAPTIONS_PER_IMAGE = ("each", "join", "first")
+
+
+@dataclass
+class MakeShardsConfig:
+    source: str = "???"  # folder of images or of a Hugging Face data set
+    output: str = "???"  # prefix of the shards: {output}-000000.tar
+    captions: str = ""  # table that names images in `source`; `folders`: their classes; empty: those found in `source`
+    image_column: str = ""  # of a table or parquet; empty: the usual names
+    caption_column: str = ""
+    split: str = ""  # of a Hugging Face data set; needed where it has several
+    captions_per_image: str = "each"
+    txt_lines: bool = False  # each line of a .txt beside an image is a caption
+    metadata: bool = False  # a member `json` with the other columns
+    resize: int = 0  # larger images are scaled until their shorter side is this; 0 keeps every byte
+    quality: int = 95  # of the JPEG and WebP images that were scaled
+    shard_size: int = 1000  # samples in a shard
+    shuffle: bool = True  # parquet: row groups, and rows within each
+    seed: int = 0
+    num_workers: int = 4  # threads that read and check images
+    overwrite: bool = False  # another data set of this prefix
+
+
+# ---- where images and captions are ----
+
+
+def open_source(config) -> CaptionedSource:
+    """The images that the settings name.
+
+    Raises:
+        UserError: there are none, or none with a caption, or a table or column is missing.
+    """
+    folder = Path(config.source).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"source={config.source} is no folder that exists; give the one that holds the images")
+    if config.captions == CLASS_FOLDERS:
+        return Listing(in_class_folders(folder))
+    columns = (config.image_column, config.caption_column)
+    if config.captions:
+        return Listing(in_table(Path(config.captions).expanduser(), folder, *columns))
+    files = list_files(folder)
+    if tables := [file for file in files if file.name in ("metadata.csv", "metadata.jsonl")]:
+        tables = of_one_split(tables, folder, config.split)
+        return Listing([entry for table in tables for entry in in_table(table, table.parent, *columns)])
+    if entries := beside_texts(files, folder, config.txt_lines):
+        return Listing(entries)
+    if parquet := [file for file in files if file.suffix == ".parquet"]:
+        return CaptionedParquet(of_one_split(parquet, folder, config.split), *columns, config.metadata)
+    raise UserError(f"source={config.source}: no captions found; {_advice(files)}")
+
+
+def _advice(files: list[Path]) -> str:
+    if any(file.suffix == ".arrow" for file in files):
+        return "it is a data set saved with save_to_disk: save it with to_parquet instead"
+    if num_images := sum(map(is_image_file, files)):
+        ways = "put a .txt beside each, name a table with captions=FILE, or take their folders with captions=folders"
+        return f"it holds {num_images} images: {ways}"
+    return "it holds neither images with a .txt beside them, nor metadata.csv or metadata.jsonl, nor parquet files"
+
+
+# ---- from images to samples ----
+
+
+def entries_of(source: CaptionedSource, config) -> Iterator[Captioned | Skipped]:
+    """One entry for each sample, each with one caption, in the order of the shards."""
+    rng = random.Random(config.seed) if config.shuffle else None
+    for block in source.blocks(rng):
+        entries = [one for entry in block for one in split_captions(entry, config.captions_per_image)]
+        if rng:
+            rng.shuffle(entries)
+        yield from entries
+
+
+def split_captions(entry: Captioned | Skipped, how: str) -> list[Captioned | Skipped]:
+    """The entries with one caption that an entry becomes; `how` is of `CAPTIONS_PER_IMAGE`."""
+    if isinstance(entry, Skipped):
+        return [entry]
+    captions = [caption.strip() for caption in entry.captions]
+    if not captions:
+        return [Skipped(NO_CAPTION, entry.name)]
+    if how != "each":
+        captions = [" ".join(captions) if how == "join" else captions[0]]
+    return [replace(entry, captions=[caption]) for caption in captions]
+
+
+def make_sample(entry: Captioned | Skipped, config) -> dict[str, bytes] | Skipped:
+    """Members of a sample by suffix, read and checked."""
+    if isinstance(entry, Skipped):
+        return entry
+    if not entry.captions[0]:
+        return Skipped(EMPTY_TEXT, entry.name)
+    try:
+        text = entry.captions[0].encode()
+    except UnicodeEncodeError as error:  # half a character, as broken JSON escapes have it
+        return Skipped(MALFORMED_ITEM, f"{entry.name}: {error}")
+    try:
+        data = entry.image if isinstance(entry.image, bytes) else entry.image.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        return Skipped(MISSING_FILE, f"{entry.name}: {getattr(error, 'strerror', error)}")
+    try:
+        suffix, data = checked_image(data, config.resize, config.quality)
+    except Exception as error:  # decoders of broken files raise almost anything, even SyntaxError
+        return Skipped(UNREADABLE_IMAGE, f"{entry.name}: {error}")
+    extra = {"json": json.dumps(entry.extra, default=str).encode()} if config.metadata else {}
+    return {suffix: data, "txt": text, **extra}
+
+
+def checked_image(data: bytes, resize: int, quality: int) -> tuple[str, bytes]:
+    """Decode an image to its end; keep its bytes unless it is to be scaled or of a format that no flow reads.
+
+    Returns:
+        member suffix, bytes.
+
+    Raises:
+        Exception: whatever PIL says of a broken image.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        short, long = min(image.size), max(image.size)
+        suffix, scaled = SUFFIXES.get(image.format), resize and short > resize
+        if suffix and not scaled:
+            return suffix, data
+        rgb = image.convert("RGB")  # as the flows read it; without EXIF, whose rotation they do not apply
+        if scaled:
+            new_long = int(resize * long / short)  # spec §11
+            size = (resize, new_long) if image.width == short else (new_long, resize)
+            rgb = rgb.resize(size, Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    rgb.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}.get(suffix, "PNG"), quality=quality)
+    return suffix or "png", buffer.getvalue()
+
+
+# ---- from samples to shards ----
+
+
+def make_shards(source: CaptionedSource, config) -> tuple[dict, SkipCounters]:
+    """Write the shards and their manifest to a temporary folder, then replace the previous ones.
+
+    Returns:
+        the manifest; the counters of seen and skipped images.
+
+    Raises:
+        UserError: another data set is there, nothing could be read, or the disk is full.
+    """
+    prefix, counters = read_prefix(config.output), SkipCounters()
+    settings = made_from(config)
+    refuse_others(prefix, settings, config.overwrite)
+    temporary = prefix.with_name(f".{prefix.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    make_folder(temporary)
+    try:
+        entries = write_all(temporary / prefix.name, source, config, counters)
+        if not entries:
+            raise UserError(f"source={config.source}: nothing is left to write: skipped {counters.describe()}")
+        counts = {"samples": sum(entry["samples"] for entry in entries), "skipped": dict(counters.skipped)}
+        manifest = {"shards": entries, **counts, "settings": settings}
+        write_json(manifest_path(temporary / prefix.name), manifest)
+        publish(temporary / prefix.name, prefix)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return manifest, counters
+
+
+def made_from(config) -> dict:
+    """The settings that the bytes depend on."""
+    settings = OmegaConf.to_container(config)
+    return {key: value for key, value in settings.items() if key not in ("output", "num_workers", "overwrite")}
+
+
+def refuse_others(prefix: Path, settings: dict, overwrite: bool) -> None:
+    """Raises `UserError` if another data set exists at the prefix, unless it may be overwritten."""
+    old, remedy = read_manifest(prefix), "choose another output, or give overwrite=true"
+    if overwrite or old.get("settings") == settings:
+        return
+    if old:
+        others = old.get("settings") or {}
+        differing = [f"{key}={value}" for key, value in others.items() if settings.get(key) != value]
+        raise UserError(f"{manifest_path(prefix)} belongs to another data set ({', '.join(differing)}); {remedy}")
+    if shards := find_shards(prefix):
+        raise UserError(f"{shards[0]} is there already, without a manifest; {remedy}")
+
+
+def write_all(prefix: Path, source: CaptionedSource, config, counters: SkipCounters) -> list[dict]:
+    """All shards of a source, one after another; their entries of the manifest."""
+    with tqdm(total=source.num_images, unit=" samples", desc="writing shards", dynamic_ncols=True) as bar:
+        samples = numbered(entries_of(source, config), config, counters, bar)
+        entries = []
+        for index in itertools.count():
+            first = next(samples, None)
+            if first is None:
+                return entries
+            rest = itertools.islice(samples, config.shard_size - 1)
+            entries.append(write_shard(shard_path(prefix, index), itertools.chain([first], rest)))
+
+
+def numbered(entries: Iterator[Captioned | Skipped], config, counters: SkipCounters, bar: tqdm) -> Iterator[dict]:
+    """The samples that could be read, with their keys; everything is counted."""
+    make = partial(make_sample, config=config)
+    for number, sample in enumerate(in_order(make, entries, config.num_workers, ahead=8 * config.num_workers)):
+        bar.total = max(bar.total, number + 1)  # an image of several captions is several samples
+        bar.update()
+        counters.seen += 1
+        if isinstance(sample, Skipped):
+            counters.skip(sample.kind, sample.detail)
+        else:
+            yield {"__key__": f"{number:08d}", **sample}
+
+
+def publish(new: Path, prefix: Path) -> None:
+    """Put finished shards in the place of old ones; while it lasts there is no manifest."""
+    manifest_path(prefix).unlink(missing_ok=True)
+    for old in find_shards(prefix):
+        old.unlink()
+    for shard in find_shards(new):
+        shard.rename(prefix.with_name(shard.name))
+    manifest_path(new).rename(manifest_path(prefix))
+
+
+def check_settings(config) -> None:
+    """Raises `UserError` for values that make no sense, all of them in one message."""
+    problems = []
+    if config.captions_per_image not in CAPTIONS_PER_IMAGE:
+        problems.append(f"captions_per_image={config.captions_per_image} must be {', '.join(CAPTIONS_PER_IMAGE)}")
+    problems += [f"{key}={config[key]} must be at least 1" for key in ("shard_size", "num_workers") if config[key] < 1]
+    if config.resize < 0:
+        problems.append(f"resize={config.resize} must be the shorter side in pixels, or 0")
+    if not 1 <= config.quality <= 100:
+        problems.append(f"quality={config.quality} must be 1 to 100")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def main(argv: list[str]) -> None:
+    config = read_settings(argv, MakeShardsConfig, "source=~/pets output=data/pets/train")
+    check_settings(config)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit, which is allowed
+    manifest, counters = make_shards(open_source(config), config)
+    print(f"{config.output}: {manifest['samples']} samples in {len(manifest['shards'])} shards")
+    if counters.skipped:
+        print(f"skipped {counters.describe()}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
