@@ -158,18 +158,20 @@ def has_qk_norm(llm_config: dict, wanted: bool | None, llm_model_path: str = "ll
 
 
 def backbone_config(
-    llm_config: dict, vocab_size: int, qk_norm: bool | None = None, llm_model_path: str = "llm_config"
+    llm_config: dict, vocab_size: int, qk_norm: bool, llm_model_path: str = "llm_config"
 ) -> PreTrainedConfig:
     """The `transformers` configuration of the backbone, with `vocab_size` for text, special tokens and image codes.
+
+    Args:
+        qk_norm: as `has_qk_norm` says.
 
     Raises:
         ValueError: an unsupported family, sliding-window attention, or RoPE that depends on the sequence length.
     """
     backbone = find_backbone(llm_config, llm_model_path)
     settings = {key: value for key, value in llm_config.items() if key not in LEFT_OUT}
-    normalised = has_qk_norm(llm_config, qk_norm, llm_model_path)
     if backbone.qk_norm == "switch":
-        settings[backbone.qk_norm_setting] = normalised
+        settings[backbone.qk_norm_setting] = qk_norm
     config = backbone.model_class.config_class(**settings, vocab_size=vocab_size, pad_token_id=None)
     config.hidden_act = FUSED_ACTIVATIONS.get(config.hidden_act, config.hidden_act)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])

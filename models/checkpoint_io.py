@@ -108,18 +108,18 @@ def load_weights_file(file: str | Path) -> dict[str, torch.Tensor]:
 def load_state_dict_folder(folder: Path) -> dict[str, torch.Tensor]:
     """The state dict of a checkpoint folder, sharded or not, under any of the published file names.
 
+    Rotary buffers, which older checkpoints hold, are left out.
+
     Raises:
         UserError: there are no weights, or they cannot be read.
     """
-    for name in INDEX_NAMES:
-        if (folder / name).is_file():
-            return _load_shards(folder, folder / name)
-    for name in WEIGHT_NAMES:
-        if (folder / name).is_file():
-            return load_weights_file(folder / name)
-    raise UserError(
-        f"{folder} holds no weights; expected one of {', '.join(WEIGHT_NAMES)} or a sharded checkpoint's index"
-    )
+    found = [folder / name for name in (*INDEX_NAMES, *WEIGHT_NAMES) if (folder / name).is_file()]
+    if not found:
+        raise UserError(
+            f"{folder} holds no weights; expected one of {', '.join(WEIGHT_NAMES)} or a sharded checkpoint's index"
+        )
+    state_dict = _load_shards(folder, found[0]) if found[0].name in INDEX_NAMES else load_weights_file(found[0])
+    return {key: tensor for key, tensor in state_dict.items() if not key.endswith("rotary_emb.inv_freq")}
 
 
 def _load_shards(folder: Path, index: Path) -> dict[str, torch.Tensor]:
@@ -172,17 +172,13 @@ def _some(names: list[str], limit: int = 6) -> str:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Hides transformers' report on keys, which `check_state_dict` replaces, and its bars over copies within memory."""
-    names = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
-    reporters = [logging.getLogger(name) for name in names]
-    levels, bars = [reporter.level for reporter in reporters], transformers_logging.is_progress_bar_enabled()
-    for reporter in reporters:
-        reporter.setLevel(logging.ERROR)
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        for reporter, level in zip(reporters, levels, strict=True):
-            reporter.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
 
@@ -233,8 +229,7 @@ class CheckpointMixin:
         folder = resolve_folder(name_or_path, **{key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs})
         if config is None:
             config = cls._read_config(folder, kwargs)
-        stored = load_weights_file(weights_file) if weights_file else load_state_dict_folder(folder)
-        state_dict = {k: v for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
+        state_dict = load_weights_file(weights_file) if weights_file else load_state_dict_folder(folder)
         state_dict = cls._adapt_state_dict(state_dict, config)
         with torch.device("meta"):
             skeleton = cls(config)

@@ -209,8 +209,7 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
         """
         path = llm_model_path or config.llm_model_path
         stored = load_state_dict_folder(resolve_folder(path))
-        state_dict = {f"showo.{k}": v.float() for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
-        state_dict = cls._adapt_state_dict(state_dict, config)
+        state_dict = cls._adapt_state_dict({f"showo.{key}": tensor.float() for key, tensor in stored.items()}, config)
         model = cls._from_config(config, **kwargs)
         fresh = (*config.backbone.qk_norm_names, "mm_projector", *model.all_tied_weights_keys)
         expected = {k: v for k, v in model.state_dict().items() if k in state_dict or not any(f in k for f in fresh)}

@@ -54,25 +54,21 @@ class OmniMask:
             num_pads: (B,) int64, left pads of each row.
         """
         mask = cls.lm(len(num_pads), length, num_pads.device)
-        position = torch.arange(length, device=num_pads.device)
-        visible_from = torch.where(position >= soi_index, soi_index, mask.visible_from)
-        return cls(visible_from, _hide_left_pads(mask.visible_until, num_pads))
+        return cls(mask.visible_from.clamp(max=soi_index), _hide_left_pads(mask.visible_until, num_pads))
 
     @classmethod
     def mmu(cls, batch_size: int, eoi_index: int, length: int, device=None) -> "OmniMask":
         """Everything up to and with `<eoi>` is seen by all rows; text after it is causal."""
         mask = cls.lm(batch_size, length, device)
-        position = torch.arange(length, device=device)
-        return cls(torch.where(position <= eoi_index, 0, mask.visible_from), mask.visible_until)
+        return cls(mask.visible_from.masked_fill(mask.visible_from <= eoi_index, 0), mask.visible_until)
 
     @classmethod
     def mmu_vit(cls, batch_size: int, system_length: int, num_features: int, length: int, device=None) -> "OmniMask":
         """Image features (after `<mmu>`, the system prompt and `<soi>`) are seen by all rows; the rest is causal."""
-        mask = cls.lm(batch_size, length, device)
-        position = torch.arange(length, device=device)
-        first = 1 + system_length + 1
-        is_feature = (position >= first) & (position < first + num_features)
-        return cls(torch.where(is_feature, 0, mask.visible_from), mask.visible_until)
+        mask, first = cls.lm(batch_size, length, device), 1 + system_length + 1
+        visible_from = mask.visible_from.clone()
+        visible_from[:, first : first + num_features] = 0
+        return cls(visible_from, mask.visible_until)
 
     @classmethod
     def from_ids(cls, input_ids: torch.Tensor, vocabulary: Vocabulary) -> "OmniMask":

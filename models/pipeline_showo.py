@@ -317,10 +317,8 @@ class ShowoPipeline:
     ) -> list[list[str]]:
         """The answer to every question about every image, as `answers[image][question]`; see `iter_answers`."""
         images, questions = _as_list(images), _as_list(questions)
-        answers = [[""] * len(questions) for _ in images]
-        for image_index, question_index, text in self.iter_answers(images, questions, **settings):
-            answers[image_index][question_index] = text
-        return answers
+        answers = self.iter_answers(images, questions, **settings)
+        return [[next(answers)[2] for _ in questions] for _ in images]
 
     def iter_answers(
         self,
@@ -331,7 +329,7 @@ class ShowoPipeline:
         callback: Callable[[int, int, str], None] | None = None,
         **settings,
     ) -> Iterator[tuple[int, int, str]]:
-        """Yields (image index, question index, answer without surrounding whitespace), batch by batch.
+        """Yields (image index, question index, answer without surrounding whitespace), in this order, batch by batch.
 
         Args:
             images: PIL images or paths; paths are opened when their batch begins.

@@ -145,6 +145,7 @@ class UniversalPrompting:
         return _with_image(task, image_ids, self.vocabulary)
 
     def _mmu(self, image_ids, texts) -> Rows:
+        """Image prefix, bos, text, eos, pads: N + 3 + M ids, of which only the text is supervised."""
         _check_pairs(len(texts), image_ids)
         prefix = self._image_prefix(image_ids)
         text = []
@@ -153,20 +154,9 @@ class UniversalPrompting:
             if len(ids) > self.max_text_len:
                 ids = [*ids[: self.max_text_len - 1], self.eos_id]
             text.append(self._pad_right(ids, self.max_text_len))
-        return self.mmu_rows(prefix, torch.tensor(text, device=image_ids.device))
-
-    def mmu_rows(self, prefix: torch.Tensor, text_ids: torch.Tensor, text_labels: torch.Tensor | None = None) -> Rows:
-        """Rows of an image prefix, which ends in ``<eoi>``, and right-padded text ids. Only the text is supervised.
-
-        Args:
-            prefix: (B, P) int64, ``<mmu> … <soi> … <eoi>``.
-            text_ids: (B, T) int64.
-            text_labels: (B, T) int64; default: the text ids, with pads ignored.
-        """
-        if text_labels is None:
-            text_labels = self._labels(text_ids)
+        text_ids = torch.tensor(text, device=image_ids.device)
         input_ids = torch.cat([prefix, text_ids], dim=1)
-        labels = torch.cat([torch.full_like(prefix, self.ignore_id), text_labels], dim=1)
+        labels = torch.cat([torch.full_like(prefix, self.ignore_id), self._labels(text_ids)], dim=1)
         return Rows(input_ids, labels, OmniMask.from_ids(input_ids, self.vocabulary))
 
     def _mmu_gen(self, image_ids, texts) -> Rows:

@@ -9,7 +9,6 @@ one step checks all of them, which costs hardly more than one token. The tokens 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 
@@ -62,7 +61,7 @@ class TextGeneration:
         Returns:
             (B, ≤ T) int64 new ids, the end token included.
         """
-        prompts = Prompts.of(input_ids, attention_mask, self.vocabulary, image_features)
+        prompts = Prompts(input_ids, attention_mask, self.vocabulary, image_features)
         stops = torch.as_tensor([] if eot_token is None else eot_token, dtype=torch.long, device=input_ids.device)
         finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         if max_draft is None:
@@ -132,47 +131,41 @@ def _chooser(model: Model, count: int, settings: dict) -> Callable[[torch.Tensor
     return lambda hidden: (sample_next(logits, **settings) for logits in head(hidden).float().unbind(1))
 
 
-@dataclass
 class Prompts:
     """Prompts with all their ids at the front, so that new ones follow the longest; pads are hidden.
 
     Args:
+        input_ids: (B, ·) int64, padded on either side.
+        mask: of right-padded prompts; None: read off the ids.
+        image_features: raw CLIP features for the −200 positions, in row order.
+
+    Attributes:
         input_ids: (B, L) int64, right-padded.
         lengths: (B,) int64.
-        mask: over L positions.
-        shared: P, how many first positions are encoded once for all rows.
-        image_features: raw CLIP features for the −200 positions, in row order; with P > 0 all lie before P.
+        shared: P, how many first positions are encoded once for all rows; all image features lie before P > 0.
     """
 
-    input_ids: torch.Tensor
-    lengths: torch.Tensor
-    mask: OmniMask
-    shared: int = 0
-    image_features: torch.Tensor | None = None
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         input_ids: torch.Tensor,
         mask: OmniMask | None,
         vocabulary: Vocabulary,
         image_features: torch.Tensor | None = None,
-    ) -> "Prompts":
-        """Prompts of ids (B, ·) that are padded on either side, with the mask read off them if none is given."""
+    ):
         is_token = input_ids != vocabulary.pad_id
-        lengths = is_token.sum(1)
-        if not lengths.all():
-            raise ValueError(f"prompt {int(lengths.argmin())} holds no token, only padding")
+        self.lengths = is_token.sum(1)
+        if not self.lengths.all():
+            raise ValueError(f"prompt {int(self.lengths.argmin())} holds no token, only padding")
         if mask is None:
             order = is_token.int().sort(dim=1, descending=True, stable=True).indices  # tokens in their order, then pads
-            input_ids = input_ids.gather(1, order)[:, : int(lengths.max())]
+            input_ids = input_ids.gather(1, order)[:, : int(self.lengths.max())]
             mask = OmniMask.from_ids(input_ids, vocabulary).hide(input_ids == vocabulary.pad_id)
         elif not is_token[:, 0].all():
             raise ValueError("prompts that bring their attention_mask must be padded on the right")
-        shared = common_prefix(input_ids, mask, lengths)
+        self.input_ids, self.mask, self.image_features = input_ids, mask, image_features
+        self.shared = common_prefix(input_ids, mask, self.lengths)
         if image_features is not None:
-            shared, image_features = _shared_features(input_ids, shared, image_features)
-        return cls(input_ids, lengths, mask, shared, image_features)
+            self.shared, self.image_features = _shared_features(input_ids, self.shared, image_features)
 
     def prefill(self, model: Model, count: int) -> tuple[Runner, torch.Tensor]:
         """(runner with room for `count` new tokens, hidden states (B, 1, H) of the last token of each prompt)."""

@@ -170,18 +170,6 @@ def test_mmu():
     assert torch.equal(rows.attention_mask.dense(), mmu.dense())
 
 
-def test_mmu_rows_with_given_labels():
-    """LLaVA rows: the data set's own ids and labels behind an image prefix, here with system ids after the task."""
-    build = prompting()
-    prefix = torch.tensor([[MMU, 7, 8, SOI, *image(1)[0].tolist(), EOI]])
-    text, labels = torch.tensor([[1, 2, 3, EOT, PAD]]), torch.tensor([[-100, -100, 3, EOT, -100]])
-    rows = build.mmu_rows(prefix, text, labels)
-    assert rows.input_ids.tolist() == [[*prefix[0].tolist(), 1, 2, 3, EOT, PAD]]
-    assert rows.labels.tolist() == [[-100] * 9 + [-100, -100, 3, EOT, -100]]
-    assert torch.equal(rows.attention_mask.dense(), OmniMask.mmu(1, 8, 14).dense())
-    assert build.mmu_rows(prefix, text).labels.tolist() == [[-100] * 9 + [1, 2, 3, EOT, -100]]
-
-
 def test_mmu_gen_is_open_ended_and_padded_on_the_right():
     build = prompting()
     rows = build((image(2), [words(1, 2, 3), words(9)]), "mmu_gen")

@@ -183,7 +183,7 @@ def test_answers_from_features(clip_model, case):
         features[:] = features[0]
     elif case == "after the common prefix":
         features[2] = features[0]
-    rows = Prompts.of(padded(prompts, "right"), None, clip_model.vocabulary, features)
+    rows = Prompts(padded(prompts, "right"), None, clip_model.vocabulary, features)
     assert rows.shared == (3 + 11 + 1 if case == "the same for all" else 0)
     own = [part if len(part) else None for part in features.split(counts)]
     expected = [plain_answer(clip_model, prompt, 6, features=f) for prompt, f in zip(prompts, own, strict=True)]
@@ -230,7 +230,7 @@ COMMON = {
 def test_the_common_prefix(model, case):
     """Answers are those of single rows, also where rows share nothing."""
     prompts, shared = COMMON[case]
-    assert Prompts.of(padded(prompts, "right"), None, model.vocabulary).shared == shared
+    assert Prompts(padded(prompts, "right"), None, model.vocabulary).shared == shared
     alone = [model.mmu_generate(torch.tensor([prompt]), max_new_tokens=8, top_k=1)[0].tolist() for prompt in prompts]
     assert model.mmu_generate(padded(prompts, "right"), max_new_tokens=8, top_k=1).tolist() == alone
 
