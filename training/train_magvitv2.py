@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.config import load_config
 from common.errors import run_cli
-from training.tokenizer_config import TokenizerTrainingConfig
+from training.tokenizer_settings import TokenizerTrainingConfig
 
 
 def main(argv: list[str]) -> None:

@@ -11,12 +11,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from w
 
 from common.config import TrainingConfig, load_config  # noqa: E402
 from common.errors import run_cli  # noqa: E402
-from training.trainer import Trainer  # noqa: E402
-from training.understanding import ClipVitUnderstanding  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
     config = load_config(argv, TrainingConfig)
+    from training.trainer import Trainer  # after the config: its mistakes, and --help, are told at once
+    from training.understanding import ClipVitUnderstanding
+
     Trainer(config, ClipVitUnderstanding(config)).train()
 
 

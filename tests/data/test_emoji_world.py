@@ -333,7 +333,7 @@ def test_without_npm_one_line_says_what_to_do(tmp_path):
     [
         ("names=some", "names=some"),
         ("names=0", "names=0"),
-        ("size=2", "size=2"),
+        ("size=2", "size is 2; it must be 8 or more"),
         ("background=blurple", "background=blurple"),
         ("sise=64", "sise"),
         ("size=large", "size"),

@@ -88,7 +88,7 @@ def test_a_leading_answer_and_a_trailing_question_are_dropped():
 def test_mistakes_are_named(source):
     with pytest.raises(UserError, match="output not given"):
         main(arguments(source)[:2])
-    with pytest.raises(UserError, match="qx.*the settings are json, image_root"):
+    with pytest.raises(UserError, match="unknown key qx"):
         main([*arguments(source), "qx=1"])
     with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
         main(arguments(source, json="nowhere.json"))

@@ -338,10 +338,13 @@ def test_mistakes_are_named(pets, coco, tmp_path):
         ({"captions": tmp_path / "instances.json"}, r"lacks captions .*take COCO's captions_\*\.json"),
         ({"output": f"{tmp_path}/new/"}, "is a folder; add how the shards' names begin"),
         ({"output": tmp_path / "c.csv" / "train"}, "cannot write .*c.csv"),
-        ({"captions_per_image": "all", "resize": -1, "shard_size": 0}, "=all must be each.*shard_size=0.*resize=-1"),
+        (
+            {"captions_per_image": "all", "resize": -1, "shard_size": 0},
+            "is 'all'.*resize is -1.*shard_size is 0",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             main(arguments(**({"source": pets} | values)))
-    with pytest.raises(UserError, match="output, source not given"):
+    with pytest.raises(UserError, match="source and output not given"):
         main([])
     assert not list(tmp_path.glob("shards/*"))

@@ -63,10 +63,10 @@ def test_the_defaults_make_what_the_small_stages_expect(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 7}, r"image_size is 32, it must be a multiple of patch_size \(7\)"),
-        ({"heads": 3}, r"hidden_size is 16, it must be a multiple of heads \(3\)"),
-        ({"patch_size": 0, "layers": -1}, "patch_size is 0, it must be 1 or more; layers is -1"),
-        ({"depth": 3}, "depth.*the settings are output_dir, image_size"),
+        ({"patch_size": 7}, r"image_size is 32; it must be a multiple of patch_size \(7\)"),
+        ({"heads": 3}, r"hidden_size is 16; it must be a multiple of heads \(3\)"),
+        ({"patch_size": 0, "layers": -1}, "patch_size is 0; it must be 1 or more; layers is -1"),
+        ({"depth": 3}, "unknown key depth"),
     ],
 )
 def test_mistakes_are_named(tmp_path, changes, message):

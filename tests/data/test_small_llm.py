@@ -55,9 +55,9 @@ def test_mistakes_are_named(tmp_path):
     corpus.write_text("a b a b\n")
     with pytest.raises(UserError, match=r"gives 2\d\d tokens, vocab_size is 5000"):
         main([f"corpus={corpus}", f"output_dir={tmp_path / 'llm'}", "vocab_size=5000"])
-    with pytest.raises(UserError, match="corpus, output_dir not given"):
+    with pytest.raises(UserError, match="corpus and output_dir not given"):
         main([])
-    with pytest.raises(UserError, match="layers.*the settings are corpus"):
+    with pytest.raises(UserError, match="unknown key layers; the nearest known key is num_hidden_layers"):
         main([f"corpus={corpus}", "output_dir=x", "layers=3"])
     with pytest.raises(UserError, match="does not exist"):
         main([f"corpus={tmp_path / 'gone.txt'}", "output_dir=x"])

@@ -118,7 +118,7 @@ def test_mistakes_are_named(stages):
         ([f"runs={stages / 'images'}", output], "does not exist"),
         ([f"runs={stages}", output], "metrics.jsonl holds no step_loss_t2i"),
         ([one, "output=curves.doc"], r"output=curves.doc must end in one of .*\.png"),
-        ([one, output, "layout=rows"], "layout=rows must be one of columns, overlay"),
+        ([one, output, "layout=rows"], "layout is 'rows'; allowed: columns, overlay"),
         ([one, output, "labels=a,b"], "labels=a,b are 2, but runs are 1"),
         ([one, f"output={stages / 'file' / 'c.png'}"], "cannot be written"),
     ):

@@ -24,10 +24,10 @@ from models import MAGVITv2
 from training.checkpointing import checkpoints
 from training.guards import only_run_in
 from training.perceptual import PerceptualLoss
-from training.tokenizer_config import TokenizerTrainingConfig
 from training.tokenizer_data import CachedImages, StreamedImages, augment, find_shards, generator_for, load_images
 from training.tokenizer_eval import evaluate, psnr, to_pixels, use_of
 from training.tokenizer_losses import bit_groups, code_entropies, commitment_loss, edge_loss, joint_probabilities
+from training.tokenizer_settings import TokenizerTrainingConfig
 from training.tokenizer_trainer import TokenizerTrainer
 
 SETTINGS = """
@@ -347,7 +347,7 @@ def test_sigterm_finishes_the_step_saves_and_ends_well(shards, repository):
         (["losses.entropy_group_bits=0"], "losses.entropy_group_bits is 0; it must be 1 or more"),
         (["losses.l1=nan"], "losses.l1 is nan; it must be 0 or more"),
         (["dataset.params.max_shift=-1"], "dataset.params.max_shift is -1; it must be 0 or more"),
-        (["training.seed=-1"], "training.seed is -1; it must be 0 or more"),
+        (["training.seed=-1"], "training.seed is -1; it must be from 0"),
         (["experiment.save_every=0"], "experiment.save_every is 0; it must be 1 or more"),
         (["experiment.resume_from_checkpoint=nowhere"], "experiment.resume_from_checkpoint is 'nowhere'"),
         (["model.code_bit=4"], "unknown key model.code_bit; the nearest known key is model.code_bits"),
