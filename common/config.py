@@ -98,7 +98,7 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
     for source in (in_file, dict(_flatten(arguments, own, problems))):
         given |= _without_aliases(source, own)
     config = _structured(schema, given, problems)
-    _resolve(config, schema, _scope(others, elsewhere), problems)
+    _resolve(config, schema, others, elsewhere, problems)
     problems += find_problems(schema, config)
     if problems:
         raise UserError(f"config={path} with the command line: " + "; ".join(problems))
@@ -223,36 +223,28 @@ def _set(config: DictConfig, key: str, value: Any, own: dict[str, Setting], prob
         problems.append(f"{key} is {value!r}; it must be {_owner(key, own).type}")
 
 
-def _scope(others: list[type], elsewhere: dict[str, Any]) -> DictConfig:
-    """What `${…}` may refer to besides the schema's own keys: those of the other scripts that share the file."""
-    scope = OmegaConf.create({})
-    for other in others:
-        scope.merge_with(OmegaConf.to_container(OmegaConf.structured(other), resolve=False))
-    for key, value in elsewhere.items():
-        OmegaConf.update(scope, key, value)
-    return scope
-
-
-def _resolve(config: DictConfig, schema: type, scope: DictConfig, problems: list[str]) -> None:
+def _resolve(
+    config: DictConfig, schema: type, others: list[type], elsewhere: dict[str, Any], problems: list[str]
+) -> None:
     """Replaces every `${…}` by its value, or by the default, where that is impossible; then `problems` says why.
 
     Settings of `schema.unread` whose environment variables are unset become null. If the other unset variables all
     belong to data, these become ``$NAME``, so that `training/data/paths.py` can list them together with missing files.
+
+    Args:
+        others, elsewhere: the schemas that share the file, and the file's keys of theirs, to which `${…}` may refer.
     """
     own, defaults = settings_of(schema), OmegaConf.structured(schema)
     unread = schema.unread(config) if hasattr(schema, "unread") else []
-    raw = dict(leaves(OmegaConf.to_container(config, resolve=False)))
-    scope.merge_with(OmegaConf.to_container(config, resolve=False))
     unset: dict[str, list[str]] = {}
-    for key, text in raw.items():
+    for key, text in leaves(OmegaConf.to_container(config, resolve=False)):
         if names := [name for name in ENVIRONMENT.findall(str(text)) if not os.environ.get(name)]:
             OmegaConf.update(config, key, None if key in unread else OmegaConf.select(defaults, key))
             if key not in unread:
                 unset[key] = names
         elif "${" in str(text):
             try:
-                value = OmegaConf.select(scope, key)
-                value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+                value = _value(config, key, others, elsewhere)
             except OmegaConfBaseException as error:
                 problems.append(f"{key} refers to a key that does not exist: {error}")
                 value = OmegaConf.select(defaults, key)
@@ -266,3 +258,20 @@ def _resolve(config: DictConfig, schema: type, scope: DictConfig, problems: list
         problems.append(f"environment variables are not set: {names}; set them or give {instead}")
     if blank := OmegaConf.missing_keys(config):
         problems.append(f"{', '.join(sorted(blank))} is '???', a placeholder; give a value")
+
+
+def _value(config: DictConfig, key: str, others: list[type], elsewhere: dict[str, Any]) -> Any:
+    """The value of `key`, whose references may lead to the config's own keys or to those of the other scripts."""
+    try:
+        value = OmegaConf.select(config, key)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException:
+        if not others:
+            raise
+    everything = OmegaConf.create({})
+    for other in others:
+        everything.merge_with(OmegaConf.to_container(OmegaConf.structured(other), resolve=False))
+    for name, given in elsewhere.items():
+        OmegaConf.update(everything, name, given)
+    everything.merge_with(OmegaConf.to_container(config, resolve=False))
+    return _value(everything, key, [], {})

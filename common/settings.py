@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -127,6 +128,7 @@ def alias(key: str) -> Any:
     return setting(II(key), f"short for {key}", alias=key, free=True)
 
 
+@cache
 def settings_of(schema: type, prefix: str = "") -> dict[str, Setting]:
     """Every setting of a schema by its dotted key."""
     hints, found = get_type_hints(schema), {}
