@@ -1,6 +1,6 @@
 """Benchmarks of understanding and generation, from official files to the paper's table (spec §16; docs/evaluation.md).
 
-    python3 evaluate.py config=configs/showo_demo_512x512.yaml tasks=pope,mme data_root=/data/benchmarks \
+    python3 evaluate.py config=configs/showo_demo_512x512.yaml tasks=pope,mme data_root=/data/benchmarks \\
         output_dir=outputs/evaluation
     accelerate launch --num_processes 8 evaluate.py config=… tasks=vqav2 data_root=…
     python3 evaluate.py config=… tasks=pope compare=outputs/evaluation-a,outputs/evaluation-b

@@ -1,8 +1,8 @@
 """Answers questions about images (spec §8, §13).
 
-    python3 inference_mmu.py config=configs/showo_tiny_demo.yaml mmu_image_root=mmu_validation/emoji \
+    python3 inference_mmu.py config=configs/showo_tiny_demo.yaml mmu_image_root=mmu_validation/emoji \\
         question='What is this?'
-    python3 inference_mmu.py config=configs/showo_demo_w_clip_vit_512x512.yaml max_new_tokens=100 \
+    python3 inference_mmu.py config=configs/showo_demo_w_clip_vit_512x512.yaml max_new_tokens=100 \\
         mmu_image_root=./mmu_validation question='Please describe this image in detail. *** Where is it?'
 
 Every question is asked about every image of the folder `mmu_image_root`, which may also be a single file. Answers are

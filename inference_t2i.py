@@ -1,9 +1,9 @@
 """Text to image, inpainting and extrapolation (spec §7, §13).
 
     python3 inference_t2i.py config=configs/showo_tiny_demo.yaml mode=t2i prompt='dog face in noto style'
-    python3 inference_t2i.py config=configs/showo_demo.yaml batch_size=1 guidance_scale=1.75 generation_timesteps=16 \
+    python3 inference_t2i.py config=configs/showo_demo.yaml batch_size=1 guidance_scale=1.75 generation_timesteps=16 \\
         mode=inpainting prompt='…' image_path=… inpainting_mask_path=…
-    python3 inference_t2i.py config=configs/showo_demo.yaml batch_size=1 guidance_scale=1.75 generation_timesteps=16 \
+    python3 inference_t2i.py config=configs/showo_demo.yaml batch_size=1 guidance_scale=1.75 generation_timesteps=16 \\
         mode=extrapolation extra_direction='left *** up' offset=0 prompt='… *** …' image_path=…
 
 Writes `0000.png` …, `results.jsonl` and `grid.png` to `output_dir` (default: `{experiment.output_dir}/{mode}`); logs

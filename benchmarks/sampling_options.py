@@ -22,6 +22,7 @@ import torch
 from benchmarks import generation, report
 from common.config import InferenceConfig, load_config, resolve_path
 from common.errors import run_cli
+from common.settings import setting
 from evaluation.images import square
 from examples.emoji_world.benchmark import SPLITS, read_world
 from examples.emoji_world.features import name_ranks, pixels
@@ -55,10 +56,10 @@ OPTIONS = SamplingParameters.__dataclass_fields__
 
 @dataclass
 class WaysConfig(InferenceConfig):
-    data: str = "data/emoji_world"
-    pictures: int = 200  # seen images, evenly spread; all held-out ones are added
-    repeats: int = 2  # of the timed generation with the random model; the fastest counts
-    quality: bool = True  # False: time the random model only
+    data: str = setting("data/emoji_world", "the emoji world")
+    pictures: int = setting(200, "seen images, evenly spread; all held-out ones are added", low=1)
+    repeats: int = setting(2, "of the timed generation with the random model; the fastest counts", low=0)
+    quality: bool = setting(True, "false: time the random model only")
 
 
 def settings_of(way: dict, config) -> dict:

@@ -1,42 +1,40 @@
-"""A typed config from a command line: dataclass defaults, then the YAML file of `config=`, then `a.b=c` arguments.
+"""A typed config from a command line: a schema's defaults, then the YAML file of `config=`, then `a.b=c` arguments.
 
     config = load_config(["config=configs/showo_demo.yaml", "mode=t2i", "training.seed=7"], InferenceConfig)
 
 Nothing is ignored silently: unknown keys, wrong types, unset environment variables and values out of range are
-collected and reported in one `UserError`. `${a.b}` and `${oc.env:NAME}` work everywhere.
+collected and reported in one `UserError`. `${a.b}` and `${oc.env:NAME}` work everywhere. `--help` lists all keys.
 """
 
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from pkgutil import resolve_name
+from typing import Any, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError
-from common.schema import InferenceConfig, ShowoScriptConfig, TrainingConfig, mask_schedule_of
+from common.schema import InferenceConfig, TrainingConfig, mask_schedule_of
+from common.settings import Setting, find_problems, print_help, settings_of
 
 __all__ = [
     "InferenceConfig",
-    "ShowoScriptConfig",
     "TrainingConfig",
     "leaves",
     "load_config",
-    "read_settings",
     "mask_schedule_of",
     "read_key",
+    "read_settings",
     "resolve_path",
 ]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*(\w+)\s*\}")
-DATA_PATH = re.compile(r"dataset\.params\.(train|eval)_(t2i|mmu|lm)_")
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -46,61 +44,65 @@ def resolve_path(path: str | Path) -> Path:
 
 
 def read_settings(argv: list[str], schema: type, example: str) -> DictConfig:
-    """Settings of a tool that has no config file, from `key=value` arguments.
+    """Settings of a tool that has no config file, from `key=value` arguments. `--help` prints them and exits.
 
     Args:
-        schema: a dataclass; a default of `???` marks a setting that must be given.
-        example: an argument to quote when one is missing.
+        schema: a dataclass, see `common/settings.py`; a default of `???` marks a setting that must be given.
+        example: arguments to quote when one is missing.
 
     Raises:
-        UserError: an unknown key, a wrong type or a missing setting.
+        UserError: unknown keys, wrong types, missing settings, values out of range; all of them in one message.
     """
-    hints, given = get_type_hints(schema), {}
-    for argument in argv:
-        key, equals, text = argument.partition("=")
-        given[key] = _parse(key, text, hints.get(key)) if equals else None
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(given))
-    except OmegaConfBaseException as error:
-        known = ", ".join(schema.__annotations__)
-        raise UserError(f"{str(error).splitlines()[0]}; the settings are {known}") from None
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise UserError(f"{', '.join(missing)} not given; for example {example}")
+    _answer_help(argv, schema, reads_file=False)
+    known, problems = settings_of(schema), []
+    arguments = _read_arguments(argv, known, example)
+    config = _structured(schema, dict(_flatten(arguments, known, problems)), problems)
+    if missing := [key for key, one in known.items() if OmegaConf.is_missing(config, one.path)]:
+        problems.append(f"{' and '.join(missing)} not given; for example {example}")
+    problems += find_problems(schema, config)
+    if problems:
+        raise UserError("; ".join(problems))
     return config
 
 
 def load_config(argv: list[str], schema: type) -> DictConfig:
     """Merges defaults, YAML file and command line into one complete config with all references resolved.
 
+    A file may hold keys of the other scripts that share it; they are skipped. `--help` prints all keys and exits.
+
     Args:
         argv: `key=value` arguments; the key `config` names the YAML file.
-        schema: a dataclass of dataclasses with three optional attributes: `ALIASES` (short name → the dotted key that
-            it sets), `problems(config) -> list[str]`, and `unread(config) -> list[str]`, keys that this run does not
-            read, so that their environment variables need not be set.
+        schema: a dataclass, see `common/settings.py`, with optional attributes: `SHARES_FILES_WITH`, names of the
+            schemas of those scripts; `PURPOSE`, what the script does, and `INSTEAD`, keys to give instead of another
+            script's, both for messages; `unread(config) -> list[str]`, keys that this run does not read, so that
+            their environment variables need not be set.
 
     Raises:
-        UserError: no `config=`, a missing or damaged file, unknown keys (with the nearest known one), wrong types,
-            unset environment variables, or `schema.problems`.
+        UserError: no `config=`, a missing or damaged file; or unknown keys (with the nearest known one), another
+            script's keys on the command line, wrong types, unset environment variables, references that lead nowhere,
+            values out of range and contradictions, all of them in one message.
     """
-    known = dict(_leaves(schema))
-    path, arguments = _read_arguments(argv, known)
-    problems: list[str] = []
-    given = {}
-    for source in (dict(_flatten(_read_yaml(path), known, problems)), dict(_flatten(arguments, known, problems))):
-        for short, key in getattr(schema, "ALIASES", {}).items():
-            value = source.pop(short, given)  # `given` itself means "absent", since null is a value
-            if value is not given and (value is not None or type(None) in get_args(known[key])):
-                source[key] = value
-        given |= source
-    config = OmegaConf.structured(schema)
-    for key, value in given.items():
-        try:
-            OmegaConf.update(config, key, _integral(value, known.get(key)))
-        except OmegaConfBaseException:
-            problems.append(f"{key} is {value!r}; it must be {_describe(known[key])}")
-    _raise(problems, path)
-    _resolve(config, path, schema.unread(config) if hasattr(schema, "unread") else [])
-    _raise(schema.problems(config) if hasattr(schema, "problems") else [], path)
+    _answer_help(argv, schema, reads_file=True)
+    own, others = settings_of(schema), [resolve_name(name) for name in getattr(schema, "SHARES_FILES_WITH", ())]
+    known = {key: one for other in others for key, one in settings_of(other).items()} | own
+    arguments = _read_arguments(argv, known, "config=configs/showo_demo.yaml")
+    if (path := arguments.pop("config", None)) is None:
+        raise UserError("no config given; add config=FILE.yaml, for example config=configs/showo_demo.yaml")
+    path, problems, given = resolve_path(path), [], {}
+    for key in [key for key in arguments if _owner(key, known) and not _owner(key, own)]:
+        instead = getattr(schema, "INSTEAD", {}).get(key)
+        remedy = f"give {instead}" if instead else "leave it out"
+        problems.append(f"{key} has no effect on {getattr(schema, 'PURPOSE', 'this script')}; {remedy}")
+        del arguments[key]
+    in_file = dict(_flatten(_read_yaml(path), known, problems))
+    elsewhere = {key: in_file.pop(key) for key in list(in_file) if not _owner(key, own)}
+    for source in (in_file, dict(_flatten(arguments, own, problems))):
+        given |= _without_aliases(source, own)
+    config = _structured(schema, given, problems)
+    _resolve(config, schema, others, elsewhere, problems)
+    problems += find_problems(schema, config)
+    if problems:
+        raise UserError(f"config={path} with the command line: " + "; ".join(problems))
     return config
 
 
@@ -121,38 +123,30 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, type annotation) of every leaf of a schema."""
-    hints = get_type_hints(schema)
-    for item in fields(schema):
-        hint = hints[item.name]
-        if is_dataclass(hint):
-            yield from _leaves(hint, f"{prefix}{item.name}.")
-        else:
-            yield prefix + item.name, hint
+# ---- reading ----
 
 
-def _read_arguments(argv: list[str], known: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Splits the command line into the path of `config=` and {dotted key: value}."""
-    path, values = None, {}
+def _answer_help(argv: list[str], schema: type, reads_file: bool) -> None:
+    if {"-h", "--help"} & set(argv):
+        print_help(schema, reads_file)
+        raise SystemExit(0)
+
+
+def _read_arguments(argv: list[str], known: dict[str, Setting], example: str) -> dict[str, Any]:
+    """{dotted key: value} of `key=value` arguments."""
+    values = {}
     for argument in argv:
         key, equals, text = argument.partition("=")
         if not equals or not key:
-            raise UserError(f"argument {argument!r} is not of the form key=value, as in config=configs/showo_demo.yaml")
-        if key == "config":
-            path = text
-        else:
-            values[key] = _parse(key, text, known.get(key))
-    if path is None:
-        raise UserError("no config given; add config=FILE.yaml, for example config=configs/showo_demo.yaml")
-    return resolve_path(path), values
+            raise UserError(f"argument {argument!r} is not of the form key=value, as in {example}; --help lists all")
+        values[key] = text if key == "config" else _parse(key, text, known.get(key))
+    return values
 
 
-def _parse(key: str, text: str, hint: Any) -> Any:
+def _parse(key: str, text: str, one: Setting | None) -> Any:
     """Parses a value as YAML, except where text is wanted: a prompt may contain '=', quotes, ': ' and '#'."""
-    if hint is str or set(get_args(hint)) == {str, type(None)}:
-        return None if text == "null" else text
-    if hint is Any and not text.startswith("["):
+    hint = one.hint if one else None
+    if hint is str or set(get_args(hint)) == {str, type(None)} or hint is Any and not text.startswith("["):
         return None if text == "null" else text
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
@@ -172,14 +166,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _flatten(tree: dict, known: dict[str, Any], problems: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _owner(key: str, known: dict[str, Setting]) -> Setting | None:
+    """The setting that a key sets: its own, or the group of free keys that it is in."""
+    group = known.get(key.rpartition(".")[0])
+    return known.get(key) or (group if group and group.is_group else None)
+
+
+def _flatten(tree: dict, known: dict[str, Setting], problems: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of a tree, down to the keys of the schema; unknown keys are added to `problems`."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         is_section = any(other.startswith(f"{key}.") for other in known)
-        if value is None and get_origin(known.get(key)) is dict:
+        if value is None and key in known and known[key].is_group:
             continue  # an empty group sets nothing
-        if key in known or get_origin(known.get(key.rpartition(".")[0])) is dict:
+        if _owner(key, known):
             yield key, value
         elif is_section and isinstance(value, dict):
             yield from _flatten(value, known, problems, f"{key}.")
@@ -189,7 +189,7 @@ def _flatten(tree: dict, known: dict[str, Any], problems: list[str], prefix: str
             problems.append(f"unknown key {key}; the nearest known key is {_nearest(key, known)}")
 
 
-def _nearest(key: str, known: dict[str, Any]) -> str:
+def _nearest(key: str, known: dict[str, Setting]) -> str:
     """The known key or section that is most similar to `key`, by the whole name and by its last part."""
     names = {name.rsplit(".", depth)[0] for name in known for depth in range(name.count(".") + 1)}
 
@@ -200,50 +200,87 @@ def _nearest(key: str, known: dict[str, Any]) -> str:
     return max(sorted(names), key=likeness)
 
 
-def _integral(value: Any, hint: Any) -> Any:
-    """YAML reads `4e7` as a float; converts it where the schema wants an int."""
-    wants_int = hint is int or int in get_args(hint)
-    return int(value) if wants_int and isinstance(value, float) and value.is_integer() else value
+def _without_aliases(values: dict[str, Any], own: dict[str, Setting]) -> dict[str, Any]:
+    """The values with short names replaced by what they set. Null sets it only where null is allowed."""
+    found = {key: value for key, value in values.items() if not (key in own and own[key].rule.alias)}
+    for key, value in values.items():
+        target = own[key].rule.alias if key in own else None
+        if target and (value is not None or own[target].takes_null):
+            found[target] = value
+    return found
 
 
-def _describe(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return " or ".join(
-        words.get(option, "a group of keys" if get_origin(option) is dict else "a list") for option in options
-    )
+# ---- merging ----
 
 
-def _resolve(config: DictConfig, path: Path, unread: list[str]) -> None:
-    """Replaces every `${…}` by its value; keys of `unread` whose environment variables are unset become null.
+def _structured(schema: type, given: dict[str, Any], problems: list[str]) -> DictConfig:
+    """The defaults with the given values; those of a wrong type are left out and added to `problems`."""
+    config, own = OmegaConf.structured(schema), settings_of(schema)
+    for key, value in given.items():
+        _set(config, key, value, own, problems)
+    return config
 
-    If the other unset variables all belong to data paths, these become ``$NAME``, so that `training/data/paths.py` can
-    list them together with the files that are missing.
+
+def _set(config: DictConfig, key: str, value: Any, own: dict[str, Setting], problems: list[str]) -> None:
+    one = own.get(key)
+    wants_int = one and (one.hint is int or int in get_args(one.hint))
+    if wants_int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # YAML reads `4e7` as a float
+    try:
+        OmegaConf.update(config, one.path if one else key, value)
+    except OmegaConfBaseException:
+        problems.append(f"{key} is {value!r}; it must be {_owner(key, own).type}")
+
+
+def _resolve(
+    config: DictConfig, schema: type, others: list[type], elsewhere: dict[str, Any], problems: list[str]
+) -> None:
+    """Replaces every `${…}` by its value, or by the default, where that is impossible; then `problems` says why.
+
+    Settings of `schema.unread` whose environment variables are unset become null. If the other unset variables all
+    belong to data, these become ``$NAME``, so that `training/data/paths.py` can list them together with missing files.
+
+    Args:
+        others, elsewhere: the schemas that share the file, and the file's keys of theirs, to which `${…}` may refer.
     """
+    own, defaults = settings_of(schema), OmegaConf.structured(schema)
+    unread = schema.unread(config) if hasattr(schema, "unread") else []
     unset: dict[str, list[str]] = {}
-    for key, value in leaves(OmegaConf.to_container(config, resolve=False)):
-        names = [name for name in ENVIRONMENT.findall(str(value)) if not os.environ.get(name)]
-        if names and key in unread:
-            OmegaConf.update(config, key, None)
-        elif names:
-            unset[key] = names
-    if all(map(DATA_PATH.match, unset)):
+    for key, text in leaves(OmegaConf.to_container(config, resolve=False)):
+        if names := [name for name in ENVIRONMENT.findall(str(text)) if not os.environ.get(name)]:
+            OmegaConf.update(config, key, None if key in unread else OmegaConf.select(defaults, key))
+            if key not in unread:
+                unset[key] = names
+        elif "${" in str(text):
+            try:
+                value = _value(config, key, others, elsewhere)
+            except OmegaConfBaseException as error:
+                problems.append(f"{key} refers to a key that does not exist: {error}")
+                value = OmegaConf.select(defaults, key)
+            _set(config, key, value, own, problems)
+    if all((one := _owner(key, own)) and one.rule.is_data for key in unset):
         for key, names in unset.items():
             OmegaConf.update(config, key, " ".join(f"${name}" for name in names))
     else:
         names = ", ".join(sorted({name for names in unset.values() for name in names}))
         instead = " ".join(f"{key}=…" for key in unset)
-        raise UserError(
-            f"config={path} needs environment variables that are not set: {names}; set them or give {instead}"
-        )
-    try:
-        OmegaConf.resolve(config)
-    except OmegaConfBaseException as error:
-        raise UserError(f"config={path} refers to a key that does not exist: {error}") from None
+        problems.append(f"environment variables are not set: {names}; set them or give {instead}")
     if blank := OmegaConf.missing_keys(config):
-        raise UserError(f"{', '.join(sorted(blank))} is '???', a placeholder; give a value")
+        problems.append(f"{', '.join(sorted(blank))} is '???', a placeholder; give a value")
 
 
-def _raise(problems: list[str], path: Path) -> None:
-    if problems:
-        raise UserError(f"config={path} with the command line: " + "; ".join(problems))
+def _value(config: DictConfig, key: str, others: list[type], elsewhere: dict[str, Any]) -> Any:
+    """The value of `key`, whose references may lead to the config's own keys or to those of the other scripts."""
+    try:
+        value = OmegaConf.select(config, key)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException:
+        if not others:
+            raise
+    everything = OmegaConf.create({})
+    for other in others:
+        everything.merge_with(OmegaConf.to_container(OmegaConf.structured(other), resolve=False))
+    for name, given in elsewhere.items():
+        OmegaConf.update(everything, name, given)
+    everything.merge_with(OmegaConf.to_container(config, resolve=False))
+    return _value(everything, key, [], {})

@@ -1,254 +1,404 @@
-"""Every setting of Show-o, its type and its default: published keys and command-line keys (spec §13, §14), and ours.
+"""Every setting of Show-o: published keys and command-line keys (spec §13, §14), and ours.
 
-The defaults are the values that all published training files share. A script that needs more keys subclasses a section
-and uses it in a top-level class of its own.
+The defaults are the values that all published training files share. In order: what several scripts read, what every
+trained thing has (`RunConfig`), what training of Show-o adds, what inference has. Something else that is trained
+declares a subclass of `RunConfig` with a section more, as `training/tokenizer_settings.py` does.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from omegaconf import II, DictConfig, OmegaConf
 
+from common.settings import alias, setting
+
+WANDB_MODES = ("online", "offline", "disabled")
+FLOWS = ("t2i", "mmu", "lm")
+# Scripts that read the same YAML files: in a file, each skips the keys that only the others know.
+SHOWO_SCHEMAS = (
+    "common.schema:TrainingConfig",
+    "common.schema:InferenceConfig",
+    "evaluation.schema:EvaluationConfig",
+)
+
+# ---- what several scripts read ----
+
 
 @dataclass
 class WandbSection:
-    entity: str | None = None
-    resume: bool | str | None = "auto"
-    run_id: str | None = None
-    mode: str | None = None  # online, offline or disabled; null: online if logged in, else offline
+    entity: str | None = setting(None, "wandb user or team", free=True)
+    resume: bool | str | None = setting("auto", "wandb's own setting of this name", free=True)
+    run_id: str | None = setting(None, "wandb run to continue; null: the one of this output folder", free=True)
+    mode: str | None = setting(None, "null: online if logged in, else offline", choices=WANDB_MODES, free=True)
 
 
 @dataclass
 class ExperimentSection:
-    project: str = "training"
-    name: str = "show-o"
-    output_dir: str = "outputs/show-o"
-    max_train_examples_t2i: int | None = None
-    max_train_examples_mmu: int | None = None
-    save_every: int = 10000
-    eval_every: int = 2500
-    generate_every: int = 1000
-    log_every: int = 50
-    log_grad_norm_every: int = 500
-    init_from: str | None = (
-        None  # weights that a new run starts from: a folder (e.g. of the previous stage) or a hub name
+    project: str = setting("training", "wandb project", free=True)
+    name: str = setting("show-o", "wandb name of the run", free=True)
+    output_dir: str = setting("outputs/show-o", "folder of everything that the run writes", free=True)
+
+
+@dataclass
+class SeedSection:
+    seed: int | None = setting(10086, "fixes every random choice; null: another one every time", low=0, high=2**63 - 1)
+
+
+@dataclass
+class GenerationSection(SeedSection):
+    batch_size: int = setting(
+        1, "images generated, or questions answered, at once by the inference scripts", low=1, free=True
     )
-    resume_from_checkpoint: bool | str | None = "latest"
-    accept_config_changes: bool = False  # resume a run although settings that affect training have changed
-    checkpoints_total_limit: int | None = None
-    eval_batches: int = 8  # batches per evaluation, of each flow that has held-out data
+    guidance_scale: float = setting(1.5, "classifier-free guidance; 0: none", low=0, free=True)
+    generation_timesteps: int = setting(12, "MaskGIT steps of an image", low=1, free=True)
+    generation_temperature: float = setting(1.0, "temperature of the choice of positions", low=0, free=True)
+    mask_schedule: str = setting("cosine", "name of the mask schedule; the section mask_schedule takes precedence")
+
+
+@dataclass
+class MaskScheduleSection:
+    schedule: str | None = setting(None, "cosine, linear, pow<exponent>, sigmoid; null: training.mask_schedule")
+    params: dict[str, Any] = setting({}, "parameters of the schedule, as in mask_schedule.params.start=-3")
 
 
 @dataclass
 class VqModelSection:
-    type: str = "magvitv2"
-    vq_model_name: str = "showlab/magvitv2"  # hub name or folder
-    pretrained_model_path: str | None = None  # a file with a state dict under the key `model`
+    type: str = setting("magvitv2", "kind of image tokenizer", choices=("magvitv2",))
+    vq_model_name: str = setting("showlab/magvitv2", "image tokenizer: a folder or hub name")
+    pretrained_model_path: str | None = setting(None, "a file with its state dict under the key `model`, used instead")
 
 
 @dataclass
 class ShowoSection:
-    load_from_showo: bool = True  # False: start from the weights of `llm_model_path`
-    pretrained_model_path: str | None = "showlab/show-o"  # hub name or folder
-    w_clip_vit: bool = False
-    vocab_size: int = 58498
-    llm_vocab_size: int = 50295
-    llm_model_path: str | None = None  # hub name or folder; null: the published one (models/backbones.py)
-    codebook_size: int = 8192
-    num_vq_tokens: int = 256
-    num_new_special_tokens: int = 10
-    qk_norm: bool | None = None  # null: as the language model's family has it, see models/backbones.py
+    pretrained_model_path: str | None = setting("showlab/show-o", "weights: a folder or hub name")
+    w_clip_vit: bool = setting(False, "understanding from CLIP-ViT features instead of image codes")
+    vocab_size: int = setting(58498, "llm_vocab_size + num_new_special_tokens + codebook_size + 1")
+    llm_vocab_size: int = setting(50295, "entries of the text tokenizer")
+    llm_model_path: str | None = setting(None, "language model: a folder or hub name; null: microsoft/phi-1_5")
+    codebook_size: int = setting(8192, "image codes")
+    num_vq_tokens: int = setting(256, "image tokens of an image, a square number")
+    num_new_special_tokens: int = setting(10, "special tokens that Show-o adds")
 
 
 @dataclass
 class ModelSection:
     vq_model: VqModelSection = field(default_factory=VqModelSection)
     showo: ShowoSection = field(default_factory=ShowoSection)
-    clip_vit_name: str = "openai/clip-vit-large-patch14-336"  # hub name or folder; used only with `w_clip_vit`
-    gradient_checkpointing: bool = True
-
-
-@dataclass
-class DataParams:
-    train_t2i_shards_path_or_url: Any = None  # a path, glob or brace list, or a list of them
-    train_mmu_shards_path_or_url: Any = None
-    train_mmu_image_root: str | None = None  # LLaVA: the folder that image names in the JSON are relative to
-    train_lm_shards_path_or_url: Any = None
-    train_t2i_image_root: str | None = None  # the same for file names in parquet files; null: the folder of that file
-    eval_t2i_shards_path_or_url: Any = None  # held-out data; null: this flow is not evaluated
-    eval_mmu_shards_path_or_url: Any = None
-    eval_lm_shards_path_or_url: Any = None
-    eval_t2i_image_root: str | None = None  # null: as for training
-    eval_mmu_image_root: str | None = None
-    class_names_path: str | None = (
-        None  # imagenet1k: a file with the name of each class folder, one per line or as JSON
+    clip_vit_name: str = setting(
+        "openai/clip-vit-large-patch14-336", "CLIP-ViT: a folder or hub name; used with w_clip_vit"
     )
-    image_column: str | None = None  # of parquet files with images; null: the first column with a usual name
-    text_column: str | None = None
-    lm_column: str = "content"  # text column of parquet and jsonl files of the lm flow
-    max_skipped_fraction: float = 0.1  # the run ends when a larger share of a flow's samples cannot be read
-    add_caption_prompt: bool = True
-    external_caption_path: str | None = None
-    external_journeydb_caption_path: str | None = None
-    external_laion12m_caption_path: str | None = None
-    external_cc12m_caption_path: str | None = None
-    validation_prompts_file: str = "validation_prompts/text2image_prompts.txt"
-    shuffle_buffer_size: int = 1000
-    num_workers: int = 32
-    resolution: int = II("dataset.preprocessing.resolution")
-    pin_memory: bool = True
-    persistent_workers: bool = True
-    batch_size: int | None = II("training.batch_size")
 
 
 @dataclass
 class PreprocessingSection:
-    max_seq_length: int = 128
-    resolution: int = 256
-    center_crop: bool = False  # no effect: images are always centre-cropped, as published
-    random_flip: bool = False
-    und_random_flip: bool = False  # flips images of the mmu flow only
-    und_jitter: float = 0.0  # shifts and scales images of the mmu flow by up to this share
+    max_seq_length: int = setting(128, "text tokens of a row", low=1)
+    resolution: int = setting(256, "pixels per side of an image", low=8)
 
 
 @dataclass
-class DatasetSection:
-    gen_type: str = "t2i"
-    und_type: str = "captioning"
-    combined_loader_mode: str = "max_size_cycle"
-    add_system_prompt: bool = False
-    packing: bool = False  # puts several samples into a row, so that no padding is computed; same losses
-    packing_length: int | None = None  # maximum length of a packed row; null: four times an ordinary row's
-    params: DataParams = field(default_factory=DataParams)
-    preprocessing: PreprocessingSection = field(default_factory=PreprocessingSection)
+class PromptParams:
+    validation_prompts_file: str = setting(
+        "validation_prompts/text2image_prompts.txt",
+        "one prompt per line: of sample images in training, or used without prompt",
+        free=True,
+    )
+
+
+@dataclass
+class ScriptConfig:
+    """What training and inference of anything have."""
+
+    seed: int | None = alias("training.seed")
+    device: str | None = setting(None, "cpu or cuda; null: cuda if there is one", free=True)
+    compile: bool = setting(False, "run the model through torch.compile", free=True)
+    wandb: WandbSection = field(default_factory=WandbSection)
+
+
+@dataclass
+class ShowoScript:
+    """What training and inference of Show-o have."""
+
+    SHARES_FILES_WITH: ClassVar[tuple[str, ...]] = SHOWO_SCHEMAS
+
+    attn_implementation: str = setting(
+        "sdpa", "attention of the language model", choices=("sdpa", "eager", "flex_attention"), free=True
+    )
+    conversation: str = setting(
+        "vicuna",
+        "format of questions; chat: the language model's chat template (docs/backbones.md)",
+        choices=("vicuna", "chat"),
+    )
+    mask_schedule: MaskScheduleSection = field(default_factory=MaskScheduleSection)
+
+
+# ---- whatever is trained ----
+
+
+@dataclass
+class RunExperimentSection(ExperimentSection):
+    save_every: int = setting(10000, "steps from one checkpoint to the next", low=1, free=True)
+    eval_every: int = setting(2500, "steps from one evaluation on held-out data to the next", low=1, free=True)
+    generate_every: int = setting(1000, "steps from one panel of sample images to the next", low=1, free=True)
+    log_every: int = setting(50, "steps from one logged line to the next", low=1, free=True)
+    log_grad_norm_every: int = setting(500, "steps from one log of gradient norms to the next", low=1, free=True)
+    init_from: str | None = setting(
+        None, "weights that a new run starts from: a folder (as of the previous stage) or a hub name", free=True
+    )
+    resume_from_checkpoint: bool | str | None = setting(
+        "latest", "latest, a checkpoint folder, or false: start again", free=True
+    )
+    accept_config_changes: bool = setting(
+        False, "resume a run although settings that affect training have changed", free=True
+    )
+    checkpoints_total_limit: int | None = setting(None, "checkpoints that are kept; null: all", low=1, free=True)
+    eval_batches: int = setting(8, "batches of each held-out data set that an evaluation reads", low=1, free=True)
+
+
+@dataclass
+class LoaderParams:
+    shuffle_buffer_size: int = setting(1000, "samples that each worker shuffles among", low=0)
+    num_workers: int = setting(32, "processes that read each data set", low=0)
+    max_skipped_fraction: float = setting(
+        0.1, "the run ends when a larger share of a data set's samples cannot be read", low=0, high=1, free=True
+    )
+    pin_memory: bool = setting(True, "read into memory that is copied to a GPU faster", free=True)
+    persistent_workers: bool = setting(True, "keep the processes from one epoch to the next", free=True)
+
+
+@dataclass
+class RunDatasetSection:
+    params: LoaderParams = field(default_factory=LoaderParams)
 
 
 @dataclass
 class OptimizerParams:
-    learning_rate: float = 1e-4
-    scale_lr: bool = False  # multiplies the rate by the number of rows of an optimiser step, over all processes
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.01
-    epsilon: float = 1e-8
+    learning_rate: float = setting(1e-4, "peak learning rate", low=0)
+    scale_lr: bool = setting(False, "multiply the rate by the rows of an optimiser step, over all processes")
+    beta1: float = setting(0.9, "decay of the first moment")
+    beta2: float = setting(0.999, "decay of the second moment")
+    weight_decay: float = setting(0.01, "of weight matrices; biases and norms have none")
+    epsilon: float = setting(1e-8, "added to the root of the second moment")
 
 
 @dataclass
 class OptimizerSection:
-    name: str = "adamw"
+    name: str = setting("adamw", "optimiser", choices=("adamw",))
     params: OptimizerParams = field(default_factory=OptimizerParams)
 
 
 @dataclass
 class SchedulerParams:
-    learning_rate: float = II("optimizer.params.learning_rate")
-    warmup_steps: int = 5000
+    learning_rate: float = setting(II("optimizer.params.learning_rate"), "published key; must agree", free=True)
+    warmup_steps: int = setting(5000, "steps in which the rate rises from 0", low=0)
 
 
 @dataclass
 class SchedulerSection:
-    scheduler: str = "cosine"
+    scheduler: str = setting(
+        "cosine",
+        "course of the learning rate after the warm-up",
+        choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+    )
     params: SchedulerParams = field(default_factory=SchedulerParams)
 
 
 @dataclass
-class TrainingSection:
-    gradient_accumulation_steps: int = 1
-    noise_type: str = "mask"
-    predict_all_tokens: bool = False
-    eval_mask_ratios: list[float] | None = None
-    mask_contiguous_region_prob: float | None = None
-    pre_encode: bool = False
-    batch_size_t2i: int = 10
-    batch_size_lm: int = 4
-    batch_size_mmu: int = 10
-    batch_size: int = 1  # images generated at once by the inference scripts
-    trainable: str = "all"  # new: only parameters that the language model did not have, see docs/backbones.md
-    mixed_precision: str = "bf16"
-    enable_tf32: bool = True
-    seed: int | None = 10086
-    max_train_steps: int = 500000
-    overfit_one_batch: bool = False
-    cond_dropout_prob: float = 0.1
-    min_masking_rate: float = 0.0
-    label_smoothing: float = 0.0
-    max_grad_norm: float | None = None
-    guidance_scale: float = 1.5
-    generation_timesteps: int = 12
-    generation_temperature: float = 1.0
-    t2i_coeff: float = 1.0
-    lm_coeff: float = 0.1
-    mmu_coeff: float = 1.0
-    und_mask_ratio: float = 0.0  # masks a random share, up to this one, of the image tokens of mmu rows
-    vq_dtype: str = "fp32"  # of the image tokenizer's encoder; bf16 changes some codes
-    vq_compile: bool = False  # compiles the image tokenizer's encoder
-    max_nonfinite_batches: int | None = 10  # skipped batches with NaN or Inf losses before the run ends; null: no check
-    ema_decay: float | None = (
-        None  # keeps an exponential moving average of the weights, which is saved and sampled from
+class LoopSection(SeedSection):
+    gradient_accumulation_steps: int = setting(1, "batches of an optimiser step", low=1)
+    mixed_precision: str = setting("bf16", "precision of the forward pass", choices=("no", "bf16", "fp16"))
+    enable_tf32: bool = setting(True, "TF32 for fp32 matrix products on GPUs", free=True)
+    max_train_steps: int = setting(500000, "optimiser steps of the run", low=0)
+    overfit_one_batch: bool = setting(False, "repeat the first batch for ever, to see that the loss falls")
+    max_grad_norm: float | None = setting(None, "clip gradients to this norm; null: do not", low=0)
+    max_nonfinite_batches: int | None = setting(
+        10, "skipped batches with NaN or Inf losses before the run ends; null: no check", low=0, free=True
     )
-    mask_schedule: str = "cosine"  # the section of the same name takes precedence
+    ema_decay: float | None = setting(
+        None, "keep a moving average of the weights, which is saved and sampled from; null: none", low=0, high=1
+    )
 
 
 @dataclass
-class MaskScheduleSection:
-    schedule: str | None = None
-    params: dict[str, Any] = field(default_factory=dict)
+class RunConfig(ScriptConfig):
+    """What every trained thing has. A subclass gives `task` a default and adds its own sections."""
 
+    PURPOSE: ClassVar[str] = "training"
+    INSTEAD: ClassVar[dict[str, str]] = {"dtype": "training.mixed_precision"}
 
-@dataclass
-class SamplingSection:
-    """Approximate, faster image generation; the defaults are exact. docs/performance.md gives the cost of each."""
-
-    refresh_every: int = 1  # all keys and values are computed every so many steps; in between, known tokens keep theirs
-    guidance_start: float = 0.0  # guidance is used from this share of the steps on,
-    guidance_stop: float = 1.0  # and up to this share
-    order: str = "confidence"  # in which positions become known: confidence or halton
-
-
-@dataclass
-class TrainingConfig:
-    """Settings of the training scripts: the published sections, and where and how to run."""
-
-    task: str = "showo"  # what is trained: a module of training/tasks
-
-    wandb: WandbSection = field(default_factory=WandbSection)
-    experiment: ExperimentSection = field(default_factory=ExperimentSection)
-    model: ModelSection = field(default_factory=ModelSection)
-    dataset: DatasetSection = field(default_factory=DatasetSection)
+    task: str = setting("???", "what is trained: a module of training/tasks")
+    output_dir: str = alias("experiment.output_dir")
+    experiment: RunExperimentSection = field(default_factory=RunExperimentSection)
+    dataset: RunDatasetSection = field(default_factory=RunDatasetSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     lr_scheduler: SchedulerSection = field(default_factory=SchedulerSection)
-    training: TrainingSection = field(default_factory=TrainingSection)
-    mask_schedule: MaskScheduleSection = field(default_factory=MaskScheduleSection)
-
-    # Short names: setting the left one sets the key on the right, and both read the same value.
-    ALIASES: ClassVar[dict[str, str]] = {
-        "seed": "training.seed",
-        "output_dir": "experiment.output_dir",
-        "validation_prompts_file": "dataset.params.validation_prompts_file",
-    }
-    seed: int | None = II("training.seed")
-    output_dir: str = II("experiment.output_dir")
-    validation_prompts_file: str = II("dataset.params.validation_prompts_file")
-    device: str | None = None  # null: cuda if there is one
-    dtype: str | None = None  # null: bf16 on a GPU, fp32 on a CPU
-    attn_implementation: str = "sdpa"
-    compile: bool = False
-    conversation: str = "vicuna"  # as published; chat: the chat template of the language model (docs/backbones.md)
+    training: LoopSection = field(default_factory=LoopSection)
 
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
-        """What is wrong with the values of a merged and resolved config, one message each."""
-        found = find_problems(config)
-        if config.dtype is not None:
-            found.append("dtype has no effect on training; give training.mixed_precision")
+        found = disagreements(config, {"lr_scheduler.params.learning_rate": "optimizer.params.learning_rate"})
         if config.device not in (None, "cpu", "cuda"):
             found.append(
                 f"device is {config.device!r}, but the launcher gives each process its GPU; omit it and set "
                 "CUDA_VISIBLE_DEVICES"
             )
         return found
+
+
+def disagreements(config: DictConfig, same: dict[str, str]) -> list[str]:
+    """Messages about published keys that repeat another one, with another value."""
+    values = {key: (OmegaConf.select(config, key), OmegaConf.select(config, other)) for key, other in same.items()}
+    return [
+        f"{key} is {value} and {same[key]} is {expected}; they must agree (omit the first one)"
+        for key, (value, expected) in values.items()
+        if value != expected
+    ]
+
+
+# ---- training of Show-o ----
+
+
+@dataclass
+class ShowoExperimentSection(RunExperimentSection):
+    max_train_examples_t2i: int | None = setting(None, "samples of an epoch of the t2i flow; null: all", low=1)
+    max_train_examples_mmu: int | None = setting(None, "samples of an epoch of the mmu flow; null: all", low=1)
+
+
+@dataclass
+class TrainedShowoSection(ShowoSection):
+    load_from_showo: bool = setting(True, "false: start from the weights of llm_model_path")
+    qk_norm: bool | None = setting(None, "normalise queries and keys; null: as the family does (models/backbones.py)")
+
+
+@dataclass
+class TrainedModelSection(ModelSection):
+    showo: TrainedShowoSection = field(default_factory=TrainedShowoSection)
+    gradient_checkpointing: bool = setting(True, "recompute activations instead of keeping them: less memory, slower")
+
+
+@dataclass
+class AugmentationSection(PreprocessingSection):
+    center_crop: bool = setting(False, "no effect: images are always centre-cropped, as published")
+    random_flip: bool = setting(False, "mirror images at random")
+    und_random_flip: bool = setting(False, "mirror images of the mmu flow only")
+    und_jitter: float = setting(0.0, "shift and scale images of the mmu flow by up to this share", low=0, high=0.5)
+
+
+@dataclass
+class DataParams(LoaderParams, PromptParams):
+    train_t2i_shards_path_or_url: Any = setting(None, "data of the t2i flow: shards or ImageNet's folder", is_data=True)
+    train_mmu_shards_path_or_url: Any = setting(None, "data of the mmu flow: shards or a LLaVA JSON", is_data=True)
+    train_lm_shards_path_or_url: Any = setting(None, "data of the lm flow: parquet, jsonl or txt", is_data=True)
+    train_t2i_image_root: str | None = setting(
+        None, "folder of the file names in parquet files; null: that of the parquet file", is_data=True
+    )
+    train_mmu_image_root: str | None = setting(None, "folder of the image names in a LLaVA JSON", is_data=True)
+    eval_t2i_shards_path_or_url: Any = setting(None, "held-out data; null: none", is_data=True, free=True)
+    eval_mmu_shards_path_or_url: Any = setting(None, "held-out data; null: none", is_data=True, free=True)
+    eval_lm_shards_path_or_url: Any = setting(None, "held-out data; null: none", is_data=True, free=True)
+    eval_t2i_image_root: str | None = setting(None, "null: as for training", is_data=True, free=True)
+    eval_mmu_image_root: str | None = setting(None, "null: as for training", is_data=True, free=True)
+    class_names_path: str | None = setting(
+        None, "imagenet1k: a file with the name of each class folder, one per line or as JSON"
+    )
+    image_column: str | None = setting(None, "of parquet files with images; null: the first with a usual name")
+    text_column: str | None = setting(None, "of parquet files with images; null: the first with a usual name")
+    lm_column: str = setting("content", "text column of parquet and jsonl files of the lm flow")
+    add_caption_prompt: bool = setting(True, "ask for a caption before each caption of the mmu flow")
+    external_caption_path: str | None = setting(None, "folder of better captions; the next three are read with it only")
+    external_journeydb_caption_path: str | None = setting(None, "JourneyDB's JSON of captions")
+    external_laion12m_caption_path: str | None = setting(None, "folder of captions for LAION shards")
+    external_cc12m_caption_path: str | None = setting(None, "folder of captions for CC12M shards")
+    resolution: int = setting(II("dataset.preprocessing.resolution"), "published key; must agree")
+    batch_size: int | None = setting(II("training.batch_size"), "published key; must agree", free=True)
+
+
+@dataclass
+class DatasetSection(RunDatasetSection):
+    gen_type: str = setting("t2i", "data of the t2i flow", choices=("imagenet1k", "t2i", "t2i_parquet"))
+    und_type: str = setting(
+        "captioning",
+        "data of the mmu flow",
+        choices=("captioning", "captioning_parquet", "llava_pretrain", "llava_tuning"),
+    )
+    combined_loader_mode: str = setting(
+        "max_size_cycle", "which flow's end is that of the epoch", choices=("max_size_cycle", "min_size")
+    )
+    add_system_prompt: bool = setting(False, "begin conversations with LLaVA's system prompt")
+    packing: bool = setting(False, "several samples in a row, so that no padding is computed; same losses")
+    packing_length: int | None = setting(
+        None, "maximum length of a packed row; null: four times an ordinary row's", low=1
+    )
+    params: DataParams = field(default_factory=DataParams)
+    preprocessing: AugmentationSection = field(default_factory=AugmentationSection)
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        found = []
+        if config.dataset.packing and config.compile and config.attn_implementation == "sdpa":
+            found.append(
+                "dataset.packing with compile=true recompiles at every step under attn_implementation=sdpa; give "
+                "flex_attention, or drop one of the two"
+            )
+        if config.dataset.add_system_prompt and config.conversation == "chat":
+            found.append(
+                "dataset.add_system_prompt has no effect with conversation=chat, whose template has its own; leave it "
+                "out"
+            )
+        if config.dataset.packing_length is not None and not config.dataset.packing:
+            found.append("dataset.packing_length has no effect without dataset.packing=true")
+        return found
+
+
+@dataclass
+class TrainingSection(LoopSection, GenerationSection):
+    noise_type: str = setting("mask", "noise on image tokens", choices=("mask", "random_replace"))
+    predict_all_tokens: bool = setting(False, "t2i loss at all image tokens, not at masked ones only")
+    eval_mask_ratios: list[float] | None = setting(None, "evaluate t2i at these too; null: as in training", free=True)
+    mask_contiguous_region_prob: float | None = setting(
+        None, "share of images whose masked tokens are one rectangle", low=0, high=1
+    )
+    pre_encode: bool = setting(False, "no effect; tools/encode_images.py encodes shards", choices=(False,))
+    batch_size_t2i: int = setting(10, "rows of the t2i flow in a batch; 0: off", low=0)
+    batch_size_lm: int = setting(4, "rows of the lm flow in a batch; 0: off", low=0)
+    batch_size_mmu: int = setting(10, "rows of the mmu flow in a batch; 0: off", low=0)
+    trainable: str = setting(
+        "all", "new: only what the language model did not have (docs/backbones.md)", choices=("all", "new", "lora")
+    )
+    cond_dropout_prob: float = setting(0.1, "share of prompts that are left out, for guidance", low=0, high=1)
+    min_masking_rate: float = setting(0.0, "least share of masked image tokens", low=0, high=1)
+    label_smoothing: float = setting(0.0, "of the t2i loss", low=0, high=1)
+    t2i_coeff: float = setting(1.0, "weight of the t2i loss")
+    lm_coeff: float = setting(0.1, "weight of the lm loss")
+    mmu_coeff: float = setting(1.0, "weight of the mmu loss")
+    und_mask_ratio: float = setting(
+        0.0, "mask a random share, up to this one, of the image tokens of mmu rows", low=0, high=1
+    )
+    vq_dtype: str = setting("fp32", "of the image tokenizer; bf16 changes some codes", choices=("fp32", "bf16"))
+    vq_compile: bool = setting(False, "run the image tokenizer's encoder through torch.compile")
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        if config.training.trainable == "lora":
+            return ["training.trainable=lora is not built yet; give new to keep the language model as it is, or all"]
+        return []
+
+
+@dataclass
+class TrainingConfig(ShowoScript, RunConfig):
+    """Settings of training/train.py and train_w_clip_vit.py."""
+
+    task: str = "showo"
+    validation_prompts_file: str = alias("dataset.params.validation_prompts_file")
+    experiment: ShowoExperimentSection = field(default_factory=ShowoExperimentSection)
+    model: TrainedModelSection = field(default_factory=TrainedModelSection)
+    dataset: DatasetSection = field(default_factory=DatasetSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        same = {"dataset.params.resolution": "dataset.preprocessing.resolution"}
+        return disagreements(config, same | {"dataset.params.batch_size": "training.batch_size"})
 
     @staticmethod
     def unread(config: DictConfig) -> list[str]:
@@ -257,186 +407,87 @@ class TrainingConfig:
         return data_paths(config, [flow for flow in FLOWS if sizes[f"batch_size_{flow}"] == 0])
 
 
-@dataclass
-class InferenceConfig(TrainingConfig):
-    """Settings of the inference scripts: the above and the published command-line keys (spec §13)."""
-
-    ALIASES: ClassVar[dict[str, str]] = {
-        "seed": "training.seed",
-        "validation_prompts_file": "dataset.params.validation_prompts_file",
-        "batch_size": "training.batch_size",
-        "guidance_scale": "training.guidance_scale",
-        "generation_timesteps": "training.generation_timesteps",
-        "generation_temperature": "training.generation_temperature",
-    }
-    output_dir: str | None = None  # null: {experiment.output_dir}/{mode}
-    batch_size: int = II("training.batch_size")
-    guidance_scale: float = II("training.guidance_scale")
-    generation_timesteps: int = II("training.generation_timesteps")
-    generation_temperature: float = II("training.generation_temperature")
-    cpu_kernels: bool = True  # on a CPU in fp32: faster products for few rows, the same tokens
-    sampling: SamplingSection = field(default_factory=SamplingSection)
-
-    mode: str | None = None  # t2i, inpainting, extrapolation
-    prompt: str | None = None  # several, and several directions or questions, are split at " *** "
-    image_path: str | None = None
-    inpainting_mask_path: str | None = None
-    extra_direction: str | None = None
-    offset: int = 0
-    num_images_per_prompt: int | None = None  # null: 1, but batch_size for inpainting and extrapolation, as published
-
-    question: str | None = None
-    mmu_image_root: str | None = None
-    max_new_tokens: int = 100
-    temperature: float = 1.0  # of answers; images have generation_temperature
-    top_k: int | None = 1
-    top_p: float | None = None
-
-    @staticmethod
-    def problems(config: DictConfig) -> list[str]:
-        """As for training, but any `dtype` and `device` may be chosen."""
-        return find_problems(config)
-
-    @staticmethod
-    def unread(config: DictConfig) -> list[str]:
-        """All data paths, so that a training file can be used for inference without its data."""
-        return data_paths(config, FLOWS)
-
-
-ShowoScriptConfig = InferenceConfig
-
-CHOICES = {
-    "mode": ("t2i", "inpainting", "extrapolation"),
-    "sampling.order": ("confidence", "halton"),
-    "dtype": ("fp32", "bf16", "fp16"),
-    "attn_implementation": ("sdpa", "eager", "flex_attention"),
-    "conversation": ("vicuna", "chat"),
-    "wandb.mode": ("online", "offline", "disabled"),
-    "model.vq_model.type": ("magvitv2",),
-    "dataset.gen_type": ("imagenet1k", "t2i", "t2i_parquet"),
-    "dataset.und_type": ("captioning", "captioning_parquet", "llava_pretrain", "llava_tuning"),
-    "dataset.combined_loader_mode": ("max_size_cycle", "min_size"),
-    "optimizer.name": ("adamw",),
-    "lr_scheduler.scheduler": (
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-    ),
-    "training.pre_encode": (False,),
-    "training.trainable": ("all", "new", "lora"),
-    "training.vq_dtype": ("fp32", "bf16"),
-    "training.noise_type": ("mask", "random_replace"),
-    "training.mixed_precision": ("no", "bf16", "fp16"),
-}
-
-RANGES = {  # both ends are allowed, infinite values never
-    **{f"experiment.{what}_every": (1, math.inf) for what in ("save", "eval", "generate", "log", "log_grad_norm")},
-    "dataset.preprocessing.max_seq_length": (1, math.inf),
-    "dataset.preprocessing.resolution": (8, math.inf),
-    "dataset.params.shuffle_buffer_size": (0, math.inf),
-    "dataset.params.num_workers": (0, math.inf),
-    "dataset.params.max_skipped_fraction": (0, 1),
-    "experiment.max_train_examples_t2i": (1, math.inf),
-    "experiment.max_train_examples_mmu": (1, math.inf),
-    "optimizer.params.learning_rate": (0, math.inf),
-    "lr_scheduler.params.warmup_steps": (0, math.inf),
-    "dataset.packing_length": (1, math.inf),
-    "training.gradient_accumulation_steps": (1, math.inf),
-    "training.batch_size_t2i": (0, math.inf),
-    "training.batch_size_lm": (0, math.inf),
-    "training.batch_size_mmu": (0, math.inf),
-    "training.batch_size": (1, math.inf),
-    "training.max_train_steps": (0, math.inf),
-    "training.cond_dropout_prob": (0, 1),
-    "training.min_masking_rate": (0, 1),
-    "training.mask_contiguous_region_prob": (0, 1),
-    "training.label_smoothing": (0, 1),
-    "training.und_mask_ratio": (0, 1),
-    "training.ema_decay": (0, 1),
-    "training.max_nonfinite_batches": (0, math.inf),
-    "training.max_grad_norm": (0, math.inf),
-    "experiment.eval_batches": (1, math.inf),
-    "experiment.checkpoints_total_limit": (1, math.inf),
-    "dataset.preprocessing.und_jitter": (0, 0.5),
-    "training.guidance_scale": (0, math.inf),
-    "training.generation_timesteps": (1, math.inf),
-    "training.generation_temperature": (0, math.inf),
-    "sampling.refresh_every": (1, math.inf),
-    "sampling.guidance_start": (0, 1),
-    "sampling.guidance_stop": (0, 1),
-    "num_images_per_prompt": (1, math.inf),
-    "max_new_tokens": (1, math.inf),
-    "temperature": (0, math.inf),
-    "top_k": (1, math.inf),
-    "top_p": (0, 1),
-    "training.seed": (0, 2**63 - 1),
-}
-ABOVE_LOW = ("top_p",)  # the lower end is not allowed
-
-FLOWS = ("t2i", "mmu", "lm")
-SHARDS = [f"dataset.params.{split}_{flow}_shards_path_or_url" for split in ("train", "eval") for flow in FLOWS]
-
-
 def data_paths(config: DictConfig, flows: Iterable[str]) -> list[str]:
     """The keys of these flows' paths, for training and evaluation."""
     starts = tuple(f"{split}_{flow}_" for split in ("train", "eval") for flow in flows)
     return [f"dataset.params.{name}" for name in config.dataset.params if name.startswith(starts)]
 
 
-def out_of_range(config: DictConfig, ranges: dict[str, tuple[float, float]] | None = None) -> list[str]:
-    """Messages about values that are not in `CHOICES`, or outside `RANGES` or `ranges`; absent keys are fine."""
-    found = []
-    for key, allowed in CHOICES.items():
-        value = OmegaConf.select(config, key)
-        if value is not None and value not in allowed:
-            found.append(f"{key} is {value!r}; allowed: {', '.join(map(str, allowed))}")
-    for key, (low, high) in (RANGES | (ranges or {})).items():
-        value = OmegaConf.select(config, key)
-        if value is None or (low <= value <= high and math.isfinite(value) and (value > low or key not in ABOVE_LOW)):
-            continue
-        allowed = f"{low} or more" if high > 1 else f"from {low} to {high}"
-        allowed = f"more than {low}, up to {high}" if key in ABOVE_LOW else allowed
-        found.append(f"{key} is {value}; it must be {allowed}")
-    return found
+# ---- inference ----
 
 
-def find_problems(config: DictConfig) -> list[str]:
-    """Messages about values of the right type that are invalid, contradictory or would be ignored silently."""
-    found = out_of_range(config)
-    if config.dataset.packing and config.compile and config.attn_implementation == "sdpa":
-        found.append(
-            "dataset.packing with compile=true recompiles at every step under attn_implementation=sdpa; give "
-            "flex_attention, or drop one of the two"
-        )
-    if config.dataset.add_system_prompt and config.conversation == "chat":
-        found.append(
-            "dataset.add_system_prompt has no effect with conversation=chat, whose template has its own; leave it out"
-        )
-    if config.training.trainable == "lora":
-        found.append("training.trainable=lora is not built yet; give new to keep the language model as it is, or all")
-    if config.dataset.packing_length is not None and not config.dataset.packing:
-        found.append("dataset.packing_length has no effect without dataset.packing=true")
-    for key in SHARDS:
-        value = OmegaConf.select(config, key)
-        paths = value if OmegaConf.is_list(value) else [value]
-        if value is not None and not all(isinstance(path, str) for path in paths):
-            found.append(f"{key} is {value!r}; it must be one path or a list of paths")
-    for key, same in (
-        ("dataset.params.resolution", "dataset.preprocessing.resolution"),
-        ("lr_scheduler.params.learning_rate", "optimizer.params.learning_rate"),
-        ("dataset.params.batch_size", "training.batch_size"),
-    ):
-        value, expected = OmegaConf.select(config, key), OmegaConf.select(config, same)
-        if value != expected:
-            found.append(f"{key} is {value} and {same} is {expected}; they must agree (omit the first one)")
-    sampling = OmegaConf.select(config, "sampling")
-    if sampling is not None and sampling.guidance_start > sampling.guidance_stop:
-        span = f"{sampling.guidance_start} and {sampling.guidance_stop}"
-        found.append(f"sampling.guidance_start and sampling.guidance_stop are {span}; the first must not be larger")
-    return found
+@dataclass
+class InferenceDatasetSection:
+    preprocessing: PreprocessingSection = field(default_factory=PreprocessingSection)
+
+
+@dataclass
+class PromptedDatasetSection(InferenceDatasetSection):
+    params: PromptParams = field(default_factory=PromptParams)
+
+
+@dataclass
+class SamplingSection:
+    refresh_every: int = setting(
+        1, "compute all keys and values every so many steps; in between, known tokens keep theirs", low=1
+    )
+    guidance_start: float = setting(0.0, "guidance from this share of the steps on", low=0, high=1)
+    guidance_stop: float = setting(1.0, "guidance up to this share of the steps", low=0, high=1)
+    order: str = setting("confidence", "in which positions become known", choices=("confidence", "halton"))
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        start, stop = config.sampling.guidance_start, config.sampling.guidance_stop
+        if start > stop:
+            span = f"{start} and {stop}; the first must not be larger"
+            return [f"sampling.guidance_start and sampling.guidance_stop are {span}"]
+        return []
+
+
+@dataclass
+class PipelineConfig(ShowoScript, ScriptConfig):
+    """What the inference scripts and evaluate.py have: the model, and how it generates images and answers."""
+
+    PURPOSE: ClassVar[str] = "inference"
+    INSTEAD: ClassVar[dict[str, str]] = {"training.mixed_precision": "dtype"}
+
+    batch_size: int = alias("training.batch_size")
+    guidance_scale: float = alias("training.guidance_scale")
+    generation_timesteps: int = alias("training.generation_timesteps")
+    generation_temperature: float = alias("training.generation_temperature")
+    max_new_tokens: int = setting(100, "longest answer, in tokens", low=1)
+    temperature: float = setting(1.0, "of answers; images have generation_temperature", low=0)
+    top_k: int | None = setting(1, "answers choose among this many tokens; 1: greedy; null: all", low=1)
+    top_p: float | None = setting(None, "answers choose among the tokens of this probability", above=0, high=1)
+    dtype: str | None = setting(
+        None, "precision of the weights; null: bf16 on a GPU, fp32 on a CPU", choices=("fp32", "bf16", "fp16")
+    )
+    cpu_kernels: bool = setting(True, "on a CPU in fp32: faster products for few rows, the same tokens")
+    experiment: ExperimentSection = field(default_factory=ExperimentSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    dataset: InferenceDatasetSection = field(default_factory=InferenceDatasetSection)
+    training: GenerationSection = field(default_factory=GenerationSection)
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+
+
+@dataclass
+class InferenceConfig(PipelineConfig):
+    """Settings of inference_t2i.py and inference_mmu.py, with the published command-line keys (spec §13)."""
+
+    output_dir: str | None = setting(None, "null: {experiment.output_dir}/{mode}, or /mmu")
+    mode: str | None = setting(None, "what inference_t2i.py does", choices=("t2i", "inpainting", "extrapolation"))
+    prompt: str | None = setting(None, "what to generate; ' *** ' separates several")
+    validation_prompts_file: str = alias("dataset.params.validation_prompts_file")
+    image_path: str | None = setting(None, "image to inpaint or extrapolate")
+    inpainting_mask_path: str | None = setting(None, "image whose white regions are regenerated")
+    extra_direction: str | None = setting(None, "left, right, up or down; ' *** ' separates several, taken in turn")
+    offset: int = setting(0, "shifts what extrapolation keeps, in tokens")
+    num_images_per_prompt: int | None = setting(
+        None, "null: 1, but batch_size for inpainting and extrapolation, as published", low=1
+    )
+    question: str | None = setting(None, "what to ask about every image; ' *** ' separates several")
+    mmu_image_root: str | None = setting(None, "folder of images to ask about, or one image")
+    dataset: PromptedDatasetSection = field(default_factory=PromptedDatasetSection)
 
 
 def mask_schedule_of(config: DictConfig) -> tuple[str, dict[str, Any]]:

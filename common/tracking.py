@@ -15,7 +15,7 @@ from PIL import Image
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError
-from common.schema import CHOICES
+from common.schema import WANDB_MODES
 
 INIT_TIMEOUT = 20  # seconds; an online run that has not started by then becomes an offline one
 
@@ -145,8 +145,8 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
         UserError: the environment variable WANDB_MODE has an unknown value.
     """
     mode = options.get("mode") or os.environ.get("WANDB_MODE") or None
-    if mode not in (None, *CHOICES["wandb.mode"]):
-        raise UserError(f"WANDB_MODE is {mode!r}; allowed: {', '.join(CHOICES['wandb.mode'])}")
+    if mode not in (None, *WANDB_MODES):
+        raise UserError(f"WANDB_MODE is {mode!r}; allowed: {', '.join(WANDB_MODES)}")
     if mode == "disabled":
         return None
     try:

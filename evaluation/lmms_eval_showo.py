@@ -1,7 +1,7 @@
 """Show-o as a model of the lmms-eval harness (0.7 or later), so that its tasks run too.
 
     pip install lmms-eval
-    python3 evaluation/lmms_eval_showo.py --model showo --batch_size 8 --tasks mme,ai2d \
+    python3 evaluation/lmms_eval_showo.py --model showo --batch_size 8 --tasks mme,ai2d \\
         --model_args config=configs/showo_demo_512x512.yaml
 
 All other arguments are the harness's own. `model_args` takes `config=` and any key of it, as in `dtype=fp32`. One

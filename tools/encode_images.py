@@ -1,6 +1,6 @@
 """Turns shards of images into shards of image codes, so that the tokenizer runs once and not in every epoch.
 
-    python3 tools/encode_images.py shards='data/pets/train-{000000..000011}.tar' output=data/pets_codes/train \
+    python3 tools/encode_images.py shards='data/pets/train-{000000..000011}.tar' output=data/pets_codes/train \\
         vq_model_name=showlab/magvitv2 resolution=256
     torchrun --standalone --nproc_per_node 8 tools/encode_images.py …      (or accelerate launch)
 
@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
+from common.settings import setting
 from models import MAGVITv2
 from models.images import normalized
 from models.loading import PUBLISHED_VQ, choose_device, load_image_tokenizer
@@ -51,15 +52,15 @@ NEAR_ZERO = 3e-5
 
 @dataclass
 class EncodeImagesConfig:
-    shards: Any = "???"  # path, brace list, glob or folder, or a list of them
-    output: str = "???"  # prefix of the new shards: {output}-000000.tar
-    vq_model_name: str = PUBLISHED_VQ  # folder or hub name
-    resolution: int = 256
-    batch_size: int = 32
-    device: str = ""  # empty: the process's own GPU if there is one
-    num_workers: int = 4  # threads that decode images
-    keep_images: bool = False  # beside their codes
-    overwrite: bool = False  # another data set of this prefix
+    shards: Any = setting("???", "path, brace list, glob or folder, or a list of them", is_data=True)
+    output: str = setting("???", "prefix of the new shards: {output}-000000.tar")
+    vq_model_name: str = setting(PUBLISHED_VQ, "image tokenizer: a folder or hub name")
+    resolution: int = setting(256, "pixels per side of the images that are encoded", low=1)
+    batch_size: int = setting(32, "images that are encoded at once", low=1)
+    device: str = setting("", "empty: the process's own GPU if there is one")
+    num_workers: int = setting(4, "threads that decode images", low=1)
+    keep_images: bool = setting(False, "keep the images beside their codes")
+    overwrite: bool = setting(False, "replace another data set of this prefix")
 
 
 # ---- images to codes ----
@@ -178,10 +179,8 @@ def load_tokenizer(config, device: torch.device) -> MAGVITv2:
     """The image tokenizer in fp32.
 
     Raises:
-        UserError: it does not exist or cannot make such codes, or a setting makes no sense.
+        UserError: it does not exist or cannot make such codes.
     """
-    if small := [f"{key}={config[key]}" for key in ("resolution", "batch_size", "num_workers") if config[key] < 1]:
-        raise UserError(f"{', '.join(small)} must be at least 1")
     vq_model = load_image_tokenizer(config.vq_model_name)
     if config.resolution % vq_model.downsampling_factor:
         raise UserError(

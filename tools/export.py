@@ -9,6 +9,7 @@ The new folder is whole or absent. Where `to` is a checkpoint already, its weigh
 
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -16,30 +17,22 @@ if __name__ == "__main__":
 
 import torch
 
-from common.config import REPOSITORY, resolve_path
+from common.config import REPOSITORY, read_settings, resolve_path
 from common.errors import UserError, run_cli
+from common.settings import setting
 from models import MAGVITv2, Showo
 from models.checkpoint_io import INDEX_NAMES, read_json, resolve_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLASSES = {"Showo": Showo, "showo": Showo, "MAGVITv2": MAGVITv2, "magvitv2": MAGVITv2}
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
-USAGE = "for example from=outputs/run/checkpoint-1000/unwrapped_model to=checkpoints/mine dtype=bf16"
 
 
-def read_arguments(argv: list[str]) -> tuple[str, str, str]:
-    """(from, to, dtype); the default dtype is bf16."""
-    values = {"dtype": "bf16"}
-    for argument in argv:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in ("from", "to", "dtype"):
-            raise UserError(f"unknown argument {argument!r}; the arguments are from, to and dtype, {USAGE}")
-        values[key] = value
-    if missing := [key for key in ("from", "to") if not values.get(key)]:
-        raise UserError(f"{' and '.join(missing)} not given; {USAGE}")
-    if values["dtype"] not in DTYPES:
-        raise UserError(f"dtype is {values['dtype']!r}; allowed: {', '.join(DTYPES)}")
-    return values["from"], values["to"], values["dtype"]
+@dataclass
+class ExportConfig:
+    from_: str = setting("???", "folder of a trained Showo or MAGVITv2")
+    to: str = setting("???", "the folder to write")
+    dtype: str = setting("bf16", "precision of the weights", choices=tuple(DTYPES))
 
 
 def load(folder: Path, dtype: torch.dtype) -> Showo | MAGVITv2:
@@ -97,7 +90,8 @@ def export(source: str, target: str, dtype: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    print(export(*read_arguments(argv)))
+    config = read_settings(argv, ExportConfig, "from=outputs/run/checkpoint-1000/unwrapped_model to=checkpoints/mine")
+    print(export(config.from_, config.to, config.dtype))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Turns a LLaVA-format JSON and its images into WebDataset shards for the captioning flow.
 
-    python3 tools/llava_shards.py json=data/emoji_world/llava_train.json image_root=data/emoji_world/images \
+    python3 tools/llava_shards.py json=data/emoji_world/llava_train.json image_root=data/emoji_world/images \\
         output=data/emoji_world/shards/qa repeat=name:3
 
     … json=llava_v1_5_mix665k.json image_root=llava_data output=data/llava/tuning records=true
@@ -26,18 +26,19 @@ import webdataset
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
+from common.settings import setting
 from llava import question_prompt_vq
 
 
 @dataclass
 class LlavaShardsConfig:
-    json: str = "???"
-    image_root: str = "???"
-    output: str = "???"  # prefix of the shards: {output}-000000.tar
-    repeat: str = ""  # task:times, comma-separated
-    records: bool = False  # complete records for the llava flows, instead of questions for the captioning flow
-    shard_size: int = 2000
-    seed: int = 0
+    json: str = setting("???", "records in LLaVA's format")
+    image_root: str = setting("???", "folder that their image names are relative to")
+    output: str = setting("???", "prefix of the shards: {output}-000000.tar")
+    repeat: str = setting("", "task:times, comma-separated; empty: every record once")
+    records: bool = setting(False, "whole records for the llava flows, instead of questions for the captioning flow")
+    shard_size: int = setting(2000, "samples in a shard", low=1)
+    seed: int = setting(0, "of the shuffled order")
 
 
 def samples(records: list[dict], image_root: Path, repeat: dict[str, int], whole: bool) -> Iterator[dict]:

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
+from common.settings import setting
 from tools.captioned import (
     NO_CAPTION,
     Captioned,
@@ -67,27 +68,26 @@ from training.data.sources import EMPTY_TEXT, MALFORMED_ITEM, MISSING_FILE, UNRE
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # PIL's name → member; others become PNG
 CLASS_FOLDERS = "folders"  # in place of a table
-CAPTIONS_PER_IMAGE = ("each", "join", "first")
 
 
 @dataclass
 class MakeShardsConfig:
-    source: str = "???"  # folder of images or of a Hugging Face data set
-    output: str = "???"  # prefix of the shards: {output}-000000.tar
-    captions: str = ""  # table that names images in `source`; `folders`: their classes; empty: those found in `source`
-    image_column: str = ""  # of a table or parquet; empty: the usual names
-    caption_column: str = ""
-    split: str = ""  # of a Hugging Face data set; needed where it has several
-    captions_per_image: str = "each"
-    txt_lines: bool = False  # each line of a .txt beside an image is a caption
-    metadata: bool = False  # a member `json` with the other columns
-    resize: int = 0  # larger images are scaled until their shorter side is this; 0 keeps every byte
-    quality: int = 95  # of the JPEG and WebP images that were scaled
-    shard_size: int = 1000  # samples in a shard
-    shuffle: bool = True  # parquet: row groups, and rows within each
-    seed: int = 0
-    num_workers: int = 4  # threads that read and check images
-    overwrite: bool = False  # another data set of this prefix
+    source: str = setting("???", "folder of images or of a Hugging Face data set")
+    output: str = setting("???", "prefix of the shards: {output}-000000.tar")
+    captions: str = setting("", "table that names images in source; folders: their classes; empty: those in source")
+    image_column: str = setting("", "of a table or parquet; empty: the usual names")
+    caption_column: str = setting("", "of a table or parquet; empty: the usual names")
+    split: str = setting("", "of a Hugging Face data set; needed where it has several")
+    captions_per_image: str = setting("each", "samples of an image", choices=("each", "join", "first"))
+    txt_lines: bool = setting(False, "each line of a .txt beside an image is a caption")
+    metadata: bool = setting(False, "add a member json with the other columns")
+    resize: int = setting(0, "scale larger images until their shorter side is this; 0 keeps every byte", low=0)
+    quality: int = setting(95, "of the JPEG and WebP images that were scaled", low=1, high=100)
+    shard_size: int = setting(1000, "samples in a shard", low=1)
+    shuffle: bool = setting(True, "shuffle images; of parquet, row groups, and rows within each")
+    seed: int = setting(0, "of the shuffled order")
+    num_workers: int = setting(4, "threads that read and check images", low=1)
+    overwrite: bool = setting(False, "replace another data set of this prefix")
 
 
 # ---- where images and captions are ----
@@ -141,7 +141,7 @@ def entries_of(source: CaptionedSource, config) -> Iterator[Captioned | Skipped]
 
 
 def split_captions(entry: Captioned | Skipped, how: str) -> list[Captioned | Skipped]:
-    """The entries with one caption that an entry becomes; `how` is of `CAPTIONS_PER_IMAGE`."""
+    """The entries with one caption that an entry becomes; `how` is the setting `captions_per_image`."""
     if isinstance(entry, Skipped):
         return [entry]
     captions = [caption.strip() for caption in entry.captions]
@@ -285,23 +285,8 @@ def publish(new: Path, prefix: Path) -> None:
     manifest_path(new).rename(manifest_path(prefix))
 
 
-def check_settings(config) -> None:
-    """Raises `UserError` for values that make no sense, all of them in one message."""
-    problems = []
-    if config.captions_per_image not in CAPTIONS_PER_IMAGE:
-        problems.append(f"captions_per_image={config.captions_per_image} must be {', '.join(CAPTIONS_PER_IMAGE)}")
-    problems += [f"{key}={config[key]} must be at least 1" for key in ("shard_size", "num_workers") if config[key] < 1]
-    if config.resize < 0:
-        problems.append(f"resize={config.resize} must be the shorter side in pixels, or 0")
-    if not 1 <= config.quality <= 100:
-        problems.append(f"quality={config.quality} must be 1 to 100")
-    if problems:
-        raise UserError("; ".join(problems))
-
-
 def main(argv: list[str]) -> None:
     config = read_settings(argv, MakeShardsConfig, "source=~/pets output=data/pets/train")
-    check_settings(config)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit, which is allowed
     manifest, counters = make_shards(open_source(config), config)
     print(f"{config.output}: {manifest['samples']} samples in {len(manifest['shards'])} shards")

@@ -29,11 +29,11 @@ from matplotlib.lines import Line2D
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
+from common.settings import setting
 
 FLOWS = {"t2i": "text to image", "mmu": "image to text", "lm": "text"}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#444444")  # told apart by all eyes
 ROWS = {"loss": "loss", "accuracy": "token accuracy", "lr": "learning rate"}
-LAYOUTS = ("columns", "overlay")
 WINDOWS = 40  # the running mean looks back over this share of a run
 STYLE = {
     "axes.grid": True,
@@ -51,11 +51,11 @@ Column = tuple[str, list[tuple["Run", str, str]]]  # title, lines: run, flow, co
 
 @dataclass
 class PlotConfig:
-    runs: str = "???"  # comma-separated folders or metrics.jsonl files
-    output: str = "curves.png"
-    labels: str = ""  # comma-separated, one for each run; empty: the folders' names
-    layout: str = "columns"  # or overlay
-    title: str = ""
+    runs: str = setting("???", "comma-separated folders or metrics.jsonl files")
+    output: str = setting("curves.png", "the file to write; its suffix sets the format")
+    labels: str = setting("", "comma-separated, one for each run; empty: the folders' names")
+    layout: str = setting("columns", "runs side by side, or in the same axes", choices=("columns", "overlay"))
+    title: str = setting("", "above the figure")
 
 
 @dataclass
@@ -246,8 +246,6 @@ def main(argv: list[str]) -> None:
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if output.suffix.lstrip(".") not in formats:
         raise UserError(f"output={config.output} must end in one of .{', .'.join(formats)}")
-    if config.layout not in LAYOUTS:
-        raise UserError(f"layout={config.layout} must be one of {', '.join(LAYOUTS)}")
     runs = read_runs(config)
     with plt.rc_context(STYLE):
         figure = plot(runs, config.layout, config.title)

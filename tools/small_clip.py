@@ -18,35 +18,29 @@ from omegaconf import DictConfig
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from common.config import read_settings
-from common.errors import UserError, run_cli
+from common.errors import run_cli
+from common.settings import setting
 from models.checkpoint_io import quietly
 from models.clip_encoder import image_processor_class, num_features
 
 
 @dataclass
 class SmallClipConfig:
-    output_dir: str = "???"
-    image_size: int = 64
-    patch_size: int = 8  # 64 features for an image of 64 x 64
-    hidden_size: int = 192
-    layers: int = 3  # the last one is not used: features are the hidden state before it
-    heads: int = 3
-    seed: int = 0
+    output_dir: str = setting("???", "the folder to make")
+    image_size: int = setting(64, "pixels per side", low=1)
+    patch_size: int = setting(8, "pixels per side of a feature: 64 features for an image of 64 x 64", low=1)
+    hidden_size: int = setting(192, "width", low=1)
+    layers: int = setting(3, "layers; the last one is not used: features are the hidden state before it", low=1)
+    heads: int = setting(3, "attention heads", low=1)
+    seed: int = setting(0, "of the random weights", low=0)
 
-
-def check(config: DictConfig) -> None:
-    """Sizes that make no tower.
-
-    Raises:
-        UserError: a size is below its least, or does not divide the other; all of them in one message.
-    """
-    least = {"image_size": 1, "patch_size": 1, "hidden_size": 1, "layers": 1, "heads": 1, "seed": 0}
-    problems = [f"{key} is {config[key]}, it must be {low} or more" for key, low in least.items() if config[key] < low]
-    for whole, part in (("image_size", "patch_size"), ("hidden_size", "heads")):
-        if not problems and config[whole] % config[part]:
-            problems.append(f"{whole} is {config[whole]}, it must be a multiple of {part} ({config[part]})")
-    if problems:
-        raise UserError("; ".join(problems))
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        return [
+            f"{whole} is {config[whole]}; it must be a multiple of {part} ({config[part]})"
+            for whole, part in (("image_size", "patch_size"), ("hidden_size", "heads"))
+            if config[part] > 0 and config[whole] % config[part]
+        ]
 
 
 def make_tower(config: DictConfig) -> CLIPVisionModel:
@@ -62,7 +56,6 @@ def make_tower(config: DictConfig) -> CLIPVisionModel:
 
 def main(argv: list[str]) -> None:
     config = read_settings(argv, SmallClipConfig, "output_dir=outputs/tiny-clip")
-    check(config)
     side = {"height": config.image_size, "width": config.image_size}
     with quietly():
         make_tower(config).save_pretrained(config.output_dir)

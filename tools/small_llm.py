@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
+from common.settings import setting
 from models.backbones import BACKBONES, DEFAULT_MODEL_TYPE
 
 END_OF_TEXT = "<|endoftext|>"  # bos, eos and unk at once, as in the published model's tokenizer
@@ -26,18 +27,18 @@ END_OF_TEXT = "<|endoftext|>"  # bos, eos and unk at once, as in the published m
 
 @dataclass
 class SmallLlmConfig:
-    corpus: str = "???"  # text file, one text per line
-    output_dir: str = "???"
-    family: str = DEFAULT_MODEL_TYPE  # one of models/backbones.py
-    vocab_size: int = 1000  # the end-of-text token counted
-    hidden_size: int = 192
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 3
-    num_key_value_heads: int | None = None  # null: as many; several heads may share keys and values
-    intermediate_size: int = 768
-    hidden_act: str | None = None  # null: the family's
-    max_position_embeddings: int = 512
-    tie_word_embeddings: bool = True
+    corpus: str = setting("???", "text file, one text per line")
+    output_dir: str = setting("???", "the folder to make")
+    family: str = setting(DEFAULT_MODEL_TYPE, "kind of language model", choices=tuple(BACKBONES))
+    vocab_size: int = setting(1000, "entries of the tokenizer, the end-of-text token counted", low=1)
+    hidden_size: int = setting(192, "width", low=1)
+    num_hidden_layers: int = setting(6, "layers", low=1)
+    num_attention_heads: int = setting(3, "attention heads", low=1)
+    num_key_value_heads: int | None = setting(None, "heads of keys and values, to be shared; null: as many", low=1)
+    intermediate_size: int = setting(768, "width of the feed-forward layers", low=1)
+    hidden_act: str | None = setting(None, "activation; null: the family's")
+    max_position_embeddings: int = setting(512, "longest row", low=1)
+    tie_word_embeddings: bool = setting(True, "one matrix for embeddings and head")
 
 
 def train_tokenizer(lines: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -67,8 +68,6 @@ def main(argv: list[str]) -> None:
     corpus = Path(config.corpus)
     if not corpus.is_file():
         raise UserError(f"corpus={corpus} does not exist")
-    if config.family not in BACKBONES:
-        raise UserError(f"family={config.family!r}; allowed: {', '.join(BACKBONES)}")
     left_out = ("corpus", "output_dir", "family")
     settings = {key: value for key, value in OmegaConf.to_container(config).items() if key not in left_out}
     settings = {key: value for key, value in settings.items() if value is not None}

@@ -20,17 +20,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from common.config import leaves
 from common.errors import UserError
+from common.settings import free_keys
 from models.checkpoint_io import quietly, read_json
 from training.data.streams import StreamState
 from training.processes import full_state_dict, universal_checkpoint
-
-# Keys that may change when a run is resumed, since they do not affect training; other changes are refused.
-FREE_KEYS = re.compile(
-    r"wandb\.|experiment\.(?!max_train_examples)|lr_scheduler\.params\.learning"
-    r"|(seed|output_dir|validation_prompts_file|device|dtype|compile|attn_implementation)$"
-    r"|dataset\.params\.(validation_prompts_file|pin_memory|persistent_workers|eval_|batch_size$|max_skipped_fraction)"
-    r"|training\.(guidance_scale|generation_|batch_size$|eval_mask_ratios|enable_tf32|max_nonfinite_batches)"
-)
 
 # torch reports a full disk as a RuntimeError with one of these texts; other RuntimeErrors have other causes.
 TORCH_CANNOT_WRITE = re.compile(r"inline_container|PytorchStreamWriter|write failed")
@@ -322,7 +315,10 @@ def _settings(tree: dict) -> dict:
 
 
 def check_same_config(folder: Path, config) -> None:
-    """Compares the configuration with that of the checkpoint to resume from.
+    """Compares the configuration with that of the checkpoint to resume from, except for its `free_keys`.
+
+    Args:
+        config: as `load_config` returns it.
 
     Raises:
         UserError: settings that affect training differ; the message lists them.
@@ -330,11 +326,12 @@ def check_same_config(folder: Path, config) -> None:
     file = folder / "config.yaml"
     if not file.is_file():
         return
+    free = free_keys(OmegaConf.get_type(config))
     before, now = (_settings(OmegaConf.to_container(c)) for c in (OmegaConf.load(file), config))
     changed = [
         f"{key} {before.get(key, 'unset')} → {now[key]}"
         for key in sorted(now)
-        if key in before and before[key] != now[key] and not FREE_KEYS.match(key)
+        if key in before and before[key] != now[key] and key not in free
     ]
     if changed:
         raise UserError(

@@ -1,154 +1,113 @@
-"""Settings of `training/train_magvitv2.py`: every key, its type and its default."""
+"""Settings of `training/train_magvitv2.py`: those of every trained thing, and the tokenizer's own."""
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig
 
-from common.schema import WandbSection, out_of_range
+from common.schema import (
+    LoaderParams,
+    LoopSection,
+    OptimizerParams,
+    OptimizerSection,
+    RunConfig,
+    RunExperimentSection,
+    SchedulerParams,
+    SchedulerSection,
+)
+from common.settings import setting
 
 
 @dataclass
-class Experiment:
+class Experiment(RunExperimentSection):
     project: str = "tokenizer"
     name: str = "magvitv2"
     output_dir: str = "outputs/magvitv2"
-    log_every: int = 50
     eval_every: int = 500
     save_every: int = 1000
     checkpoints_total_limit: int | None = 2
-    resume_from_checkpoint: str | None = "latest"  # "latest", a folder, or null to start again
-    log_grad_norm_every: int = 500
-    generate_every: int = 500  # sample images
-    eval_batches: int = 16
-    accept_config_changes: bool = False
-    num_sheet_pictures: int = 24
+    num_sheet_pictures: int = setting(24, "held-out images in the panel of reconstructions", low=1, free=True)
 
 
 @dataclass
 class Model:
     """Fields of `MAGVITv2Config`; `pretrained_model_path` starts from a folder instead and ignores them."""
 
-    pretrained_model_path: str | None = None
-    ch: int = 128
-    encoder_ch_mult: list[int] = field(default_factory=lambda: [1, 2, 2, 4, 4])
-    decoder_ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    encoder_num_res_blocks: list[int] = field(default_factory=lambda: [4, 3, 4, 3, 4])
-    decoder_num_res_blocks: list[int] = field(default_factory=lambda: [4, 4, 3, 4, 3])
-    code_bits: int = 13
-    num_groups: int = 32
-    stem_patch_size: int = 1
-    encoder_mid: bool = True
-    decoder_mid: bool = True
+    pretrained_model_path: str | None = setting(None, "folder of a tokenizer to start from; its sizes are used")
+    ch: int = setting(128, "channels of the first level", low=1)
+    encoder_ch_mult: list[int] = setting([1, 2, 2, 4, 4], "channels of each level, as multiples of ch")
+    decoder_ch_mult: list[int] = setting([1, 1, 2, 2, 4], "the same for the decoder")
+    encoder_num_res_blocks: list[int] = setting([4, 3, 4, 3, 4], "residual blocks of each level")
+    decoder_num_res_blocks: list[int] = setting([4, 4, 3, 4, 3], "the same for the decoder")
+    code_bits: int = setting(13, "bits of a code: 2^code_bits codes", low=1)
+    num_groups: int = setting(32, "groups of the group norms", low=1)
+    stem_patch_size: int = setting(1, "pixels per side that the first layer makes one position of", low=1)
+    encoder_mid: bool = setting(True, "blocks between encoder and codes")
+    decoder_mid: bool = setting(True, "blocks between codes and decoder")
 
 
 @dataclass
-class DatasetParams:
-    train_shards: Any = None  # a path, a brace list or a pattern with `*`, or a list of such
-    eval_shards: Any = None
-    resolution: int = 256
-    image_column: str | None = None
-    text_column: str | None = None
-    max_skipped_fraction: float = 0.1
-    pin_memory: bool = True
-    persistent_workers: bool = True
-    shuffle_buffer_size: int = 1000
+class DatasetParams(LoaderParams):
     num_workers: int = 4
-    random_flip: bool = True
-    max_shift: int = 0  # pixels; the border is repeated
+    train_shards: Any = setting(None, "images: shards", is_data=True)
+    eval_shards: Any = setting(None, "held-out images", is_data=True)
+    resolution: int = setting(256, "pixels per side of an image", low=1)
+    random_flip: bool = setting(True, "mirror images at random")
+    max_shift: int = setting(0, "shift images by up to so many pixels; the border is repeated", low=0)
 
 
 @dataclass
 class Dataset:
     params: DatasetParams = field(default_factory=DatasetParams)
 
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        return [
+            f"dataset.params.{key} is not given; name the WebDataset shards, as in 'data/train-*.tar'"
+            for key in ("train_shards", "eval_shards")
+            if not config.dataset.params[key]
+        ]
+
 
 @dataclass
 class Losses:
-    """Weights. Entropies are in nats, summed over the bits of a code."""
+    """Entropies are in nats, summed over the bits of a code."""
 
-    l1: float = 1.0
-    mse: float = 0.0
-    edge: float = 0.5
-    perceptual: float = 0.0
-    commit: float = 0.1
-    sample_entropy: float = 0.02
-    codebook_entropy: float = 0.03
-    entropy_group_bits: int = 7
-
-
-@dataclass
-class OptimizerParams:
-    learning_rate: float = 1e-4
-    scale_lr: bool = False
-    beta1: float = 0.9
-    beta2: float = 0.99
-    weight_decay: float = 0.0
-    epsilon: float = 1e-8
+    l1: float = setting(1.0, "weight of the absolute error", low=0)
+    mse: float = setting(0.0, "weight of the squared error", low=0)
+    edge: float = setting(0.5, "weight of the error of image gradients", low=0)
+    perceptual: float = setting(0.0, "weight of the distance in a network's features", low=0)
+    commit: float = setting(0.1, "weight of the distance from latents to codes", low=0)
+    sample_entropy: float = setting(0.02, "weight of the entropy of each position, which is made small", low=0)
+    codebook_entropy: float = setting(0.03, "weight of the entropy of all codes, which is made large", low=0)
+    entropy_group_bits: int = setting(7, "bits of a code whose entropy is computed at once", low=1)
 
 
 @dataclass
-class Optimizer:
-    params: OptimizerParams = field(default_factory=OptimizerParams)
-
-
-@dataclass
-class SchedulerParams:
-    warmup_steps: int = 100
-
-
-@dataclass
-class Scheduler:
-    scheduler: str = "cosine"
-    params: SchedulerParams = field(default_factory=SchedulerParams)
-
-
-@dataclass
-class Training:
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    overfit_one_batch: bool = False
-    max_nonfinite_batches: int | None = 10
+class Training(LoopSection):
+    batch_size: int = setting(16, "images of a batch", low=1)
     max_train_steps: int = 100_000
-    mixed_precision: str = "bf16"  # "no", "fp16" or "bf16"
     max_grad_norm: float | None = 1.0
-    ema_decay: float = 0.999
-    enable_tf32: bool = True
-    seed: int = 10086
+    ema_decay: float | None = 0.999
 
-
-RANGES = {  # beside those of common/schema.py
-    "training.max_train_steps": (1, math.inf),
-    "dataset.params.resolution": (1, math.inf),
-    "dataset.params.max_shift": (0, math.inf),
-    **{f"losses.{item.name}": (0, math.inf) for item in fields(Losses)},
-    "losses.entropy_group_bits": (1, math.inf),
-    "experiment.num_sheet_pictures": (1, math.inf),
-}
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        if config.training.ema_decay == 1:
+            return ["training.ema_decay is 1; it must be less, or the average stays where it began"]
+        return []
 
 
 @dataclass
-class TokenizerTrainingConfig:
+class TokenizerTrainingConfig(RunConfig):
     task: str = "tokenizer"
-    device: str | None = None
-    compile: bool = False
-    wandb: WandbSection = field(default_factory=WandbSection)
     experiment: Experiment = field(default_factory=Experiment)
     model: Model = field(default_factory=Model)
     dataset: Dataset = field(default_factory=Dataset)
     losses: Losses = field(default_factory=Losses)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    lr_scheduler: Scheduler = field(default_factory=Scheduler)
+    optimizer: OptimizerSection = field(
+        default_factory=lambda: OptimizerSection(params=OptimizerParams(beta2=0.99, weight_decay=0.0))
+    )
+    lr_scheduler: SchedulerSection = field(
+        default_factory=lambda: SchedulerSection(params=SchedulerParams(warmup_steps=100))
+    )
     training: Training = field(default_factory=Training)
-
-    @staticmethod
-    def problems(config: DictConfig) -> list[str]:
-        """What is wrong with a complete config, one text each."""
-        found = out_of_range(config, RANGES)
-        for key in ("train_shards", "eval_shards"):
-            if not config.dataset.params[key]:
-                found.append(f"dataset.params.{key} is not given; name the WebDataset shards, as in 'data/train-*.tar'")
-        if config.training.ema_decay == 1:
-            found.append("training.ema_decay is 1; it must be less, or the average stays where it began")
-        return found

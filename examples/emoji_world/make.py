@@ -33,10 +33,11 @@ if __name__ == "__main__":
 
 import numpy as np
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageColor
 
+from common.config import read_settings
 from common.errors import UserError, run_cli
+from common.settings import setting
 from examples.emoji_world.sources import PACKAGES, EmojiPackages, distinctiveness, fetch_packages
 from examples.emoji_world.text import STYLES, Name, caption, conversations, picture_key, sentences, tokenizer_lines
 
@@ -46,13 +47,24 @@ PRODUCTS = ("shards", "images", "imagenet", "text", "llava_train.json", "llava_h
 
 @dataclass
 class EmojiWorldConfig:
-    output_dir: str = "data/emoji_world"
-    packages_dir: str = ""  # the downloads; empty: {output_dir}/packages
-    size: int = 64  # pixels per side
-    names: str = "all"  # or a number: only that many names, the most distinctive that all four styles draw
-    background: str = "white"  # any colour that PIL knows, under the transparent drawings
-    shard_size: int = 256  # images in a shard
-    seed: int = 0  # order of the shards and sentences, and the choice of questions
+    output_dir: str = setting("data/emoji_world", "the folder to make")
+    packages_dir: str = setting("", "the downloads; empty: {output_dir}/packages")
+    size: int = setting(64, "pixels per side", low=8)
+    names: str = setting("all", "or a number: only that many names, the most distinctive that all four styles draw")
+    background: str = setting("white", "any colour that PIL knows, under the transparent drawings")
+    shard_size: int = setting(256, "images in a shard", low=1)
+    seed: int = setting(0, "order of the shards and sentences, and the choice of questions")
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        found = []
+        if config.names != "all" and not (config.names.isdigit() and int(config.names) > 0):
+            found.append(f"names={config.names} is not allowed; use names=all or a number from 1")
+        try:
+            ImageColor.getrgb(config.background)
+        except ValueError:
+            found.append(f"background={config.background} is no colour; use a name or #rrggbb")
+        return found
 
 
 @dataclass
@@ -202,33 +214,9 @@ def describe(pictures: list[Picture], names: list[Name], folder: Path, config: E
     }
 
 
-def check(config: EmojiWorldConfig) -> EmojiWorldConfig:
-    """The same config. Raises UserError for values that no world can be made with."""
-    if config.names != "all" and not (config.names.isdigit() and int(config.names) > 0):
-        raise UserError(f"names={config.names} is not allowed; use names=all or a number from 1")
-    for key, least in (("size", 8), ("shard_size", 1)):
-        if getattr(config, key) < least:
-            raise UserError(f"{key}={getattr(config, key)} is too small; use {least} or more")
-    try:
-        ImageColor.getrgb(config.background)
-    except ValueError as error:
-        raise UserError(f"background={config.background} is no colour; use a name or #rrggbb") from error
-    return config
-
-
 def read_arguments(argv: list[str]) -> EmojiWorldConfig:
     """`key=value` arguments as a config. There is no config file: the set has few settings, and one usual form."""
-    config = OmegaConf.structured(EmojiWorldConfig)
-    for argument in argv:
-        key, equals, text = argument.partition("=")
-        if not equals or not key:
-            raise UserError(f"argument {argument!r} is not of the form key=value, as in size=64")
-        try:
-            OmegaConf.update(config, key, text)  # text, never YAML: a colour may be #0000ff
-        except OmegaConfBaseException as error:
-            known = ", ".join(config)
-            raise UserError(f"{argument}: {str(error).splitlines()[0]} (the settings are {known})") from None
-    return check(OmegaConf.to_object(config))
+    return OmegaConf.to_object(read_settings(argv, EmojiWorldConfig, "output_dir=data/emoji_world size=64"))
 
 
 def main(argv: list[str]) -> None:

@@ -1,18 +1,57 @@
-"""Defaults, then the YAML, then the command line; and what is refused."""
+"""Defaults, then the YAML, then the command line; what is refused; what `--help` prints."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from common.config import InferenceConfig, TrainingConfig, load_config, mask_schedule_of, resolve_path
+from benchmarks.sampling_options import WaysConfig
+from common.config import InferenceConfig, TrainingConfig, load_config, mask_schedule_of, read_settings, resolve_path
 from common.errors import UserError
+from common.schema import RunConfig
+from common.settings import free_keys, setting, settings_of
+from evaluation.schema import EvaluationConfig
+from tests.end_to_end.kill_and_resume import KillSettings
+from training.data.emoji_world import EmojiWorldConfig
+from training.data.encode_images import EncodeImagesConfig
+from training.data.llava_shards import LlavaShardsConfig
+from training.data.make_shards import MakeShardsConfig
+from training.data.small_clip import SmallClipConfig
+from training.data.small_llm import SmallLlmConfig
+from training.export import ExportConfig
+from training.plot import PlotConfig
+from training.tokenizer_settings import TokenizerTrainingConfig
+
+SCHEMAS = [InferenceConfig, TrainingConfig, EvaluationConfig, TokenizerTrainingConfig, WaysConfig, KillSettings]
+SCHEMAS += [MakeShardsConfig, EncodeImagesConfig, LlavaShardsConfig, SmallLlmConfig, SmallClipConfig, EmojiWorldConfig]
+SCHEMAS += [ExportConfig, PlotConfig]
+
+
+@dataclass
+class ExtraSection:
+    weight: float = setting(1.0, "weight of the extra loss", low=0)
+    files: list[int] = setting([1, 2], "some numbers")
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        return ["extra.weight=7 is odd"] if config.extra.weight == 7 else []
+
+
+@dataclass
+class TaskConfig(RunConfig):
+    """As the configuration of another task is declared."""
+
+    task: str = "extra"
+    compile: bool = True
+    extra: ExtraSection = field(default_factory=ExtraSection)
 
 
 @pytest.fixture
 def load(tmp_path):
-    """Write `text` as a YAML and load it with further arguments."""
+    """Writes `text` as a YAML and loads it with further arguments."""
 
     def load_text(text: str, *arguments: str, schema: type = InferenceConfig):
         path = tmp_path / "config.yaml"
@@ -22,34 +61,24 @@ def load(tmp_path):
     return load_text
 
 
-def refused(load, text: str, *arguments: str, schema: type = InferenceConfig) -> str:
-    with pytest.raises(UserError) as error:
-        load(text, *arguments, schema=schema)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
 # --- precedence
 
 
 def test_defaults_then_yaml_then_command_line(load):
-    config = load("training: {batch_size_t2i: 7, batch_size_mmu: 8}", "training.batch_size_mmu=9")
-    assert (config.training.batch_size_t2i, config.training.batch_size_mmu) == (7, 9)
-    assert config.training.batch_size_lm == TrainingConfig().training.batch_size_lm
+    text = "training: {batch_size_t2i: 7, batch_size_mmu: 8}"
+    training = load(text, "training.batch_size_mmu=9", schema=TrainingConfig).training
+    assert (training.batch_size_t2i, training.batch_size_mmu) == (7, 9)
+    assert training.batch_size_lm == TrainingConfig().training.batch_size_lm
 
 
 def test_an_empty_file_and_an_empty_section_give_the_defaults(load):
-    assert load("") == load("wandb:\n") == load("training: {}")
+    assert load("") == load("wandb:\n") == load("training: {}") == load("mask_schedule: {params: }")
 
 
 @pytest.mark.parametrize(
     ("short", "value", "key"),
     [
         ("guidance_scale", 5.0, "training.guidance_scale"),
-        ("generation_timesteps", 3, "training.generation_timesteps"),
-        ("generation_temperature", 0.5, "training.generation_temperature"),
-        ("batch_size", 2, "training.batch_size"),
         ("seed", 42, "training.seed"),
         ("validation_prompts_file", "p.txt", "dataset.params.validation_prompts_file"),
     ],
@@ -71,85 +100,51 @@ def test_without_a_seed_every_run_is_another(load):
         assert load("training: {seed: 7}", argument).seed is None
 
 
-def test_what_interpolates_a_short_name_follows_it(load):
-    config = load("dataset: {params: {batch_size: '${training.batch_size}'}}", "batch_size=4")
-    assert config.dataset.params.batch_size == 4
+def test_another_task_declares_one_section_more(load):
+    config = load("extra: {weight: 2}", "seed=3", "extra.files=[4]", schema=TaskConfig)
+    assert (config.task, config.extra.weight, config.extra.files, config.training.seed) == ("extra", 2, [4], 3)
+    assert settings_of(TaskConfig)["compile"].rule == settings_of(RunConfig)["compile"].rule and config.compile
 
 
-def test_scripts_may_bring_their_own_schema(load):
-    @dataclass
-    class Model:
-        widths: list[int] = field(default_factory=lambda: [1, 2])
-
-    @dataclass
-    class Own:
-        model: Model = field(default_factory=Model)
-        names: str = "all"
-
-    config = load("model: {widths: [3]}", "names=some", schema=Own)
-    assert (config.model.widths, config.names) == ([3], "some")
-    assert "model.widths is 4; it must be a list" in refused(load, "model: {widths: 4}", schema=Own)
+# --- how values are read
 
 
-# --- how command-line values are read
+TEXTS = ["a = b", "left *** right", "*** starts with stars", '"quoted" start', "'quoted'", "is this: a cat? # yes"]
+TEXTS += ["[a, b", "{x}", "1e3", "no", "  spaces  ", "- dash", "été 雪"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a = b",
-        "left *** right",
-        "*** starts with stars",
-        '"quoted" start',
-        "'quoted'",
-        "What is this: a cat? # yes",
-        "[a, b",
-        "{x}",
-        "1e3",
-        "no",
-        "  spaces  ",
-        "- dash",
-        "été 雪",
-    ],
-)
+@pytest.mark.parametrize("text", TEXTS)
 def test_text_survives_as_it_is(load, text):
     assert load("", f"prompt={text}").prompt == text
-    assert load("", f"question={text}").question == text
 
 
 def test_values_are_read_by_type(load):
     config = load(
-        "",
+        "mask_schedule: {params: {end: 3}}",
         "training.max_train_steps=4e3",
         "optimizer.params.learning_rate=1e-4",
         "training.eval_mask_ratios=[0.5, 1]",
         "compile=true",
-        "top_k=null",
-        "prompt=null",
+        "experiment.init_from=null",
         "mask_schedule.schedule=sigmoid",
         "mask_schedule.params.start=-2",
+        "dataset.params.train_t2i_shards_path_or_url=a/{000..010}.tar",
+        "dataset.params.train_mmu_shards_path_or_url=[a.tar, b.tar]",
+        schema=TrainingConfig,
     )
     assert config.training.max_train_steps == 4000 and isinstance(config.training.max_train_steps, int)
     assert config.optimizer.params.learning_rate == 1e-4 == config.lr_scheduler.params.learning_rate
     assert config.training.eval_mask_ratios == [0.5, 1.0]
-    assert (config.compile, config.top_k, config.prompt) == (True, None, None)
-    assert mask_schedule_of(config) == ("sigmoid", {"start": -2})
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [("a/{000..010}.tar", "a/{000..010}.tar"), ("{a,b}.tar", "{a,b}.tar"), ("[a.tar, b.tar]", ["a.tar", "b.tar"])],
-)
-def test_shards_are_one_path_or_several(load, given, expected):
-    assert load("", f"dataset.params.train_t2i_shards_path_or_url={given}").dataset.params[
-        "train_t2i_shards_path_or_url"
-    ] == (expected)
+    assert (config.compile, config.experiment.init_from) == (True, None)
+    assert mask_schedule_of(config) == ("sigmoid", {"start": -2, "end": 3})
+    assert config.dataset.params.train_t2i_shards_path_or_url == "a/{000..010}.tar"
+    assert config.dataset.params.train_mmu_shards_path_or_url == ["a.tar", "b.tar"]
 
 
 @pytest.mark.parametrize("value", ["latest", "some/checkpoint-3", False, None])
 def test_resume_takes_text_false_and_null(load, value):
     text = f"experiment: {{resume_from_checkpoint: {'null' if value is None else value}}}"
-    assert load(text).experiment.resume_from_checkpoint == value
+    assert load(text, schema=TrainingConfig).experiment.resume_from_checkpoint == value
 
 
 def test_the_mask_schedule_section_wins_over_the_name(load):
@@ -158,169 +153,214 @@ def test_the_mask_schedule_section_wins_over_the_name(load):
     assert mask_schedule_of(load(text)) == ("sigmoid", {"start": -3, "end": 3})
 
 
+def test_settings_of_a_tool():
+    config = read_settings(["from=a", "to=b = c"], ExportConfig, "from=…")
+    assert (config.from_, config.to, config.dtype) == ("a", "b = c", "bf16")
+
+
 # --- references
 
 
 def test_environment_variables(load, monkeypatch):
     monkeypatch.setenv("SHOWO_TEST_DATA", "/somewhere")
-    text = "dataset: {params: {train_t2i_shards_path_or_url: '${oc.env:SHOWO_TEST_DATA}/{0..3}.tar'}}"
-    assert load(text).dataset.params.train_t2i_shards_path_or_url == "/somewhere/{0..3}.tar"
+    text = "dataset: {params: {train_t2i_shards_path_or_url: ['${oc.env:SHOWO_TEST_DATA}/{0..3}.tar']}}"
+    assert load(text, schema=TrainingConfig).dataset.params.train_t2i_shards_path_or_url == ["/somewhere/{0..3}.tar"]
     assert load("experiment: {name: '${oc.env:SHOWO_UNSET,fallback}'}").experiment.name == "fallback"
+    assert load("experiment: {name: '${oc.env:SHOWO_UNSET}'}", "experiment.name=x").experiment.name == "x"
 
 
-def test_all_unset_environment_variables_are_named_at_once(load):
-    message = refused(
-        load,
-        "experiment: {name: '${oc.env:SHOWO_UNSET_A}'}\n"
-        "dataset: {params: {train_mmu_shards_path_or_url: ['${oc.env:SHOWO_UNSET_B}/1.tar', x]}}",
-        schema=TrainingConfig,
-    )
-    assert "SHOWO_UNSET_A, SHOWO_UNSET_B; set them or give" in message
-    assert "experiment.name=" in message and "dataset.params.train_mmu_shards_path_or_url=" in message
+def test_a_reference_follows_what_it_refers_to(load):
+    text = "dataset: {params: {batch_size: '${training.batch_size}'}}"
+    assert load(text, "training.batch_size=4", schema=TrainingConfig).dataset.params.batch_size == 4
+    text = "experiment: {name: '${optimizer.name}-${training.lm_coeff}-${training.batch_size_lm}'}"
+    assert load(f"{text}\ntraining: {{lm_coeff: 3}}").experiment.name == "adamw-3-4"  # keys of training only
 
 
-def test_an_empty_environment_variable_is_an_unset_one(load, monkeypatch):
-    monkeypatch.setenv("SHOWO_UNSET_A", "")
-    assert "SHOWO_UNSET_A" in refused(load, "experiment: {name: '${oc.env:SHOWO_UNSET_A}'}")
+# --- keys of other scripts
 
 
-def test_no_environment_variable_is_needed_for_what_the_command_line_gives(load):
-    assert load("experiment: {name: '${oc.env:SHOWO_UNSET_A}'}", "experiment.name=x").experiment.name == "x"
-
-
-def test_a_reference_that_leads_nowhere(load):
-    assert "refers to a key that does not exist" in refused(load, "experiment: {name: '${experiment.nothing}'}")
-    assert "???" in refused(load, "", "question=???")
+def test_in_a_file_the_keys_of_other_scripts_are_skipped(load):
+    text = "training: {lm_coeff: 3, batch_size_t2i: x, guidance_scale: 2}\nquestion: why\ntasks: pope\ntop_k: 3"
+    inference, evaluation = (load(text, schema=schema) for schema in (InferenceConfig, EvaluationConfig))
+    assert (inference.question, inference.training.guidance_scale, evaluation.tasks) == ("why", 2, "pope")
+    assert "lm_coeff" not in inference.training and "tasks" not in inference and "question" not in evaluation
+    assert "top_k" not in load(text.replace("x", "5"), schema=TrainingConfig)
 
 
 # --- mistakes
 
 
-def test_no_config_and_missing_config(tmp_path):
-    for argv, part in (
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
         ([], "config=FILE"),
         (["mode=t2i"], "config=FILE"),
-        ([f"config={tmp_path}/none.yaml"], "does not exist"),
-        ([f"config={tmp_path}"], "does not exist"),
-        (["--help"], "key=value"),
+        (["config=/none.yaml"], "does not exist"),
+        (["config=/"], "does not exist"),
         (["=3"], "key=value"),
-    ):
-        with pytest.raises(UserError, match=part):
-            load_config(argv, InferenceConfig)
+        (["prompt"], "key=value"),
+    ],
+)
+def test_no_config_and_missing_config(argv, message):
+    with pytest.raises(UserError, match=message):
+        load_config(argv, InferenceConfig)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- a\n- b", "a: 1\na: 2", "just text", "\tx: 1"])
-def test_a_file_that_is_no_mapping(load, text):
-    refused(load, text)
-
-
-def test_a_file_that_is_no_text(tmp_path):
-    path = tmp_path / "binary.yaml"
-    path.write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(UserError, match="cannot be read"):
+@pytest.mark.parametrize(
+    "content", [b"a: [1", b"- a\n- b", b"a: 1\na: 2", b"just text", b"\tx: 1", b"\xff\xfe\x00\x81"]
+)
+def test_a_file_that_is_no_mapping(content, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as YAML|must contain keys and values|unknown key just text"):
         load_config([f"config={path}"], InferenceConfig)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "nearest"),
-    [
-        ("guidence_scale", "guidance_scale"),
-        ("training.guidence_scale", "training.guidance_scale"),
-        ("trainig.batch_size", "training.batch_size"),
-        ("max_seq_length", "dataset.preprocessing.max_seq_length"),
-        ("optimzer.name", "optimizer.name"),
-        ("direction", "extra_direction"),
-        ("model.showo.vocabsize", "model.showo.vocab_size"),
-        ("promt", "prompt"),
-    ],
-)
-def test_an_unknown_key_names_the_nearest(load, wrong, nearest):
-    assert f"unknown key {wrong}; the nearest known key is {nearest}" in refused(load, "", f"{wrong}=1")
-
-
-def test_unknown_keys_of_a_file_are_named_with_their_path(load):
-    message = refused(load, "model: {showo: {vocabsize: 3}}\noptimzer: {name: adamw}")
-    assert "model.showo.vocabsize; the nearest known key is model.showo.vocab_size" in message
-    assert "optimzer; the nearest known key is optimizer" in message
-
-
-@pytest.mark.parametrize(
-    ("argument", "wanted"),
-    [
-        ("batch_size=many", "training.batch_size is 'many'; it must be a whole number"),
-        ("batch_size=1.5", "it must be a whole number"),
-        ("batch_size=true", "it must be a whole number"),
-        ("guidance_scale=[1]", "it must be a number"),
-        ("compile=perhaps", "it must be true or false"),
-        ("top_k=x", "it must be a whole number or null"),
-        ("training.eval_mask_ratios=0.5", "it must be a list or null"),
-        ("experiment.resume_from_checkpoint=3", "it must be true or false or text or null"),
-        ("model=3", "model is 3; it must be a group of keys"),
-        ("training.seed=[", "cannot be read as YAML"),
-    ],
-)
-def test_a_wrong_type_says_what_is_wanted(load, argument, wanted):
-    assert wanted in refused(load, "", argument)
-
-
-def test_all_mistakes_come_at_once(load):
-    message = refused(load, "training: {batch_size_t2i: x}\nmodle: {}", "nonsense=1")
-    assert all(part in message for part in ("training.batch_size_t2i", "modle", "nonsense"))
-
-
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "mode=draw",
-        "dtype=int8",
-        "attn_implementation=magic",
-        "wandb.mode=loud",
-        "model.vq_model.type=vqgan",
-        "training.pre_encode=true",
-        "training.noise_type=salt",
-        "training.trainable=some",
-        "training.trainable=lora",
-        "conversation=llava",
-        "optimizer.name=sgd",
-        "dataset.gen_type=video",
-        "dataset.combined_loader_mode=max_size",
-        "lr_scheduler.scheduler=steps",
-        "batch_size=0",
-        "guidance_scale=-1",
-        "guidance_scale=nan",
-        "guidance_scale=.inf",
-        "generation_timesteps=0",
-        "max_new_tokens=0",
-        "top_p=1.5",
-        "top_p=0",
-        "top_k=0",
-        "temperature=-1",
-        "seed=-1",
-        "num_images_per_prompt=0",
-        "sampling.refresh_every=0",
-        "sampling.guidance_start=2",
-        "sampling.guidance_stop=-1",
-        "sampling.order=spiral",
-        "dataset.params.resolution=512",
-        "lr_scheduler.params.learning_rate=1",
-        "dataset.params.train_lm_shards_path_or_url=[1, 2]",
-    ],
-)
-def test_senseless_and_unhonoured_values(load, argument):
-    key = argument.partition("=")[0]
-    assert key.rpartition(".")[2] in refused(load, "", argument)
+A_NAME = "experiment: {name: '${oc.env:SHOWO_UNSET_A}'}\n"
+SHARDS = "dataset: {params: {train_mmu_shards_path_or_url: ['${oc.env:SHOWO_UNSET_B}/1.tar', x]}}"
+REFUSALS = {
+    InferenceConfig: {
+        "guidence_scale=1": "unknown key guidence_scale; the nearest known key is guidance_scale",
+        "training.guidence_scale=1": "unknown key training.guidence_scale; the nearest known key is training.guid",
+        "max_seq_length=1": "nearest known key is dataset.preprocessing.max_seq_length",
+        "direction=1": "nearest known key is extra_direction",
+        "model.showo.vocabsize=1": "nearest known key is model.showo.vocab_size",
+        "sampling.refresh=2": "nearest known key is sampling.refresh_every",
+        "batch_size=many": "training.batch_size is 'many'; it must be a whole number",
+        "batch_size=1.5": "it must be a whole number",
+        "batch_size=true": "it must be a whole number",
+        "guidance_scale=[1]": "it must be a number",
+        "compile=perhaps": "it must be true or false",
+        "top_k=x": "it must be a whole number or null",
+        "model=3": "model is 3; it must be a group of keys",
+        "training.seed=[": "cannot be read as YAML",
+        "question=???": r"question is .\?\?\?., a placeholder",
+        "mode=draw": "mode is 'draw'; allowed: t2i, inpainting, extrapolation",
+        "wandb.mode=loud": "allowed: online, offline, disabled",
+        "batch_size=0": "training.batch_size is 0; it must be 1 or more",
+        "guidance_scale=-1": "training.guidance_scale is -1.0; it must be 0 or more",
+        "guidance_scale=nan": "is nan; it must be 0 or more",
+        "guidance_scale=.inf": "is inf; it must be 0 or more",
+        "top_p=1.5": "top_p is 1.5; it must be more than 0, up to 1",
+        "top_p=0": "top_p is 0.0; it must be more than 0, up to 1",
+        "sampling.guidance_stop=-1": "sampling.guidance_stop is -1.0; it must be from 0 to 1",
+        "seed=-1": "training.seed is -1; it must be from 0",
+        "sampling.guidance_start=0.8 sampling.guidance_stop=0.2": "0.8 and 0.2; the first must not be larger",
+        "optimizer.name=adamw": "optimizer.name has no effect on inference; leave it out",
+        "training.mixed_precision=bf16": "training.mixed_precision has no effect on inference; give dtype",
+        "tasks=pope": "tasks has no effect on inference",
+        A_NAME: "SHOWO_UNSET_A; set them or give experiment.name=…",
+        "experiment: {name: '${experiment.nothing}'}": "refers to a key that does not exist",
+        "model: {showo: {vocabsize: 3}}\noptimzer: {}": "model.showo.vocabsize.*nearest known key is optimizer",
+    },
+    TrainingConfig: {
+        "trainig.batch_size=1": "nearest known key is training.batch_size",
+        "training.eval_mask_ratios=0.5": "it must be a list or null",
+        "experiment.resume_from_checkpoint=3": "it must be true or false or text or null",
+        "training.pre_encode=true": "training.pre_encode is True; allowed: False",
+        "training.trainable=lora": "is not built yet",
+        "device=cuda:1": "device is 'cuda:1', but the launcher",
+        "dtype=bf16": "dtype has no effect on training; give training.mixed_precision",
+        "mode=t2i": "mode has no effect on training; leave it out",
+        "dataset.params.resolution=512": "is 512 and dataset.preprocessing.resolution is 256; they must agree",
+        "lr_scheduler.params.learning_rate=1": "they must agree",
+        "dataset.params.train_lm_shards_path_or_url=[1, 2]": "it must be one path or a list of paths",
+        "conversation=chat dataset.add_system_prompt=true": "whose template has its own",
+        "dataset.packing=true compile=true": "recompiles at every step",
+        "dataset.packing_length=9": "has no effect without dataset.packing",
+        "training: {batch_size_t2i: x, top: 1}\nmodle: {}\nseed: -1": "modle.*batch_size_t2i is 'x'.*seed is -1",
+        A_NAME
+        + SHARDS: "SHOWO_UNSET_A, SHOWO_UNSET_B; set them or give experiment.name=… dataset.params.train_mmu_sha",
+    },
+    EvaluationConfig: {"prompt=x": "prompt has no effect on evaluation", "fid_size=7": "fid_size is 7; it must be 8"},
+    TokenizerTrainingConfig: {"dtype=bf16": "unknown key dtype", "training.ema_decay=1": "ema_decay is 1"},
+    TaskConfig: {
+        "extra.weight=-1": "extra.weight is -1.0; it must be 0",
+        "extra.weight=7": "extra.weight=7 is odd",
+        "device=tpu extra.files=4": "extra.files is 4; it must be a list; device is 'tpu'",
+    },
+}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("schema", "given", "message"),
+    [(schema, given, message) for schema, table in REFUSALS.items() for given, message in table.items()],
+)
+def test_refusals(load, monkeypatch, schema, given, message):
+    monkeypatch.setenv("SHOWO_UNSET_A", "")  # empty is unset
+    text, arguments = (given, []) if ": " in given else ("", given.split(" ") if "[" not in given else [given])
+    with pytest.raises(UserError, match=message) as error:
+        load(text, *arguments, schema=schema)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "argv", "message"),
     [
-        (["sampling.guidance_start=0.8", "sampling.guidance_stop=0.2"], "0.8 and 0.2; the first must not be larger"),
-        (["sampling.refresh=2"], "sampling.refresh_every"),
-        (["conversation=chat", "dataset.add_system_prompt=true"], "whose template has its own"),
+        (ExportConfig, [], "from and to not given; for example this"),
+        (
+            ExportConfig,
+            ["form=x", "dtype=int4"],
+            "key form; .* is from; from and to not given.*dtype is 'int4'; allowed",
+        ),
+        (ExportConfig, ["from"], "'from' is not of the form key=value, as in this"),
+        (MakeShardsConfig, ["source=x", "output=y", "quality=0"], "quality is 0; it must be from 1 to 100"),
+        (
+            SmallClipConfig,
+            ["output_dir=x", "layers=0", "heads=5"],
+            "layers is 0; .*hidden_size is 192; it must be a mul",
+        ),
+        (
+            EmojiWorldConfig,
+            ["names=0", "background=blurple"],
+            "names=0 is not allowed.*background=blurple is no colour",
+        ),
     ],
 )
-def test_options_that_do_not_go_together(load, arguments, message):
-    assert message in refused(load, "", *arguments)
+def test_refusals_of_tools(schema, argv, message):
+    with pytest.raises(UserError, match=message):
+        read_settings(argv, schema, "this")
+
+
+# --- what is declared beside a setting
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
+def test_every_setting_has_help_and_an_allowed_default(schema, capsys):
+    read = read_settings if schema not in SCHEMAS[:5] else lambda argv, schema, _: load_config(argv, schema)
+    with pytest.raises(SystemExit) as end:
+        read(["--help"], schema, "")
+    printed = capsys.readouterr().out
+    words = printed.replace("\n", " ").split()
+    for key, one in settings_of(schema).items():
+        assert one.rule.help and "\n" not in one.rule.help, key
+        assert any(word.split("=")[0] == key for word in words), key
+    assert end.value.code == 0 and max(map(len, printed.splitlines())) <= 120
+
+
+def test_help_of_a_script_needs_no_torch(tmp_path, repository):
+    code = "import runpy, sys; sys.argv = ['x', '-h']; sys.path.insert(0, '.')\n"
+    code += "try: runpy.run_path('training/train.py', run_name='__main__')\nexcept SystemExit as end: code = end.code\n"
+    code += "print(code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("Trains Show-o") and lines[-1] == "0 False"
+    assert any(line.startswith("  training.lm_coeff=0.1 ") and "[a number]" in line for line in lines)
+
+
+def test_the_keys_that_may_change_when_a_run_is_resumed():
+    free = free_keys(TrainingConfig)
+    bound = {key for key in settings_of(TrainingConfig) if key.startswith(("wandb.", "experiment."))} - free
+    assert bound == {"experiment.max_train_examples_t2i", "experiment.max_train_examples_mmu"}
+    assert {key for key in free if not key.startswith(("wandb.", "experiment."))} == {
+        *("seed", "output_dir", "validation_prompts_file", "device", "compile", "attn_implementation"),
+        *(f"dataset.params.eval_{flow}_shards_path_or_url" for flow in ("t2i", "mmu", "lm")),
+        *(f"dataset.params.eval_{flow}_image_root" for flow in ("t2i", "mmu")),
+        *(f"dataset.params.{key}" for key in ("validation_prompts_file", "pin_memory", "persistent_workers")),
+        *("dataset.params.batch_size", "dataset.params.max_skipped_fraction", "lr_scheduler.params.learning_rate"),
+        *(f"training.{key}" for key in ("guidance_scale", "generation_timesteps", "generation_temperature")),
+        *("training.batch_size", "training.eval_mask_ratios", "training.enable_tf32", "training.max_nonfinite_batches"),
+    }
 
 
 # --- paths
@@ -328,14 +368,10 @@ def test_options_that_do_not_go_together(load, arguments, message):
 
 def test_relative_paths_are_looked_up_here_and_in_the_repository(tmp_path, monkeypatch, repository):
     monkeypatch.chdir(tmp_path)
+    assert load_config(["config=configs/showo_demo.yaml"], InferenceConfig).experiment.name == "show-o-demo"
     assert resolve_path("configs/showo_demo.yaml") == repository / "configs/showo_demo.yaml"
     assert resolve_path("no/such/file") == Path("no/such/file")
     assert resolve_path(tmp_path / "x") == tmp_path / "x"
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/showo_demo.yaml").write_text("")
     assert resolve_path("configs/showo_demo.yaml") == Path("configs/showo_demo.yaml")
-
-
-def test_a_config_of_the_repository_loads_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert load_config(["config=configs/showo_demo.yaml"], InferenceConfig).experiment.name == "show-o-demo"

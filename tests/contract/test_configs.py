@@ -1,17 +1,24 @@
-"""Every YAML of the project loads; every published key is known; published spellings work unchanged."""
+"""Every YAML loads; every published key is known; the published files hold the published values (spec §14)."""
 
+import re
+import shlex
+from functools import reduce
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from common.config import InferenceConfig, TrainingConfig, load_config, mask_schedule_of
+from common.config import InferenceConfig, TrainingConfig, leaves, load_config, mask_schedule_of
 from common.errors import UserError
+from common.settings import settings_of
+from evaluation.schema import EvaluationConfig
+from training.data.flows import check_data
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 DEMOS = ["showo_demo", "showo_demo_512x512", "showo_demo_w_clip_vit", "showo_demo_w_clip_vit_512x512"]
+README = (ROOT / "configs/README.md").read_text()
 
 PUBLISHED = """
 wandb.{entity,resume,run_id}
@@ -50,44 +57,61 @@ def published_keys() -> list[str]:
     return keys
 
 
-@pytest.mark.slow
+def variables(name: str) -> list[str]:
+    """The environment variables that a file cannot do without."""
+    return sorted(set(re.findall(r"\$\{oc\.env:(\w+)\}", FILES[name].read_text())))
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Loads a file for training with nothing but its environment variables set, each to /NAME."""
+
+    def load_with_variables(name: str, *arguments: str):
+        for variable in variables(name):
+            monkeypatch.setenv(variable, f"/{variable}")
+        return load_config([f"config={FILES[name]}", *arguments], TrainingConfig)
+
+    return load_with_variables
+
+
+@pytest.fixture
+def load_bare(monkeypatch):
+    """Loads a file with none of its environment variables set."""
+
+    def load_without_variables(name: str, *arguments: str, schema: type = TrainingConfig):
+        for variable in variables(name):
+            monkeypatch.delenv(variable, raising=False)
+        return load_config([f"config={FILES[name]}", *arguments], schema)
+
+    return load_without_variables
+
+
+# --- published keys and spellings
+
+
 @pytest.mark.parametrize("schema", [InferenceConfig, TrainingConfig])
 def test_a_file_with_every_published_key_at_its_default_is_accepted(schema, tmp_path):
-    tree = {}
+    defaults, tree = OmegaConf.to_container(OmegaConf.structured(TrainingConfig), resolve=False), {}
     for key in published_keys():
-        default = OmegaConf.select(OmegaConf.structured(schema), key)
         *sections, name = key.split(".")
-        section = tree
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = OmegaConf.to_container(default) if OmegaConf.is_config(default) else default
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
+        section = reduce(lambda section, part: section.setdefault(part, {}), sections, tree)
+        section[name] = reduce(lambda section, part: section[part], key.split("."), defaults)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     (tmp_path / "empty.yaml").write_text("")
-    assert load_config([f"config={path}"], schema) == load_config([f"config={tmp_path}/empty.yaml"], schema)
+    full, empty = (load_config([f"config={tmp_path}/{name}.yaml"], schema) for name in ("config", "empty"))
+    assert full == empty
 
 
 # Spellings that published files use: quoted text, exponents for whole numbers, empty paths, lists over several lines.
 PUBLISHED_SPELLINGS = """
-wandb:
-  entity: null
-  resume: 'auto'
-  run_id: 12345678
+wandb: {entity: null, resume: 'auto', run_id: 12345678}
 experiment:
-  project: "training"
   name: "show-o-training-stage2"
   max_train_examples_t2i: 4e7
   max_train_examples_mmu: 40000000 #
-  resume_from_checkpoint: "latest"
-  checkpoints_total_limit: 3
 model:
   vq_model:
-    type: "magvitv2"
     pretrained_model_path:
-  showo:
-    load_from_showo: false
-    pretrained_model_path: "showlab/show-o"
-    llm_model_path: 'microsoft/phi-1_5'
 dataset:
   params:
     train_t2i_shards_path_or_url:
@@ -97,44 +121,27 @@ dataset:
       "/data/cc12m/{0000..0999}.tar",
       "/data/laion/{00000..00999}.tar",
     ]
-    train_lm_shards_path_or_url: "/data/falcon-refinedweb/data/*.parquet"
     external_caption_path: ""
-    external_journeydb_caption_path: ""
-    external_laion12m_caption_path: ""
-    external_cc12m_caption_path: ""
     resolution: ${dataset.preprocessing.resolution}
-    batch_size: ${training.batch_size}
-    pin_memory: true
-  preprocessing:
-    resolution: 256
-    center_crop: False
 optimizer:
-  params: # default adamw params
-    learning_rate: 1e-4
-    epsilon: 1e-8
+  params: {learning_rate: 1e-4} # default adamw params
 lr_scheduler:
-  params:
-    learning_rate: ${optimizer.params.learning_rate}
-    warmup_steps: 5e3
+  params: {learning_rate: "${optimizer.params.learning_rate}", warmup_steps: 5e3}
 training:
   eval_mask_ratios: [0, 0.5, 1]
-  mask_contiguous_region_prob: 0
-  mixed_precision: 'bf16'
   max_train_steps: 1e6
   guidance_scale: 0
   max_grad_norm:
-  t2i_coeff: 1
 mask_schedule:
   schedule: "cosine"
   params:
 """
 
 
-@pytest.mark.parametrize("schema", [InferenceConfig, TrainingConfig])
-def test_published_spellings_are_read(schema, tmp_path):
+def test_published_spellings_are_read(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(PUBLISHED_SPELLINGS)
-    config = load_config([f"config={path}"], schema)
+    config = load_config([f"config={path}"], TrainingConfig)
     assert config.wandb.run_id == "12345678" and config.wandb.resume == "auto"
     assert config.experiment.max_train_examples_t2i == config.experiment.max_train_examples_mmu == 40_000_000
     assert isinstance(config.experiment.max_train_examples_t2i, int)
@@ -144,101 +151,206 @@ def test_published_spellings_are_read(schema, tmp_path):
     assert not config.dataset.params.external_caption_path
     assert config.training.eval_mask_ratios == [0, 0.5, 1]
     assert mask_schedule_of(config) == ("cosine", {})
+    assert load_config([f"config={path}"], InferenceConfig).guidance_scale == 0
 
 
-def test_command_line_keys_are_known():
-    config = OmegaConf.structured(InferenceConfig)
-    assert [key for key in COMMAND_LINE.split() if key not in config and key != "wandb.mode"] == []
-    assert "mode" in config.wandb
+PUBLISHED_COMMANDS = """
+config=configs/showo_demo_512x512.yaml batch_size=1 validation_prompts_file=validation_prompts/showoprompts.txt guidance_scale=5 generation_timesteps=50 mode='t2i'
+config=configs/showo_demo.yaml batch_size=1 mode='extrapolation' extra_direction='left *** left *** right' offset=0 prompt='a *** b *** c' image_path=inpainting_validation/alps_wide.jpg
+config=configs/showo_demo_w_clip_vit_512x512.yaml max_new_tokens=100 mmu_image_root=./mmu_validation question='What is it? *** Where?'
+"""  # noqa: E501
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_yaml_opens_with_what_it_is_and_how_to_launch_it(path):
-    lines = path.read_text().splitlines()
-    head = [line for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
-    assert any(f"config=configs/{path.name}" in line for line in head), "no launch line in the opening comment"
+def test_published_commands_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert set(COMMAND_LINE.split()) <= set(settings_of(InferenceConfig))
+    for arguments in map(shlex.split, PUBLISHED_COMMANDS.strip().splitlines()):
+        config = load_config(arguments, InferenceConfig)
+        for key, _, value in (argument.partition("=") for argument in arguments[1:]):
+            assert str(config[key]) == value or config[key] == float(value)
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if "magvitv2" not in path.stem], ids=lambda path: path.stem)
-def test_every_yaml_loads_and_is_consistent(path):
-    config = load_config([f"config={path}"], InferenceConfig)
-    showo = config.model.showo
-    assert showo.vocab_size == showo.llm_vocab_size + showo.num_new_special_tokens + showo.codebook_size + 1
+PROMPTS = {"showoprompts": 20, "text2image_prompts": 20, "imagenet_prompts": 10, "emoji_prompts": 16}
+
+
+@pytest.mark.parametrize(("file", "count"), [*PROMPTS.items(), ("emoji_class_prompts", 16)])
+def test_prompt_files_hold_one_prompt_a_line(file, count):
+    lines = (ROOT / f"validation_prompts/{file}.txt").read_text().splitlines()
+    assert all(line.strip() for line in lines) and len(set(lines)) == len(lines) == count
+
+
+# --- every file
+
+# file: gen, und, M, N, lr, warm-up, steps, t2i/lm/mmu per GPU, guidance, loader
+TABLE = """
+pretraining_stage1                       imagenet1k captioning     128  256 1e-4 5000  500000 15/4/10 1.5 max_size_cycle
+pretraining_stage2                       t2i        captioning     128  256 1e-4 5000 1000000 10/4/10 0   max_size_cycle
+pretraining_stage3                       t2i        captioning     128  256 2e-5 5000   50000 10/4/10 0   max_size_cycle
+instruction_tuning_1                     t2i        llava_pretrain 381  256 2e-5 1000   10000 4/2/7   0   min_size
+instruction_tuning_1_512x512             t2i        llava_pretrain 381 1024 2e-5 1000   14000 5/2/5   0   min_size
+instruction_tuning_2                     t2i        llava_tuning   381  256 5e-5 1000   14000 4/2/6   0   min_size
+instruction_tuning_2_512x512             t2i        llava_tuning   381 1024 5e-5 1000   16000 5/2/5   0   min_size
+instruction_tuning_1_w_clip_vit          t2i        llava_pretrain 512  256 2e-3 1000   10000 2/2/10  0   min_size
+instruction_tuning_1_w_clip_vit_512x512  t2i        llava_pretrain 512 1024 2e-3 1000    7000 2/2/10  0   min_size
+instruction_tuning_2_w_clip_vit          t2i        llava_tuning   576  256 1e-4 1000   19600 3/1/4   0   min_size
+instruction_tuning_2_w_clip_vit_512x512  t2i        llava_tuning   576 1024 1e-4 1000   19600 3/1/4   0   min_size
+"""
+ROWS = {f"showo_{line.split()[0]}": line.split()[1:] for line in TABLE.strip().splitlines()}
+STAGES = sorted(ROWS)
+# of other language models: hub name, entries of the tokenizer
+OTHER_LLMS = {
+    f"showo_{llm}_stage{stage}": where
+    for llm, where in (("llama3", ("meta-llama/Llama-3.2-1B", 128256)), ("qwen2_5", ("Qwen/Qwen2.5-1.5B", 151665)))
+    for stage in (1, 2)
+}
+# the small ones that follow each other: gen, und, the stage before
+SMALL = {
+    "showo_tiny_stage1": ("imagenet1k", "captioning", None),
+    "showo_tiny_stage2": ("t2i", "captioning", "showo_tiny_stage1"),
+    "showo_tiny_stage3": ("t2i", "captioning", "showo_tiny_stage2"),
+    "showo_tiny_instruction_tuning_1": ("t2i", "llava_pretrain", "showo_tiny_stage3"),
+    "showo_tiny_instruction_tuning_2": ("t2i", "llava_tuning", "showo_tiny_instruction_tuning_1"),
+    "showo_tiny_instruction_tuning_1_w_clip_vit": ("t2i", "llava_pretrain", "showo_tiny_stage3"),
+    "showo_tiny_instruction_tuning_2_w_clip_vit": ("t2i", "llava_tuning", "showo_tiny_instruction_tuning_1_w_clip_vit"),
+}
+
+
+def test_the_files_are_these_and_the_readme_has_a_row_for_each():
+    others = {"showo_tiny_train", "showo_tiny_demo", "showo_tiny_magvitv2"}
+    assert set(FILES) == {*DEMOS, *STAGES, *OTHER_LLMS, *SMALL, *others} and len(DEMOS) + len(STAGES) == 15
+    rows = dict(re.findall(r"^\| \[`(\w+)`\](.*)$", README, re.MULTILINE))
+    assert set(rows) == set(FILES)
+    assert all(sorted(re.findall(r"SHOWO_\w+", rows[name])) == variables(name) for name in FILES)
+    used = {name for path in FILES.values() for name in re.findall(r"SHOWO_\w+", path.read_text())}
+    assert set(re.findall(r"^\| `(SHOWO_\w+)`", README, re.MULTILINE)) == used
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "magvitv2" not in name])
+def test_every_yaml_loads_and_is_consistent(name, load, load_bare):
+    """For training with its variables, for inference and evaluation without."""
+    configs = [load(name), *(load_bare(name, schema=schema) for schema in (InferenceConfig, EvaluationConfig))]
+    for showo in (config.model.showo for config in configs):
+        assert showo.vocab_size == showo.llm_vocab_size + showo.num_new_special_tokens + showo.codebook_size + 1
 
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_the_published_demos(name):
-    config = load_config([f"config={ROOT}/configs/{name}.yaml"], InferenceConfig)
+    config = load_config([f"config={FILES[name]}"], InferenceConfig)
     suffix = name.removeprefix("showo_demo").replace("_512x512", "-512x512").replace("_w_clip_vit", "-w-clip-vit")
     side = 512 if "512" in name else 256
     assert config.model.showo.pretrained_model_path == "showlab/show-o" + suffix
     assert config.model.showo.w_clip_vit == ("clip" in name)
     assert config.model.showo.num_vq_tokens == (side // 16) ** 2
-    assert config.dataset.preprocessing.resolution == config.dataset.params.resolution == side
-    assert config.dataset.preprocessing.max_seq_length == 128
-    assert (config.batch_size, config.training.cond_dropout_prob) == (20, 0.1)
-    assert (config.experiment.project, config.experiment.name) == ("demo", "show-o-demo")
+    assert (config.dataset.preprocessing.resolution, config.dataset.preprocessing.max_seq_length) == (side, 128)
+    assert (config.batch_size, config.experiment.project, config.experiment.name) == (20, "demo", "show-o-demo")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [
-            "config=configs/showo_demo_512x512.yaml",
-            "batch_size=1",
-            "validation_prompts_file=validation_prompts/showoprompts.txt",
-            "guidance_scale=5",
-            "generation_timesteps=50",
-            "mode=t2i",
-        ],
-        [
-            "config=configs/showo_demo.yaml",
-            "batch_size=1",
-            "guidance_scale=1.75",
-            "generation_timesteps=16",
-            "mode=extrapolation",
-            "extra_direction=left *** left *** right",
-            "offset=0",
-            "prompt=a *** b *** c",
-            "image_path=inpainting_validation/alps_wide.jpg",
-        ],
-        [
-            "config=configs/showo_demo_w_clip_vit_512x512.yaml",
-            "max_new_tokens=100",
-            "mmu_image_root=./mmu_validation",
-            "question=What is it? *** Where?",
-        ],
-    ],
-    ids=["t2i", "extrapolation", "mmu"],
-)
-def test_published_commands_are_read(arguments, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = load_config(arguments, InferenceConfig)
-    for argument in arguments[1:]:
-        key, _, value = argument.partition("=")
-        assert str(config[key]) == value or config[key] == float(value)
+# --- the eleven training files
+
+# What all of them say beside their rows; every other published key is at its default.
+COMMON = {
+    "experiment.max_train_examples_mmu": 40_000_000,
+    "model.showo.load_from_showo": False,
+    "model.showo.llm_model_path": "microsoft/phi-1_5",
+}
+OWN = ["project", "name", "output_dir", "max_train_examples_t2i"]
+OWN = [*(f"experiment.{key}" for key in OWN), "model.showo.pretrained_model_path", "model.showo.w_clip_vit"]
+OWN += ["model.showo.num_vq_tokens", "dataset.gen_type", "dataset.und_type", "dataset.combined_loader_mode"]
+OWN += ["dataset.preprocessing.max_seq_length", "dataset.preprocessing.resolution", "dataset.params.resolution"]
+OWN += ["optimizer.params.learning_rate", "lr_scheduler.params.learning_rate", "lr_scheduler.params.warmup_steps"]
+OWN += ["dataset.params.validation_prompts_file", "mask_schedule.schedule", "mask_schedule.params"]
+OWN += [f"training.{key}" for key in ("max_train_steps", "guidance_scale")]
+OWN += [f"training.batch_size_{flow}" for flow in ("t2i", "lm", "mmu")]
+OWN += [f"dataset.params.train_{flow}_shards_path_or_url" for flow in ("t2i", "mmu", "lm")]
 
 
-def test_an_unknown_key_names_the_nearest():
-    with pytest.raises(
-        UserError, match="unknown key generation_timestep; the nearest known key is generation_timesteps"
-    ):
-        load_config([f"config={ROOT}/configs/showo_demo.yaml", "generation_timestep=3"], InferenceConfig)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_published_training_file(name, load):
+    config = load(name)
+    training, dataset, experiment = config.training, config.dataset, config.experiment
+    sizes = "/".join(str(training[f"batch_size_{flow}"]) for flow in ("t2i", "lm", "mmu"))
+    gen, und, length, codes, rate, warmup, steps, rows, guidance, loader = ROWS[name]
+    assert (dataset.gen_type, dataset.und_type, sizes, dataset.combined_loader_mode) == (gen, und, rows, loader)
+    assert dataset.preprocessing.max_seq_length == int(length)
+    assert config.model.showo.num_vq_tokens == int(codes) == (dataset.preprocessing.resolution // 16) ** 2
+    assert config.optimizer.params.learning_rate == float(rate)
+    assert (config.lr_scheduler.params.warmup_steps, training.max_train_steps) == (int(warmup), int(steps))
+    assert training.guidance_scale == float(guidance) and mask_schedule_of(config) == ("cosine", {})
+
+    defaults = OmegaConf.structured(TrainingConfig)
+    expected = {key: OmegaConf.select(defaults, key) for key in published_keys() if key not in OWN} | COMMON
+    assert {key: OmegaConf.select(config, key) for key in expected} == expected
+    assert experiment.max_train_examples_t2i == (40 if name.endswith(("stage1", "stage2")) else 20) * 1_000_000
+    prompts = "imagenet_prompts" if name.endswith("stage1") else "text2image_prompts"
+    assert config.validation_prompts_file == f"validation_prompts/{prompts}.txt"
+    assert config.model.showo.w_clip_vit == ("clip" in name)
+    assert config.model.showo.pretrained_model_path == "showlab/show-o" + ("-w-clip-vit" if "clip" in name else "")
+
+    kind = "training" if "pretraining" in name else "tuning"
+    stage = name.removeprefix("showo_pretraining_stage").removeprefix("showo_instruction_tuning_").replace("_", "-")
+    assert experiment.project == kind
+    assert experiment.name == experiment.output_dir == f"show-o-{kind}-stage{stage}"
+
+    written = dict(leaves(yaml.safe_load(FILES[name].read_text()))).keys() | {"mask_schedule.params"}
+    assert set(published_keys()) - written == {"training.batch_size", "dataset.params.batch_size"}  # of inference
 
 
-# --- what the commands name
+@pytest.mark.parametrize("name", OTHER_LLMS)
+def test_another_language_model_changes_only_what_it_must(name, load):
+    before, now = (dict(leaves(OmegaConf.to_container(load(n)))) for n in (f"showo_pretraining_stage{name[-1]}", name))
+    hub_name, words = OTHER_LLMS[name]
+    changed = {key: value for key, value in now.items() if before[key] != value}
+    folders = {changed.pop(key) for key in ("experiment.name", "experiment.output_dir", "output_dir")}
+    assert len(folders) == 1
+    assert changed == {
+        "model.showo.llm_model_path": hub_name,
+        "model.showo.llm_vocab_size": words,
+        "model.showo.vocab_size": words + 10 + 8192 + 1,
+        "model.showo.pretrained_model_path": None,
+    } | ({"training.trainable": "new"} if name.endswith("1") else {})
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("showoprompts", 20),
-        ("text2image_prompts", 20),
-        ("imagenet_prompts", 10),
-        ("emoji_prompts", 16),
-        ("emoji_class_prompts", 16),
-    ],
-)
-def test_prompt_files_hold_one_prompt_a_line(name, count):
-    lines = (ROOT / "validation_prompts" / f"{name}.txt").read_text().splitlines()
-    assert all(line.strip() for line in lines) and len(set(lines)) == len(lines) == count
+@pytest.mark.parametrize("name", SMALL)
+def test_the_small_stages_follow_each_other_and_fit_the_small_tokenizers(name, load):
+    config, trained, (gen, und, before) = load(name), load("showo_tiny_train"), SMALL[name]
+    assert (config.dataset.gen_type, config.dataset.und_type) == (gen, und)
+    assert config.experiment.init_from == (load(before).experiment.output_dir if before else None)
+    assert config.model.showo.w_clip_vit == ("clip" in name)
+    sizes = ("llm_model_path", "llm_vocab_size", "codebook_size", "vocab_size", "num_vq_tokens")
+    assert [config.model.showo[key] for key in sizes] == [trained.model.showo[key] for key in sizes]
+    assert config.model.vq_model == trained.model.vq_model
+    assert config.dataset.preprocessing.resolution == trained.dataset.preprocessing.resolution
+
+
+# --- data paths
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_missing_variables_come_at_once_or_from_the_command_line(name, load_bare):
+    with pytest.raises(UserError) as error:
+        check_data(load_bare(name))
+    assert all(f"{variable}; set" in str(error.value) for variable in variables(name))
+    assert "dataset.params.train_lm_shards_path_or_url=" in str(error.value)
+    params = yaml.safe_load(FILES[name].read_text())["dataset"]["params"]
+    keys = [key for key, value in params.items() if re.fullmatch(r"\$\{oc\.env:\w+\}", str(value))]
+    config = load_bare(name, *(f"dataset.params.{key}=/{key}" for key in keys))
+    assert [config.dataset.params[key] for key in keys] == [f"/{key}" for key in keys]
+    with pytest.raises(UserError, match=f"{params[keys[0]][9:-1]}; set"):  # all but one
+        check_data(load_bare(name, *(f"dataset.params.{key}=/{key}" for key in keys[1:])))
+
+
+def test_captions_from_elsewhere_are_optional(load, monkeypatch):
+    keys = [f"external_{which}caption_path" for which in ("", "journeydb_", "laion12m_", "cc12m_")]
+    assert [load("showo_pretraining_stage3").dataset.params[key] for key in keys] == [None] * 4
+    for variable in ("EXTERNAL", "JOURNEYDB", "LAION12M", "CC12M"):
+        monkeypatch.setenv(f"SHOWO_{variable}_CAPTIONS", variable)
+    params = load("showo_pretraining_stage3").dataset.params
+    assert [params[key] for key in keys] == ["EXTERNAL", "JOURNEYDB", "LAION12M", "CC12M"]
+
+
+@pytest.mark.parametrize(("flow", "variable"), [("t2i", "T2I_SHARDS"), ("mmu", "MMU_SHARDS"), ("lm", "LM_PARQUET")])
+def test_a_flow_that_is_off_asks_for_no_data(flow, variable, load_bare):
+    config = load_bare("showo_pretraining_stage2", f"training.batch_size_{flow}=0")
+    assert config.dataset.params[f"train_{flow}_shards_path_or_url"] is None
+    with pytest.raises(UserError, match=f"SHOWO_{variable};"):
+        check_data(load_bare("showo_pretraining_stage2"))

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
+from common.settings import setting
 from tests.training.tiny import arguments, metrics_of, write_world
 from training.checkpointing import DAMAGED, checkpoints
 
@@ -44,9 +45,9 @@ LOADERS[".pkl"] = lambda file: torch.load(file, weights_only=False)
 
 @dataclass
 class KillSettings:
-    kills: int = 20
-    seed: int = 0
-    output_dir: str | None = None  # null: a temporary folder, removed at the end
+    kills: int = setting(20, "times that the run is killed", low=1)
+    seed: int = setting(0, "of the moments")
+    output_dir: str | None = setting(None, "null: a temporary folder, removed at the end")
 
 
 def check(holds: bool, message: str) -> None:
