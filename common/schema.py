@@ -75,7 +75,7 @@ class ShowoSection:
     w_clip_vit: bool = setting(False, "understanding from CLIP-ViT features instead of image codes")
     vocab_size: int = setting(58498, "llm_vocab_size + num_new_special_tokens + codebook_size + 1")
     llm_vocab_size: int = setting(50295, "entries of the text tokenizer")
-    llm_model_path: str | None = setting(None, "language model: a folder or hub name; null: microsoft/phi-1_5")
+    llm_model_path: str | None = setting(None, "language model: a folder or hub name; null: the published one")
     codebook_size: int = setting(8192, "image codes")
     num_vq_tokens: int = setting(256, "image tokens of an image, a square number")
     num_new_special_tokens: int = setting(10, "special tokens that Show-o adds")

@@ -153,6 +153,8 @@ def find_problems(schema: type, config: DictConfig) -> list[str]:
         value = OmegaConf.select(config, one.path, throw_on_missing=False)
         if value is not None and (problem := one.rule.problem(value)):
             found.append(f"{key} {problem}")
+    if OmegaConf.missing_keys(config):
+        return found  # what holds between settings needs them all
     classes = (base for cls in _classes(schema) for base in cls.__mro__ if "problems" in vars(base))
     for cls in dict.fromkeys(classes):
         found += cls.problems(config)

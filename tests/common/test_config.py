@@ -14,15 +14,15 @@ from common.errors import UserError
 from common.schema import RunConfig
 from common.settings import free_keys, setting, settings_of
 from evaluation.schema import EvaluationConfig
+from examples.emoji_world.make import EmojiWorldConfig
 from tests.end_to_end.kill_and_resume import KillSettings
-from training.data.emoji_world import EmojiWorldConfig
-from training.data.encode_images import EncodeImagesConfig
-from training.data.llava_shards import LlavaShardsConfig
-from training.data.make_shards import MakeShardsConfig
-from training.data.small_clip import SmallClipConfig
-from training.data.small_llm import SmallLlmConfig
-from training.export import ExportConfig
-from training.plot import PlotConfig
+from tools.encode_images import EncodeImagesConfig
+from tools.export import ExportConfig
+from tools.llava_shards import LlavaShardsConfig
+from tools.make_shards import MakeShardsConfig
+from tools.plot import PlotConfig
+from tools.small_clip import SmallClipConfig
+from tools.small_llm import SmallLlmConfig
 from training.tokenizer_settings import TokenizerTrainingConfig
 
 SCHEMAS = [InferenceConfig, TrainingConfig, EvaluationConfig, TokenizerTrainingConfig, WaysConfig, KillSettings]
@@ -234,7 +234,6 @@ REFUSALS = {
         "top_k=x": "it must be a whole number or null",
         "model=3": "model is 3; it must be a group of keys",
         "training.seed=[": "cannot be read as YAML",
-        "question=???": r"question is .\?\?\?., a placeholder",
         "mode=draw": "mode is 'draw'; allowed: t2i, inpainting, extrapolation",
         "wandb.mode=loud": "allowed: online, offline, disabled",
         "batch_size=0": "training.batch_size is 0; it must be 1 or more",
@@ -254,6 +253,7 @@ REFUSALS = {
         "model: {showo: {vocabsize: 3}}\noptimzer: {}": "model.showo.vocabsize.*nearest known key is optimizer",
     },
     TrainingConfig: {
+        "conversation=???": r"conversation is .\?\?\?., a placeholder",
         "trainig.batch_size=1": "nearest known key is training.batch_size",
         "training.eval_mask_ratios=0.5": "it must be a list or null",
         "experiment.resume_from_checkpoint=3": "it must be true or false or text or null",

@@ -13,7 +13,7 @@ from common.config import InferenceConfig, TrainingConfig, leaves, load_config, 
 from common.errors import UserError
 from common.settings import settings_of
 from evaluation.schema import EvaluationConfig
-from training.data.flows import check_data
+from tests.training.tiny import check_data
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}

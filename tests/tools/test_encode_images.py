@@ -228,7 +228,7 @@ def test_other_codes_are_not_overwritten_unless_told(world):
             "resolution is 0; .*batch_size is 0; .*num_workers is 0",
         ),
         ({"device": "mars"}, "device=mars cannot be used"),
-        ({"batchsize": 3}, "the settings are shards, output"),
+        ({"batchsize": 3}, "unknown key batchsize; the nearest known key is batch_size"),
     ],
 )
 def test_mistakes_are_named(world, monkeypatch, settings, message):

@@ -96,7 +96,7 @@ def test_exporting_an_image_tokenizer_over_another_replaces_weights_and_keeps_no
     [
         ([], "from and to not given"),
         (["from={vq}", "to={new}/x", "dtype=int3"], "dtype is 'int3'; allowed: fp32, bf16, fp16"),
-        (["from={vq}", "to={new}/x", "typo=1"], "unknown argument 'typo=1'"),
+        (["from={vq}", "to={new}/x", "typo=1"], "unknown key typo"),
         (["from={vq}", "to={new}/full"], "exists and is no checkpoint folder"),
         (["from={new}/gone", "to={new}/x"], "gone.*does not exist"),
         (["from={new}/full", "to={new}/x"], "config.json is missing"),

@@ -305,7 +305,7 @@ FILES = {
         ({"output": "c.csv/train"}, "cannot write c.csv"),
         (
             {"captions_per_image": "all", "resize": -1, "shard_size": 0, "quality": 0},
-            "=all must be each.*shard_size=0.*resize=-1.*quality=0",
+            "captions_per_image is 'all'; .*resize is -1; .*quality is 0; .*shard_size is 0; it must be 1 or more",
         ),
     ],
 )

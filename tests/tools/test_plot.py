@@ -96,7 +96,7 @@ def test_the_running_mean_starts_at_the_first_value_and_follows_slowly():
         (["runs={0}/none"], "none does not exist; give the output_dir"),
         (["runs={0}"], "metrics.jsonl holds no step_loss_t2i"),
         (["runs={0}/stage1", "output=curves.doc"], r"output=curves.doc must end in one of .*\.png"),
-        (["runs={0}/stage1", "layout=rows"], "layout=rows must be one of columns, overlay"),
+        (["runs={0}/stage1", "layout=rows"], "layout is 'rows'; allowed: columns, overlay"),
         (["runs={0}/stage1", "labels=a,b"], "labels=a,b are 2, but runs are 1"),
         (["runs={0}/stage1", "output={0}/metrics.jsonl/c.png"], "cannot be written"),
     ],
