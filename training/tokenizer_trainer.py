@@ -17,7 +17,14 @@ from common.config import resolve_path
 from common.errors import UserError
 from common.tracking import Tracker
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config, MAGVITv2Output
-from training.checkpointing import TrainState, find_resume, load_checkpoint, save_checkpoint, save_final_model
+from training.checkpointing import (
+    TrainState,
+    describe_last_checkpoint,
+    find_resume,
+    load_checkpoint,
+    save_checkpoint,
+    save_final_model,
+)
 from training.guards import StopSignals, check_writable, only_run_in
 from training.optimization import WeightAverage, make_optimizer, make_schedule
 from training.perceptual import PerceptualLoss
@@ -69,7 +76,8 @@ class TokenizerTrainer:
         torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
         set_seed(config.training.seed)
         self.is_main = self.accelerator.is_main_process
-        self.state, self.stop_signals, self.process_group = TrainState(), StopSignals(), ProcessGroup(self.accelerator)
+        self.state, self.process_group = TrainState(), ProcessGroup(self.accelerator)
+        self.stop_signals = StopSignals(lambda: describe_last_checkpoint(self.output_dir), quiet=not self.is_main)
         self._build_model_and_optimizer()
         self._open_data()
 
@@ -124,6 +132,7 @@ class TokenizerTrainer:
             stack.enter_context(self.stop_signals)
             total, hidden = self.config.training.max_train_steps, not self.is_main
             self._loop(stack.enter_context(tqdm(total=total, initial=self.step, disable=hidden, unit="step")))
+        self.stop_signals.exit_if_interrupted()
 
     def _loop(self, progress: tqdm):
         every = self.config.experiment

@@ -136,7 +136,9 @@ class Trainer:
         self.held_out = HeldOut(config, self.builder, **flow_arguments)
         self.finite = FiniteLosses(self.process_group.any, training.max_nonfinite_batches, tqdm.write)
         self.state, self.metrics, self.gradient_norms = TrainState(), self.new_metrics(), {}
-        self.stop_signals = StopSignals()
+        self.stop_signals = StopSignals(
+            lambda: describe_last_checkpoint(self.output_dir), quiet=not self.accelerator.is_main_process
+        )
 
     def train(self) -> None:
         """Trains from the current step to `max_train_steps`, then saves the final model in `output_dir`."""
@@ -161,6 +163,7 @@ class Trainer:
                 kept = {"wrapped": self.wrapped, "average": self.average}
                 save_final_model(self.accelerator, self.model, self.output_dir, **kept)
         self.accelerator.wait_for_everyone()
+        self.stop_signals.exit_if_interrupted()
 
     def after_step(self, batch: OmniBatch, bar: tqdm, stopping: bool) -> None:
         step, every = self.state.global_step, self.config.experiment
