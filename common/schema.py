@@ -145,6 +145,7 @@ class OptimizerSection:
 class SchedulerParams:
     learning_rate: float = II("optimizer.params.learning_rate")
     warmup_steps: int = 5000
+    num_training_steps: int | None = None  # over which the rate decays; null: training.max_train_steps
 
 
 @dataclass
@@ -341,6 +342,7 @@ RANGES = {  # both ends are allowed, infinite values never
     "experiment.max_train_examples_mmu": (1, math.inf),
     "optimizer.params.learning_rate": (0, math.inf),
     "lr_scheduler.params.warmup_steps": (0, math.inf),
+    "lr_scheduler.params.num_training_steps": (1, math.inf),
     "dataset.packing_length": (1, math.inf),
     "training.gradient_accumulation_steps": (1, math.inf),
     "training.batch_size_t2i": (0, math.inf),

@@ -2,9 +2,12 @@
 
 import errno
 import json
+import os
 import resource
 import shutil
+import signal
 from contextlib import nullcontext
+from signal import SIGINT, SIGTERM, SIGUSR1
 
 import pytest
 import torch
@@ -14,8 +17,9 @@ from omegaconf import OmegaConf
 from common.errors import UserError
 from models import Showo
 from tests.training.tiny import config_of, metrics_of
+from training import guards
 from training.checkpointing import check_same_config, checkpoints
-from training.guards import FiniteLosses, check_writable, full_disk_as_user_error, only_run_in
+from training.guards import FiniteLosses, StopSignals, check_writable, full_disk_as_user_error, only_run_in
 from training.processes import ProcessGroup
 from training.trainer import Trainer
 from training.understanding import VqUnderstanding
@@ -130,6 +134,42 @@ def test_a_folder_that_not_all_machines_share_is_refused(world, tmp_path):
             process_group.check_same("checkpoint-4", "they differ")
 
 
+# ---- signals ----
+
+
+@pytest.mark.parametrize(
+    ("arrive", "torchs_launcher", "interrupted", "left"),
+    [
+        ([(SIGTERM, 0), (SIGTERM, 5)], True, False, False),
+        ([(SIGUSR1, 0), (SIGINT, 5)], False, True, False),
+        ([(SIGINT, 0), (SIGINT, 0.9)], False, True, False),  # one Ctrl-C, from the terminal and from a launcher
+        ([(SIGINT, 0), (SIGINT, 0.9), (SIGINT, 1.1)], False, True, True),
+        ([(SIGINT, 0), (SIGTERM, 5)], False, True, False),  # the launcher of one process has ended
+        ([(SIGINT, 0), (SIGTERM, 5)], True, True, True),  # a second Ctrl-C, as torch's launcher passes it on
+    ],
+)
+def test_the_first_signal_asks_to_stop_and_a_second_ctrl_c_leaves(
+    monkeypatch, capfd, arrive, torchs_launcher, interrupted, left
+):
+    before, codes = [signal.getsignal(number) for number in StopSignals.numbers], []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    if torchs_launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with StopSignals(lambda: "checkpoint-4 is there") as stop:
+        for number, at in arrive:
+            assert not codes
+            monkeypatch.setattr(guards.time, "monotonic", lambda at=at: at)
+            os.kill(os.getpid(), number)
+            assert stop.requested
+    assert [signal.getsignal(number) for number in StopSignals.numbers] == before
+    assert codes == [130] * left
+    told = capfd.readouterr().err.split("\n")
+    assert sum("finishing this step and saving" in line for line in told) == interrupted
+    assert ("interrupted; checkpoint-4 is there" in told) == left
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-4 is there") if interrupted else nullcontext():
+        stop.exit_if_interrupted()
+
+
 # ---- the final model ----
 
 
@@ -204,6 +244,34 @@ def test_another_number_of_workers_begins_the_data_anew_if_it_is_accepted(world,
     assert "lm: the checkpoint was made with 1 loader workers, dataset.params.num_workers is 2" in told
     assert told.count("Its data starts again") == 3
     assert trainer.state.global_step == 6 and all(flow.batches == 0 for flow in trainer.flows.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "told", "rates"),
+    [
+        ({"training.max_train_steps": 8}, "now decays over 8 steps, not 6; lr_scheduler.params.num_train", [0.067, 0]),
+        (
+            {"training.max_train_steps": 8, "lr_scheduler.params.num_training_steps": 6},
+            "still decays over 6 steps and stays at its last value",
+            [0, 0],
+        ),
+        ({"training.max_train_steps": 4}, "max_train_steps 6 → 4: the learning rate now decays over 4 steps", []),
+    ],
+)
+def test_a_run_may_get_more_steps_or_fewer(world, tmp_path, finished, capsys, settings, told, rates):
+    shutil.copytree(finished, tmp_path / "out")
+    trainer = make_trainer(world, tmp_path / "out", settings)
+    used, step = [], trainer.step
+    trainer.step = lambda: (used.append(trainer.optimizer.param_groups[0]["lr"]), step())[1]
+    trainer.train()
+    output = capsys.readouterr().out
+    assert "checkpoint-6, step 6" in output and told in output and not (tmp_path / "out/abandoned-1").exists()
+    assert trainer.state.global_step == max(6, settings["training.max_train_steps"])
+    found = [line["lr"] / 2e-3 for line in metrics_of(tmp_path / "out")[6:]]
+    assert found == pytest.approx(rates, abs=1e-3)
+    first = {8: 0.25, 6: 0}.get(settings.get("lr_scheduler.params.num_training_steps", 8))
+    assert not rates or used[0] / 2e-3 == pytest.approx(first, abs=1e-3), "the new schedule holds from the first step"
 
 
 # ---- stages ----
@@ -430,8 +498,9 @@ def test_held_out_losses_are_the_same_every_time_and_disturb_nothing(world, tmp_
     losses = {"eval_loss_t2i/mask_0.25", "eval_loss_t2i/mask_0.75", "eval_loss_lm", "eval_loss_mmu"}
     assert losses < set(lines[0]) and all(0 < lines[0][name] < 10 for name in losses)
     assert lines[-1]["eval_loss_mmu"] < lines[0]["eval_loss_mmu"]
-    same = [[line for line in metrics_of(tmp_path / n) if "lr" in line] for n in ("with", "without")]
-    assert same[0] == same[1], "training must not notice that it is evaluated"
+    evaluated, plain = (metrics_of(tmp_path / name) for name in ("with", "without"))
+    trained = [{key: value for key, value in line.items() if not key.startswith("eval_")} for line in evaluated]
+    assert trained == plain, "training must not notice that it is evaluated"
     trainer = make_trainer(world, tmp_path / "again", held_out)
     twice = [trainer.held_out(trainer.wrapped, trainer.sum_over_processes) for _ in range(2)]
     assert twice[0] == twice[1]
