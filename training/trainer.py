@@ -22,7 +22,9 @@ from models.modeling_showo import ShowoOutput
 from training.batches import OmniBatch
 from training.checkpointing import (
     TrainState,
+    begin_course,
     check_same_config,
+    describe_decay,
     describe_last_checkpoint,
     find_start,
     load_checkpoint,
@@ -42,6 +44,7 @@ from training.optimization import (
     gradient_norms,
     make_optimizer,
     make_schedule,
+    set_rate,
 )
 from training.parts import (
     check_sizes,
@@ -148,6 +151,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 stack.enter_context(only_run_in(self.output_dir))
             self.check_shared_folder()
+            begin_course(self.accelerator, self.output_dir, self.start)
             self.resume()
             self.start_tracking()
             stack.callback(self.finish)
@@ -260,6 +264,9 @@ class Trainer:
             for name, flow in self.flows.items():
                 if name in self.state.streams:
                     self.resume_flow(name, flow)
+            set_rate(self.schedule)
+            if line := describe_decay(self.start.folder, self.config):
+                self.accelerator.print(line)
             how = ""
         else:
             self.state.global_step = self.start.step
