@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from common.errors import UserError
+from common.launch import use_physical_cores
 from llava import QuestionFormat
 from models.clip_encoder import CLIPVisionTower
 from models.generation.sampling import SamplingParameters, Schedule, get_mask_schedule
@@ -107,7 +108,10 @@ class ShowoPipeline:
             noise_schedule = get_mask_schedule(name, **parameters)
         except (ValueError, TypeError) as error:
             raise UserError(f"mask_schedule: {error}") from None
-        return cls(**load(Source.of_config(config)), noise_schedule=noise_schedule)
+        pipeline = cls(**load(Source.of_config(config)), noise_schedule=noise_schedule)
+        if pipeline.device.type == "cpu":  # scripts alone: other programs decide about their threads themselves
+            use_physical_cores()
+        return pipeline
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,7 @@
 """Trains Show-o with understanding from image codes.
 
-accelerate launch --config_file accelerate_configs/1_gpu.yaml --quiet training/train.py config=configs/showo_tiny_train.yaml
+accelerate launch --config_file accelerate_configs/1_gpu.yaml --quiet training/train.py \\
+    config=configs/showo_tiny_train.yaml
 """
 
 import sys
