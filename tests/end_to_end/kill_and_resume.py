@@ -291,7 +291,7 @@ def check_same_run(whole: Path, parts: Path) -> None:
 # ---- the whole ----
 
 
-def run_kills(folder: Path, kills: int, seed: int, report=partial(print, flush=True)) -> list[Kill]:
+def run_kills(folder: Path, kills: int, seed: int, report=print) -> list[Kill]:
     """Trains with and without kills in `folder` and compares.
 
     Raises:
@@ -327,7 +327,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(settings.output_dir or temporary).absolute()
         try:
-            found = run_kills(folder, settings.kills, settings.seed)
+            found = run_kills(folder, settings.kills, settings.seed, partial(print, flush=True))
         except AssertionError as error:
             print(f"FAILED: {error}")
             raise SystemExit(1) from None
