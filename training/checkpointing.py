@@ -183,6 +183,7 @@ def _set_aside(output_dir: Path, start: Start | None) -> None:
     to = before["to"] if unfinished else f"abandoned-{max(numbers, default=0) + 1}"
     course = {"start": _path_from(output_dir, start.folder) if elsewhere else None, "leaving": leaving, "to": to}
     write_whole(output_dir / COURSE, json.dumps(course).encode())
+    _flush(output_dir)
     for name in leaving:
         (output_dir / to / name).parent.mkdir(parents=True, exist_ok=True)
         (output_dir / name).rename(output_dir / to / name)
@@ -212,7 +213,8 @@ def _divide_metrics(output_dir: Path, abandoned: Path, last: int, elsewhere: Sta
     kept = [line for step, line in lines if step <= last] + [line for _, line in returning]
     if abandoned.is_dir():
         there = [line for _, line in read_lines(abandoned / "metrics.jsonl")]
-        there += [line for step, line in lines if step < float("inf") and line not in {*kept, *there}]
+        known = {*kept, *there}
+        there += [line for step, line in lines if step < float("inf") and line not in known]
         write_whole(abandoned / "metrics.jsonl", b"".join(there))
     if lines or kept:
         write_whole(output_dir / "metrics.jsonl", b"".join(kept))
