@@ -23,7 +23,7 @@ from evaluation.schema import EvaluationConfig
 
 def choose_tasks(config) -> list[type]:
     """The tasks that are named, by themselves or by their group."""
-    from evaluation.registry import GROUPS, TASKS
+    from evaluation.tasks import GROUPS, TASKS, task_class
 
     names = [name.strip() for name in (config.tasks or "").split(",") if name.strip()]
     unknown = [name for name in names if name not in TASKS and name not in GROUPS]
@@ -31,16 +31,16 @@ def choose_tasks(config) -> list[type]:
         given = f"tasks holds {unknown[0]!r}" if unknown else "tasks is not given"
         raise UserError(f"{given}; name one or more of {','.join([*TASKS, *GROUPS])}, separated by commas")
     listed = [one for name in names for one in GROUPS.get(name, (name,))]
-    return [TASKS[name] for name in dict.fromkeys(listed)]
+    return [task_class(name) for name in dict.fromkeys(listed)]
 
 
 def evaluate(config, output_dir: Path, processes) -> None:
     """Asks, scores and reports one checkpoint."""
     from evaluation.report import report, score
     from evaluation.runner import ask_all
-    from models.pipeline_loading import check_config
+    from models.loading import check_sizes
 
-    check_config(config)
+    check_sizes(config.model.showo, config.dataset.preprocessing.resolution, config.model.vq_model.vq_model_name)
     tasks, root = choose_tasks(config), required_path("data_root", config.data_root)
     runs = ask_all(config, [task(config, root, output_dir / task.name) for task in tasks], processes)
     if not processes.is_main:
@@ -54,8 +54,7 @@ def evaluate(config, output_dir: Path, processes) -> None:
 
 def evaluate_two(config, output_dir: Path, processes) -> None:
     """Compares two folders of results; a checkpoint among them is evaluated first."""
-    from evaluation.compare import compare
-    from evaluation.report import RESULTS
+    from evaluation.bootstrap import RESULTS, compare
 
     names = [name.strip() for name in config.compare.split(",") if name.strip()]
     if len(names) != 2:
@@ -77,7 +76,7 @@ def main(argv: list[str]) -> None:
     config = load_config(argv, EvaluationConfig)
     output_dir = check_output_dir(config.output_dir or Path(config.experiment.output_dir) / "evaluation")
 
-    from evaluation.processes import joined_processes
+    from evaluation.runner import joined_processes
 
     with joined_processes(config) as processes:
         (evaluate_two if config.compare else evaluate)(config, output_dir, processes)

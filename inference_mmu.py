@@ -52,10 +52,10 @@ def main(argv: list[str]) -> None:
     output_dir = check_output_dir(config.output_dir or Path(config.experiment.output_dir) / "mmu")
 
     from models import ShowoPipeline
-    from models.pipeline_loading import check_config
+    from models.loading import check_sizes
     from models.pipeline_showo import check_texts
 
-    check_config(config)
+    check_sizes(config.model.showo, config.dataset.preprocessing.resolution, config.model.vq_model.vq_model_name)
     check_texts(questions)
     paths = find_images(config.mmu_image_root, config.dataset.preprocessing.resolution)
     pipeline = ShowoPipeline.from_config(config)

@@ -105,9 +105,9 @@ def main(argv: list[str]) -> None:
     config = load_config(argv, InferenceConfig)
     if config.mode is None:
         raise UserError(f"mode is not given; add mode={', mode='.join(MODES)}")
-    from models.pipeline_loading import check_config
+    from models.loading import check_sizes
 
-    check_config(config)
+    check_sizes(config.model.showo, config.dataset.preprocessing.resolution, config.model.vq_model.vq_model_name)
     output_dir = check_output_dir(config.output_dir or Path(config.experiment.output_dir) / config.mode)
     task = MODES[config.mode](config)
 

@@ -34,7 +34,8 @@ from PIL import Image
 
 from benchmarks import report
 from common.config import TrainingConfig
-from training.data.flows import build_flows
+from training.batches import flow_readers
+from training.data.flows import Reading, open_flows
 from training.data.image_text import read_image
 from training.data.streams import Flow, _Batches
 
@@ -89,7 +90,7 @@ def flow_of(shards: str, workers: int) -> Flow:
     config = OmegaConf.structured(TrainingConfig)
     for key, value in settings.items():
         OmegaConf.update(config, key, value)
-    return build_flows(config)["mmu"]
+    return open_flows(flow_readers(config, "train"), Reading())["mmu"]
 
 
 def work_of(shards: str) -> Iterator:

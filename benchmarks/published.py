@@ -128,11 +128,13 @@ def losses(
     labels: torch.Tensor,
     counts: tuple[int, int, int],
     max_seq_length: int,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The t2i, lm and mmu losses (spec §5) from the logits of every position; `counts` are the rows of each task."""
 
     def cross_entropy(logits, labels):
-        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100)
+        settings = {"ignore_index": -100, "label_smoothing": label_smoothing}
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), **settings)
 
     logits = all_logits(model, input_ids, attention_mask.dense())  # (B, L, V)
     logits_t2i, logits_lm, logits_mmu = logits.split(counts)

@@ -3,7 +3,7 @@
     python3 benchmarks/sampling_options.py config=configs/showo_tiny_demo.yaml guidance_scale=2 data=data/emoji_world
 
 Quality: the small default generates an image for each caption of the emoji world. An image counts as correct if the
-real image nearest to it, by pixel distance, shows the right thing (`evaluation/tasks/emoji_drawing.py`). `differ` is
+real image nearest to it, by pixel distance, shows the right thing (`examples/emoji_world/benchmark.py`). `differ` is
 the share of tokens that differ from exact generation with the same seed; another seed is a row for comparison.
 Time: seconds of the small default for all captions, and of one 256-token image of a randomly initialised model
 (8 layers x 512, full vocabulary, guidance 5). Prints a table, then one JSON line.
@@ -22,9 +22,9 @@ import torch
 from benchmarks import generation, report
 from common.config import InferenceConfig, load_config, resolve_path
 from common.errors import run_cli
-from evaluation.emoji import SPLITS, read_world
-from evaluation.generation import square
-from evaluation.tasks.emoji_drawing import name_ranks, pixels
+from evaluation.images import square
+from examples.emoji_world.benchmark import SPLITS, read_world
+from examples.emoji_world.features import name_ranks, pixels
 from models import SamplingParameters, ShowoPipeline
 from models.images import load_image
 from training.data.emoji_text import caption

@@ -31,18 +31,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import limits, report
 from models import MAGVITv2, MAGVITv2Config
-from models.pipeline_loading import without_loading_bars
 
 TINY = report.ROOT / "checkpoints" / "showo-tiny" / "magvitv2"
 
 
 def make_model(args) -> MAGVITv2:
     torch.manual_seed(0)
-    with without_loading_bars():
-        if args.weights or args.size == "tiny":
-            model = MAGVITv2.from_pretrained(str(args.weights or TINY))
-        else:
-            model = MAGVITv2(MAGVITv2Config())
+    if args.weights or args.size == "tiny":
+        model = MAGVITv2.from_pretrained(str(args.weights or TINY))
+    else:
+        model = MAGVITv2(MAGVITv2Config())
     return model.requires_grad_(False).eval().to(args.device)
 
 

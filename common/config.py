@@ -30,6 +30,7 @@ __all__ = [
     "load_config",
     "read_settings",
     "mask_schedule_of",
+    "read_key",
     "resolve_path",
 ]
 
@@ -101,6 +102,14 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
     _resolve(config, path, schema.unread(config) if hasattr(schema, "unread") else [])
     _raise(schema.problems(config) if hasattr(schema, "problems") else [], path)
     return config
+
+
+def read_key(argv: list[str], key: str) -> Any:
+    """One top-level setting, before it is known which schema the others have; None if it is not given."""
+    given = dict(argument.partition("=")[::2] for argument in argv)
+    if key not in given and given.get("config"):
+        given |= _read_yaml(resolve_path(given["config"]))
+    return given.get(key)
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

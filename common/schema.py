@@ -212,6 +212,8 @@ class SamplingSection:
 class TrainingConfig:
     """Settings of the training scripts: the published sections, and where and how to run."""
 
+    task: str = "showo"  # what is trained: a module of training/tasks
+
     wandb: WandbSection = field(default_factory=WandbSection)
     experiment: ExperimentSection = field(default_factory=ExperimentSection)
     model: ModelSection = field(default_factory=ModelSection)

@@ -1,26 +1,32 @@
-"""Answers on disk as they are given, so that a run that was killed goes on where it stood.
+"""Answers on disk as they are given, so that a killed run resumes; and what answers depend on, so that none mix.
 
 `{folder}/answers-{rank:03d}.jsonl` gets a line per answer, a batch at a time. Whatever number of processes wrote them,
 all files are read when a run starts.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from evaluation.official_files import write_json
 from evaluation.task import Item
+from models.backbones import DEFAULT_LLM
+from models.loading import choose_device, choose_dtype
 
 SETTINGS = "settings.json"
+SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".txt")  # of a checkpoint's files
+NUM_BLOCKS, BLOCK = 16, 1 << 16  # of a large file, this much is read
 
 
 class AnswerStore:
     """The answers of one task in one output folder.
 
     Args:
-        folder: made where it is missing.
+        folder: created if it does not exist.
         settings: everything that an answer depends on besides its item; it is written beside the answers.
     """
 
@@ -49,7 +55,7 @@ class AnswerStore:
                 )
 
     def begin(self) -> None:
-        """Note the settings. The main process calls it before any answer is added."""
+        """Writes the settings. The main process calls it before any answer is added."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / SETTINGS, self.settings)
 
@@ -77,7 +83,7 @@ class AnswerStore:
         return answers
 
     def add(self, rank: int, items: Sequence[Item], answers: Sequence[str]) -> None:
-        """Append a batch; it is on the disk when this returns."""
+        """Appends a batch; it is on the disk when this returns."""
         path = self.folder / f"answers-{rank:03d}.jsonl"
         records = (
             {"key": item.key, "image": item.image, "prompt": item.prompt, "answer": answer}
@@ -90,3 +96,36 @@ class AnswerStore:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+
+
+def model_settings(config) -> dict[str, Any]:
+    """Checkpoints by name and fingerprint, resolution and precision.
+
+    Raises:
+        UserError: a checkpoint does not exist.
+    """
+    showo, vq = config.model.showo, config.model.vq_model
+    names = {"checkpoint": showo.pretrained_model_path, "image_tokenizer": vq.vq_model_name}
+    names["llm"] = showo.llm_model_path or DEFAULT_LLM
+    if showo.w_clip_vit:
+        names["clip"] = config.model.clip_vit_name
+    folders = {part: find_folder(name) for part, name in names.items()}
+    parts = {part: f"{Path(name).name} ({fingerprint(folders[part])})" for part, name in names.items()}
+    if vq.pretrained_model_path:
+        parts["image_tokenizer"] += f" with {Path(vq.pretrained_model_path).name}"
+    dtype = choose_dtype(config.dtype, choose_device(config.device))
+    resolution = config.dataset.preprocessing.resolution
+    return parts | {"dtype": str(dtype).removeprefix("torch."), "resolution": resolution}
+
+
+def fingerprint(folder: Path) -> str:
+    """Twelve digits from names, sizes and samples of the content of a checkpoint's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for number in range(NUM_BLOCKS):
+                file.seek(max(0, size - BLOCK) * number // (NUM_BLOCKS - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:12]

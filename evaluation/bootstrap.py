@@ -1,17 +1,22 @@
-"""95 % intervals by percentile bootstrap: groups of items are resampled within strata of fixed size."""
+"""95 % intervals of figures, and the comparison of two finished evaluations.
+
+Percentile bootstrap: groups of items are resampled within strata of fixed size; two runs are resampled together.
+"""
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import UserError
 from evaluation.official_files import field, read_json, write_json
+from evaluation.task import Task
 
 CHUNK = 50  # resamples at once
+COUNTS, RESULTS = "counts.json", "results.json"
 Figures = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
@@ -48,8 +53,15 @@ class Counts:
             raise UserError(f"{path}: its fields differ in length; expected one value for each group")
         return cls(groups, strata, {name: np.array(values, dtype=float) for name, values in columns.items()})
 
+    def in_order_of(self, groups: Sequence[str]) -> "Counts":
+        """The same counts, rows in the order of `groups`."""
+        place = {group: index for index, group in enumerate(self.groups)}
+        order = [place[group] for group in groups]
+        columns = {name: values[order] for name, values in self.columns.items()}
+        return Counts(list(groups), [self.strata[index] for index in order], columns)
+
     def totals(self) -> Mapping[str, np.ndarray]:
-        return _sums({name: values.sum() for name, values in self.columns.items()}, ())
+        return _zero_by_default({name: values.sum() for name, values in self.columns.items()}, ())
 
     def resampled(self, samples: int, seed: int) -> Mapping[str, np.ndarray]:
         """Column sums of `samples` resamples, (samples,) each; the same groups and seed give the same draws."""
@@ -62,10 +74,10 @@ class Counts:
                 size = min(CHUNK, samples - start)
                 times = rng.multinomial(len(part), np.full(len(part), 1 / len(part)), size)  # (size, groups)
                 sums[start : start + size] += times @ part
-        return _sums(dict(zip(self.columns, sums.T, strict=True)), (samples,))
+        return _zero_by_default(dict(zip(self.columns, sums.T, strict=True)), (samples,))
 
 
-def _sums(columns: dict[str, np.ndarray], shape: tuple[int, ...]) -> Mapping[str, np.ndarray]:
+def _zero_by_default(columns: dict[str, np.ndarray], shape: tuple[int, ...]) -> Mapping[str, np.ndarray]:
     return defaultdict(lambda: np.zeros(shape), columns)
 
 
@@ -77,11 +89,9 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
-
-def estimates(counts: Counts, figures: Figures, samples: int, seed: int) -> dict[str, Estimate]:
-    """Every figure of a task with its interval."""
-    values, drawn = figures(counts.totals()), figures(counts.resampled(samples, seed))
-    return {name: Estimate(float(value), *_interval(drawn[name])) for name, value in values.items()}
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" [{self.low:.1f}, {self.high:.1f}]"
+        return f"{self.value:.1f}{interval}"
 
 
 @dataclass
@@ -98,6 +108,12 @@ class Difference:
     p: float | None
 
 
+def estimates(counts: Counts, figures: Figures, samples: int, seed: int) -> dict[str, Estimate]:
+    """Every figure of a task with its interval."""
+    values, resampled = figures(counts.totals()), figures(counts.resampled(samples, seed))
+    return {name: Estimate(float(value), *_interval(resampled[name])) for name, value in values.items()}
+
+
 def differences(first: Counts, second: Counts, figures: Figures, samples: int, seed: int) -> dict[str, Difference]:
     """Every figure of two runs that asked the same, resampled together.
 
@@ -105,17 +121,21 @@ def differences(first: Counts, second: Counts, figures: Figures, samples: int, s
         first, second: the same groups and strata in one order.
     """
     assert first.groups == second.groups and first.strata == second.strata
-    one, two = figures(first.totals()), figures(second.totals())
-    drawn_one, drawn_two = (figures(counts.resampled(samples, seed)) for counts in (first, second))
+    one, two = (figures(counts.totals()) for counts in (first, second))
+    resampled_one, resampled_two = (figures(counts.resampled(samples, seed)) for counts in (first, second))
     found = {}
     for name in one:
-        drawn = drawn_two[name] - drawn_one[name]
-        tail = min((drawn <= 0).mean(), (drawn >= 0).mean())
+        resampled = resampled_two[name] - resampled_one[name]
+        tail = min((resampled <= 0).mean(), (resampled >= 0).mean())
         p = float(min(1.0, max(2 * tail, 2 / samples)))
-        found[name] = Difference(
-            float(one[name]), float(two[name]), Estimate(float(two[name] - one[name]), *_interval(drawn)), p
-        )
+        difference = Estimate(float(two[name] - one[name]), *_interval(resampled))
+        found[name] = Difference(float(one[name]), float(two[name]), difference, p)
     return found
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def set_estimate(values: np.ndarray) -> Estimate:
@@ -134,7 +154,7 @@ def set_estimate(values: np.ndarray) -> Estimate:
 
 
 def set_difference(first: np.ndarray, second: np.ndarray) -> Difference:
-    """What the second has more of a figure of a whole set; p is that of a normal distribution."""
+    """A figure of two whole sets, (1 + R,) each, and their difference; p is that of a normal distribution."""
     difference = set_estimate(second - first)
     spread = difference.high - difference.value if difference.high is not None else None
     shift = abs(difference.value)
@@ -142,6 +162,74 @@ def set_difference(first: np.ndarray, second: np.ndarray) -> Difference:
     return Difference(float(first[0]), float(second[0]), difference, p)
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+def compare(first: Path, second: Path, tasks: Sequence[Task], folder: Path, samples: int, seed: int) -> str:
+    """Writes `compare.json` and `compare.md`; returns the table.
+
+    Args:
+        first, second: output folders of finished evaluations.
+
+    Raises:
+        UserError: one of them did not finish a task, or they did not ask the same.
+    """
+    found, left_out = {}, []
+    for task in tasks:
+        if task.has_answers:
+            found[task.name], alone = _compare_task(task, first, second, samples, seed)
+            left_out += [f"{task.name} {name}" for name in alone]
+    tree = {name: {key: asdict(value) for key, value in figures.items()} for name, figures in found.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "compare.json", {"first": str(first), "second": str(second), "tasks": tree})
+    text = _comparison_table(first, second, found, left_out)
+    (folder / "compare.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _compare_task(
+    task: Task, first: Path, second: Path, samples: int, seed: int
+) -> tuple[dict[str, Difference], list[str]]:
+    """The figures that both runs have, and the names of those that only one has."""
+    summaries = [_read_summary(folder, task) for folder in (first, second)]
+    refusal = f"compare: {first} and {second} did not ask the same of {task.name}"
+    for key in task.asked_by:  # items may have the same names and yet be others
+        one, two = (summary["settings"].get(key, "not set") for summary in summaries)
+        if one != two:
+            raise UserError(
+                f"{refusal}: {key} is {one} and {two}; evaluate one of them again with the other's settings"
+            )
+    one, two = (Counts.load(folder / task.name / COUNTS) for folder in (first, second))
+    if differ := len(set(one.groups) ^ set(two.groups)):
+        raise UserError(f"{refusal}: {differ} groups are in one only")
+    figures = differences(one, two.in_order_of(one.groups), task.figures, samples, seed)
+    sets = [task.set_figures(folder / task.name, samples, seed) for folder in (first, second)]
+    figures |= {name: set_difference(sets[0][name], sets[1][name]) for name in sets[0] if name in sets[1]}
+    own, others = (set(summary["figures"]) for summary in summaries)
+    return {name: value for name, value in figures.items() if name in own & others}, sorted(own ^ others)
+
+
+def _read_summary(folder: Path, task: Task) -> dict:
+    """One task of a finished evaluation in its `results.json`."""
+    results = read_json(folder / RESULTS, dict, "the results of a finished evaluation")
+    done = field(str(folder / RESULTS), results, "tasks", dict)
+    if task.name not in done:
+        raise UserError(
+            f"compare: {folder} has no {task.name}, only {', '.join(done) or 'nothing'}; evaluate it there first, or "
+            "leave it out of tasks"
+        )
+    return done[task.name]
+
+
+def _comparison_table(
+    first: Path, second: Path, found: Mapping[str, Mapping[str, Difference]], left_out: Sequence[str]
+) -> str:
+    lines = [
+        f"First: `{first}`, second: `{second}`. p: two-sided, paired bootstrap.",
+        "",
+        "| task | figure | first | second | second − first [95 % interval] | p |",
+        "|---|---|---|---|---|---|",
+    ]
+    for task, figures in found.items():
+        for name, value in figures.items():
+            p = "" if value.p is None else f"{value.p:.3f}"
+            lines.append(f"| {task} | {name} | {value.first:.1f} | {value.second:.1f} | {value.difference} | {p} |")
+    lines += ["", f"Left out, since only one of them has it: {', '.join(left_out)}."] if left_out else []
+    return "\n".join(lines) + "\n"

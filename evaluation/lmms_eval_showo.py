@@ -51,7 +51,7 @@ class ShowoLmms(lmms):
         settings: further keys of the config.
 
     Raises:
-        UserError: the settings or the checkpoints do not serve.
+        UserError: the settings or the checkpoints are unusable.
     """
 
     is_simple = True
@@ -89,7 +89,7 @@ class ShowoLmms(lmms):
         decoding = dict(requests[0].args[1])
         temperature = float(decoding.get("temperature") or 0)
         answers = self.pipeline.answer_each(
-            [self._picture(*request.args[2:6]) for request in requests],
+            [self._image(*request.args[2:6]) for request in requests],
             [question_of(request.args[0]) for request in requests],
             max_new_tokens=int(decoding.get("max_new_tokens") or MAX_NEW_TOKENS),
             temperature=temperature or 1.0,
@@ -109,23 +109,23 @@ class ShowoLmms(lmms):
             context, target, *where = request.args
             doc = self.task_dict[where[2]][where[3]][where[1]]
             continuation = target if isinstance(target, str) else target(doc)
-            found.append(self.pipeline.answer_loss(self._picture(*where), question_of(context), continuation))
+            found.append(self.pipeline.answer_loss(self._image(*where), question_of(context), continuation))
         return found
 
     def generate_until_multi_round(self, requests) -> list[str]:
         raise NotImplementedError("Show-o was tuned on single questions; tasks of several rounds are not supported")
 
-    def _picture(self, doc_to_visual, doc_id, task: str, split: str) -> Image.Image:
+    def _image(self, doc_to_visual, doc_id, task: str, split: str) -> Image.Image:
         """The first image of a document; says once that there are others."""
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-        pictures = [visual for visual in visuals if isinstance(visual, Image.Image)]
-        if not pictures:
+        images = [visual for visual in visuals if isinstance(visual, Image.Image)]
+        if not images:
             raise NotImplementedError(f"task {task}, document {doc_id}: Show-o answers questions about one image each")
-        if len(pictures) > 1 and not self.has_warned:
+        if len(images) > 1 and not self.has_warned:
             self.has_warned = True
-            text = f"task {task}, document {doc_id} has {len(pictures)} images; of each document the first is shown"
+            text = f"task {task}, document {doc_id} has {len(images)} images; of each document the first is shown"
             tqdm.write(f"warning: {text}", file=sys.stderr)
-        return pictures[0].convert("RGB")
+        return images[0].convert("RGB")
 
 
 def question_of(context: str) -> str:

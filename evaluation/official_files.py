@@ -1,7 +1,7 @@
 """Readers of official files. Errors name the file, the record, the field, and the expected value."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,12 @@ def field(place: str, record: Any, name: str, kind: type | tuple[type, ...], all
     return value
 
 
+def records_of(file: Path, tree: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """(place, record) of the list in field `name` of a JSON file; the place is `{file}, image 0` in `images`."""
+    for number, record in enumerate(field(str(file), tree, name, list)):
+        yield f"{file}, {name.removesuffix('s')} {number}", record
+
+
 def check_filled(records: Sized, place: str | Path, what: str) -> None:
     """Refuses a place that holds no records."""
     if not len(records):
@@ -98,17 +104,20 @@ def unique_keys(keys: list[str], file: Path, name: str) -> None:
         seen.add(key)
 
 
-def check_images(paths: list[Path], named_by: Callable[[Path], str], what: str) -> None:
+def check_images(named: Iterable[tuple[Path, str]], what: str) -> None:
     """Checks that all images exist before anything is asked.
 
     Args:
-        named_by: returns the file and field that names an image.
+        named: each image's path, and the file and field that names it.
     """
-    missing = [path for path in dict.fromkeys(paths) if not path.is_file()]
+    named_by: dict[Path, str] = {}
+    for path, by in named:
+        named_by.setdefault(path, by)
+    missing = [path for path in named_by if not path.is_file()]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(set(paths))} images are missing, the first is {missing[0]}, named by "
-            f"{named_by(missing[0])}; expected {what}"
+            f"{len(missing)} of {len(named_by)} images are missing, the first is {missing[0]}, named by "
+            f"{named_by[missing[0]]}; expected {what}"
         )
 
 

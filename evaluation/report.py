@@ -12,12 +12,11 @@ from pathlib import Path
 
 from common.contact_sheet import contact_sheet
 from common.tracking import Tracker
-from evaluation.bootstrap import Counts, Estimate, estimates, set_estimate
+from evaluation.bootstrap import COUNTS, RESULTS, Counts, Estimate, estimates, set_estimate
 from evaluation.official_files import field, read_json, write_json, write_json_lines
 from evaluation.runner import Run
 from evaluation.task import Item, Verdict
 
-COUNTS, RESULTS = "counts.json", "results.json"
 NUM_SHOWN = 8  # best items on the sheet, and as many worst ones
 
 
@@ -152,13 +151,13 @@ def markdown(tasks: Mapping[str, dict]) -> str:
         paper = [
             "" if value is None else f"{value:.1f}" if value == round(value, 1) else f"{value:g}" for value in both
         ]
-        ours = spelled(figures[name][one["headline"]]) if one["headline"] in figures[name] else "not scored"
+        ours = str(figures[name][one["headline"]]) if one["headline"] in figures[name] else "not scored"
         row = [name, f"{one['headline']} ({one['unit']})", ours, *paper, one["differs"]]
         lines.append(f"| {' | '.join(row)} |")
     plain = [name for name, one in tasks.items() if figures[name] and not one["ceilings"]]
     lines += ["", "| task | figure | value [95 % interval] |", "|---|---|---|"] if plain else []
     for name in plain:
-        lines += [f"| {name} | {figure} | {spelled(value)} |" for figure, value in figures[name].items()]
+        lines += [f"| {name} | {figure} | {value} |" for figure, value in figures[name].items()]
     for name, one in tasks.items():
         lines += beside_ceilings(name, figures[name], one["ceilings"]) if figures[name] and one["ceilings"] else []
     return "\n".join(lines) + "\n"
@@ -174,14 +173,9 @@ def beside_ceilings(task: str, figures: Mapping[str, Estimate], ceilings: Sequen
     for name, value in figures.items():
         if not any(name.endswith(f": {ceiling}") for ceiling in ceilings):
             beside = [figures.get(f"{name}: {ceiling}") for ceiling in ceilings]
-            cells = [spelled(value), *("" if figure is None else spelled(figure) for figure in beside)]
+            cells = [str(value), *("" if figure is None else str(figure) for figure in beside)]
             lines.append(f"| {' | '.join([name, *cells])} |")
     return lines
-
-
-def spelled(figure: Estimate) -> str:
-    interval = "" if figure.low is None else f" [{figure.low:.1f}, {figure.high:.1f}]"
-    return f"{figure.value:.1f}{interval}"
 
 
 def show(one: Scored, tracker: Tracker) -> None:
@@ -191,7 +185,7 @@ def show(one: Scored, tracker: Tracker) -> None:
     rows = [[name, figure.value, figure.low, figure.high] for name, figure in one.figures.items()]
     tracker.log_table(f"{task.name} figures", ["figure", "value", "low", "high"], rows)
     chosen = extremes(run.items, one.verdicts)
-    images = [task.picture(run.items[index], one.answers[index]) for _, index in chosen]
+    images = [task.sheet_image(run.items[index], one.answers[index]) for _, index in chosen]
     if not chosen or images[0] is None:
         return
     lines = records(run.items, one.answers, one.verdicts)

@@ -1,12 +1,15 @@
-"""Runs the items of an evaluation that have no answer yet, in one or several processes (`evaluate.py`).
+"""Asks the model for the answers that are missing, in one or several processes.
 
 Batches are the same whatever number of processes there is and wherever a run was killed: they are cut from the items'
 order, dealt out in turn, and sampled from a generator of their own. So the answers are the same too.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 
 import torch
@@ -14,14 +17,53 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.errors import UserError
-from evaluation.answers import AnswerStore
-from evaluation.identity import model_settings
-from evaluation.processes import Processes
+from common.launch import launched_processes
+from evaluation.answers import AnswerStore, model_settings
 from evaluation.task import Item, Task
 from models import ShowoPipeline
 
 READERS = 4  # threads that decode images
+TIMEOUT = timedelta(days=7)  # for the slowest process
 Batch = tuple[int, list[Item], list[Item]]  # its number within the task, its items, and those without an answer
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes as `accelerate launch` or `torchrun` starts them; one process needs neither."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+@contextmanager
+def joined_processes(config) -> Iterator[Processes]:
+    """The processes that were launched; gives each its own GPU.
+
+    They share nothing but the end of each task: answers travel through files, so gloo serves on GPUs as well.
+
+    Raises:
+        UserError: several were launched, but each runs alone.
+    """
+    count = launched_processes()
+    if count == 1:
+        yield Processes()
+        return
+    if config.device in (None, "cuda") and torch.cuda.is_available():
+        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield Processes(torch.distributed.get_rank(), count)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @dataclass
@@ -48,6 +90,7 @@ class Run:
         return cls(task, thin(items, task.config.max_items), len(items), store, settings)
 
     def missing(self) -> list[Item]:
+        """The items that have no answer yet."""
         done = self.store.read(self.items)
         return [item for item in self.items if item.key not in done]
 
@@ -79,7 +122,7 @@ def ask_all(config, tasks: Sequence[Task], processes: Processes) -> list[Run]:
     """Asks everything that has no answer yet; all files are read before any weights are.
 
     Raises:
-        UserError: files, earlier answers or checkpoints do not serve.
+        UserError: files, earlier answers or checkpoints are unusable.
     """
     settings = model_settings(config)
     runs = [Run.of(task, settings) for task in tasks]
@@ -105,9 +148,10 @@ def ask(run: Run, missing: Sequence[Item], model: Callable[[], ShowoPipeline], p
     pipeline, seed = model(), task.config.seed or 0
     if not task.is_random:
         batches = [(number, wanted, wanted) for number, _, wanted in batches]
+    read = read_images([batch for _, batch, _ in batches]) if task.reads_images else ([] for _ in batches)
     total = sum(len(wanted) for _, _, wanted in batches)
     with tqdm(total=total, desc=task.name, disable=None if processes.is_main else True) as bar:
-        for (number, batch, wanted), images in zip(batches, images_of(task, batches), strict=True):
+        for (number, batch, wanted), images in zip(batches, read, strict=True):
             generator = torch.Generator(pipeline.device).manual_seed((seed * 1_000_003 + number) % 2**63)
             answers = task.predict(pipeline, batch, images, generator)
             by_key = {item.key: answer for item, answer in zip(batch, answers, strict=True)}
@@ -125,23 +169,17 @@ def share(items: Sequence[Item], missing: Sequence[Item], size: int, processes: 
             yield number, batch, wanted
 
 
-def images_of(task: Task, batches: Sequence[Batch]) -> Iterator[list[Image.Image]]:
-    """The images of each batch; none for a task whose model gets none."""
-    asked = [batch for _, batch, _ in batches]
-    return with_pictures(asked) if task.reads_images else iter([[] for _ in asked])
-
-
-def with_pictures(batches: Sequence[Sequence[Item]]) -> Iterator[list[Image.Image]]:
-    """Those of the next batch are read meanwhile, and one that recurs within a batch once."""
+def read_images(batches: Sequence[Sequence[Item]]) -> Iterator[list[Image.Image]]:
+    """The images of each batch, the next batch's prefetched; one that recurs within a batch is read once."""
     with ThreadPoolExecutor(READERS) as readers:
 
         def start(batch: Sequence[Item]) -> list:
-            reading = {item.image: item for item in batch}
-            reading = {image: readers.submit(item.open_image) for image, item in reading.items()}
+            items = {item.image: item for item in batch}
+            reading = {image: readers.submit(item.open_image) for image, item in items.items()}
             return [reading[item.image] for item in batch]
 
         coming = start(batches[0])
         for index in range(len(batches)):
             now = coming
             coming = start(batches[index + 1]) if index + 1 < len(batches) else []
-            yield [picture.result() for picture in now]
+            yield [image.result() for image in now]

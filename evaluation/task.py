@@ -1,7 +1,7 @@
 """The interface of a benchmark: its items, how the model is asked, how answers are scored, the official submission.
 
 The runner knows nothing but `Task`. A benchmark of questions about images subclasses `QuestionTask`, one of
-image generation `GenerationTask` (generation.py); any other task writes its own `predict`.
+image generation `GenerationTask`; any other task writes its own `predict`.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models import ShowoPipeline
+from common.config import mask_schedule_of
+from evaluation.images import save
+from models import SamplingParameters, ShowoPipeline
+from models.images import load_image
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # as LLaVA's evaluation files have it
 
@@ -153,8 +156,8 @@ class Task(ABC):
     def write_submission(self, folder: Path, items: Sequence[Item], answers: Sequence[str]) -> None:  # noqa: B027
         """Writes the predictions in the benchmark's own form into an empty folder; by default there is none."""
 
-    def picture(self, item: Item, answer: str) -> Image.Image | None:
-        """The image of an item on the contact sheet."""
+    def sheet_image(self, item: Item, answer: str) -> Image.Image | None:
+        """The image of an item on the contact sheet `best_worst.png`."""
         return item.open_image() if item.open_image else None
 
     def notes(self) -> list[str]:
@@ -189,6 +192,55 @@ class QuestionTask(Task):
             top_p=config.top_p,
             generator=generator,
         )
+
+
+class GenerationTask(Task):
+    """A benchmark that generates an image for each prompt, into its folder; an answer is an image's file name."""
+
+    reads_images = False
+
+    @property
+    def is_random(self) -> bool:
+        return True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        names = ("guidance_scale", "generation_timesteps", "generation_temperature", "seed", "batch_size")
+        name, parameters = mask_schedule_of(self.config)
+        schedule = " ".join([name, *(f"{key}={value}" for key, value in parameters.items())])
+        asked = {key: self.config[key] for key in names} | {"mask_schedule": schedule}
+        return super().settings | asked | self._options
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The `sampling.*` keys that differ from their defaults."""
+        default = SamplingParameters()
+        return {f"sampling.{k}": value for k, value in self.config.sampling.items() if value != getattr(default, k)}
+
+    def notes(self) -> list[str]:
+        parts = [f"guidance {self.config.guidance_scale:g}", f"{self.config.generation_timesteps} steps"]
+        return [", ".join([*parts, *(f"{key}={value}" for key, value in self._options.items())])]
+
+    @abstractmethod
+    def file_of(self, item: Item) -> str:
+        """File of an item's image, relative to the task's folder."""
+
+    def predict(self, model, items, images, generator) -> list[str]:
+        generated = model.text_to_image(
+            [item.prompt for item in items],
+            guidance_scale=self.config.guidance_scale,
+            timesteps=self.config.generation_timesteps,
+            temperature=self.config.generation_temperature,
+            generator=generator,
+            sampling=SamplingParameters(**self.config.sampling),
+        )
+        return [save(self.folder, self.file_of(item), image) for item, image in zip(items, generated, strict=True)]
+
+    def sheet_image(self, item, answer) -> Image.Image:
+        return load_image(self.folder / answer)
+
+    def generated(self, answers: Sequence[str]) -> list[Image.Image]:
+        return [load_image(self.folder / answer) for answer in answers]
 
 
 def ratio(count: np.ndarray, total: np.ndarray) -> np.ndarray:

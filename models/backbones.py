@@ -172,12 +172,6 @@ def backbone_config(
         settings[backbone.qk_norm_setting] = normalised
     config = backbone.model_class.config_class(**settings, vocab_size=vocab_size, pad_token_id=None)
     config.hidden_act = FUSED_ACTIVATIONS.get(config.hidden_act, config.hidden_act)
-    _check_attention(config, llm_model_path)
-    return config
-
-
-def _check_attention(config: PreTrainedConfig, llm_model_path: str) -> None:
-    """Refuses layers that restrict attention further than the mask, and RoPE that depends on the sequence length."""
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if getattr(config, "sliding_window", None) is not None or layer_types != {"full_attention"}:
         raise ValueError(
@@ -190,6 +184,7 @@ def _check_attention(config: PreTrainedConfig, llm_model_path: str) -> None:
             f"llm_model_path {llm_model_path!r} has rotary embeddings of type {rope!r}, which depend on the length "
             f"of the sequence; allowed: {', '.join(FIXED_ROPE)}"
         )
+    return config
 
 
 def complete_tokenizer(tokenizer) -> None:

@@ -9,17 +9,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-INDEX_NAMES = (
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.safetensors.index.json",
-)
 WEIGHT_NAMES = (
     "model.safetensors",
     "pytorch_model.safetensors",
@@ -27,6 +22,7 @@ WEIGHT_NAMES = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
+INDEX_NAMES = tuple(f"{name}.index.json" for name in WEIGHT_NAMES)  # of sharded checkpoints
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -174,18 +170,21 @@ def _some(names: list[str], limit: int = 6) -> str:
 
 
 @contextmanager
-def without_key_report() -> Iterator[None]:
-    """Silences transformers' report on missing and unexpected keys, which `check_state_dict` replaces."""
-    names = ("modeling_utils", "distributed.tensor_parallel")
-    reporters = [logging.getLogger(f"transformers.{name}") for name in names]
-    levels = [reporter.level for reporter in reporters]
+def quietly() -> Iterator[None]:
+    """Hides transformers' report on keys, which `check_state_dict` replaces, and its bars over copies within memory."""
+    names = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
+    reporters = [logging.getLogger(name) for name in names]
+    levels, bars = [reporter.level for reporter in reporters], transformers_logging.is_progress_bar_enabled()
     for reporter in reporters:
         reporter.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         for reporter, level in zip(reporters, levels, strict=True):
             reporter.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def resize_rows(tensor: torch.Tensor, rows: int, std: float) -> torch.Tensor:
@@ -206,12 +205,20 @@ class CheckpointMixin:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path, *, config=None, allow_missing: tuple[str, ...] = (), dtype=torch.float32, **kwargs
+        cls,
+        name_or_path,
+        *,
+        config=None,
+        weights_file: str | Path | None = None,
+        allow_missing: tuple[str, ...] = (),
+        dtype=torch.float32,
+        **kwargs,
     ):
         """Loads a model by hub name or folder.
 
         Args:
             config: used instead of the folder's `config.json`; the vocabulary is resized to its `vocab_size`.
+            weights_file: read instead of the folder's weights.
             allow_missing: prefixes of parameters that may be absent from the checkpoint and then keep their
                 initialisation.
             dtype: float32 by default, as the published code loads; ``"auto"`` keeps the stored one.
@@ -226,16 +233,16 @@ class CheckpointMixin:
         folder = resolve_folder(name_or_path, **{key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs})
         if config is None:
             config = cls._read_config(folder, kwargs)
-        state_dict = {k: v for k, v in load_state_dict_folder(folder).items() if not k.endswith("rotary_emb.inv_freq")}
+        stored = load_weights_file(weights_file) if weights_file else load_state_dict_folder(folder)
+        state_dict = {k: v for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
         state_dict = cls._adapt_state_dict(state_dict, config)
         with torch.device("meta"):
             skeleton = cls(config)
         expected = skeleton.state_dict()
         tied = {k for k in skeleton.all_tied_weights_keys if k not in state_dict}
-        check_state_dict(
-            str(name_or_path), {k: v for k, v in expected.items() if k not in tied}, state_dict, allow_missing
-        )
-        with without_key_report():
+        needed = {k: v for k, v in expected.items() if k not in tied}
+        check_state_dict(str(weights_file or name_or_path), needed, state_dict, allow_missing)
+        with quietly():
             model = super().from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype, **kwargs)
         if new := [k for k in expected if k not in state_dict and k not in tied]:
             logger.warning("%s does not hold %s; initialised at random", name_or_path, ", ".join(new))

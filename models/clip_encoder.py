@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 from transformers.utils import is_torchvision_available
 
-from models.checkpoint_io import without_key_report
+from models.checkpoint_io import quietly
 
 CLIP_VIT_L_336 = "openai/clip-vit-large-patch14-336"
 
@@ -44,7 +44,7 @@ class CLIPVisionTower(nn.Module):
         super().__init__()
         self.layer = layer
         self.image_processor = image_processor_class().from_pretrained(name_or_path)
-        with without_key_report():
+        with quietly():
             self.vision_tower, report = transformers.CLIPVisionModel.from_pretrained(
                 name_or_path, dtype=torch.float32, output_loading_info=True
             )

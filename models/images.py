@@ -7,10 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.contact_sheet import contact_sheet
 from common.errors import UserError
-
-__all__ = ["contact_sheet", "load_image", "preprocess", "to_pil"]
 
 MAX_PIXELS = 178_956_970  # PIL's own limit, beyond which it raises DecompressionBombError
 

@@ -7,6 +7,7 @@ Shapes: B images, H x W pixels, h x w tokens (h = H / factor), N = h * w, C chan
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -65,16 +66,7 @@ class MAGVITv2Config(PretrainedConfig):
         self.stem_patch_size = stem_patch_size
         self.encoder_mid = encoder_mid
         self.decoder_mid = decoder_mid
-        self._check_sizes()
-        super().__init__(**kwargs)
-
-    def _check_sizes(self):
-        per_level = (
-            self.encoder_ch_mult,
-            self.decoder_ch_mult,
-            self.encoder_num_res_blocks,
-            self.decoder_num_res_blocks,
-        )
+        per_level = (encoder_ch_mult, decoder_ch_mult, encoder_num_res_blocks, decoder_num_res_blocks)
         if len({len(values) for values in per_level}) != 1:
             raise ValueError(
                 "encoder_ch_mult, decoder_ch_mult, encoder_num_res_blocks and decoder_num_res_blocks must be equally "
@@ -82,9 +74,10 @@ class MAGVITv2Config(PretrainedConfig):
             )
         if min(self.encoder_num_res_blocks + self.decoder_num_res_blocks) < 1:
             raise ValueError("every resolution needs at least one residual block")
-        widths = {self.ch * mult for mult in self.encoder_ch_mult + self.decoder_ch_mult}
-        if bad := sorted(width for width in widths if width % self.num_groups):
-            raise ValueError(f"num_groups={self.num_groups} must divide every width, but does not divide {bad}")
+        widths = {ch * mult for mult in self.encoder_ch_mult + self.decoder_ch_mult}
+        if bad := sorted(width for width in widths if width % num_groups):
+            raise ValueError(f"num_groups={num_groups} must divide every width, but does not divide {bad}")
+        super().__init__(**kwargs)
 
     @property
     def downsampling_factor(self) -> int:
@@ -211,51 +204,30 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(attended.mT.unflatten(2, x.shape[2:]))
 
 
-class Middle(nn.Module):
+def named(**modules: nn.Module) -> nn.Sequential:
+    """Modules one after another, under the names that published parameters have."""
+    return nn.Sequential(OrderedDict(modules))
+
+
+def middle(channels: int, num_groups: int) -> nn.Sequential:
     """The block-attention-block at the coarsest resolution."""
-
-    def __init__(self, channels: int, num_groups: int):
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, num_groups)
-        self.attn_1 = AttnBlock(channels, num_groups)
-        self.block_2 = ResnetBlock(channels, channels, num_groups)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+    blocks = (ResnetBlock(channels, channels, num_groups) for _ in range(2))
+    return named(block_1=next(blocks), attn_1=AttnBlock(channels, num_groups), block_2=next(blocks))
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # Faithful: pads right and bottom only (pinned by the goldens)
+def downsample(channels: int) -> nn.Sequential:
+    # Faithful: pads right and bottom only (pinned by the goldens)
+    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsample(channels: int) -> nn.Sequential:
+    return named(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
 
 
-class Level(nn.Module):
+def level(in_channels: int, out_channels: int, num_blocks: int, num_groups: int, **change: nn.Module) -> nn.Sequential:
     """The residual blocks of one resolution, then the change to the next resolution, if any."""
-
-    def __init__(self, in_channels, out_channels, num_blocks, num_groups, *, downsample=False, upsample=False):
-        super().__init__()
-        widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, num_groups) for a, b in pairwise(widths))
-        self.downsample = Downsample(widths[-1]) if downsample else nn.Identity()
-        self.upsample = Upsample(widths[-1]) if upsample else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.block:
-            x = block(x)
-        return self.upsample(self.downsample(x))
+    widths = [in_channels] + [out_channels] * num_blocks
+    return named(block=nn.Sequential(*(ResnetBlock(a, b, num_groups) for a, b in pairwise(widths))), **change)
 
 
 class Encoder(nn.Module):
@@ -266,19 +238,17 @@ class Encoder(nn.Module):
         widths = [config.ch * mult for mult in config.encoder_ch_mult]
         self.patch_size = config.stem_patch_size
         self.conv_in = nn.Conv2d(3 * self.patch_size**2, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, num_blocks, config.num_groups, downsample=i < len(widths) - 1)
-            for i, (width, num_blocks) in enumerate(zip(widths, config.encoder_num_res_blocks, strict=True))
-        )
-        self.mid = Middle(widths[-1], config.num_groups) if config.encoder_mid else nn.Identity()
+        self.down = nn.Sequential()
+        for i, (width, num_blocks) in enumerate(zip(widths, config.encoder_num_res_blocks, strict=True)):
+            change = {"downsample": downsample(width)} if i < len(widths) - 1 else {}
+            self.down.append(level(widths[max(i - 1, 0)], width, num_blocks, config.num_groups, **change))
+        self.mid = middle(widths[-1], config.num_groups) if config.encoder_mid else nn.Identity()
         self.norm_out = nn.GroupNorm(config.num_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.code_bits, 3, padding=1)
         self.quant_conv = nn.Conv2d(config.code_bits, config.code_bits, 1)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = self.conv_in(F.pixel_unshuffle(pixels, self.patch_size))
-        for level in self.down:
-            x = level(x)
+        x = self.down(self.conv_in(F.pixel_unshuffle(pixels, self.patch_size)))
         x = F.silu(self.norm_out(self.mid(x)))
         return self.quant_conv(self.conv_out(x))
 
@@ -295,18 +265,18 @@ class Decoder(nn.Module):
         self.patch_size = config.stem_patch_size
         self.post_quant_conv = nn.Conv2d(config.code_bits, config.code_bits, 1)
         self.conv_in = nn.Conv2d(config.code_bits, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config.num_groups) if config.decoder_mid else nn.Identity()
-        self.up = nn.ModuleList(
-            Level(widths[min(i + 1, len(widths) - 1)], width, num_blocks, config.num_groups, upsample=i > 0)
-            for i, (width, num_blocks) in enumerate(zip(widths, config.decoder_num_res_blocks, strict=True))
-        )
+        self.mid = middle(widths[-1], config.num_groups) if config.decoder_mid else nn.Identity()
+        self.up = nn.ModuleList()
+        for i, (width, num_blocks) in enumerate(zip(widths, config.decoder_num_res_blocks, strict=True)):
+            change = {"upsample": upsample(width)} if i > 0 else {}
+            self.up.append(level(widths[min(i + 1, len(widths) - 1)], width, num_blocks, config.num_groups, **change))
         self.norm_out = nn.GroupNorm(config.num_groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3 * self.patch_size**2, 3, padding=1)
 
     def forward(self, quantized: torch.Tensor) -> torch.Tensor:
         x = self.mid(self.conv_in(self.post_quant_conv(quantized)))
-        for level in reversed(self.up):
-            x = level(x)
+        for one in reversed(self.up):
+            x = one(x)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return F.pixel_shuffle(x, self.patch_size)
 

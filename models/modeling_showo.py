@@ -103,16 +103,26 @@ class ShowoConfig(PreTrainedConfig):
 class ShowoOutput(ModelOutput):
     """What `Showo.forward` returns: without labels logits (B, L, V), with labels scalar losses in fp32.
 
-    loss: the weighted sum of the tasks' losses, where the training objective has coefficients; then it has a graph, and
+    losses: by flow. loss: their weighted sum, where the training objective has coefficients; then it has a graph, and
     the single losses have none. statistics: further detached figures that the objective was asked for.
     """
 
     loss: torch.Tensor | None = None
-    loss_t2i: torch.Tensor | None = None
-    loss_lm: torch.Tensor | None = None
-    loss_mmu: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] | None = None
     logits: torch.Tensor | None = None
     statistics: dict[str, torch.Tensor] | None = None
+
+    @property
+    def loss_t2i(self) -> torch.Tensor:
+        return self.losses["t2i"]
+
+    @property
+    def loss_lm(self) -> torch.Tensor:
+        return self.losses["lm"]
+
+    @property
+    def loss_mmu(self) -> torch.Tensor:
+        return self.losses["mmu"]
 
 
 class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):

@@ -126,13 +126,9 @@ class OmniMask:
         """Queries start … stop − 1 against the keys 0 … stop − 1: what a cached prefix and these rows attend to."""
         return self.at(slice(start, stop), stop)
 
-    def drop_keys(self, count: int) -> "OmniMask":
-        """Without the first `count` positions, keys and queries both (common left padding)."""
-        return OmniMask(self.visible_from[:, count:] - count, self.visible_until[:, count:] - count)
-
-    def keys(self, count: int) -> "OmniMask":
-        """The first `count` positions alone, keys and queries both. Requires that none of them sees a later one."""
-        return OmniMask(self.visible_from[:, :count], self.visible_until[:, :count])
+    def window(self, start: int, stop: int | None = None) -> "OmniMask":
+        """Positions start … stop − 1 alone, keys and queries both, none of which may need to see another position."""
+        return OmniMask(self.visible_from[:, start:stop] - start, self.visible_until[:, start:stop] - start)
 
     def extend(self, count: int) -> "OmniMask":
         """With `count` causal positions (newly generated text) at the end.
@@ -178,10 +174,6 @@ class OmniMask:
                 visible_until[number, there] = self.visible_until[source, start:stop].clamp(max=stop) + shift
                 at = there.stop
         return OmniMask(visible_from, visible_until)
-
-    def window(self, row: int, start: int, stop: int) -> "OmniMask":
-        """One row between two positions, as if it were the whole."""
-        return OmniMask(*(v[row : row + 1, start:stop] - start for v in (self.visible_from, self.visible_until)))
 
     def select(self, index) -> "OmniMask":
         """Some rows of the batch, by index, slice or boolean tensor."""

@@ -20,13 +20,14 @@ from transformers import TextStreamer
 
 from common.errors import UserError
 from common.launch import use_physical_cores
+from common.schema import mask_schedule_of
 from llava import QuestionFormat
 from models.clip_encoder import CLIPVisionTower
 from models.generation.sampling import SamplingParameters, Schedule, get_mask_schedule
 from models.images import load_image, preprocess, to_pil
+from models.loading import check_sizes, find_parts, load_parts
 from models.modeling_magvitv2 import MAGVITv2
 from models.modeling_showo import Showo
-from models.pipeline_loading import Source, check_config, load
 from models.prompting import UniversalPrompting
 from models.vocabulary import PAD_TOKEN, SPECIAL_TOKENS
 
@@ -86,12 +87,13 @@ class ShowoPipeline:
             settings: `vq_model`, `llm`, `clip` (folder or hub name; default: the sub-folder, or the published one),
                 `max_seq_length` (128), `resolution`, `device` (default: a GPU if there is one), `dtype` (`fp32`,
                 `bf16`, `fp16`; default: bf16 on a GPU, else fp32), `attn_implementation`, `compile`, `cpu_kernels`,
-                `conversation`.
+                `conversation`; None: the default.
 
         Raises:
             UserError: a component is missing, broken, or does not match the others.
         """
-        return cls(**load(Source.of_folder(name_or_path, **settings)))
+        given = {key: value for key, value in settings.items() if value is not None}
+        return cls(**load_parts(**find_parts(name_or_path) | given))
 
     @classmethod
     def from_config(cls, config) -> "ShowoPipeline":
@@ -100,15 +102,26 @@ class ShowoPipeline:
         Raises:
             UserError: as `from_pretrained`. Cheap checks run before any weights are read.
         """
-        from common.config import mask_schedule_of
-
-        check_config(config)
+        showo, vq_model, images = config.model.showo, config.model.vq_model, config.dataset.preprocessing
+        check_sizes(showo, images.resolution, vq_model.vq_model_name)
         name, parameters = mask_schedule_of(config)
         try:
             noise_schedule = get_mask_schedule(name, **parameters)
         except (ValueError, TypeError) as error:
             raise UserError(f"mask_schedule: {error}") from None
-        pipeline = cls(**load(Source.of_config(config)), noise_schedule=noise_schedule)
+        how = ("device", "dtype", "attn_implementation", "compile", "cpu_kernels", "conversation")
+        parts = load_parts(
+            showo.pretrained_model_path,
+            vq_model=vq_model.vq_model_name,
+            llm=showo.llm_model_path,
+            clip=config.model.clip_vit_name,
+            vq_weights=vq_model.pretrained_model_path,
+            max_seq_length=images.max_seq_length,
+            resolution=images.resolution,
+            section=showo,
+            **{key: config[key] for key in how},
+        )
+        pipeline = cls(**parts, noise_schedule=noise_schedule)
         if pipeline.device.type == "cpu":  # scripts alone: other programs decide about their threads themselves
             use_physical_cores()
         return pipeline
@@ -120,10 +133,8 @@ class ShowoPipeline:
     def generator(self, seed: int | None = None) -> torch.Generator:
         """A generator on the model's device; without a seed, seeded by the system (`initial_seed()` tells the seed)."""
         generator = torch.Generator(self.device)
-        if seed is None:
-            generator.seed()
-            return generator
-        return generator.manual_seed(seed)
+        generator.manual_seed(generator.seed() if seed is None else seed)
+        return generator
 
     # ---- images and codes ----
 
@@ -214,10 +225,16 @@ class ShowoPipeline:
             settings: see `generate_codes`.
         """
         prompts = [prompt for prompt in _as_list(prompts) for _ in range(num_images_per_prompt)]
+        blank = torch.full((1, self.window**2), UNKNOWN, device=self.device)
+        return self._complete(prompts, blank, batch_size, settings)
+
+    def _complete(
+        self, prompts: Sequence[str], codes: torch.Tensor, batch_size: int | None, settings: dict
+    ) -> list[Image.Image]:
+        """An image for each prompt, in which the known ones of the codes (1, N) are kept."""
         images = []
         for batch in _batches(prompts, batch_size):
-            blank = torch.full((len(batch), self.window**2), UNKNOWN, device=self.device)
-            images += self.decode(self.generate_codes(batch, blank, **settings))
+            images += self.decode(self.generate_codes(batch, codes.repeat(len(batch), 1), **settings))
         return images
 
     def inpaint(
@@ -242,10 +259,7 @@ class ShowoPipeline:
         image = _open(image)
         unknown = mask_tokens(mask, image, self.resolution, self.window).to(self.device)  # (1, N)
         codes = self.encode([image]).masked_fill(unknown, UNKNOWN)
-        images = []
-        for batch in _batches([prompt] * num_images_per_prompt, batch_size):
-            images += self.decode(self.generate_codes(batch, codes.repeat(len(batch), 1), **settings))
-        return images
+        return self._complete([prompt] * num_images_per_prompt, codes, batch_size, settings)
 
     def extrapolate(
         self,
@@ -291,10 +305,8 @@ class ShowoPipeline:
         axis, across = (1, 2) if direction in ("up", "down") else (2, 1)
         at_start = direction in ("left", "up")
         num_new = self.window - (self.window // 2 - offset)
-        size = list(canvas.shape)
-        size[axis] = num_new
-        strip = canvas.new_full(size, UNKNOWN)
-        canvas = torch.cat([strip, canvas] if at_start else [canvas, strip], dim=axis)
+        strip = (num_new, 0) if at_start else (0, num_new)
+        canvas = F.pad(canvas, (0, 0, *strip) if axis == 1 else strip, value=UNKNOWN)
         band = canvas.narrow(axis, 0 if at_start else canvas.shape[axis] - self.window, self.window)
         for start in range(0, canvas.shape[across] - self.window + 1, num_new):
             window = band.narrow(across, start, self.window)  # (B, W, W), a view

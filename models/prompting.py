@@ -42,8 +42,7 @@ class UniversalPrompting:
         self.vocabulary = Vocabulary(llm_vocab_size)  # the codebook's size only affects later ids
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
         tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
-        for token in (PAD_TOKEN, *SPECIAL_TOKENS):
-            expected = self.special_token_ids[token]
+        for token, expected in self.special_token_ids.items():
             if tokenizer.convert_tokens_to_ids(token) != expected:
                 raise ValueError(f"{token} has id {tokenizer.convert_tokens_to_ids(token)} here, expected {expected}")
         self.tokenizer = tokenizer

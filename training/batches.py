@@ -1,17 +1,23 @@
-"""Samples of the three flows → one training batch (spec §2, §5), rows in the order t2i, lm, mmu."""
+"""Samples of the flows → one training batch (spec §2, §5), rows in the order in which the flows are registered."""
 
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+from common.errors import UserError
 from models import OmniMask, UniversalPrompting
 from models.devices import send
 from models.modeling_showo import check_image_features
-from training.data.batching import stack
-from training.loss import TASKS, Objective
+from models.prompting import Rows
+from models.vocabulary import Vocabulary
+from training.data.flows import FlowReader, LanguageReader, MmuReader, T2IReader
+from training.data.streams import stack
+from training.loss import Objective, in_place, next_token
 from training.masking import MaskingNoise
-from training.packing import Packing
+from training.packing import Packing, packing_length
 
 
 @dataclass
@@ -20,8 +26,8 @@ class OmniBatch:
 
     Args:
         input_ids, labels: (B, L) int64.
-        counts: rows per task.
-        objective: labels, weights and packing for the loss.
+        rows: flow → its rows, in order; 0 for a flow that is absent.
+        objective: targets, weights and packing for the loss.
         num_used: number of positions that are not padding.
         mask_prob: (B_t2i,) float32.
         texts, codes, pixels: of the t2i rows, for the sample images: codes (B_t2i, N) int64, pixels
@@ -32,7 +38,7 @@ class OmniBatch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: OmniMask
-    counts: dict[str, int]
+    rows: dict[str, int]
     objective: Objective
     num_used: int
     mask_prob: torch.Tensor | None = None
@@ -58,8 +64,9 @@ class OmniBatch:
         return self.input_ids.numel() if packing is None else packing.num_positions
 
 
+@dataclass
 class BatchBuilder:
-    """Tokenises, masks and concatenates the samples of the three flows.
+    """Tokenises, masks and concatenates the samples of the flows.
 
     Args:
         prompting: builds rows.
@@ -67,43 +74,58 @@ class BatchBuilder:
         noise: the t2i masking rule.
         understanding: builds the mmu rows of its branch (see `training/understanding.py`).
         row_length: L of all rows.
+        device: of the model.
         packing_length: length limit of packed rows (sample packing); None: one sample per row.
         bf16: whether the image tokenizer encodes under bf16 autocast, which changes some codes.
-        coefficients, label_smoothing: of the `Objective`.
+        coefficients: flow → its weight in the loss; None: each flow has a loss of its own.
+        label_smoothing: of the `Objective`.
     """
 
-    def __init__(
-        self,
-        prompting: UniversalPrompting,
-        vq_model,
-        noise: MaskingNoise,
-        understanding,
-        row_length: int,
-        device,
-        *,
-        packing_length: int | None = None,
-        bf16: bool = False,
-        coefficients: tuple[float, float, float] | None = None,
-        label_smoothing: float = 0.0,
-    ):
-        self.prompting, self.vq_model, self.noise = prompting, vq_model, noise
-        self.understanding, self.row_length, self.device = understanding, row_length, device
-        self.packing_length, self.bf16 = packing_length, bf16
-        self.coefficients, self.label_smoothing = coefficients, label_smoothing
+    prompting: UniversalPrompting
+    vq_model: Any
+    noise: MaskingNoise
+    understanding: Any
+    row_length: int
+    device: torch.device | str
+    packing_length: int | None = None
+    bf16: bool = False
+    coefficients: dict[str, float] | None = None
+    label_smoothing: float = 0.0
+
+    @classmethod
+    def of(cls, config, vocabulary: Vocabulary, prompting: UniversalPrompting, vq_model, understanding, device):
+        """The builder of a run; `vocabulary` of its model."""
+        training = config.training
+        row_length = config.model.showo.num_vq_tokens + 3 + prompting.max_text_len
+        return cls(
+            prompting,
+            vq_model,
+            MaskingNoise.of(config, vocabulary),
+            understanding,
+            row_length,
+            device,
+            packing_length=packing_length(config.dataset, row_length),
+            bf16=training.vq_dtype == "bf16",
+            coefficients={name: training[f"{name}_coeff"] for name in FLOWS},
+            label_smoothing=training.label_smoothing,
+        )
 
     def for_evaluation(self, mask_ratio: float | None = None) -> "BatchBuilder":
-        """A copy for evaluation: each task's plain loss, without augmentation and text dropout.
+        """A copy for evaluation: each flow's plain loss, without augmentation and text dropout.
 
         Args:
             mask_ratio: of all t2i images; None: random, as in training.
         """
-        builder = copy(self)
-        builder.coefficients, builder.label_smoothing = None, 0.0
-        builder.prompting = copy(self.prompting)
-        builder.prompting.cond_dropout_prob = 0.0
-        builder.understanding = self.understanding.for_evaluation()
-        builder.noise = replace(self.noise, mask_ratio=mask_ratio)
-        return builder
+        prompting = copy(self.prompting)
+        prompting.cond_dropout_prob = 0.0
+        return replace(
+            self,
+            coefficients=None,
+            label_smoothing=0.0,
+            prompting=prompting,
+            understanding=self.understanding.for_evaluation(),
+            noise=replace(self.noise, mask_ratio=mask_ratio),
+        )
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -122,36 +144,23 @@ class BatchBuilder:
 
     def __call__(self, samples: dict[str, list]) -> OmniBatch:
         """Builds the batch of `samples`: flow → list of samples. Absent flows have no rows."""
-        rows, extra = [], {}
-        counts = {task: len(samples.get(task, ())) for task in TASKS}
-        if counts["t2i"]:
-            texts, ids = [sample["text"] for sample in samples["t2i"]], self.image_ids(samples["t2i"])
-            masked = self.noise(ids)
-            rows.append(self.prompting((texts, masked.input_ids, masked.labels), "t2i"))
-            extra |= {
-                "mask_prob": masked.mask_prob,
-                "texts": texts,
-                "codes": send(ids - self.noise.image_offset, self.device),
-            }
-            if all("image" in sample for sample in samples["t2i"]):
-                extra["pixels"] = stack(samples["t2i"], "image")
-        if counts["lm"]:
-            rows.append(self.prompting((samples["lm"], self.row_length), "lm"))
-        if counts["mmu"]:
-            built, features = self.understanding.rows(samples["mmu"], self)
-            rows.append(built)
-            extra["image_features"] = features
+        built, targets, extra = [], [], {}
+        for name in (name for name in FLOWS if samples.get(name)):
+            rows, more = FLOWS[name].rows(samples[name], self)
+            built.append(rows)
+            targets.append(FLOWS[name].targets(rows.labels, self.prompting.max_text_len + 1))
+            extra |= more
         # Everything up to the copy below is on the host: data-dependent sizes would otherwise cause a GPU sync.
-        input_ids, labels = (torch.cat([getattr(r, name) for r in rows]) for name in ("input_ids", "labels"))
-        mask = OmniMask.cat([r.attention_mask for r in rows])
+        input_ids, labels = (torch.cat([getattr(rows, name) for rows in built]) for name in ("input_ids", "labels"))
+        mask = OmniMask.cat([rows.attention_mask for rows in built])
         check_image_features(input_ids, extra.get("image_features"))
         is_used = input_ids != self.prompting.vocabulary.pad_id
-        objective = Objective.from_labels(
-            labels,
-            tuple(counts.values()),
-            self.prompting.max_text_len,
+        num_rows = {name: len(samples.get(name, ())) for name in FLOWS}
+        objective = Objective.from_targets(
+            torch.cat(targets),
+            num_rows,
             packing=Packing.from_mask(is_used, mask, self.packing_length) if self.packing_length else None,
-            coefficients=self.coefficients,
+            coefficients=tuple(self.coefficients[name] for name in num_rows) if self.coefficients else None,
             label_smoothing=self.label_smoothing,
             statistics=True,
         )
@@ -160,16 +169,81 @@ class BatchBuilder:
             send(input_ids, device),
             send(labels, device),
             mask.to(device),
-            counts,
+            num_rows,
             objective.to(device),
             num_used=int(is_used.sum()),
-            keys=[f"{task}: {_key(sample)}" for task in TASKS for sample in samples.get(task, ())],
+            keys=[f"{name}: {key}" for name in num_rows for key in sample_keys(samples.get(name, ()))],
             **extra,
         )
 
 
-def _key(sample: dict | str) -> str:
-    """The name of a sample in error messages."""
-    if isinstance(sample, str):
-        return repr(sample[:40])
-    return sample.get("key") or repr(sample.get("text", "")[:40])
+def sample_keys(samples: Iterable[dict | str]) -> list[str]:
+    """The names of samples in error messages."""
+    texts = (repr((sample if isinstance(sample, str) else sample.get("text", ""))[:40]) for sample in samples)
+    return [(isinstance(s, dict) and s.get("key")) or text for s, text in zip(samples, texts, strict=True)]
+
+
+# ---- how each flow's samples become rows ----
+
+
+def t2i_rows(samples: list[dict], builder: BatchBuilder) -> tuple[Rows, dict]:
+    """Rows ``<t2i>`` text ``<soi>`` masked codes ``<eoi>``."""
+    texts, ids = [sample["text"] for sample in samples], builder.image_ids(samples)
+    masked = builder.noise(ids)
+    codes = send(ids - builder.noise.image_offset, builder.device)
+    extra = {"mask_prob": masked.mask_prob, "texts": texts, "codes": codes}
+    if all("image" in sample for sample in samples):
+        extra["pixels"] = stack(samples, "image")
+    return builder.prompting((texts, masked.input_ids, masked.labels), "t2i"), extra
+
+
+def lm_rows(samples: list[str], builder: BatchBuilder) -> tuple[Rows, dict]:
+    """Rows of plain text."""
+    return builder.prompting((samples, builder.row_length), "lm"), {}
+
+
+def mmu_rows(samples: list[dict], builder: BatchBuilder) -> tuple[Rows, dict]:
+    """Rows with an image and a text about it, in the form of the run's branch."""
+    rows, features = builder.understanding.rows(samples, builder)
+    return rows, {"image_features": features}
+
+
+MakeRows = Callable[[list, BatchBuilder], tuple[Rows, dict]]  # and fields of `OmniBatch`
+ToTargets = Callable[[torch.Tensor, int], torch.Tensor]  # labels (B, L) → targets at the positions that predict them
+
+
+@dataclass(frozen=True)
+class FlowKind:
+    """A flow of Show-o. Its weight is `training.{name}_coeff`, its share of a batch `training.batch_size_{name}`.
+
+    Args:
+        reader: what it reads.
+        rows: its samples → rows.
+        targets: the labels of its rows → what is predicted where.
+    """
+
+    reader: type[FlowReader]
+    rows: MakeRows
+    targets: ToTargets
+
+
+# Everything else follows from this table. Its order is that of the rows in a batch.
+FLOWS: dict[str, FlowKind] = {
+    "t2i": FlowKind(T2IReader, t2i_rows, in_place),
+    "lm": FlowKind(LanguageReader, lm_rows, next_token),
+    "mmu": FlowKind(MmuReader, mmu_rows, next_token),
+}
+
+
+def flow_readers(config, split: str) -> list[FlowReader]:
+    """The flows that a run reads of a split.
+
+    Raises:
+        UserError: there is none to train on.
+    """
+    readers = [kind.reader(config, name, split) for name, kind in FLOWS.items()]
+    on = [reader for reader in readers if reader.is_on]
+    if split == "train" and not on:
+        sizes = ", ".join(f"batch_size_{name}" for name in FLOWS)
+        raise UserError(f"training.{sizes} are all 0; nothing to train on")
+    return on

@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from common.config import leaves
 from common.errors import UserError
 from common.tracking import read_lines, write_whole
-from models.checkpoint_io import read_json
-from models.pipeline_loading import without_loading_bars
+from models.checkpoint_io import quietly, read_json
 from training.data.streams import StreamState
 from training.optimization import decay_steps
 from training.processes import full_state_dict, universal_checkpoint
@@ -370,7 +369,7 @@ def save_model(accelerator: Accelerator, model, folder: Path, *, wrapped=None, a
     with average.applied_to(model) if average is not None else nullcontext():
         weights = full_state_dict(accelerator, model, wrapped)
         if accelerator.is_main_process:
-            with without_loading_bars():
+            with quietly():
                 model.save_pretrained(folder, state_dict=weights)
 
 

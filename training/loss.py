@@ -1,4 +1,4 @@
-"""The training objective (spec §5): each task's mean cross-entropy over the whole vocabulary at supervised positions.
+"""The training objective (spec §5): each flow's mean cross-entropy over the whole vocabulary at supervised positions.
 
 `Objective` is made for each batch on the host and handed to `Showo.forward` as its `labels`. It runs inside `forward`,
 since DDP, DeepSpeed and FSDP2 prepare parameters and gradients around one call of the wrapped module.
@@ -22,8 +22,22 @@ from models.vocabulary import IGNORE_ID
 from training.packing import Packing
 
 # B rows, L positions, S supervised positions, C positions of one chunk, H hidden size, V vocabulary
-TASKS = ("t2i", "lm", "mmu")  # the order of the rows of a batch
 MAX_LOGITS = 2**24  # of one chunk: 64 MiB in fp32, whatever the vocabulary and the batch
+
+
+def in_place(labels: torch.Tensor, first: int) -> torch.Tensor:
+    """(B, L) targets of rows whose image tokens are predicted at their own position, from position `first` on.
+
+    Faithful: t2i is unshifted, so <soi> and <eoi> are predicted from themselves (pinned by tests/parity).
+    """
+    targets = labels.clone()
+    targets[:, :first] = IGNORE_ID
+    return targets
+
+
+def next_token(labels: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """(B, L) targets of rows of text: each position predicts the label of the next one."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_ID)
 
 
 @dataclass(frozen=True)
@@ -34,52 +48,59 @@ class Objective:
     step never waits for a GPU to tell it.
 
     Args:
-        index: (S,) int64, row·L + position, of the hidden states that predict a target; t2i first, then lm, mmu.
+        index: (S,) int64, row·L + position, of the hidden states that predict a target, in the order of the rows.
         targets: (S,) int64, the token to predict there.
-        counts: supervised positions of t2i, lm and mmu; they add up to S.
-        rows: rows of t2i, lm and mmu in the batch.
+        rows: flow → its rows in the batch, in the batch's order; 0 for a flow that is absent.
+        counts: supervised positions of each of these flows; they add up to S.
         packing: how samples share rows; None: each has a row of its own.
-        coefficients: of the three tasks in one weighted `loss`, the only output with a graph. Without them each task's
-            loss has its own graph and its own copy of the head's gradient.
+        coefficients: of the flows in one weighted `loss`, the only output with a graph. Without them each flow's loss
+            has its own graph and its own copy of the head's gradient.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
         statistics: whether `ShowoOutput.statistics` is wanted.
     """
 
     index: torch.Tensor
     targets: torch.Tensor
-    counts: tuple[int, int, int]
-    rows: tuple[int, int, int]
+    rows: dict[str, int]
+    counts: tuple[int, ...]
     packing: Packing | None = None
-    coefficients: tuple[float, float, float] | None = None
+    coefficients: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
     statistics: bool = False
+
+    @classmethod
+    def from_targets(cls, targets: torch.Tensor, rows: dict[str, int], **settings) -> "Objective":
+        """The objective of a batch; targets on a GPU are waited for.
+
+        Args:
+            targets: (B, L) int64, at the position that predicts them; −100 (the ignore index) elsewhere.
+            rows: flow → its rows, in order.
+            settings: packing, coefficients, label_smoothing, statistics.
+        """
+        counts = tuple(int((part != IGNORE_ID).sum()) for part in targets.split(tuple(rows.values())))
+        index = (targets.flatten() != IGNORE_ID).nonzero()[:, 0]
+        return cls(index, targets.flatten()[index], rows, counts, **settings)
 
     @classmethod
     def from_labels(
         cls, labels: torch.Tensor, rows: tuple[int, int, int], max_seq_length: int, **settings
     ) -> "Objective":
-        """The objective of rows in the order t2i, lm, mmu; labels on a GPU are waited for.
+        """The published objective of rows in the order t2i, lm, mmu.
 
         Args:
-            labels: (B, L) int64, −100 (the ignore index) where nothing is supervised.
+            labels: (B, L) int64, −100 where nothing is supervised.
             rows: of t2i, lm and mmu.
             max_seq_length: M; t2i is supervised from position M + 1 (``<soi>``) on.
-            settings: packing, coefficients, label_smoothing, statistics.
+            settings: of `from_targets`.
 
         Raises:
             ValueError: the rows do not add up to B.
         """
         if sum(rows) != len(labels):
             raise ValueError(f"batch_size_t2i, _lm, _mmu are {tuple(rows)}, but there are {len(labels)} rows")
-        first = max_seq_length + 1
-        # Faithful: t2i is unshifted, so <soi> and <eoi> are predicted from themselves (pinned by tests/parity).
-        t2i, lm, mmu = labels.split(rows)
-        targets = torch.full_like(labels, IGNORE_ID)  # (B, L), at the position that predicts them
-        targets[: len(t2i), first:] = t2i[:, first:]
-        targets[len(t2i) :, :-1] = torch.cat([lm, mmu])[:, 1:]
-        counts = tuple(int((part != IGNORE_ID).sum()) for part in targets.split(rows))
-        index = (targets.flatten() != IGNORE_ID).nonzero()[:, 0]
-        return cls(index, targets.flatten()[index], counts, tuple(rows), **settings)
+        t2i, text = labels.split((rows[0], rows[1] + rows[2]))
+        targets = torch.cat([in_place(t2i, max_seq_length + 1), next_token(text)])
+        return cls.from_targets(targets, dict(zip(("t2i", "lm", "mmu"), rows, strict=True)), **settings)
 
     def to(self, device) -> "Objective":
         packing = self.packing.to(device) if self.packing is not None else None
@@ -107,7 +128,7 @@ class Objective:
 
     @torch.compiler.disable  # sizes that change from step to step would compile it anew each time
     def _losses(self, model: Showo, hidden: torch.Tensor, row_length: int) -> ShowoOutput:
-        """Losses and statistics; an absent task contributes 0.
+        """Losses and statistics; an absent flow contributes 0.
 
         Args:
             hidden: final hidden states of all rows, as they ran.
@@ -115,9 +136,8 @@ class Objective:
         """
         at = self.index if self.packing is None else self.packing.target_index[self.index]
         hidden = hidden.flatten(0, 1)[at]  # (S, H)
-        coefficients = self.coefficients or (1.0, 1.0, 1.0)
-        whole = hidden, self.targets, self.position_weights(coefficients)
-        # One part for one weighted loss, else a part and a graph for each task.
+        whole = hidden, self.targets, self.position_weights(self.coefficients or [1.0] * len(self.rows))
+        # One part for one weighted loss, else a part and a graph for each flow.
         parts = [whole] if self.coefficients else zip(*(tensor.split(self.counts) for tensor in whole), strict=True)
         head, settings = model.get_output_embeddings(), (self.label_smoothing, self.statistics)
         totals, losses, predicted = [], [], []
@@ -131,38 +151,34 @@ class Objective:
             totals.append(total)
         losses = torch.cat(losses or [hidden.new_empty(0)])  # (S,)
         means = [part.mean() if len(part) else part.sum() for part in losses.split(self.counts)]
-        loss_t2i, loss_lm, loss_mmu = means if self.coefficients else totals
         return ShowoOutput(
             loss=totals[0] if self.coefficients else None,
-            loss_t2i=loss_t2i,
-            loss_lm=loss_lm,
-            loss_mmu=loss_mmu,
+            losses=dict(zip(self.rows, means if self.coefficients else totals, strict=True)),
             statistics=self._statistics(losses, predicted, row_length, model) if self.statistics else None,
         )
 
     def position_weights(self, coefficients: Sequence[float]) -> torch.Tensor:
-        """(S,) float32: the weighted sum over all positions is the sum of each task's mean times its coefficient."""
+        """(S,) float32: the weighted sum over all positions is the sum of each flow's mean times its coefficient."""
         shares = zip(coefficients, self.counts, strict=True)
         return torch.cat([torch.full((n,), c / max(n, 1), device=self.index.device) for c, n in shares])
 
     def _statistics(self, losses, predicted, row_length: int, model: Showo) -> dict[str, torch.Tensor]:
-        """Counts for the accuracy of each task that has supervised positions, and the mean loss of each t2i row.
+        """Counts for the accuracy of each flow that has supervised positions, and the mean loss of each t2i row.
 
-        ``correct_{task}`` and ``supervised_{task}``: positions whose likeliest token is the target, and all of them; of
+        ``correct_{flow}`` and ``supervised_{flow}``: positions whose likeliest token is the target, and all of them; of
         t2i only image codes count, since ``<soi>`` and ``<eoi>`` are given away. ``row_loss_t2i`` (B_t2i,).
         """
-        found, num_t2i = {}, self.counts[0]
+        found = {}
         if len(losses):
-            correct = torch.cat(predicted) == self.targets
-            considered = torch.ones_like(correct)
-            considered[:num_t2i] = self.targets[:num_t2i] >= model.vocabulary.image_offset
-            by_task = zip((correct & considered).split(self.counts), considered.split(self.counts), strict=True)
-            for task, (hits, all_of_them) in zip(TASKS, by_task, strict=True):
+            correct, is_code = torch.cat(predicted) == self.targets, self.targets >= model.vocabulary.image_offset
+            parts = zip(self.rows, *(part.split(self.counts) for part in (correct, is_code)), strict=True)
+            for flow, hits, codes in parts:
                 if len(hits):
-                    found[f"correct_{task}"], found[f"supervised_{task}"] = hits.sum(), all_of_them.sum()
-        if self.rows[0]:
-            row_of = self.index[:num_t2i] // row_length
-            found["row_loss_t2i"] = _group_means(losses[:num_t2i], row_of, self.rows[0])
+                    considered = codes if flow == "t2i" else torch.ones_like(codes)
+                    found[f"correct_{flow}"], found[f"supervised_{flow}"] = (hits & considered).sum(), considered.sum()
+        if num_rows := self.rows.get("t2i"):  # the first rows of a batch
+            num_t2i = self.counts[0]
+            found["row_loss_t2i"] = _group_means(losses[:num_t2i], self.index[:num_t2i] // row_length, num_rows)
         return found
 
 

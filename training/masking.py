@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from models.generation.sampling import Schedule
-from models.vocabulary import IGNORE_ID
+from common.config import mask_schedule_of
+from models.generation.sampling import Schedule, get_mask_schedule
+from models.vocabulary import IGNORE_ID, Vocabulary
 
 # B images, N = w * w tokens each
 
@@ -43,6 +44,22 @@ class MaskingNoise:
     noise_type: str = "mask"
     predict_all_tokens: bool = False
     mask_ratio: float | None = None
+
+    @classmethod
+    def of(cls, config, vocabulary: Vocabulary) -> "MaskingNoise":
+        """The rule that a `TrainingConfig` names."""
+        training = config.training
+        name, params = mask_schedule_of(config)
+        return cls(
+            get_mask_schedule(name, **params),
+            vocabulary.mask_token_id,
+            vocabulary.image_offset,
+            vocabulary.codebook_size,
+            min_masking_rate=training.min_masking_rate,
+            contiguous_region_prob=training.mask_contiguous_region_prob,
+            noise_type=training.noise_type,
+            predict_all_tokens=training.predict_all_tokens,
+        )
 
     def __call__(self, image_ids: torch.Tensor) -> MaskedImages:
         """Masks part of each image.

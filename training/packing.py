@@ -12,6 +12,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from common.errors import UserError
 from models.devices import send
 from models.omni_attention import OmniMask
 
@@ -102,8 +103,28 @@ class Packing:
         for number, row in enumerate(self.lengths()):
             stops = torch.tensor(row).cumsum(0).tolist()
             ends = zip(row[:-1], stops, strict=False)
-            masks.append([self.mask.window(number, stop - size, stop).dense() for size, stop in ends])
+            masks.append([self.mask.select([number]).window(stop - size, stop).dense() for size, stop in ends])
         return masks
+
+
+def packing_length(dataset, row_length: int) -> int | None:
+    """Length limit of packed rows, by default that of four rows; None without sample packing.
+
+    Args:
+        dataset: the section of a `TrainingConfig`.
+        row_length: of a row with one sample.
+
+    Raises:
+        UserError: shorter than the longest sample.
+    """
+    if not dataset.packing:
+        return None
+    longest = dataset.packing_length or 4 * row_length
+    if longest < row_length:
+        raise UserError(
+            f"dataset.packing_length is {longest}, but a sample may have {row_length} positions; give that or more"
+        )
+    return longest
 
 
 def pack_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -23,10 +23,11 @@ from common.errors import UserError
 from common.launch import launched_processes, use_physical_cores
 
 
-def make_accelerator(config, written_by: int | None = None) -> Accelerator:
+def make_accelerator(config, rows: int, written_by: int | None = None) -> Accelerator:
     """The `Accelerator` with the run's devices, precision and gradient accumulation.
 
     Args:
+        rows: of one batch, which DeepSpeed wants to know.
         written_by: number of processes that wrote the checkpoint to resume from.
 
     Raises:
@@ -55,7 +56,7 @@ def make_accelerator(config, written_by: int | None = None) -> Accelerator:
     # It warns at each save of a model with tied embeddings, which is correct here.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if accelerator.state.deepspeed_plugin is not None:
-        _configure_deepspeed(accelerator.state.deepspeed_plugin, config)
+        _configure_deepspeed(accelerator.state.deepspeed_plugin, config, rows)
         # Under ZeRO-3, transformers would also shard the frozen models that it loads, and nothing gathers those.
         unset_hf_deepspeed_config()
         if written_by not in (None, launched):
@@ -63,14 +64,13 @@ def make_accelerator(config, written_by: int | None = None) -> Accelerator:
     return accelerator
 
 
-def _configure_deepspeed(plugin, config) -> None:
+def _configure_deepspeed(plugin, config, rows: int) -> None:
     """Sets the run's settings in the launch file's; the launch file's gradient clipping is kept if the run has none.
 
     Raises:
         UserError: a setting that DeepSpeed cannot honour.
     """
     training, settings = config.training, plugin.deepspeed_config
-    rows = training.batch_size_t2i + training.batch_size_lm + training.batch_size_mmu
     settings["train_micro_batch_size_per_gpu"] = rows  # DeepSpeed cannot infer it, as no loader is prepared
     settings["gradient_accumulation_steps"] = training.gradient_accumulation_steps
     if training.max_grad_norm is not None:
@@ -79,11 +79,6 @@ def _configure_deepspeed(plugin, config) -> None:
         settings["gradient_clipping"] = 0.0
     if config.compile:
         raise UserError("compile=True does not work with DeepSpeed here; leave it out, or use 8_gpus_fsdp2.yaml")
-    if training.trainable != "all" and plugin.zero_stage == 3:
-        raise UserError(
-            f"training.trainable={training.trainable} does not work with ZeRO-3 here (its first step never ends): use "
-            "ZeRO-2 or FSDP2"
-        )
     if training.ema_decay and plugin.zero_stage == 3:
         raise UserError("training.ema_decay needs full weights on every process; ZeRO-3 has none: use ZeRO-2 or FSDP2")
 

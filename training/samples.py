@@ -37,7 +37,7 @@ def predict_masked(
     model, builder: BatchBuilder, batch: OmniBatch, limit: int = 8
 ) -> tuple[list[Image.Image], list[str]]:
     """Original | reconstruction | prediction, side by side; the prediction is the argmax at masked positions only."""
-    count = min(limit, batch.counts["t2i"])
+    count = min(limit, batch.rows["t2i"])
     offset, num_codes = model.vocabulary.image_offset, model.vocabulary.codebook_size
     image = slice(-model.config.num_vq_tokens - 1, -1)  # positions of the codes, before <eoi>
     ids, labels = batch.input_ids[:count], batch.labels[:count, image]

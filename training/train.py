@@ -1,4 +1,4 @@
-"""Trains Show-o with understanding from image codes.
+"""Trains Show-o, or whatever `task` names in the configuration (a module of training/tasks).
 
 accelerate launch --config_file accelerate_configs/1_gpu.yaml --quiet training/train.py \\
     config=configs/showo_tiny_train.yaml
@@ -9,15 +9,26 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
 
-from common.config import TrainingConfig, load_config  # noqa: E402
-from common.errors import run_cli  # noqa: E402
-from training.trainer import Trainer  # noqa: E402
-from training.understanding import VqUnderstanding  # noqa: E402
+from common.config import load_config, read_key
+from common.errors import run_cli
+
+
+def make_task(argv: list[str], name: str | None = None):
+    """The task of a command line.
+
+    Args:
+        name: of the task; default: the key `task`, or showo.
+    """
+    from training.tasks import find_task
+
+    task = find_task(name or read_key(argv, "task") or "showo")
+    return task(load_config(argv, task.settings))
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(argv, TrainingConfig)
-    Trainer(config, VqUnderstanding.of(config)).train()
+    from training.trainer import Trainer
+
+    Trainer(make_task(argv)).train()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains Show-o with understanding from CLIP-ViT features.
+"""Trains Show-o with understanding from CLIP-ViT features; the same as `train.py`, which takes them too.
 
 accelerate launch --config_file accelerate_configs/1_gpu.yaml --quiet training/train_w_clip_vit.py \\
     config=configs/showo_instruction_tuning_1_w_clip_vit.yaml
@@ -9,15 +9,17 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
 
-from common.config import TrainingConfig, load_config  # noqa: E402
-from common.errors import run_cli  # noqa: E402
-from training.trainer import Trainer  # noqa: E402
-from training.understanding import ClipVitUnderstanding  # noqa: E402
+from common.errors import UserError, run_cli
+from training.train import make_task
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(argv, TrainingConfig)
-    Trainer(config, ClipVitUnderstanding(config)).train()
+    from training.trainer import Trainer
+
+    task = make_task(argv, "showo")
+    if not task.config.model.showo.w_clip_vit:
+        raise UserError("model.showo.w_clip_vit is false; set it to true, or train with training/train.py")
+    Trainer(task).train()
 
 
 if __name__ == "__main__":

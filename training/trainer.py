@@ -1,25 +1,24 @@
-"""The training loop of Show-o; the understanding branch is a parameter (spec §5, §6, §12, §15).
+"""The training loop, for anything that is trained: what it is, is a task (`training/tasks/`).
 
-- `Trainer.train()`: resume → step → every(n): log / evaluate / generate samples / save → final save
-- `Trainer.step()`: build the batch → model → weighted loss → backward → clip → optimiser, schedule
+- `Trainer.train()`: resume → step → every(n): log / evaluate / show samples / save → final save
+- `Trainer.step()`: batch → losses → backward → clip → optimiser, schedule
 """
 
 import time
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
+from torch import nn
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.inputs import read_prompts
 from common.tracking import Tracker
-from models import Showo
-from models.modeling_showo import ShowoOutput
-from training.batches import OmniBatch
 from training.checkpointing import (
     TrainState,
     begin_course,
@@ -31,28 +30,13 @@ from training.checkpointing import (
     save_checkpoint,
     save_final_model,
 )
-from training.data.flows import build_flows, check_data, check_tokenizer
+from training.data.flows import open_flows
 from training.data.skipping import KINDS
 from training.data.streams import StreamState
-from training.evaluation import HeldOut, own_random_numbers
+from training.evaluation import evaluate, own_random_numbers
 from training.guards import LOCK, FiniteLosses, StopSignals, check_writable, full_disk_as_user_error, only_run_in
-from training.loss import TASKS
-from training.metrics import StepMetrics
-from training.optimization import (
-    WeightAverage,
-    enable_gradient_checkpointing,
-    gradient_norms,
-    make_optimizer,
-    make_schedule,
-    set_rate,
-)
-from training.parts import (
-    check_sizes,
-    make_builder,
-    make_model,
-    make_prompting,
-    make_vq_model,
-)
+from training.metrics import StepMetrics, total
+from training.optimization import WeightAverage, gradient_norms, make_optimizer, make_schedule, set_rate
 from training.processes import (
     ProcessGroup,
     call_before_deepspeed_steps,
@@ -61,87 +45,88 @@ from training.processes import (
     is_sharded,
     make_accelerator,
 )
-from training.samples import GENERATED_PANEL, PREDICTED_PANEL, generate_images, predict_masked
-from training.trainable import choose_trainable, keep_old_rows
+from training.tasks import Outcome, Task
+from training.trainable import keep_old_rows
 
 
 class Trainer:
-    """A run: models, data, optimiser and loop of one configuration.
+    """A run: model, data, optimiser and loop of one task.
 
     Args:
-        config: a `TrainingConfig`.
-        understanding: the branch of the mmu rows, see `training/understanding.py`.
+        task: what is trained, with the configuration of the run.
 
     Raises:
         UserError: something that the configuration names is missing or does not match.
     """
 
-    def __init__(self, config: DictConfig, understanding):
-        self.config, self.understanding = config, understanding
-        training = config.training
+    def __init__(self, task: Task):
+        self.task, self.config = task, task.config
+        config, training = self.config, self.config.training
         self.output_dir = Path(config.experiment.output_dir)
         check_writable(self.output_dir)
         self.start = find_start(self.output_dir, config.experiment.resume_from_checkpoint)
-        self.accelerator = make_accelerator(config, self.start.written_by if self.start else None)
+        readers = task.readers("train")
+        rows = sum(reader.batch_size for reader in readers)  # of one batch
+        self.accelerator = make_accelerator(config, rows, self.start.written_by if self.start else None)
         self.process_group = ProcessGroup(self.accelerator)
         self.process_group.check_same(
             str(self.start and self.start.folder.name),
             f"the processes see other checkpoints in experiment.output_dir {self.output_dir}; give a folder that all "
             "machines share",
         )
-        device = self.accelerator.device
-        check_data(config)  # before anything is loaded
         if self.start and not self.start.weights and not config.experiment.accept_config_changes:
             check_same_config(self.start.folder, config)
-        self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
-        prompting = make_prompting(config)
-        flow_arguments = {
-            "process": self.accelerator.process_index,
-            "num_processes": self.accelerator.num_processes,
-            "image_processor": understanding.image_processor,
-            "tokenizer": prompting.tokenizer,
-            "text_length": understanding.text_length(config, prompting),
-        }
-        self.flows = build_flows(config, **flow_arguments)
+        reading = task.reading(self.accelerator.process_index, self.accelerator.num_processes)
+        self.flows = open_flows(readers, reading)
         if training.overfit_one_batch:
             self.flows = {name: OneBatch(flow) for name, flow in self.flows.items()}
-        vq_model = make_vq_model(config).to(device)
-        check_sizes(config, vq_model)
-        check_tokenizer(config, vq_model)
-        torch.backends.cuda.matmul.allow_tf32 = training.enable_tf32
+        self.held_out = open_flows(task.readers("eval"), replace(reading, end_together=False))
+        task.device = self.accelerator.device
+        task.load()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.enable_tf32
         if training.seed is not None:
             set_seed(training.seed)  # the same initial weights everywhere, as FSDP keeps each process's own shard
-        self.model = make_model(config, self.start.weights if self.start else None)
-        old_rows = choose_trainable(self.model, training.trainable)
-        understanding.attach(self.model, device)
+        self.model = task.make_model(self.start.weights if self.start else None)
+        old_rows = task.choose_trainable(self.model)
         if training.seed is not None:
             set_seed(training.seed, device_specific=True)  # but different masks on each process
-        self.builder = make_builder(config, self.model, vq_model, prompting, understanding, device)
-        if config.model.gradient_checkpointing:
-            enable_gradient_checkpointing(self.model)
-        rows = sum(training[f"batch_size_{task}"] for task in TASKS)
-        rows *= training.gradient_accumulation_steps * self.accelerator.num_processes
+        self.model.to(task.device)
+        task.prepare(self.model)
+        self.wrap(rows * training.gradient_accumulation_steps * self.accelerator.num_processes, old_rows)
+        self.finite = FiniteLosses(self.process_group.any, training.max_nonfinite_batches, tqdm.write)
+        self.state, self.metrics, self.gradient_norms = TrainState(), StepMetrics(), {}
+        self.stop_signals = StopSignals(
+            lambda: describe_last_checkpoint(self.output_dir), quiet=not self.accelerator.is_main_process
+        )
+
+    def wrap(self, rows: int, old_rows: dict[str, int]) -> None:
+        """Makes optimiser, schedule and moving average, and the model as it is trained.
+
+        `model` has the plain parameter names, `wrapped` is trained, `forward` may be compiled.
+
+        Args:
+            rows: of an optimiser step, over all processes.
+            old_rows: parameter → number of its first rows that must not change.
+        """
+        config, deepspeed = self.config, self.accelerator.state.deepspeed_plugin
+        if old_rows and deepspeed is not None and deepspeed.zero_stage == 3:
+            raise UserError(
+                "training some rows of a matrix only (training.trainable=new) does not work with ZeRO-3 here (its "
+                "first step never ends): use ZeRO-2 or FSDP2"
+            )
         scale = rows if config.optimizer.params.scale_lr else 1
         self.optimizer = make_optimizer(self.model, config, scale, undecayed=old_rows)
-        deepspeed = self.accelerator.state.deepspeed_plugin is not None
-        if deepspeed:
+        if deepspeed is not None:
             keep_old_rows(self.model, old_rows)
-        # `model` has Show-o's methods and parameter names, `wrapped` is trained, `forward` may be compiled.
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model.to(device), self.optimizer)
-        if deepspeed:
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        if deepspeed is not None:
             call_before_deepspeed_steps(self.wrapped, self.before_deepspeed_step)
         else:
             keep_old_rows(self.model, old_rows)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
         self.schedule = make_schedule(self.optimizer, config)
         self.accelerator.register_for_checkpointing(self.schedule)
-        self.average = WeightAverage(self.model, training.ema_decay) if training.ema_decay else None
-        self.held_out = HeldOut(config, self.builder, **flow_arguments)
-        self.finite = FiniteLosses(self.process_group.any, training.max_nonfinite_batches, tqdm.write)
-        self.state, self.metrics, self.gradient_norms = TrainState(), self.new_metrics(), {}
-        self.stop_signals = StopSignals(
-            lambda: describe_last_checkpoint(self.output_dir), quiet=not self.accelerator.is_main_process
-        )
+        self.average = WeightAverage(self.model, config.training.ema_decay) if config.training.ema_decay else None
 
     def train(self) -> None:
         """Trains from the current step to `max_train_steps`, then saves the final model in `output_dir`."""
@@ -169,33 +154,36 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.stop_signals.exit_if_interrupted()
 
-    def after_step(self, batch: OmniBatch, bar: tqdm, stopping: bool) -> None:
+    def after_step(self, batch: Any, bar: tqdm, stopping: bool) -> None:
         step, every = self.state.global_step, self.config.experiment
+        values = {}
         if step % every.log_every == 0:
-            self.log(bar)
+            values |= self.summary(bar)
         if step % every.log_grad_norm_every == 0:
-            self.log_gradient_norms()
+            values |= self.take_gradient_norms()
         if step % every.eval_every == 0:
-            self.evaluate()
+            values |= self.evaluate()
+        if values:
+            self.tracker.log(values, step)
         if step % every.generate_every == 0:
-            self.generate_samples(batch)
+            self.show_samples(batch)
         if step % every.save_every == 0 or stopping or step == self.config.training.max_train_steps:
             self.save()
 
-    def step(self) -> OmniBatch:
+    def step(self) -> Any:
         """One optimiser step over `gradient_accumulation_steps` batches of every flow; returns the last batch."""
         training, started = self.config.training, time.perf_counter()
         self.data_time, keys = 0.0, []
         for _ in range(training.gradient_accumulation_steps):
             with self.accelerator.accumulate(self.wrapped):
-                batch, out = self.finite_batch()
+                batch, outcome = self.finite_batch()
                 keys += batch.keys
-                self.accelerator.backward(out.loss)
+                self.accelerator.backward(outcome.loss)
                 if self.accelerator.sync_gradients and self.accelerator.state.deepspeed_plugin is None:
                     self.finish_gradients(keys)  # DeepSpeed has already taken its step
                 self.optimizer.step()  # this and the next line do nothing while gradients accumulate
                 self.optimizer.zero_grad(set_to_none=True)
-            self.metrics.add_batch(batch, out)
+            self.metrics.add({"batches": 1, **outcome.sums})
         if not self.accelerator.optimizer_step_was_skipped:  # as in fp16, while the loss scale is adjusted
             self.schedule.step()
         if self.average is not None:
@@ -204,17 +192,16 @@ class Trainer:
         self.metrics.add_step(self.data_time, time.perf_counter() - started)
         return batch
 
-    def finite_batch(self) -> tuple[OmniBatch, ShowoOutput]:
-        """The next batch whose losses are finite on all processes, and the model's output."""
+    def finite_batch(self) -> tuple[Any, Outcome]:
+        """The next batch whose losses are finite on all processes, and its losses."""
         while True:
             waiting = time.perf_counter()
             samples = {name: next(flow) for name, flow in self.flows.items()}
             self.data_time += time.perf_counter() - waiting
-            batch = self.builder(samples)
-            out = self.forward(**batch.forward_arguments())
-            losses = {task: getattr(out, f"loss_{task}") for task in TASKS if batch.counts[task]}
-            if self.finite.accept(losses, batch.keys, self.state.global_step + 1):
-                return batch, out
+            batch = self.task.make_batch(samples)
+            outcome = self.task.outcome(self.forward, batch)
+            if self.finite.accept(outcome.losses, batch.keys, self.state.global_step + 1):
+                return batch, outcome
 
     def finish_gradients(self, keys: list[str]) -> None:
         """Clips gradients, drops non-finite ones, and computes their norms at steps that log them.
@@ -319,24 +306,23 @@ class Trainer:
         )
 
     def progress(self) -> tqdm:
-        total, hidden = self.config.training.max_train_steps, not self.accelerator.is_main_process
-        return tqdm(total=total, initial=self.state.global_step, disable=hidden, desc="training", dynamic_ncols=True)
-
-    def new_metrics(self) -> StepMetrics:
-        return StepMetrics()
+        steps, hidden = self.config.training.max_train_steps, not self.accelerator.is_main_process
+        return tqdm(total=steps, initial=self.state.global_step, disable=hidden, desc="training", dynamic_ncols=True)
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, reduction="sum")
 
-    def log(self, bar: tqdm) -> None:
-        values = self.metrics.means(self.sum_over_processes, self.accelerator.device)
+    def summary(self, bar: tqdm) -> dict[str, float]:
+        """The log line of the steps since the last one; the losses appear at the progress bar as well."""
+        sums = total(self.metrics.sums, self.sum_over_processes, self.accelerator.device)
+        values = self.task.summary(sums) | self.metrics.times(self.accelerator.device)
         values |= {"lr": self.schedule.get_last_lr()[0]} | self.skipped_data()
         if self.finite.dropped:
             values["nonfinite_batches"] = self.finite.dropped
-        self.tracker.log(values, self.state.global_step)
-        losses = {k.removeprefix("step_loss_"): f"{v:.3f}" for k, v in values.items() if "step_loss" in k}
-        bar.set_postfix(losses, refresh=False)
-        self.metrics = self.new_metrics()
+        names = (name for name in values if "loss" in name and "/" not in name.removeprefix("train/"))
+        bar.set_postfix({name.split("loss_")[-1]: f"{values[name]:.3f}" for name in names}, refresh=False)
+        self.metrics = StepMetrics()
+        return values
 
     def skipped_data(self) -> dict[str, int]:
         """``data/skipped/{flow}/{kind}``: samples that all processes have skipped since the run began."""
@@ -345,30 +331,28 @@ class Trainer:
         summed = zip(names, self.sum_over_processes(counts).tolist(), strict=True)
         return {f"data/skipped/{name}/{kind}": count for (name, kind), count in summed if count}
 
-    def log_gradient_norms(self) -> None:
-        if self.accelerator.is_main_process and self.gradient_norms:
-            norms = torch.stack(list(self.gradient_norms.values())).tolist()
-            self.tracker.log(dict(zip(self.gradient_norms, norms, strict=True)), self.state.global_step)
-        self.gradient_norms = {}
+    def take_gradient_norms(self) -> dict[str, float]:
+        norms, self.gradient_norms = self.gradient_norms, {}
+        return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
 
     def averaged(self):
         """A context in which the model has the averaged weights, if there are any."""
         return self.average.applied_to(self.model) if self.average is not None else nullcontext()
 
-    def evaluate(self) -> None:
-        """Held-out losses of every flow that has held-out data; all processes must call this."""
-        if not self.held_out.flows:
-            return
+    def evaluate(self) -> dict[str, float]:
+        """Figures of every flow that has held-out data; all processes must call this."""
+        if not self.held_out:
+            return {}
         self.wrapped.eval()
         try:
             with self.averaged():
-                values = self.held_out(self.wrapped, self.sum_over_processes)
+                seed, batches = self.config.training.seed or 0, self.config.experiment.eval_batches
+                return evaluate(self.task, self.held_out, self.wrapped, self.sum_over_processes, batches, seed)
         finally:
             self.wrapped.train()
-        self.tracker.log(values, self.state.global_step)
 
-    def generate_samples(self, batch: OmniBatch) -> None:
-        """Both published panels, made by the main process, with the averaged weights if there are any.
+    def show_samples(self, batch: Any) -> None:
+        """The task's sample images, made by the main process, with the averaged weights if there are any.
 
         Sharded weights are first gathered by all processes: running sharded layers on the main process alone would
         wait for the others forever.
@@ -379,31 +363,21 @@ class Trainer:
             if self.accelerator.is_main_process:
                 device = self.accelerator.device
                 with own_random_numbers(0, device):  # the new model's random initialisation, replaced at once
-                    model = Showo(self.model.config).to(device)
+                    model = type(self.model)(self.model.config).to(device)
                 model.load_state_dict(weights)
-                self.show(model, batch)
+                self.log_panels(model, batch)
         elif self.accelerator.is_main_process:
             self.model.eval()
             try:
                 with self.averaged():
-                    self.show(self.model, batch)
+                    self.log_panels(self.model, batch)
             finally:
                 self.model.train()
 
-    def show(self, model: Showo, batch: OmniBatch) -> None:
-        training, step = self.config.training, self.state.global_step
-        images = generate_images(
-            model,
-            self.builder,
-            self.prompts,
-            guidance_scale=training.guidance_scale,
-            timesteps=training.generation_timesteps,
-            temperature=training.generation_temperature,
-            seed=training.seed or 0,
-        )
-        self.tracker.log_images(GENERATED_PANEL, images, self.prompts, step)
-        if batch.counts["t2i"]:
-            self.tracker.log_images(PREDICTED_PANEL, *predict_masked(model, self.builder, batch), step)
+    def log_panels(self, model: nn.Module, batch: Any) -> None:
+        with torch.no_grad():
+            for panel, images, captions in self.task.panels(model, batch):
+                self.tracker.log_images(panel, images, captions, self.state.global_step)
 
 
 class OneBatch:

@@ -1,5 +1,7 @@
 """The two understanding branches: how mmu rows are built, and which parameters are trained (spec §2, §9)."""
 
+from copy import copy
+
 import torch
 
 from common.config import resolve_path
@@ -9,45 +11,43 @@ from models import OmniMask
 from models.checkpoint_io import resolve_folder
 from models.clip_encoder import image_processor_class, num_features, read_clip_config
 from models.devices import send
-from models.pipeline_loading import load_clip, without_loading_bars
+from models.loading import load_clip
 from models.prompting import Rows
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
-from training.data.batching import stack
-from training.data.flows import check_data
+from training.data.streams import stack
 
 # B rows, L row length, N image tokens, F features of one image
 
 
 class VqUnderstanding:
-    """Understanding from image codes (`training/train.py`).
+    """Understanding from image codes.
 
-    Args:
+    Attributes:
         max_mask_ratio: a random share, up to this, of each mmu image's tokens is masked, against overfitting on small
-            data sets. 0 as published.
+            data sets (`training.und_mask_ratio`). 0 as published.
         system_prompt: conversations begin with LLaVA's system prompt (`dataset.add_system_prompt`).
     """
 
     image_processor = None  # the flows prepare images for the image tokenizer
 
-    def __init__(self, max_mask_ratio: float = 0.0, system_prompt: bool = False):
-        self.max_mask_ratio, self.system_prompt = max_mask_ratio, system_prompt
-
-    @classmethod
-    def of(cls, config) -> "VqUnderstanding":
-        if config.model.showo.w_clip_vit:
-            raise UserError("model.showo.w_clip_vit is true; train it with training/train_w_clip_vit.py")
-        return cls(config.training.und_mask_ratio, config.dataset.add_system_prompt)
+    def __init__(self, config):
+        self.max_mask_ratio, self.system_prompt = config.training.und_mask_ratio, config.dataset.add_system_prompt
 
     def text_length(self, config, prompting) -> int:
         """Number of text tokens that fit in a row after the image; `UserError` if none do."""
         system = system_ids(prompting) if self.system_prompt else []
         return room_for_text(config, config.model.showo.num_vq_tokens, len(system))
 
+    def open(self) -> None:
+        """Nothing is needed."""
+
     def attach(self, model, device) -> None:
         """All parameters are trained."""
 
     def for_evaluation(self) -> "VqUnderstanding":
-        return VqUnderstanding(0.0, self.system_prompt)
+        plain = copy(self)
+        plain.max_mask_ratio = 0.0
+        return plain
 
     def rows(self, samples: list[dict], builder) -> tuple[Rows, None]:
         """Rows ``<mmu> <soi>`` codes ``<eoi>`` text of one batch, and no image features."""
@@ -71,9 +71,7 @@ class ClipVitUnderstanding:
     """
 
     def __init__(self, config):
-        showo, dataset = config.model.showo, config.dataset
-        if not showo.w_clip_vit:
-            raise UserError("model.showo.w_clip_vit is false; set it to true, or train with training/train.py")
+        dataset = config.dataset
         self.has_rows = config.training.batch_size_mmu > 0
         if self.has_rows and not dataset.und_type.startswith("llava"):
             raise UserError(
@@ -84,7 +82,10 @@ class ClipVitUnderstanding:
         self.system_prompt = not self.projector_only and config.conversation == "vicuna"
         if self.projector_only and not self.has_rows:
             raise UserError("llava_pretrain trains mm_projector alone, but training.batch_size_mmu is 0; raise it")
-        check_data(config)  # before CLIP is loaded, perhaps from the hub
+        self.tower = None
+
+    def open(self) -> None:
+        """Reads the image processor and the settings of CLIP, perhaps from the hub."""
         try:
             folder = resolve_folder(self.clip_vit_name)
             self.image_processor = image_processor_class().from_pretrained(folder)
@@ -92,9 +93,8 @@ class ClipVitUnderstanding:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"model.clip_vit_name={config.model.clip_vit_name}: no image processor or settings ({reason})"
+                f"model.clip_vit_name={self.clip_vit_name}: no image processor or settings ({reason})"
             ) from error
-        self.tower = None
 
     def text_length(self, config, prompting) -> int:
         """As in the other branch."""
@@ -103,8 +103,7 @@ class ClipVitUnderstanding:
 
     def attach(self, model, device) -> None:
         """Loads the frozen tower and selects the trained parameters."""
-        with without_loading_bars():
-            self.tower = load_clip(self.clip_vit_name, model.config.clip_feature_size).to(device)
+        self.tower = load_clip(self.clip_vit_name, model.config.clip_feature_size).to(device)
         if self.projector_only:
             model.requires_grad_(False)
         # Without mmu rows it gets no gradient: DDP would wait for it, and weight decay wear it away.

@@ -1,1 +1,26 @@
-"""One file a benchmark."""
+"""The benchmarks by name. A new one is a subclass of `Task` and one line here."""
+
+from pkgutil import resolve_name
+
+from evaluation.task import Task
+
+TASKS = {  # name -> module:class, imported when the task is asked for
+    "pope": "evaluation.tasks.yes_no:POPE",
+    "mme": "evaluation.tasks.yes_no:MME",
+    "flickr30k": "evaluation.tasks.flickr30k:Flickr30k",
+    "vqav2": "evaluation.tasks.vqa:VQAv2",
+    "gqa": "evaluation.tasks.vqa:GQA",
+    "mmmu": "evaluation.tasks.mmmu:MMMU",
+    "geneval": "evaluation.tasks.text_to_image:GenEval",
+    "coco": "evaluation.tasks.text_to_image:COCO",
+    "reconstruction": "evaluation.tasks.reconstruction:Reconstruction",
+    "emoji_drawing": "examples.emoji_world.benchmark:EmojiDrawing",
+    "emoji_naming": "examples.emoji_world.benchmark:EmojiNaming",
+    "emoji_yes_no": "examples.emoji_world.benchmark:EmojiYesNo",
+    "emoji_style": "examples.emoji_world.benchmark:EmojiStyle",
+}
+GROUPS = {"emoji": tuple(name for name in TASKS if name.startswith("emoji_"))}  # several tasks by one name
+
+
+def task_class(name: str) -> type[Task]:
+    return resolve_name(TASKS[name])

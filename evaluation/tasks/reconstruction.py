@@ -12,8 +12,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.inputs import required_path
-from evaluation.generation import save, side_by_side, square
-from evaluation.image_scores import FID, check_fid, fid_metric, need, psnr_and_ssim
+from evaluation.images import FID, check_fid, fid_metric, need, psnr_and_ssim, save, side_by_side, square
 from evaluation.official_files import field, read_json, write_json
 from evaluation.task import Item, Task, Verdict, ratio
 from models.images import load_image
@@ -49,7 +48,7 @@ class Reconstruction(Task):
         if not files:
             raise UserError(f"reconstruction_images={root} holds no image; expected {', '.join(SUFFIXES)}")
         if self.network:
-            fid_metric(self.config)  # a network that does not serve is seen before anything is done
+            fid_metric(self.config)  # an unusable network is noticed before anything is asked
         return [self._item(str(path.relative_to(root)), path) for path in files]
 
     def _item(self, name: str, path: Path) -> Item:
@@ -112,7 +111,7 @@ class Reconstruction(Task):
         tree = read_json(folder / SET_FILE, dict, "figures of the whole set")
         return {name: np.array([field(str(folder / SET_FILE), tree, name, (int, float))]) for name in tree}
 
-    def picture(self, item, answer) -> Image.Image:
+    def sheet_image(self, item, answer) -> Image.Image:
         """What the tokenizer made of it and, right of it, the image."""
         return side_by_side(load_image(self.folder / answer), self._seen(item))
 

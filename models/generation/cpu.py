@@ -20,17 +20,11 @@ from models.generation import sampling
 from models.generation.runner import is_plain_linear
 from models.generation.text import greedy_ids
 
-
-def read_cpuinfo() -> str:
-    """What Linux says of the processor; nothing elsewhere."""
-    file = Path("/proc/cpuinfo")
-    return file.read_text() if file.is_file() else ""
-
-
 # B rows of a batch, n positions, M = B n, V tokens, H hidden size, K candidates
 
 # Numbers of rows for which W xᵀ is faster: up to 32, on Intel's processors only from 8 on (docs/performance.md).
-FEW_ROWS = range(1 if "AuthenticAMD" in read_cpuinfo() else 8, 33)
+CPUINFO = Path("/proc/cpuinfo")
+FEW_ROWS = range(1 if CPUINFO.is_file() and "AuthenticAMD" in CPUINFO.read_text() else 8, 33)
 BLOCKS = 8  # of the weights that a single row is multiplied with at once; in one piece the product runs on one core
 
 

@@ -140,7 +140,7 @@ class Denoiser:
         soi = common_soi(rows, model.vocabulary)
         # Padding in front of all rows can go: nothing sees it, and rotary positions are relative.
         first = int((rows == model.vocabulary.pad_id).sum(1).min())
-        self.runner = Runner(model, mask.drop_keys(first))
+        self.runner = Runner(model, mask.window(first))
         self.text_ids = rows[:, first:soi]  # (R, T)
         self.block = slice(soi - first, rows.shape[1] - first)  # <soi>, N image positions, <eoi>
         self.block_ids = rows[:batch_size, soi:].clone()  # (B, N+2), the same with and without text

@@ -1,6 +1,7 @@
 """Sampling rules of both loops: mask schedules, one MaskGIT step and its options, top-k / top-p (spec §6, §7, §8)."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,27 +65,13 @@ def get_mask_schedule(name: str, **params) -> Schedule:
     """
     if name == "cosine":
         return lambda t: torch.cos(t * math.pi * 0.5)
-    if name == "linear":
-        curve = _power_schedule(1.0)
-    elif name == "sigmoid":
-        curve = lambda t: _sigmoid_schedule(t, **params)  # noqa: E731
-    elif name.startswith("pow") and _is_number(name[3:]):
-        curve = _power_schedule(float(name[3:]))
-    else:
-        raise ValueError(f"unknown mask schedule {name!r}; known: cosine, linear, sigmoid, pow<k> such as pow2")
     # Faithful: all but cosine are clipped (pinned by tests/parity/test_goldens.py).
-    return lambda t: curve(t).clamp(1e-6, 1.0)
-
-
-def _power_schedule(exponent: float) -> Schedule:
-    return lambda t: 1.0 - t**exponent
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+    if name == "sigmoid":
+        return lambda t: _sigmoid_schedule(t, **params).clamp(1e-6, 1.0)
+    power = re.fullmatch(r"pow(\d*\.?\d+)", "pow1" if name == "linear" else name)
+    if power is None:
+        raise ValueError(f"unknown mask schedule {name!r}; known: cosine, linear, sigmoid, pow<k> such as pow2")
+    return lambda t: (1.0 - t ** float(power[1])).clamp(1e-6, 1.0)
 
 
 def gumbel_noise(like: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

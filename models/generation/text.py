@@ -182,7 +182,7 @@ class Prompts:
         longest, lengths = self.input_ids.shape[1], self.lengths[:, None]
         position_ids = torch.where(column < longest, column, column - longest + lengths)
         if self.shared:
-            runner = Runner(model, self.mask.select(slice(1)).keys(self.shared))
+            runner = Runner(model, self.mask.select(slice(1)).window(0, self.shared))
             runner.prefill(self.input_ids[:1, : self.shared], self.image_features)
             runner.expand(mask, position_ids)
             hidden = runner.prefill(self.input_ids[:, self.shared :])

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from common.config import InferenceConfig, TrainingConfig, load_config, mask_schedule_of
 from common.errors import UserError
 from tests.contract.test_configs import published_keys
-from training.data.flows import check_data
+from tests.training.tiny import check_data
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,12 +18,22 @@ from models import UniversalPrompting
 from models.clip_encoder import image_processor_class
 from models.images import preprocess
 from tests.tiny_llms import qwen_like
-from tests.training.tiny import CAPTIONS, config_of, image_bytes, picture, sample, write_shard, write_texts, write_world
-from training.data.batching import stack
+from tests.training.tiny import (
+    CAPTIONS,
+    build_flows,
+    check_data,
+    config_of,
+    image_bytes,
+    picture,
+    sample,
+    write_shard,
+    write_texts,
+    write_world,
+)
 from training.data.captions import CAPTION_INSTRUCTIONS
-from training.data.flows import build_flows, check_data, end_together
+from training.data.flows import end_together
 from training.data.sources import Resampled
-from training.data.streams import Flow
+from training.data.streams import Flow, stack
 
 FLOWS = ("t2i", "lm", "mmu")
 PARAMS, PREPROCESSING = "dataset.params", "dataset.preprocessing"
@@ -71,13 +81,12 @@ def test_all_missing_sources_are_listed_at_once(world):
     paths = dict(zip(map(path_of, FLOWS), ("/nowhere/a-{000..003}.tar", None, "/nowhere/c.tar"), strict=True))
     others = {"external_caption_path": "/nowhere/captions", "external_cc12m_caption_path": "/nowhere/cc12m"}
     config = config_of(world, overrides=paths | {f"{PARAMS}.{key}": value for key, value in others.items()})
-    for function in (build_flows, check_data):
-        with pytest.raises(UserError) as error:
-            function(config)
-        message = str(error.value)
-        assert all(key in message for key in (*paths, *others))
-        assert all(f"/nowhere/{name}" in message for name in ("a-000.tar", "a-003.tar", "c.tar", "captions", "cc12m"))
-        assert "4 of 4" in message and "\n" not in message
+    with pytest.raises(UserError) as error:
+        check_data(config)
+    message = str(error.value)
+    assert all(key in message for key in (*paths, *others))
+    assert all(f"/nowhere/{name}" in message for name in ("a-000.tar", "a-003.tar", "c.tar", "captions", "cc12m"))
+    assert "4 of 4" in message and "\n" not in message
 
 
 def test_an_unset_environment_variable_hides_nothing_else_that_is_missing(world):
@@ -426,12 +435,12 @@ def test_published_limits_make_epochs(world):
 
 
 def test_flows_without_an_end_follow_the_others():
-    sources = {"t2i": Resampled(iter), "mmu": Resampled(iter)}
-    end_together(sources, {"t2i": 4, "mmu": 2})
-    assert sources["t2i"].samples is sources["mmu"].samples is None
-    sources["mmu"].samples = 30
-    end_together(sources, {"t2i": 4, "mmu": 2})
-    assert sources["t2i"].samples == 60
+    t2i, mmu = Resampled(iter), Resampled(iter)
+    end_together({t2i: 4, mmu: 2})
+    assert t2i.samples is mmu.samples is None
+    mmu.samples = 30
+    end_together({t2i: 4, mmu: 2})
+    assert t2i.samples == 60
 
 
 # ---- held-out data ----

@@ -12,10 +12,10 @@ from common.errors import UserError
 from models.clip_encoder import image_processor_class
 from models.images import preprocess
 from tests.training.tiny import CAPTIONS, image_bytes, picture, sample
-from training.data.batching import unpack
 from training.data.captions import Captions
 from training.data.image_text import ImageTextSample, ImageTransform, decode_jpeg, jittered
 from training.data.skipping import SkipSample
+from training.data.streams import unpack
 
 
 def pictures(resolution: int = 32, **settings) -> ImageTransform:

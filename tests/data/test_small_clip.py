@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from models.pipeline_loading import load_clip
+from models.loading import load_clip
 from training.data.small_clip import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -71,12 +71,12 @@ def loads_nothing(monkeypatch):
         ([*DOG, "mask_schedule.schedule=sine"], ["mask_schedule", "'sine'", "cosine"]),
         ([*DOG, "dataset.preprocessing.resolution=40"], ["resolution=40", "num_vq_tokens=16", "32 pixels"]),
         ([*DOG, "model.showo.num_vq_tokens=15"], ["num_vq_tokens is 15", "square"]),
-        ([*DOG, "model.showo.vocab_size=200"], ["model.showo.vocab_size is 200", "193"]),
+        ([*DOG, "model.showo.vocab_size=200"], ["model.showo: vocab_size is 200", "193"]),
         ([*DOG, "model.showo.num_new_special_tokens=3"], ["num_new_special_tokens is 3"]),
         ([*DOG, "model.showo.pretrained_model_path=null"], ["pretrained_model_path is not given"]),
         (
             [*DOG, "config=configs/showo_demo.yaml", "dataset.preprocessing.resolution=512"],
-            ["resolution=512 does not match model.showo.num_vq_tokens=256", "make 256 pixels"],  # without the hub
+            ["resolution=512 does not match model.showo.num_vq_tokens=256", "256 x 256 pixels"],  # without the hub
         ),
     ],
 )
@@ -232,8 +232,8 @@ def test_malicious_weights_of_the_image_tokenizer_and_of_clip(refused, places, t
             ["model.showo.codebook_size=128", "model.showo.vocab_size=257"],
             ["model.showo.vocab_size is 257, but the checkpoint"],
         ),
-        (["{vq_key}={few}"], ["has 16 codes, the model 64"]),
-        (["{vq_key}={fine}"], ["resolution=32 does not match", "16 pixels"]),
+        (["{vq_key}={few}"], ["has 16 codes, but model.showo.codebook_size is 64"]),
+        (["{vq_key}={fine}"], ["resolution=32 does not match", "16 x 16 pixels"]),
     ],
 )
 def test_checkpoints_of_another_kind_or_size(refused, loads_nothing, places, tmp_path, arguments, parts):
@@ -253,7 +253,7 @@ def test_a_tokenizer_with_another_vocabulary(refused, loads_nothing, tmp_path):
         token["id"] += token["id"] >= content["model"]["vocab"]["w-new"]
     (folder / "tokenizer.json").write_text(json.dumps(content))
     message = refused(*DOG, f"model.showo.llm_model_path={folder}")
-    assert "has 119 tokens, but llm_vocab_size is 118" in message
+    assert "has 119 tokens, but model.showo.llm_vocab_size is 118" in message
     (folder / "tokenizer.json").write_text("{")
     assert "copy its tokenizer files again" in refused(*DOG, f"model.showo.llm_model_path={folder}")
 

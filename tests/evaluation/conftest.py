@@ -1,19 +1,17 @@
 """All benchmarks in small, tiny checkpoints of both branches, and answers that a test chooses."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 import evaluate
 from common.config import load_config
-from evaluation.answers import AnswerStore
-from evaluation.identity import model_settings
-from evaluation.processes import Processes
-from evaluation.registry import TASKS
+from evaluation.answers import model_settings
 from evaluation.runner import Run
 from evaluation.schema import EvaluationConfig
+from evaluation.tasks import task_class
 from tests.evaluation.official import WRITERS
 from tests.tiny import write_checkpoints
 
@@ -40,34 +38,51 @@ class Evaluation:
     root: Path
     folder: Path
 
+    def inside(self, name: str) -> "Evaluation":
+        """Another one, in a folder within this one's."""
+        return replace(self, folder=self.folder / name)
+
     def arguments(self, tasks: str, *more: str) -> list[str]:
         given = [f"config={self.yaml}", f"tasks={tasks}", f"data_root={self.root}", f"output_dir={self.folder}"]
         given += [f"fid_features={self.root / 'inception.pt'}", f"clip_score_model={self.root / 'clip'}"]
-        given += [f"reconstruction_images={self.root / 'pictures'}", "fid_size=16"]
+        given += [f"reconstruction_images={self.root / 'images'}", "fid_size=16"]
         return [*given, "bootstrap_samples=200", "max_new_tokens=4", "seed=1", *more]
 
     def run(self, tasks: str, *more: str) -> dict:
         """The tasks' part of `results.json`."""
         evaluate.main(self.arguments(tasks, *more))
-        return json.loads((self.folder / "results.json").read_text())["tasks"]
+        return self.json("results.json")["tasks"]
 
     def prepared(self, task: str, *more: str) -> Run:
         """The task as the runner would begin it."""
         config = load_config(self.arguments(task, *more), EvaluationConfig)
-        return Run.of(TASKS[task](config, self.root, self.folder / task), model_settings(config))
+        return Run.of(task_class(task)(config, self.root, self.folder / task), model_settings(config))
 
-    def answer(self, task: str, answers: dict[str, str], *more: str) -> dict:
+    def answer(self, task: str, answers: dict[str, str], *more: str) -> dict[str, float]:
         """Figures of the task when these are the model's answers, by key; the rest of the run is the real one."""
         run = self.prepared(task, *more)
-        store: AnswerStore = run.store
-        store.begin()
+        run.store.begin()
         assert {item.key for item in run.items} == set(answers)
-        store.add(Processes().rank, run.items, [answers[item.key] for item in run.items])
-        result = self.run(task, *more)[task]
-        return {name: figure["value"] for name, figure in result["figures"].items()}
+        run.store.add(0, run.items, [answers[item.key] for item in run.items])
+        return values(self.run(task, *more)[task])
 
-    def submission(self, task: str, name: str) -> str:
-        return (self.folder / task / "submission" / name).read_text()
+    def compare(self, tasks: str, first: Path, second: Path) -> dict:
+        """The tasks' part of `compare.json`."""
+        evaluate.main(self.arguments(tasks, f"compare={first},{second}"))
+        return self.json("compare.json")["tasks"]
+
+    def text(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+    def json(self, name: str):
+        return json.loads(self.text(name))
+
+    def lines(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in self.text(name).splitlines()]
+
+
+def values(result: dict) -> dict[str, float]:
+    return {name: figure["value"] for name, figure in result["figures"].items()}
 
 
 @pytest.fixture

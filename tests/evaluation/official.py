@@ -11,25 +11,35 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from evaluation.tasks.mme import SUBTASKS
+from evaluation.tasks.yes_no import SUBTASKS
 from models.clip_encoder import image_processor_class
 from tests.parity.goldens import fill_
 
 
-def picture(seed: int) -> Image.Image:
+def noise(seed: int) -> Image.Image:
     colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize((40, 32))
 
 
-def save_picture(path: Path, seed: int) -> None:
+def save_image(path: Path, image: Image.Image | int | tuple[int, int, int]) -> None:
+    """An image, or one of a single grey or colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(seed).save(path)
+    if not isinstance(image, Image.Image):
+        image = Image.new("RGB", (32, 32), (image,) * 3 if isinstance(image, int) else image)
+    image.save(path)
 
 
-def write_json(path: Path, value) -> Path:
+def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-    return path
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value))
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def coco_name(number: int, split: str = "val2014") -> str:
@@ -37,83 +47,66 @@ def coco_name(number: int, split: str = "val2014") -> str:
 
 
 def write_pope(root: Path) -> None:
-    """Two pictures, two questions about each in each split."""
+    """Two images, two questions about each in each split."""
+    for number in range(2):
+        save_image(root / "coco/val2014" / coco_name(number), noise(number))
     for split in ("random", "popular", "adversarial"):
-        lines = []
-        for number in range(4):
-            name, label = coco_name(number // 2), ("yes", "no")[number % 2]
-            save_picture(root / "coco/val2014" / name, number // 2)
-            text = f"Is there a {split} thing {number} in the image?"
-            lines.append({"question_id": number + 1, "image": name, "text": text, "label": label})
-        path = root / f"pope/coco_pope_{split}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        records = [
+            {"question_id": n + 1, "image": coco_name(n // 2), "label": ("yes", "no")[n % 2]}
+            | {"text": f"Is there a {split} thing {n} in the image?"}
+            for n in range(4)
+        ]
+        write_lines(root / f"pope/coco_pope_{split}.json", records)
 
 
 def write_mme(root: Path) -> None:
-    """Two pictures a subtask; `landmark` keeps questions and pictures apart, as some of the official folders do."""
+    """Two images a subtask; `landmark` keeps questions and images apart, as some of the official folders do."""
     for number, subtask in enumerate(SUBTASKS):
         folder = root / "mme/MME_Benchmark_release_version" / subtask
-        apart = subtask == "landmark"
-        for index in range(2):
-            image = folder / ("images" if apart else "") / f"{index:03d}.{'png' if subtask == 'OCR' else 'jpg'}"
-            save_picture(image, 10 * number + index)
-            text = folder / ("questions_answers_YN" if apart else "") / f"{index:03d}.txt"
-            text.parent.mkdir(exist_ok=True)
-            text.write_text("Is it red? Please answer yes or no.\tYes\nIs it blue? Please answer yes or no.\tNo\n")
+        images, texts = ("images", "questions_answers_YN") if subtask == "landmark" else ("", "")
+        for n in range(2):
+            save_image(folder / images / f"{n:03d}.{'png' if subtask == 'OCR' else 'jpg'}", noise(10 * number + n))
+            questions = "Is it red? Please answer yes or no.\tYes\nIs it blue? Please answer yes or no.\tNo\n"
+            write_text(folder / texts / f"{n:03d}.txt", questions)
 
 
-def human(answers: list[str]) -> list[dict]:
-    return [{"answer": text, "answer_confidence": "yes", "answer_id": n} for n, text in enumerate(answers, 1)]
-
-
-VQA_QUESTIONS = [  # question id, picture, kind, ten answers
+VQA_QUESTIONS = [  # question id, image, kind, ten answers
     (9001, 7, "number", ["2"] * 3 + ["3"] * 7),
     (9002, 7, "yes/no", ["yes"] * 10),
     (9003, 8, "other", ["don't know"] * 2 + ["a dog."] + ["cat"] * 7),
 ]
 
 
-def write_vqav2(root: Path, split: str = "val2014", pictures: str = "val2014") -> None:
+def write_vqav2(root: Path, split: str = "val2014", images: str = "val2014") -> None:
     for _, image, _, _ in VQA_QUESTIONS:
-        save_picture(root / "coco" / pictures / coco_name(image, pictures), image)
+        save_image(root / "coco" / images / coco_name(image, images), noise(image))
     questions = [{"image_id": i, "question": f"What is {q}?", "question_id": q} for q, i, _, _ in VQA_QUESTIONS]
-    header = {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "data_subtype": split, "license": {}}
-    write_json(root / f"vqav2/v2_OpenEnded_mscoco_{split}_questions.json", header | {"questions": questions})
+    write_json(root / f"vqav2/v2_OpenEnded_mscoco_{split}_questions.json", {"info": {}, "questions": questions})
     if split == "val2014":
         annotations = [
-            {"question_type": "what", "multiple_choice_answer": max(a, key=a.count), "answers": human(a)}
-            | {"image_id": i, "answer_type": kind, "question_id": q}
+            {"question_id": q, "image_id": i, "answer_type": kind, "multiple_choice_answer": max(a, key=a.count)}
+            | {"answers": [{"answer": text, "answer_id": n} for n, text in enumerate(a, 1)]}
             for q, i, kind, a in VQA_QUESTIONS
         ]
         write_json(root / "vqav2/v2_mscoco_val2014_annotations.json", {"info": {}, "annotations": annotations})
 
 
 def write_gqa(root: Path) -> None:
-    records = {}
-    for key, image, structural, answer in (
-        ("201", "n1", "query", "table"),
-        ("202", "n1", "verify", "yes"),
-        ("203", "n2", "choose", "left"),
-    ):
-        save_picture(root / f"gqa/images/{image}.jpg", int(key))
-        types = {"detailed": "x", "semantic": "rel", "structural": structural}
-        records[key] = {
-            "question": f"What {key}?",
-            "imageId": image,
-            "answer": answer,
-            "fullAnswer": f"It is {answer}.",
-        }
-        records[key] |= {"types": types, "isBalanced": True, "groups": {}, "semantic": [], "entailed": []}
+    questions = (("201", "n1", "query", "table"), ("202", "n1", "verify", "yes"), ("203", "n2", "choose", "left"))
+    for key, image, _, _ in questions:
+        save_image(root / f"gqa/images/{image}.jpg", noise(int(key)))
+    records = {
+        key: {"question": f"What {key}?", "imageId": image, "answer": answer, "types": {"structural": structural}}
+        for key, image, structural, answer in questions
+    }
     write_json(root / "gqa/testdev_balanced_questions.json", records)
 
 
 def mmmu_row(key: str, question: str, options: list[str], answer: str, kind: str = "multiple-choice") -> dict:
     buffer = io.BytesIO()
-    picture(len(question)).save(buffer, format="PNG")
+    noise(len(question)).save(buffer, format="PNG")
     row = {"id": key, "question": question, "options": str(options), "explanation": "", "answer": answer}
-    row |= {"image_1": {"bytes": buffer.getvalue(), "path": "1.png"}, "image_2": None, "img_type": "['Plots']"}
-    return row | {"topic_difficulty": "Easy", "question_type": kind, "subfield": "x"}
+    return row | {"image_1": {"bytes": buffer.getvalue(), "path": "1.png"}, "image_2": None, "question_type": kind}
 
 
 MMMU_ROWS = {
@@ -128,37 +121,30 @@ MMMU_ROWS = {
 }
 
 
-def write_mmmu(root: Path, split: str = "validation") -> None:
+def write_mmmu(root: Path) -> None:
     for subject, rows in MMMU_ROWS.items():
-        folder = root / "mmmu" / subject
-        folder.mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
+        write_parquet(root / f"mmmu/{subject}/validation-00000-of-00001.parquet", rows)
 
 
-CAPTIONS = [
-    ["A dog runs.", "A brown dog is running fast.", "Dog runs outside!", "A dog", "The dog runs."],
-    ["Two men sit.", "Two men are sitting on a bench.", "Men sit.", "Two guys", "The men sit down."],
-]
-
-
-def write_flickr30k(root: Path) -> None:
-    images = []
-    for number, (name, split) in enumerate((("1.jpg", "test"), ("2.jpg", "train"), ("3.jpg", "test"))):
-        captions = CAPTIONS[number // 2]
-        sentences = [
-            {"tokens": raw.lower().split(), "raw": raw, "imgid": number, "sentid": 5 * number + index}
-            for index, raw in enumerate(captions)
-        ]
-        sentids = [sentence["sentid"] for sentence in sentences]
-        images.append({"sentids": sentids, "imgid": number, "sentences": sentences, "split": split, "filename": name})
-        if split == "test":
-            save_picture(root / "flickr30k/flickr30k-images" / name, number)
-    write_json(root / "flickr30k/dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
-
-
-def solid(path: Path, colour: int | tuple[int, int, int], side: int = 32) -> None:
+def write_parquet(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (side, side), (colour,) * 3 if isinstance(colour, int) else colour).save(path)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+CAPTIONS = {
+    "1.jpg": ["A dog runs.", "A brown dog is running fast.", "Dog runs outside!", "A dog", "The dog runs."],
+    "3.jpg": ["Two men sit.", "Two men are sitting on a bench.", "Men sit.", "Two guys", "The men sit down."],
+}
+
+
+def write_flickr30k(root: Path, captions: dict[str, list[str]] = CAPTIONS) -> None:
+    """And an image of another split, which is not there."""
+    images = [{"imgid": 9, "filename": "9.jpg", "split": "train", "sentences": []}]
+    for number, (name, texts) in enumerate(captions.items()):
+        save_image(root / "flickr30k/flickr30k-images" / name, noise(number))
+        sentences = [{"raw": raw, "tokens": raw.lower().split()} for raw in texts]
+        images.append({"imgid": number, "filename": name, "split": "test", "sentences": sentences})
+    write_json(root / "flickr30k/dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
 
 
 EMOJI = [  # name, group, style, colour, held out
@@ -167,42 +153,28 @@ EMOJI = [  # name, group, style, colour, held out
     ("leaf", "animals & nature", "noto", (0, 255, 0), False),
     ("leaf", "animals & nature", "fluent 3d", (0, 200, 0), False),
 ]
-
-
-def emoji_key(name: str, style: str) -> str:
-    return f"{name}_{style}".replace(" ", "-")
+EMOJI_KEYS = [f"{name}_{style}".replace(" ", "-") for name, _, style, *_ in EMOJI]
 
 
 def write_emoji(root: Path) -> None:
-    """The manifest as training/data/emoji_world.py writes it, as far as the evaluation reads it."""
+    """The manifest as `make data-emoji` writes it, as far as the evaluation reads it."""
     names = {name: {"name": name, "group": group, "tags": []} for name, group, *_ in EMOJI}
-    pictures = [
-        {"key": emoji_key(name, style), "name": name, "style": style, "held_out": held_out}
-        for name, _, style, _, held_out in EMOJI
-    ]
-    for name, _, style, colour, _ in EMOJI:
-        solid(root / f"emoji_world/images/{emoji_key(name, style)}.png", colour)
-    write_json(root / "emoji_world/manifest.json", {"names": list(names.values()), "pictures": pictures})
+    images = []
+    for key, (name, _, style, colour, held_out) in zip(EMOJI_KEYS, EMOJI, strict=True):
+        save_image(root / f"emoji_world/images/{key}.png", colour)
+        images.append({"key": key, "name": name, "style": style, "held_out": held_out})
+    write_json(root / "emoji_world/manifest.json", {"names": list(names.values()), "pictures": images})
 
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
-    {
-        "tag": "counting",
-        "include": [{"class": "clock", "count": 2}],
-        "exclude": [{"class": "clock", "count": 3}],
-        "prompt": "a photo of two clocks",
-    },
+    {"tag": "counting", "include": [{"class": "clock", "count": 2}], "prompt": "a photo of two clocks"}
+    | {"exclude": [{"class": "clock", "count": 3}]},
 ]
 
 
 def write_geneval(root: Path) -> None:
-    (root / "geneval").mkdir()
-    lines = "".join(json.dumps(record) + "\n" for record in GENEVAL)
-    (root / "geneval/evaluation_metadata.jsonl").write_text(lines)
-
-
-COCO_GREYS = {11: 0, 12: 100, 13: 200}
+    write_lines(root / "geneval/evaluation_metadata.jsonl", GENEVAL)
 
 
 class MeanColour(torch.nn.Module):
@@ -215,29 +187,25 @@ class MeanColour(torch.nn.Module):
 def write_networks(root: Path) -> None:
     """`inception.pt` and `clip/`, tiny ones of the classes that the real ones have."""
     torch.jit.script(MeanColour()).save(root / "inception.pt")
-    (root / "clip").mkdir(exist_ok=True)
-    words = ["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
-    words += [chr(ord("a") + number) for number in range(26)]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    write_json(root / "clip/vocab.json", vocabulary)
-    (root / "clip/merges.txt").write_text("#version: 0.2\n")
+    letters = [chr(ord("a") + number) for number in range(26)]
+    words = ["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in letters), *letters]
+    write_json(root / "clip/vocab.json", {word: number for number, word in enumerate(words)})
+    write_text(root / "clip/merges.txt", "#version: 0.2\n")
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 24}
     config = CLIPConfig(text_config=text | ids, vision_config=text | {"image_size": 24, "patch_size": 8})
     config.projection_dim = 8
     fill_(CLIPModel(config)).save_pretrained(root / "clip")
-    side = {"height": 24, "width": 24}
-    image_processor = image_processor_class()(size={"shortest_edge": 24}, crop_size=side)
+    image_processor = image_processor_class()(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
     tokenizer = CLIPTokenizer(str(root / "clip/vocab.json"), str(root / "clip/merges.txt"))
     CLIPProcessor(image_processor, tokenizer).save_pretrained(root / "clip")
 
 
 def write_coco(root: Path) -> None:
     images, annotations = [], []
-    for number, grey in COCO_GREYS.items():
-        name = coco_name(number)
-        solid(root / "coco/val2014" / name, grey)
-        images.append({"id": number, "file_name": name, "height": 32, "width": 32})
+    for number, grey in {11: 0, 12: 100, 13: 200}.items():
+        save_image(root / "coco/val2014" / coco_name(number), grey)
+        images.append({"id": number, "file_name": coco_name(number)})
         for caption in ("a b", "c d\n"):
             annotations.append({"image_id": number, "id": len(annotations) + 1, "caption": f"{caption} {number}"})
     write_json(root / "coco/annotations/captions_val2014.json", {"images": images, "annotations": annotations})
@@ -245,9 +213,10 @@ def write_coco(root: Path) -> None:
 
 
 def write_reconstruction(root: Path) -> None:
-    solid(root / "pictures/a.png", 100)
-    solid(root / "pictures/more/b.JPG", 200)
-    write_networks(root)
+    save_image(root / "images/a.png", 100)
+    save_image(root / "images/more/b.JPG", 200)
+    if not (root / "inception.pt").exists():
+        write_networks(root)
 
 
 WRITERS = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from evaluation.bootstrap import Counts, differences, estimates
+from evaluation.bootstrap import Counts, differences, estimates, set_difference
 from evaluation.task import ratio
 
 
@@ -60,3 +60,12 @@ def test_counts_survive_the_disk(tmp_path):
     (tmp_path / "counts.json").write_text('{"groups": ["a"], "strata": [], "columns": {}}')
     with pytest.raises(UserError, match="differ in length"):
         Counts.load(tmp_path / "counts.json")
+
+
+def test_differences_of_whole_sets():
+    first, second = np.array([1.0, 0.5, 1.5, 1.0]), np.array([3.0, 2.6, 3.4, 3.0])
+    found = set_difference(first, second)
+    assert (found.first, found.second, found.difference.value) == (1, 3, 2) and found.p < 1e-6
+    assert set_difference(first, first).p == 1
+    single = set_difference(first[:1], second[:1])
+    assert single.difference.value == 2 and single.difference.low is None and single.p is None

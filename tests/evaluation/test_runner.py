@@ -1,12 +1,11 @@
-"""How items are thinned out, dealt to processes, and their pictures read."""
+"""How items are thinned out, dealt to processes, and their images read; how answers are stored."""
 
 import pytest
 from PIL import Image
 
+from common.errors import UserError
 from evaluation.answers import AnswerStore
-from evaluation.official_files import read_json_lines, write_json_lines
-from evaluation.processes import Processes
-from evaluation.runner import share, thin, with_pictures
+from evaluation.runner import Processes, Run, read_images, share, thin
 from evaluation.task import Item
 
 ITEMS = [Item(str(n), f"q{n}", group=f"g{n // 2}") for n in range(20)]
@@ -33,24 +32,26 @@ def test_what_is_answered_leaves_the_batches_as_they_were():
     assert found == [(1, ["3", "4", "5"], ["4", "5"]), (2, ["6", "7", "8"], ["6", "7", "8"])]
 
 
-def test_a_picture_that_recurs_is_read_once():
+def test_an_image_that_recurs_is_read_once():
     read = []
 
     def reader(name: str):
         return lambda: (read.append(name), Image.new("RGB", (2, 2)))[1]
 
     items = [Item(str(n), "q", reader(name), name) for n, name in enumerate("aabc")]
-    batches = list(with_pictures([items[:3], items[3:]]))
+    batches = list(read_images([items[:3], items[3:]]))
     assert sorted(read) == ["a", "b", "c"]
     assert batches[0][0] is batches[0][1] and len(batches[1]) == 1
 
 
-def test_only_a_newline_ends_a_line(tmp_path):
-    """Other separators of Unicode stand in texts as they are: `json.dumps` escapes none of them."""
+def test_answers_on_disk(tmp_path):
+    """Only a newline ends a line; missing answers and unreadable settings are named."""
     text = "one\u2028two\u2029three\x85four"
-    store, item = AnswerStore(tmp_path, {}), Item("1", f"{text}?")
+    store, item = AnswerStore(tmp_path, {}), Item("t", f"{text}?")
     store.add(0, [item], [text])
-    assert store.read([item]) == {"1": text}
-    write_json_lines(tmp_path / "lines.jsonl", [{"text": text}, {"text": "x"}])
-    found = list(read_json_lines(tmp_path / "lines.jsonl", "lines"))
-    assert [record["text"] for _, record in found] == [text, "x"] and found[1][0].endswith("line 2")
+    assert store.read([item]) == {"t": text}
+    with pytest.raises(UserError, match="20 answers are missing; start the same command again"):
+        Run(None, [item, *ITEMS], 21, store, {}).complete()
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(UserError, match="settings.json is broken; remove"):
+        store.check()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.errors import UserError
-from models import MAGVITv2, Showo
+from models import Showo
 from models.checkpoint_io import CHECKPOINT_FILES, check_state_dict, load_weights_file, resize_rows, resolve_folder
 from tests.parity.goldens import PHI, fill_, tiny_config
 
@@ -107,13 +107,8 @@ def test_own_shards(state_dict, tmp_path):
     assert equal(Showo.from_pretrained(tmp_path / "own"), state_dict)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: {"model": s}, lambda s: {"model": s, "epoch": 3}])
-def test_file_with_the_key_model(wrap, state_dict, tmp_path):
-    torch.save(wrap(state_dict), tmp_path / "weights.pth")
-    loaded = load_weights_file(tmp_path / "weights.pth")
-    assert loaded.keys() == state_dict.keys()
-    assert all(torch.equal(loaded[key], state_dict[key]) for key in loaded)
-    write_bin(write_config(tmp_path), wrap(state_dict))
+def test_file_with_the_key_model(state_dict, tmp_path):
+    write_bin(write_config(tmp_path), {"model": state_dict, "epoch": 3})
     assert equal(Showo.from_pretrained(tmp_path), state_dict)
 
 
@@ -181,12 +176,6 @@ def test_only_the_projector_may_be_missing(state_dict, tmp_path, transformers_lo
         Showo.from_pretrained(tmp_path, allow_missing=("mm_projector.",))
 
 
-def test_a_projector_nobody_asked_for_is_unexpected(state_dict, tmp_path):
-    write_bin(write_config(tmp_path), state_dict | {"mm_projector.0.bias": torch.zeros(64)})
-    with pytest.raises(UserError, match="unexpected 1"):
-        Showo.from_pretrained(tmp_path)
-
-
 # ---- files that are damaged or dangerous ----
 
 
@@ -226,18 +215,6 @@ def test_only_a_dictionary_of_tensors_is_a_state_dict(content, tmp_path):
         load_weights_file(tmp_path / "weights.bin")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.9])
-def test_truncated_weights(name, share, state_dict, tmp_path):
-    file = write_config(tmp_path) / name
-    save_file(state_dict, file) if name.endswith("safetensors") else torch.save(state_dict, file)
-    content = file.read_bytes()
-    file.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(UserError) as error:
-        Showo.from_pretrained(tmp_path)
-    assert str(file) in str(error.value) and "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
 def test_wherever_a_file_is_cut_the_error_is_one_line(kind, tmp_path):
     tensors, file = {f"k{i}": torch.randn(3, 4) for i in range(3)}, tmp_path / f"w.{kind}"
@@ -248,15 +225,11 @@ def test_wherever_a_file_is_cut_the_error_is_one_line(kind, tmp_path):
     content = file.read_bytes()
     for length in range(0, len(content), max(1, len(content) // 150)):
         file.write_bytes(content[:length])
-        with pytest.raises(UserError, match=str(file)):
+        with pytest.raises(UserError, match=f"^.*{file}.*$"):
             load_weights_file(file)
-
-
-@pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors"])
-def test_a_file_of_another_kind(name, tmp_path):
-    (tmp_path / name).write_text("<!DOCTYPE html><p>not found</p>" * 100)
-    with pytest.raises(UserError, match=name):
-        load_weights_file(tmp_path / name)
+    file.write_text("<!DOCTYPE html><p>not found</p>" * 100)
+    with pytest.raises(UserError, match=str(file)):
+        load_weights_file(file)
 
 
 # ---- indexes ----
@@ -274,17 +247,13 @@ def test_an_index_may_not_leave_its_folder(target, state_dict, tmp_path):
         Showo.from_pretrained(folder)
 
 
-def test_missing_shard(state_dict, tmp_path):
-    write_shards(write_config(tmp_path), state_dict, "diffusion_pytorch_model.bin.index.json")
-    (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
-    with pytest.raises(UserError, match="pytorch_model-00002-of-00003.bin is missing"):
-        Showo.from_pretrained(tmp_path)
-
-
-def test_shard_without_what_the_index_promises(state_dict, tmp_path):
+def test_shards_that_are_missing_or_lack_what_the_index_promises(state_dict, tmp_path):
     write_shards(write_config(tmp_path), state_dict, "pytorch_model.bin.index.json")
     torch.save({}, tmp_path / "pytorch_model-00003-of-00003.bin")
     with pytest.raises(UserError, match=r"promises \d+ \(showo.*absent from the shards"):
+        Showo.from_pretrained(tmp_path)
+    (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
+    with pytest.raises(UserError, match="weight file .*pytorch_model-00002-of-00003.bin is missing"):
         Showo.from_pretrained(tmp_path)
 
 
@@ -305,8 +274,7 @@ def test_unreadable_index(content, tmp_path):
         ({"_class_name": "MAGVITv2"}, "holds a 'MAGVITv2' checkpoint, expected 'Showo'"),
         ({"_class_name": None, "model_type": "llama"}, "holds a 'llama' checkpoint"),
         ({"_class_name": None}, "holds a None checkpoint"),
-        ({"vocab_size": 200}, "vocab_size is 200"),
-        ({"mask_token_id": 191}, "mask_token_id is 191"),
+        ({"vocab_size": 200}, "config.json: vocab_size is 200"),
         ({"llm_vocab_size": "118"}, "config.json"),
         ({"llm_model_path": "someone/phi-9"}, "config.json.*couldn't connect"),
     ],
@@ -315,12 +283,6 @@ def test_configurations_that_do_not_fit(changes, message, state_dict, tmp_path):
     write_bin(write_config(tmp_path, **changes), state_dict)
     with pytest.raises(UserError, match=message):
         Showo.from_pretrained(tmp_path)
-
-
-def test_showo_is_no_image_tokenizer(state_dict, tmp_path):
-    write_bin(write_config(tmp_path), state_dict)
-    with pytest.raises(UserError, match="holds a 'Showo' checkpoint, expected 'MAGVITv2'"):
-        MAGVITv2.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '"Showo"', "\ud800"])
@@ -342,37 +304,24 @@ def test_folder_without_config_or_weights(state_dict, tmp_path):
         Showo.from_pretrained(write_config(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["no_such_folder", "./a/b", "/no/such/folder", "~/no_such_folder", "a/b/c", ""])
-def test_missing_folder(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    if name == "":
-        name = str(tmp_path / "no")
-    with pytest.raises(UserError, match="does not exist; give an existing folder or a hub name"):
-        resolve_folder(name)
-
-
-def test_a_missing_folder_beside_existing_ones_is_no_hub_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *(
+            (name, "does not exist; give an existing folder or a hub name")
+            for name in ("no", "./a/b", "~/no", "/no", "a/b/c")
+        ),
+        ("checkpoints/typo", "'checkpoints/typo' does not exist"),  # beside existing ones it is no hub name
+        ("checkpoints/file", "is a file; give the checkpoint's folder"),
+        ("showlab/none-such", "'showlab/none-such' is not a local folder .* give the path of its folder instead"),
+    ],
+)
+def test_names_of_nothing(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("checkpoints").mkdir()
-    with pytest.raises(UserError, match="'checkpoints/typo' does not exist"):
-        Showo.from_pretrained("checkpoints/typo")
-
-
-def test_a_file_is_no_folder(state_dict, tmp_path):
-    write_bin(tmp_path, state_dict)
-    with pytest.raises(UserError, match="is a file; give the checkpoint's folder"):
-        Showo.from_pretrained(tmp_path / "pytorch_model.bin")
-
-
-@pytest.mark.parametrize("cls", [Showo, MAGVITv2])
-def test_hub_name_without_network_tells_the_way_by_folder(cls, monkeypatch):
-    import huggingface_hub.constants
-
-    assert huggingface_hub.constants.HF_HUB_OFFLINE  # set by tests/conftest.py
-    with pytest.raises(
-        UserError, match="'showlab/none-such' is not a local folder .* give the path of its folder instead"
-    ):
-        cls.from_pretrained("showlab/none-such")
+    Path("checkpoints/file").touch()
+    with pytest.raises(UserError, match=message):
+        resolve_folder(name)
 
 
 def test_a_hub_name_is_fetched_as_asked(state_dict, tmp_path, monkeypatch):
@@ -387,11 +336,6 @@ def test_a_hub_name_is_fetched_as_asked(state_dict, tmp_path, monkeypatch):
     assert asked == {
         "showlab/show-o": {"allow_patterns": list(CHECKPOINT_FILES), "revision": "v1", "cache_dir": "cache"}
     }
-
-
-def test_missing_weight_file(tmp_path):
-    with pytest.raises(UserError, match="weight file .*gone.pth is missing"):
-        load_weights_file(tmp_path / "gone.pth")
 
 
 # ---- rows ----

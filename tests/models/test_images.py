@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from models.images import contact_sheet, load_image, preprocess, to_pil
+from models.images import load_image, preprocess, to_pil
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -147,57 +147,3 @@ def test_enormous_pictures_are_refused_before_they_are_decoded(tmp_path, size):
     (tmp_path / "bomb.png").write_bytes(png(*size))
     with pytest.raises(UserError, match=r"178,956,970"):
         load_image(tmp_path / "bomb.png")
-
-
-# --- contact_sheet
-
-
-def colours(sheet: Image.Image) -> dict[tuple[int, ...], int]:
-    return {colour: count for count, colour in sheet.getcolors(sheet.width * sheet.height)}
-
-
-def test_small_pictures_are_enlarged_by_whole_factors():
-    image = Image.new("RGB", (2, 1), (255, 0, 0))
-    image.putpixel((1, 0), (0, 0, 255))
-    found = colours(contact_sheet([image], cell=101))
-    assert found[(255, 0, 0)] == found[(0, 0, 255)] == 50 * 50
-
-
-def test_every_picture_is_on_the_sheet_whatever_its_size_and_mode():
-    images = [Image.new("RGB", (900, 300), (200, 0, 0)), Image.new("RGBA", (10, 40), (0, 200, 0, 255))]
-    images += [Image.new("L", (64, 64), 100), Image.new("RGBA", (8, 8), (0, 0, 0, 0))]
-    found = colours(contact_sheet(images, columns=2, cell=120))
-    assert found[(200, 0, 0)] == 120 * 40
-    assert found[(0, 200, 0)] == 30 * 120
-    assert found[(100, 100, 100)] == 64 * 64
-    assert (0, 0, 0) not in found  # the transparent one is paper
-
-
-def test_a_white_picture_has_an_edge_on_white_paper():
-    sheet = contact_sheet([Image.new("L", (64, 32), 255)] * 2, ["mask", "mask"], cell=128)
-    white, frame = Image.new("RGB", (128, 64), "white"), (190, 190, 190)
-    for left in (8, 8 + 128 + 8):
-        picture = sheet.crop((left, 8, left + 128, 8 + 64))
-        assert colours(picture) == colours(white), "the frame lies outside"
-        around = sheet.crop((left - 1, 7, left + 129, 8 + 65))
-        assert colours(around)[frame] == 2 * 130 + 2 * 64
-
-
-def test_captions_take_room_below_their_row_and_long_words_are_cut():
-    images = [Image.new("RGB", (32, 32))] * 3
-    plain = contact_sheet(images, columns=2)
-    short = contact_sheet(images, ["a", "b", "c"], columns=2)
-    long = contact_sheet(images, ["a", "word " * 30, "c"], columns=2)
-    endless = contact_sheet(images, ["a", "w" * 5000, "c\nd\n"], columns=2, title="Generated images")
-    assert plain.width == short.width == long.width == endless.width
-    assert plain.height < short.height < long.height
-    assert endless.height < 3 * long.height  # it is cut off
-    right_edge = endless.crop((endless.width - 4, 0, endless.width, endless.height))
-    assert set(colours(right_edge)) == {(255, 255, 255)}  # no text runs out of its column
-
-
-def test_a_sheet_of_16_has_4_columns_and_wrong_counts_are_our_mistake():
-    sheet = contact_sheet([Image.new("RGB", (64, 64))] * 16)
-    assert abs(sheet.width - sheet.height) < 128
-    with pytest.raises(AssertionError, match="2 captions"):
-        contact_sheet([Image.new("RGB", (8, 8))], ["a", "b"])

@@ -1,18 +1,17 @@
 """`Showo`: masks, losses, image features, configurations, new starts (spec §4, §5). Goldens: tests/parity."""
 
-import json
 import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, PhiConfig, PhiForCausalLM
 
+from benchmarks import published
 from common.errors import UserError
 from models import OmniMask, Showo, ShowoConfig
 from models.vocabulary import Vocabulary
-from tests.parity.goldens import fill_, mixed_batch, prompting, tensors, tiny_config, tiny_showo
+from tests.parity.goldens import fill_, mixed_batch, tiny_showo
 from training import loss as training_loss
 from training.loss import Objective
 
@@ -60,19 +59,11 @@ def same(a, b, tolerance=1e-5):
 @torch.no_grad()
 def test_eager_equals_sdpa(model, batch):
     ids, _, mask = batch
-    eager = tiny_showo(attn_implementation="eager")
-    assert eager.showo.config._attn_implementation == "eager"
-    same(eager(ids, mask).logits, model(ids, mask).logits)
-
-
-@torch.no_grad()
-def test_back_end_can_be_changed_later(batch):
-    ids, _, mask = batch
-    model = tiny_showo()
-    before = model(ids, mask).logits
-    model.set_attn_implementation("eager")
-    assert model.showo.config._attn_implementation == "eager"
-    same(model(ids, mask).logits, before)
+    eager, changed = tiny_showo(attn_implementation="eager"), tiny_showo()
+    changed.set_attn_implementation("eager")
+    for other in (eager, changed):
+        assert other.showo.config._attn_implementation == "eager"
+        same(other(ids, mask).logits, model(ids, mask).logits)
 
 
 @pytest.mark.slow  # compiles the kernel with g++
@@ -109,58 +100,27 @@ def test_mask_spellings_agree(model, batch):
     assert not torch.allclose(model(ids, causal).logits, expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda dense: dense.float(),
-        lambda dense: dense.long(),
-        lambda dense: dense[:, 0],
-        lambda dense: dense[:, 0, 0],  # the 2-D padding mask of other models
-        lambda dense: dense[:1],
-        lambda dense: dense[:, :, :-1],
-        lambda dense: dense[..., :-1],
-        lambda dense: dense.expand(-1, 4, -1, -1),
+        lambda mask: mask.dense().float(),
+        lambda mask: mask.dense().long(),
+        lambda mask: mask.dense()[:, 0],
+        lambda mask: mask.dense()[:, 0, 0],  # the 2-D padding mask of other models
+        lambda mask: mask.dense()[:1],
+        lambda mask: mask.dense()[:, :, :-1],
+        lambda mask: mask.dense()[..., :-1],
+        lambda mask: mask.dense().expand(-1, 4, -1, -1),
+        lambda mask: mask.select(slice(2)),
+        lambda mask: mask.window(1),
+        lambda mask: mask.extend(2),
     ],
-    ids=["float", "int", "3-D", "2-D", "batch", "queries", "keys", "heads"],
 )
-def test_masks_that_do_not_fit_are_refused(implementation, spoil, batch):
+def test_masks_that_do_not_fit_are_refused(model, spoil, batch):
     ids, _, mask = batch
-    model = tiny_showo(attn_implementation=implementation)
     with calls_of(model.showo.model.layers[0]) as calls, pytest.raises(ValueError, match="attention_mask"):
-        model(ids, spoil(mask.dense()))
+        model(ids, spoil(mask))
     assert not calls
-
-
-def test_omni_masks_that_do_not_fit_are_refused(model, batch):
-    ids, _, mask = batch
-    for wrong in (mask.select(slice(2)), mask.drop_keys(1), mask.extend(2)):
-        with pytest.raises(ValueError, match="does not fit ids"):
-            model(ids, wrong)
-
-
-@torch.no_grad()
-def test_a_common_left_padding_changes_nothing(model):
-    row = prompting()((["w1 w2"], tensors()["prompt.t2i_image_ids"][:1]), "t2i_gen").input_ids
-    pads = int((row == 118).sum())
-    assert pads > 4
-    same(model(row).logits[:, pads:], model(row[:, pads:]).logits)
-
-
-@torch.no_grad()
-def test_the_mask_separates_rows_and_pads(model, batch):
-    """Changing a left pad, or the text after an image, changes nothing it should not."""
-    ids, _, mask = batch
-    changed = ids.clone()
-    pads = int((ids[1] == 118).sum())
-    changed[1, :pads] = 7  # a t2i row's left padding
-    changed[5, -3:] = 9  # an mmu row's last text ids
-    before, after = model(ids, mask).logits, model(changed, mask).logits
-    assert torch.equal(after[1, pads:], before[1, pads:])
-    assert torch.equal(after[5, :-3], before[5, :-3])
-    changed = ids.clone()
-    changed[5, 10] = 129  # an image code of the mmu row is seen by its first position
-    assert not torch.allclose(model(changed, mask).logits[5, 0], before[5, 0])
 
 
 @torch.no_grad()
@@ -182,21 +142,6 @@ def test_train_mode_has_no_dropout(batch):
 # ---- losses ----
 
 
-def whole_head_losses(logits, labels, label_smoothing):
-    """spec §5 with the head at every position."""
-
-    def mean(logits, labels):
-        return F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, label_smoothing=label_smoothing
-        )
-
-    return (
-        mean(logits[:3, 13:], labels[:3, 13:]),
-        mean(logits[3:5, :-1], labels[3:5, 1:]),
-        mean(logits[5:, :-1], labels[5:, 1:]),
-    )
-
-
 def objective_of(labels, **settings) -> Objective:
     return Objective.from_labels(labels, tuple(COUNTS.values()), LOSSES["max_seq_length"], **settings)
 
@@ -208,7 +153,7 @@ def test_losses_equal_those_of_the_whole_head(batch, label_smoothing):
     for whole in (True, False):
         model = tiny_showo()
         if whole:
-            parts = whole_head_losses(model(ids, mask).logits, labels, label_smoothing)
+            parts = published.losses(model, ids, mask, labels, tuple(COUNTS.values()), 12, label_smoothing)
         else:
             out = model(ids, mask, objective_of(labels, label_smoothing=label_smoothing))
             parts = (out.loss_t2i, out.loss_lm, out.loss_mmu)
@@ -217,13 +162,6 @@ def test_losses_equal_those_of_the_whole_head(batch, label_smoothing):
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     same(losses[0], losses[1])
     same(gradients[0], gradients[1], 1e-4)
-
-
-def test_label_smoothing_changes_the_losses(model, batch):
-    ids, labels, mask = batch
-    with torch.no_grad():
-        plain, smooth = (model(ids, mask, objective_of(labels, label_smoothing=s)) for s in (0.0, 0.2))
-    assert not torch.isclose(plain.loss_t2i, smooth.loss_t2i)
 
 
 def test_the_head_runs_at_supervised_positions_only(model, batch, monkeypatch):
@@ -238,14 +176,6 @@ def test_the_head_runs_at_supervised_positions_only(model, batch, monkeypatch):
         assert shapes == [(count, 64) for count in supervised] and sum(supervised) < ids.numel() / 2
         model(ids, mask, objective_of(labels, coefficients=(1, 0.1, 1)))
     assert shapes[3:] == [(sum(supervised), 64)], "all tasks at once where they make one loss"
-
-
-def test_an_objective_gives_the_losses_of_its_labels(model, batch):
-    ids, labels, mask = batch
-    with torch.no_grad():
-        given, made = model(ids, mask, objective_of(labels)), model(ids, mask, labels=labels, **LOSSES)
-        for task in TASKS:
-            assert torch.equal(getattr(given, f"loss_{task}"), getattr(made, f"loss_{task}"))
 
 
 def test_any_function_of_the_model_can_be_an_objective(model, batch):
@@ -316,51 +246,26 @@ def test_row_counts_must_add_up(model, batch, counts):
         model(ids, mask, labels=labels, **given)
 
 
-def test_gradient_checkpointing_gives_equal_gradients(batch):
-    ids, labels, mask = batch
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny_showo().train()
-        if checkpointing:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                # transformers 5.23 renamed it
-                getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        with calls_of(model.showo.model.layers[1].mlp) as calls:
-            out = model(ids, mask, labels=labels, **LOSSES)
-            (out.loss_t2i + out.loss_lm + out.loss_mmu).backward()
-        assert len(calls) == 1 + checkpointing  # it really recomputes
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    assert torch.equal(gradients[0], gradients[1])
-
-
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_bf16_autocast(batch, implementation):
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bf16(batch, implementation, autocast):
+    """Under autocast, with fp32 weights and gradients, or with weights in bf16."""
     ids, labels, mask = batch
     model = tiny_showo(attn_implementation=implementation, w_clip_vit=True, clip_feature_size=CLIP_SIZE)
     reference = model(ids, mask, labels=labels, **LOSSES)
-    with torch.autocast("cpu", torch.bfloat16):
+    if not autocast:
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = model(ids, mask, labels=labels, **LOSSES)
-        row = clip_row(5)
-        assert model(row, image_features=torch.randn(1, 5, CLIP_SIZE)).logits.isfinite().all()
+        features = torch.randn(1, 5, CLIP_SIZE).bfloat16()
+        assert model(clip_row(5), image_features=features).logits.isfinite().all()
     (out.loss_t2i + out.loss_lm + out.loss_mmu).backward()
     for task in TASKS:
         loss = getattr(out, f"loss_{task}")
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, getattr(reference, f"loss_{task}"), atol=0.1, rtol=0.03)
-    language_model = model.showo.parameters()
-    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in language_model)
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@torch.no_grad()
-def test_bf16_weights(model, batch, implementation):
-    ids, labels, mask = batch
-    out = tiny_showo(attn_implementation=implementation).bfloat16()(ids, mask, labels=labels, **LOSSES)
-    reference = model(ids, mask, labels=labels, **LOSSES)
-    for task in TASKS:
-        loss, expected = (getattr(o, f"loss_{task}") for o in (out, reference))
-        torch.testing.assert_close(loss.float(), expected, atol=0.1, rtol=0.03)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    assert all(p.dtype == p.grad.dtype == dtype and p.grad.isfinite().all() for p in model.showo.parameters())
 
 
 # ---- image features ----
@@ -410,13 +315,6 @@ def test_features_beside_rows_without_any(clip_model, batch):
             same(together[5 + i], clip_model(clip_ids[i : i + 1], image_features=features[i : i + 1]).logits[0])
 
 
-def test_half_precision_features_are_accepted(clip_model):
-    features = torch.randn(1, 5, CLIP_SIZE).bfloat16()
-    with torch.no_grad():
-        out = clip_model(clip_row(5), image_features=features).logits
-        same(out, clip_model(clip_row(5), image_features=features.float()).logits)
-
-
 @pytest.mark.parametrize(
     ("ids", "features", "message"),
     [
@@ -432,22 +330,13 @@ def test_half_precision_features_are_accepted(clip_model):
         ),
     ],
 )
-def test_number_of_features_is_checked_before_anything_runs(clip_model, ids, features, message):
+def test_number_of_features_is_checked_before_anything_runs(model, clip_model, ids, features, message):
+    with pytest.raises(ValueError, match="w_clip_vit=True"):
+        model(clip_row(5), image_features=torch.randn(1, 5, 1024))
     with calls_of(clip_model.mm_projector) as projected, calls_of(clip_model.showo.model.layers[0]) as computed:
         with pytest.raises(ValueError, match=message):
             clip_model(ids, image_features=features)
     assert not projected and not computed
-
-
-def test_several_images_in_a_row(clip_model):
-    features = torch.randn(2, 5, CLIP_SIZE)
-    with torch.no_grad():
-        assert clip_model(clip_row(5, num_images=2), image_features=features).logits.isfinite().all()
-
-
-def test_features_need_the_projector(model):
-    with pytest.raises(ValueError, match="w_clip_vit=True"):
-        model(clip_row(5), image_features=torch.randn(1, 5, 1024))
 
 
 # ---- configuration ----
@@ -487,24 +376,9 @@ def test_sizes_that_do_not_fit_are_refused(settings, message):
         ShowoConfig(**settings)
 
 
-def test_published_values_are_accepted():
-    config = ShowoConfig(mask_token_id=58497, load_from_showo=False, w_clip_vit=True, num_vq_tokens=1024)
-    assert (config.mask_token_id, config.num_vq_tokens) == (58497, 1024)
-
-
 def test_language_model_out_of_reach():
     with pytest.raises(OSError, match="couldn't connect"):
         ShowoConfig(llm_model_path="someone/phi-9")
-
-
-def test_configuration_round_trip(tmp_path):
-    config = tiny_config(w_clip_vit=True, clip_feature_size=CLIP_SIZE)
-    config.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "showo"
-    loaded = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(loaded, ShowoConfig)
-    assert loaded.backbone_config().to_dict() == config.backbone_config().to_dict()
-    assert (loaded.clip_feature_size, loaded.vocabulary) == (CLIP_SIZE, config.vocabulary)
 
 
 # ---- saving, loading, resizing ----
@@ -525,6 +399,9 @@ def test_save_and_load(settings, tmp_path):
     model = fill_(Showo(small_config(**settings))).eval()
     model.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, ShowoConfig) and config.model_type == "showo"
+    assert config.backbone_config().to_dict() == model.config.backbone_config().to_dict()
     loaded, auto = Showo.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)
     assert type(auto) is Showo
     for other in (loaded, auto):
@@ -598,21 +475,12 @@ def test_new_start(llm_folder, w_clip_vit):
     assert bool(ours.keys() - norms.keys()) == w_clip_vit
 
 
-def test_new_start_from_another_folder_than_the_configuration_names(llm_folder):
-    llm, folder = llm_folder
-    model = Showo.from_llm(small_config(), str(folder))
-    same(model.showo.model.embed_tokens.weight[:130], llm.model.embed_tokens.weight.float())
-
-
-def test_new_start_from_a_model_of_other_sizes_is_refused(llm_folder):
+def test_new_starts_that_are_refused(llm_folder):
     _, folder = llm_folder
-    with pytest.raises(UserError, match="mis-shaped .*fc1.bias"):
-        Showo.from_llm(small_config(llm={"intermediate_size": 64}), str(folder))
-    with pytest.raises(UserError, match="missing .*layers.2"):
-        Showo.from_llm(small_config(llm={"num_hidden_layers": 3}), str(folder))
-
-
-@pytest.mark.parametrize("path", ["no/such/folder", "someone/phi-9"])
-def test_new_start_from_nowhere_is_refused(path):
-    with pytest.raises(UserError, match=f"{path}.*folder"):
-        Showo.from_llm(small_config(), path)
+    for llm, path, message in (
+        ({"intermediate_size": 64}, str(folder), "mis-shaped .*fc1.bias"),
+        ({"num_hidden_layers": 3}, str(folder), "missing .*layers.2"),
+        ({}, "no/such/folder", "no/such/folder.*folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Showo.from_llm(small_config(llm=llm), path)

@@ -95,46 +95,28 @@ def oracle(layouts: list[Layout]) -> torch.Tensor:
 # ---- constructors ----
 
 
-@pytest.mark.parametrize("length", [1, 2, 17])
-def test_lm(length):
-    assert torch.equal(OmniMask.lm(3, length).dense(), oracle([Layout("lm", length)] * 3))
-
-
-def test_t2i():
+def test_one_constructor_for_each_kind():
     rng = random.Random(1)
     for _ in range(100):
-        length = rng.randrange(6, 20)
-        soi = rng.randrange(1, length - 2)
-        pads = [rng.randrange(soi) for _ in range(rng.randrange(1, 5))]
-        mask = OmniMask.t2i(torch.tensor(pads), soi, length)
-        assert torch.equal(mask.dense(), oracle([Layout("t2i", length, p, blocks=[(soi, length - 1)]) for p in pads]))
-
-
-def test_mmu():
-    rng = random.Random(2)
-    for _ in range(100):
-        length = rng.randrange(5, 20)
-        eoi = rng.randrange(3, length)
-        layouts = [Layout("mmu", length, blocks=[(1, eoi)])] * 2
-        assert torch.equal(OmniMask.mmu(2, eoi, length).dense(), oracle(layouts))
-
-
-def test_mmu_vit():
-    rng = random.Random(3)
-    for _ in range(100):
-        system_length, num_features, text = rng.randrange(5), rng.randrange(1, 8), rng.randrange(6)
-        length = system_length + num_features + text + 3
-        soi = 1 + system_length
-        layout = Layout("mmu_vit", length, blocks=[(soi, soi + num_features + 1)])
-        mask = OmniMask.mmu_vit(2, system_length, num_features, length)
-        assert torch.equal(mask.dense(), oracle([layout, layout]))
+        length, pads = rng.randrange(12, 24), [rng.randrange(3) for _ in range(rng.randrange(1, 5))]
+        soi, eoi, system = rng.randrange(4, length - 2), rng.randrange(3, length), rng.randrange(4)
+        features = rng.randrange(1, length - system - 3)
+        t2i = [Layout("t2i", length, count, blocks=[(soi, length - 1)]) for count in pads]
+        assert torch.equal(OmniMask.t2i(torch.tensor(pads), soi, length).dense(), oracle(t2i))
+        mmu = Layout("mmu", length, blocks=[(1, eoi)])
+        assert torch.equal(OmniMask.mmu(2, eoi, length).dense(), oracle([mmu] * 2))
+        mmu_vit = Layout("mmu_vit", length, blocks=[(1 + system, 2 + system + features)])
+        assert torch.equal(OmniMask.mmu_vit(2, system, features, length).dense(), oracle([mmu_vit] * 2))
+        assert torch.equal(OmniMask.lm(3, length).dense(), oracle([Layout("lm", length)] * 3))
 
 
 @pytest.mark.parametrize("start", range(0, 400, 50))
 def test_from_ids_on_mixed_batches(start):
     for seed in range(start, start + 50):
         layouts, ids = random_batch(seed)
-        assert torch.equal(OmniMask.from_ids(ids, VOCABULARY).dense(), oracle(layouts)), layouts
+        dense = OmniMask.from_ids(ids, VOCABULARY).dense()
+        assert torch.equal(dense, oracle(layouts)), layouts
+        assert dense.any(-1).all(), "no row is fully masked"
 
 
 def test_random_layouts_cover_what_they_should():
@@ -147,26 +129,9 @@ def test_random_layouts_cover_what_they_should():
     assert any(layout.num_right_pads and layout.num_pads and layout.system_length for layout in layouts)
 
 
-def test_special_ids_in_an_lm_row_stay_causal():
-    ids = torch.tensor([[3, VOCABULARY.soi_id, 31, 32, VOCABULARY.eoi_id, 5]])
-    assert torch.equal(OmniMask.from_ids(ids, VOCABULARY).dense(), OmniMask.lm(1, 6).dense())
-
-
-def test_a_row_of_pads_is_causal_and_not_empty():
-    ids = torch.full((1, 5), VOCABULARY.pad_id)
-    assert torch.equal(OmniMask.from_ids(ids, VOCABULARY).dense(), OmniMask.lm(1, 5).dense())
-
-
-def test_no_row_is_fully_masked():
-    for seed in range(200):
-        _, ids = random_batch(seed)
-        assert OmniMask.from_ids(ids, VOCABULARY).dense().any(-1).all()
-
-
-def test_later_rows_see_no_left_pad():
-    """The reason for `visible_until`, said once without the oracle."""
-    dense = OmniMask.t2i(torch.tensor([3, 0]), 6, 12).dense()[:, 0]
-    assert not dense[0, 3:, :3].any() and dense[1, 3:, :3].all()
+@pytest.mark.parametrize("ids", [[3, VOCABULARY.soi_id, 31, 32, VOCABULARY.eoi_id, 5], [VOCABULARY.pad_id] * 6])
+def test_special_ids_in_an_lm_row_and_a_row_of_pads_are_causal(ids):
+    assert torch.equal(OmniMask.from_ids(torch.tensor([ids]), VOCABULARY).dense(), OmniMask.lm(1, 6).dense())
 
 
 # ---- slices ----
@@ -216,22 +181,17 @@ def test_chosen_queries_in_every_form():
 
 def test_block_mask_of_chosen_queries():
     mask = OmniMask.t2i(torch.tensor([0, 140]), 200, 450)
-    queries = torch.stack([torch.arange(200, 330), torch.arange(320, 450)])
-    form = mask.at(queries, 450).for_attention("flex_attention", torch.float32)
-    assert torch.equal(expand(form, 2, 130, 450), mask.at(queries, 450).dense())
+    for queries in (torch.stack([torch.arange(200, 330), torch.arange(320, 450)]), slice(449, 450), slice(0, 200)):
+        part = mask.at(queries, 450)
+        form = part.for_attention("flex_attention", torch.float32)
+        assert torch.equal(expand(form, 2, *part.shape[2:]), part.dense())
 
 
-def test_unused_slots_are_seen_by_nobody():
-    layouts, ids = random_batch(1)
-    dense = OmniMask.from_ids(ids, VOCABULARY).pad_to(ids.shape[1] + 5).dense()
-    assert torch.equal(dense[:, :, : ids.shape[1], :-5], oracle(layouts)) and not dense[..., -5:].any()
-
-
-def test_drop_keys_removes_common_padding():
+def test_a_window_without_common_padding():
     for seed in range(200):
         layouts, ids = random_batch(seed, kinds=("t2i", "mmu", "mmu_vit"))
         count = min(layout.num_pads for layout in layouts)
-        dropped = OmniMask.from_ids(ids, VOCABULARY).drop_keys(count)
+        dropped = OmniMask.from_ids(ids, VOCABULARY).window(count)
         assert torch.equal(dropped.dense(), oracle(layouts)[:, :, count:, count:])
         assert torch.equal(dropped.dense(), OmniMask.from_ids(ids[:, count:], VOCABULARY).dense())
 
@@ -246,12 +206,6 @@ def test_extend_is_the_mask_of_the_longer_row():
         for layout in layouts:
             layout.length += count  # causal text, also after the image of a t2i row
         assert torch.equal(longer, oracle(layouts))
-
-
-def test_new_rows_see_the_prompt_and_no_pad():
-    ids = torch.tensor([[VOCABULARY.pad_id, VOCABULARY.mmu_id, VOCABULARY.soi_id, 31, VOCABULARY.eoi_id, 4]])
-    row = OmniMask.from_ids(ids, VOCABULARY).extend(3).rows(7, 8).dense()
-    assert row.tolist() == [[[[False] + [True] * 7]]]
 
 
 # ---- spellings ----
@@ -297,12 +251,6 @@ def test_block_mask_over_several_blocks():
     assert torch.equal(expand(block_mask, 5, length, length), mask.dense())
 
 
-@pytest.mark.parametrize("rows", [(200, 450), (449, 450), (0, 200)])
-def test_block_mask_of_slices(rows):
-    mask = OmniMask.t2i(torch.tensor([0, 140]), 200, 450).rows(*rows)
-    assert torch.equal(expand(mask.block_mask(), 2, *mask.shape[2:]), mask.dense())
-
-
 def test_vectors_must_fit():
     with pytest.raises(ValueError, match=r"must both be \(B, L\)"):
         OmniMask(torch.zeros(2, 3), torch.zeros(2, 4))
@@ -315,14 +263,13 @@ def test_moving_keeps_the_slice():
     assert mask.device.type == "meta" and mask.shape == (1, 1, 2, 5)
 
 
-def test_hidden_keys_are_seen_by_nobody():
+def test_keys_that_nobody_sees():
+    """Hidden ones, also from text that comes later, and the unused slots of a cache."""
     mask = OmniMask.lm(2, 6)
     hidden = torch.tensor([[False, True, False, False, True, False], [False] * 6])
     assert torch.equal(mask.hide(hidden).dense(), mask.dense() & ~hidden[:, None, None])
     assert torch.equal(mask.rows(3, 5).hide(hidden[:, :5]).dense(), mask.hide(hidden).rows(3, 5).dense())
-    assert not mask.hide(hidden).extend(2).dense()[0, 0, :, 1].any()  # nor by text that comes later
-
-
-def test_the_first_keys_alone():
-    mask = OmniMask.lm(1, 9)
-    assert torch.equal(mask.keys(4).dense(), mask.dense()[:, :, :4, :4])
+    assert not mask.hide(hidden).extend(2).dense()[0, 0, :, 1].any()
+    padded = mask.pad_to(11).dense()
+    assert torch.equal(padded[:, :, :6, :6], mask.dense()) and not padded[..., 6:].any()
+    assert torch.equal(mask.window(0, 4).dense(), mask.dense()[:, :, :4, :4])

@@ -50,13 +50,6 @@ def test_a_tokenizer_can_be_wrapped_twice():
     assert first.special_token_ids == again.special_token_ids and len(tokenizer) == 128
 
 
-def test_tokenizer_without_bos_or_eos_is_refused():
-    tokenizer = fresh_tokenizer()
-    tokenizer.bos_token = None
-    with pytest.raises(ValueError, match="needs a bos and an eos token"):
-        UniversalPrompting(tokenizer)
-
-
 def test_tokenizer_with_the_tokens_elsewhere_is_refused():
     tokenizer = fresh_tokenizer()
     tokenizer.add_tokens(["<|mmu|>"], special_tokens=True)
@@ -215,12 +208,6 @@ def test_mmu_vit(system_prompt):
     assert not rows.attention_mask.dense()[1, 0, :, -2:].any()
     published = OmniMask.mmu_vit(1, len(system), 5, rows.input_ids.shape[1])
     assert torch.equal(rows.attention_mask.dense()[:1], published.dense())
-
-
-def test_mmu_vit_without_system_prompt_argument():
-    build = prompting()
-    rows = build(([words(1)], 2), "mmu_vit")
-    assert rows.input_ids.tolist() == [[MMU, SOI, -200, -200, EOI, 1]]
 
 
 # ---- mistakes ----

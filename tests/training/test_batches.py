@@ -5,8 +5,17 @@ import torch
 
 from models import OmniMask
 from models.images import preprocess
-from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, config_of, make_vq_model, picture
-from training.parts import make_builder, make_model, make_prompting
+from tests.training.tiny import (
+    CAPTIONS,
+    MAX_TEXT,
+    NUM_TOKENS,
+    config_of,
+    make_builder,
+    make_model,
+    make_prompting,
+    make_vq_model,
+    picture,
+)
 from training.understanding import VqUnderstanding
 
 LENGTH = MAX_TEXT + 1 + NUM_TOKENS + 2
@@ -21,10 +30,10 @@ def model(world):
     return make_model(config_of(world))
 
 
-def make(world, model, *, max_mask_ratio: float = 0.0, **training):
+def make(world, model, **training):
     config = config_of(world, overrides={f"training.{key}": value for key, value in training.items()})
     return make_builder(
-        config, model, make_vq_model(), make_prompting(config), VqUnderstanding(max_mask_ratio), torch.device("cpu")
+        config, model, make_vq_model(), make_prompting(config), VqUnderstanding(config), torch.device("cpu")
     )
 
 
@@ -39,7 +48,7 @@ THREE = {"t2i": items(*CAPTIONS[:3]), "lm": ["some words", "more of them"], "mmu
 def test_rows_come_in_the_order_t2i_lm_mmu_whatever_the_order_of_the_flows(builder):
     batch = builder(dict(reversed(THREE.items())))
     vocabulary = builder.prompting.vocabulary
-    assert batch.counts == {"t2i": 3, "lm": 2, "mmu": 1}
+    assert batch.rows == {"t2i": 3, "lm": 2, "mmu": 1}
     assert batch.input_ids.shape == batch.labels.shape == (6, LENGTH)
     assert (batch.input_ids[:3] == vocabulary.t2i_id).any(1).all()
     assert batch.input_ids[3:5, 0].tolist() == [builder.prompting.bos_id] * 2
@@ -72,12 +81,12 @@ def test_the_mask_of_each_row_is_the_one_its_ids_ask_for(builder, model):
 @pytest.mark.parametrize("flows", [("t2i",), ("lm",), ("mmu",), ("lm", "mmu"), ("t2i", "mmu")])
 def test_absent_flows_have_no_rows_and_no_loss(builder, model, flows):
     batch = builder({name: THREE[name] for name in flows})
-    assert batch.counts == {name: len(THREE[name]) if name in flows else 0 for name in ("t2i", "lm", "mmu")}
+    assert batch.rows == {name: len(THREE[name]) if name in flows else 0 for name in ("t2i", "lm", "mmu")}
     assert (batch.mask_prob is None) == ("t2i" not in flows)
     with torch.no_grad():
         out = model(**batch.forward_arguments())
     for name in ("t2i", "lm", "mmu"):
-        loss = getattr(out, f"loss_{name}").item()
+        loss = out.losses[name].item()
         assert loss > 4 if name in flows else loss == 0
 
 
@@ -117,7 +126,7 @@ def test_understanding_sees_all_of_the_picture_unless_told_otherwise(world, mode
     mask = model.vocabulary.mask_token_id
     rows = make(world, model)({"mmu": items(*CAPTIONS)})
     assert not (rows.input_ids == mask).any()
-    hidden = make(world, model, max_mask_ratio=0.5)({"mmu": items(*CAPTIONS * 6)})
+    hidden = make(world, model, und_mask_ratio=0.5)({"mmu": items(*CAPTIONS * 6)})
     share = (hidden.input_ids[:, 2 : 2 + NUM_TOKENS] == mask).float().mean(1)
     assert 0.15 < share.mean() < 0.35, "from nothing up to half"
     assert share.max() < 0.85 and share.min() < 0.1

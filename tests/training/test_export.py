@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from models import MAGVITv2, Showo
-from tests.training.tiny import config_of, make_vq_model
+from tests.training.tiny import config_of, make_model, make_vq_model
 from training.export import main as export
-from training.parts import make_model
 
 
 @pytest.fixture(scope="module")

@@ -15,19 +15,17 @@ from omegaconf import OmegaConf
 
 from common.errors import UserError
 from models import Showo
+from tests.training import tiny
 from tests.training.tiny import config_of, metrics_of
 from training import guards
 from training.checkpointing import check_same_config, checkpoints
 from training.guards import FiniteLosses, StopSignals, check_writable, full_disk_as_user_error, only_run_in
 from training.processes import ProcessGroup
 from training.trainer import Trainer
-from training.understanding import VqUnderstanding
 
 
 def make_trainer(world, output_dir, overrides=None) -> Trainer:
-    AcceleratorState._reset_state(True)
-    config = config_of(world, output_dir, {"experiment.generate_every": 99} | (overrides or {}))
-    return Trainer(config, VqUnderstanding.of(config))
+    return tiny.make_trainer(world, output_dir, {"experiment.generate_every": 99} | (overrides or {}))
 
 
 def run(world, output_dir, overrides=None) -> Trainer:
@@ -298,7 +296,7 @@ def poison(trainer: Trainer, steps: set[int]) -> list[str]:
         out = forward(**arguments)
         calls.append(1)
         if len(calls) in steps:
-            out.loss_mmu = out.loss_mmu * float("nan")
+            out.losses["mmu"] = out.losses["mmu"] * float("nan")
         return out
 
     trainer.forward, trainer.finite.report = poisoned, said.append

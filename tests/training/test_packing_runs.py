@@ -2,15 +2,25 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from common.errors import UserError
 from llava import encode_conversation, encode_plain
 from models.images import preprocess
-from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, config_of, make_vq_model, metrics_of, picture
+from tests.training.tiny import (
+    CAPTIONS,
+    MAX_TEXT,
+    NUM_TOKENS,
+    config_of,
+    make_builder,
+    make_model,
+    make_prompting,
+    make_trainer,
+    make_vq_model,
+    metrics_of,
+    picture,
+)
+from tests.training.tiny import train as run
 from tests.training.tiny_sources import turns, write_clip
-from training.parts import make_builder, make_model, make_prompting
-from training.trainer import Trainer
 from training.understanding import ClipVitUnderstanding, VqUnderstanding
 
 ROW = MAX_TEXT + NUM_TOKENS + 3
@@ -43,9 +53,11 @@ def losses_and_gradients(world, kind: str, overrides: dict):
         "clip tuning": {"dataset.und_type": "llava_tuning", "dataset.preprocessing.max_seq_length": 256} | clip,
     }[kind]
     torch.manual_seed(0)
-    config = config_of(world, overrides=branch | {"training.label_smoothing": 0.1} | overrides)
-    understanding = ClipVitUnderstanding(config) if "clip" in kind else VqUnderstanding(0.3)
+    training = {"training.label_smoothing": 0.1, "training.und_mask_ratio": 0.3}
+    config = config_of(world, overrides=branch | training | overrides)
+    understanding = ClipVitUnderstanding(config) if "clip" in kind else VqUnderstanding(config)
     model, prompting = make_model(config), make_prompting(config)
+    understanding.open()
     understanding.attach(model, torch.device("cpu"))
     model.requires_grad_(True)
     builder = make_builder(config, model, make_vq_model(), prompting, understanding, torch.device("cpu"))
@@ -83,14 +95,6 @@ def test_a_batch_gives_the_same_losses_and_gradients(clip_world, kind, length):
 # ---- runs ----
 
 
-def run(world, output_dir, overrides) -> Trainer:
-    AcceleratorState._reset_state(True)
-    config = config_of(world, output_dir, overrides)
-    trainer = Trainer(config, VqUnderstanding.of(config))
-    trainer.train()
-    return trainer
-
-
 @pytest.mark.slow
 def test_a_run_learns_the_same_and_tells_how_much_padding_is_gone(world, tmp_path):
     held_out = {"dataset.params.eval_t2i_shards_path_or_url": world / "train-000000.tar", "experiment.eval_every": 3}
@@ -125,6 +129,5 @@ def test_settings_that_do_not_go_together_are_refused(world, settings, message):
 
 
 def test_rows_that_are_too_short_for_a_sample_are_refused(world, tmp_path):
-    config = config_of(world, tmp_path, PACKED | {"dataset.packing_length": ROW - 1})
     with pytest.raises(UserError, match=f"packing_length is {ROW - 1}, but a sample may have {ROW} positions"):
-        Trainer(config, VqUnderstanding.of(config))
+        make_trainer(world, tmp_path, PACKED | {"dataset.packing_length": ROW - 1})

@@ -5,9 +5,17 @@ import pytest
 import torch
 
 from models.images import to_pil
-from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, config_of, make_vq_model
-from training.data.flows import build_flows
-from training.parts import make_builder, make_model, make_prompting
+from tests.training.tiny import (
+    CAPTIONS,
+    MAX_TEXT,
+    NUM_TOKENS,
+    build_flows,
+    config_of,
+    make_builder,
+    make_model,
+    make_prompting,
+    make_vq_model,
+)
 from training.samples import generate_images, predict_masked
 from training.understanding import VqUnderstanding
 
@@ -19,7 +27,7 @@ def make(world, **training):
     torch.manual_seed(1)
     model = make_model(config).eval()
     builder = make_builder(
-        config, model, make_vq_model(), make_prompting(config), VqUnderstanding(), torch.device("cpu")
+        config, model, make_vq_model(), make_prompting(config), VqUnderstanding(config), torch.device("cpu")
     )
     flows = build_flows(config)
     return model, builder, builder({name: next(flow) for name, flow in flows.items()})

@@ -8,10 +8,9 @@ import torch
 from common.errors import UserError
 from models import Showo
 from tests.tiny_llms import WORDS, config_of, tiny_llm, tiny_showo
-from tests.training.tiny import config_of as config_of_run
 from training.optimization import adamw
-from training.processes import _configure_deepspeed
 from training.trainable import choose_trainable, keep_old_rows
+from training.trainer import Trainer
 
 MATRICES = {"showo.model.embed_tokens.weight", "showo.lm_head.weight"}
 
@@ -46,10 +45,11 @@ def test_what_another_rule_has_frozen_is_left_alone():
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_zero_3_is_refused(world):
-    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={})
-    with pytest.raises(UserError, match="training.trainable=new does not work with ZeRO-3"):
-        _configure_deepspeed(plugin, config_of_run(world, overrides={"training.trainable": "new"}))
+def test_zero_3_is_refused():
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    trainer = SimpleNamespace(config=None, accelerator=SimpleNamespace(state=state))
+    with pytest.raises(UserError, match="training.trainable=new.* does not work with ZeRO-3"):
+        Trainer.wrap(trainer, 1, {"lm_head.weight": 5})
 
 
 @pytest.mark.parametrize("tied", [False, True])

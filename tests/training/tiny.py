@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
@@ -9,12 +13,18 @@ import pyarrow.parquet
 import torch
 import webdataset
 import yaml
+from accelerate.state import AcceleratorState
 from omegaconf import DictConfig
 from PIL import Image, ImageDraw
 
-from common.config import TrainingConfig, load_config
-from models import MAGVITv2, MAGVITv2Config
-from training.data import small_llm
+from common.config import REPOSITORY, TrainingConfig, load_config
+from models import MAGVITv2, MAGVITv2Config, Showo, UniversalPrompting
+from training.batches import BatchBuilder, flow_readers
+from training.data import flows, small_llm
+from training.data.flows import Reading, open_flows
+from training.data.streams import Flow
+from training.tasks.showo import ShowoTask
+from training.trainer import Trainer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 220), "yellow": (230, 210, 40)}
 PLACES = ("left", "middle", "right")
@@ -136,6 +146,58 @@ def arguments(world: Path, output_dir: Path | None = None, overrides: dict | Non
 
 def config_of(world: Path, output_dir: Path | None = None, overrides: dict | None = None) -> DictConfig:
     return load_config(arguments(world, output_dir, overrides), TrainingConfig)
+
+
+def check_data(config: DictConfig) -> None:
+    flows.check_data([reader for split in ("train", "eval") for reader in flow_readers(config, split)])
+
+
+def build_flows(config: DictConfig, split: str = "train", **reading) -> dict[str, Flow]:
+    """The flows of a configuration, after a check of their paths."""
+    readers, together = flow_readers(config, split), config.dataset.combined_loader_mode == "min_size"
+    flows.check_data(readers)
+    return open_flows(readers, Reading(**reading, end_together=together and split == "train"))
+
+
+def make_model(config: DictConfig) -> Showo:
+    return ShowoTask(config).make_model(None)
+
+
+def make_builder(config: DictConfig, model: Showo, vq_model, prompting, understanding, device="cpu") -> BatchBuilder:
+    return BatchBuilder.of(config, model.vocabulary, prompting, vq_model, understanding, torch.device(device))
+
+
+def make_prompting(config: DictConfig) -> UniversalPrompting:
+    return ShowoTask(config).prompting
+
+
+def make_trainer(world: Path, output_dir: Path | None = None, overrides: dict | None = None) -> Trainer:
+    AcceleratorState._reset_state(True)
+    return Trainer(ShowoTask(config_of(world, output_dir, overrides)))
+
+
+def train(world: Path, output_dir: Path, overrides: dict | None = None) -> Trainer:
+    """A finished run."""
+    trainer = make_trainer(world, output_dir, overrides)
+    trainer.train()
+    return trainer
+
+
+def start_script(script: str, given: list[str], folder: Path, launcher: Sequence[str] = ()) -> subprocess.Popen:
+    """A script of the repository as users start it, without help from the environment."""
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "WORLD_SIZE", "RANK")}
+    command = [*(launcher or [sys.executable]), str(REPOSITORY / script), *map(str, given)]
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen, timeout: float = 300) -> str:
+    """The output of a process that must end well."""
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output
+    return output
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def metrics_of(output_dir: Path, *, timing: bool = False) -> list[dict]:

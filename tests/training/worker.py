@@ -19,8 +19,8 @@ from accelerate.utils import DistributedType
 
 from common.config import TrainingConfig, load_config
 from common.errors import run_cli
+from training.tasks.showo import ShowoTask
 from training.trainer import Trainer
-from training.understanding import VqUnderstanding
 
 
 class Dealt:
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     config = load_config(argv, TrainingConfig)
-    trainer = Trainer(config, VqUnderstanding.of(config))
+    trainer = Trainer(ShowoTask(config))
     if file := os.environ.get("TEST_BATCHES"):
         batches, accelerator = torch.load(file, weights_only=True), trainer.accelerator
         dealt = {"start": accelerator.process_index, "every": accelerator.num_processes}
@@ -62,7 +62,7 @@ def poisoned(forward, at: int):
     def called(**arguments):
         out = forward(**arguments)
         if next(calls) == at:
-            out.loss_mmu = out.loss_mmu * float("nan")
+            out.losses["mmu"] = out.losses["mmu"] * float("nan")
         return out
 
     return called

@@ -32,12 +32,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.config import read_settings, resolve_path
+from common.config import read_settings
 from common.errors import UserError, run_cli
 from models import MAGVITv2
-from models.checkpoint_io import resolve_folder
 from models.images import normalized
-from models.pipeline_loading import PUBLISHED_VQ, choose_device, load_magvitv2, without_loading_bars
+from models.loading import PUBLISHED_VQ, choose_device, load_image_tokenizer
 from training.data.encoding_records import Encoding, Plan, tokenizer_sha256
 from training.data.image_text import IMAGE_KEYS, ImageTransform
 from training.data.paths import SHARDS, expand_paths, is_address
@@ -183,8 +182,7 @@ def load_tokenizer(config, device: torch.device) -> MAGVITv2:
     """
     if small := [f"{key}={config[key]}" for key in ("resolution", "batch_size", "num_workers") if config[key] < 1]:
         raise UserError(f"{', '.join(small)} must be at least 1")
-    with without_loading_bars():
-        vq_model = load_magvitv2(resolve_folder(resolve_path(config.vq_model_name))).requires_grad_(False).eval()
+    vq_model = load_image_tokenizer(config.vq_model_name)
     if config.resolution % vq_model.downsampling_factor:
         raise UserError(
             f"resolution={config.resolution} must be a multiple of {vq_model.downsampling_factor}, the pixels that "

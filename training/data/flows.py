@@ -1,140 +1,143 @@
-"""The three data flows of a run: which source and which transform a configuration means (spec §15, docs/data.md).
+"""What a data flow reads, by its settings: files → source of raw samples → transform → `Flow` (spec §15, docs/data.md).
 
-A sample is ``{"image": (3, res, res) float32 in [-1, 1], "text": str}``; with ``"codes"``, (N,) int64, in place of the
-image where shards hold codes, ``"pixel_values"``, (3, S, S), in the CLIP-ViT branch, and ``"input_ids"`` and
-``"labels"``, (L,) int64, in place of the text where it is a conversation. A language sample is a text.
+A flow has a name, which its settings are called by (`training.batch_size_{name}`, `dataset.params.train_{name}_…`), and
+a subclass of `FlowReader`. A sample is ``{"image": (3, res, res) float32 in [-1, 1], "text": str, "key": str}``; with
+``"codes"``, (N,) int64, in place of the image where shards hold codes, ``"pixel_values"``, (3, S, S), in the CLIP-ViT
+branch, and ``"input_ids"`` and ``"labels"``, (L,) int64, in place of the text where it is a conversation. A language
+sample is a text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from common.config import resolve_path
 from common.errors import UserError
 from llava import ChatFormat, encode_conversation, encode_plain
 from training.data.captions import Captions, ExternalCaptions
 from training.data.encoding_records import tokenizer_sha256
-from training.data.flow_paths import LLAVA, FlowPaths, all_or_problems
 from training.data.image_text import ImageTextSample, ImageTransform
 from training.data.imagenet import ImageFolder
 from training.data.json_records import JsonTable
 from training.data.language import Documents, text_sample
 from training.data.llava_flow import LlavaRecords, LlavaSample
 from training.data.parquet import IMAGE_COLUMNS, TEXT_COLUMNS, ParquetUnits
-from training.data.paths import JSON, PARQUET, has_suffix
+from training.data.paths import JSON, PARQUET, SHARDS, TEXT, existing_folder, expand_paths, has_suffix, is_address
 from training.data.shards import ShardUnits, check_codes, manifests, promised_samples, read_shards
-from training.data.sources import Epochs, Resampled, Source
-from training.data.streams import Flow
+from training.data.sources import Epochs, Resampled, Source, Units
+from training.data.streams import Flow, Transform
+
+SORTS = (SHARDS, PARQUET, JSON + TEXT)  # the files of a flow are all of one of these kinds
+LLAVA = ("llava_pretrain", "llava_tuning")
 
 
-def build_flows(
-    config,
-    *,
-    process: int = 0,
-    num_processes: int = 1,
-    tokenizer=None,
-    image_processor=None,
-    split: str = "train",
-    text_length: int | None = None,
-) -> dict[str, Flow]:
-    """The flows ``t2i``, ``lm``, ``mmu`` whose batch size is not 0.
+@dataclass(frozen=True)
+class Reading:
+    """How a process reads its flows.
 
     Args:
-        config: a `TrainingConfig`.
-        process, num_processes: which share of the data this process reads.
+        process, num_processes: which share of the data it reads.
         tokenizer: of the model; flows of conversations cannot be read without one.
         image_processor: CLIP's, for the images of the mmu flow in the CLIP-ViT branch.
-        split: ``train``, or ``eval``: the held-out data of the `eval_*` paths, in an order that is the same in every
-            run, without augmentation, read by this process itself. Flows without such a path are absent.
-        text_length: tokens of a conversation that a row has room for; `max_seq_length` if not given.
-
-    Raises:
-        UserError: paths are not set or missing (all of them in one message), or their content does not match.
+        text_length: tokens that a conversation has room for; None: `dataset.preprocessing.max_seq_length`.
+        end_together: every flow begins its next epoch when the shortest, in steps, has ended one (`min_size`).
     """
-    setup = _Setup(config, split, tokenizer, image_processor, text_length)
-    names = setup.places.check_all()
-    sources = dict(zip(names, all_or_problems(partial(setup.source, name) for name in names), strict=True))
-    if config.dataset.combined_loader_mode == "min_size" and split == "train":
-        end_together(sources, setup.places.batch_sizes)
-    shares = {"process": process, "num_processes": num_processes}
-    return {
-        name: Flow(source, setup.transform(name), setup.places.batch_sizes[name], **shares, **setup.reading(name))
-        for name, source in sources.items()
-    }
+
+    process: int = 0
+    num_processes: int = 1
+    tokenizer: Any = None
+    image_processor: Any = None
+    text_length: int | None = None
+    end_together: bool = False
 
 
-def check_data(config) -> None:
-    """Whether all paths of training and evaluation exist; reads none of them.
+class FlowReader:
+    """One flow of one split. A subclass says which files it takes, and how a raw sample becomes a sample.
 
-    Raises:
-        UserError: paths are not set or missing, all of them in one message.
+    Args:
+        config: of the run.
+        name: of the flow.
+        split: ``train``, or ``eval``: held-out data, in an order that is the same in every run, not augmented.
     """
-    all_or_problems(FlowPaths(config, split).check_all for split in ("train", "eval"))
 
+    formats: tuple[str, ...] = SHARDS + PARQUET
 
-def check_tokenizer(config, vq_model) -> None:
-    """Whether shards of codes were made with the image tokenizer of the run, as far as their manifests tell.
+    def __init__(self, config, name: str, split: str = "train"):
+        self.config, self.name, self.split = config, name, split
+        self.params, self.training = config.dataset.params, split == "train"
 
-    Raises:
-        UserError: with another one.
-    """
-    made_with = {}
-    for split in ("train", "eval"):
-        places = FlowPaths(config, split)
-        for name in set(places.check_all()) - {"lm"}:
-            for file, manifest in manifests(places.files(name)).items():
-                if found := manifest.get("tokenizer_sha256"):
-                    made_with[file] = found
-    own = tokenizer_sha256(vq_model) if made_with else None
-    if wrong := sorted(file for file, found in made_with.items() if found != own):
-        raise UserError(
-            f"{wrong[0]}: these codes were made with another image tokenizer than model.vq_model names; encode the "
-            "images again with training/data/encode_images.py, or name that tokenizer"
-        )
+    # ---- its settings ----
 
+    @property
+    def setting(self) -> str:
+        """The key of its files in `dataset.params`."""
+        return f"{self.split}_{self.name}_shards_path_or_url"
 
-def end_together(sources: dict[str, Source], batch_sizes: dict[str, int]) -> None:
-    """`min_size`: every source begins its next epoch when the shortest, in steps, has ended one."""
-    steps = [source.samples / batch_sizes[name] for name, source in sources.items() if source.samples]
-    for name, source in sources.items():
-        if steps:
-            source.samples = max(1, round(min(steps) * batch_sizes[name]))
+    @property
+    def batch_size(self) -> int:
+        return self.config.training[f"batch_size_{self.name}"]
 
+    @property
+    def max_samples(self) -> int | None:
+        """Length of an epoch; None: all."""
+        return None
 
-class _Setup:
-    """The flows of one split, according to a configuration."""
+    @property
+    def title(self) -> str:
+        """The flow in messages."""
+        return f"the {self.name} flow"
 
-    def __init__(self, config, split: str, tokenizer, image_processor, text_length: int | None):
-        self.config, self.training, self.params = config, split == "train", config.dataset.params
-        self.places = FlowPaths(config, split)
-        self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.text_length = text_length or config.dataset.preprocessing.max_seq_length
+    @property
+    def is_on(self) -> bool:
+        """Whether the run reads it."""
+        return bool(self.batch_size and (self.training or self.params[self.setting]))
 
-    def source(self, name: str) -> Source:
-        """The source of a flow."""
-        kind, paths, params = self.places.kinds[name], self.places.files(name), self.params
-        samples = self.config.experiment[f"max_train_examples_{name}"] if name != "lm" and self.training else None
-        if Path(paths[0]).is_dir():
-            return Epochs(ImageFolder(paths[0], _resolved(params.class_names_path)), samples)
-        if has_suffix(paths[0], PARQUET):
-            return Epochs(ParquetUnits(paths, *self.columns(name), params.shuffle_buffer_size), samples)
-        if name == "lm":
-            return Epochs(Documents(paths, params.lm_column), samples)
-        if kind in LLAVA and has_suffix(paths[0], JSON):
-            return Epochs(LlavaRecords(paths), samples)
-        check_codes(paths, self.code_sizes(), self.image_transform(name).refuses_codes())
+    # ---- its files ----
+
+    def checks(self) -> list[Callable]:
+        """Calls that raise `UserError` if paths are not set or missing; nothing is read."""
+        return [self.files]
+
+    def files(self) -> list[str]:
+        """The existing files of the flow, all of one sort.
+
+        Raises:
+            UserError: there are none, some are missing, or of another sort.
+        """
+        setting = f"dataset.params.{self.setting}"
+        paths = expand_paths(setting, self.params[self.setting], self.formats)
+        strange = [path for path in paths if not _is_readable(path, self.formats)]
+        sorts = [of_sort for sort in SORTS if (of_sort := [path for path in paths if has_suffix(path, sort)])]
+        if strange or len(sorts) > 1:
+            got = strange[0] if strange else f"{sorts[0][0]} and {sorts[1][0]}"
+            fetch = "; only shards can be read from an address: fetch it first" if strange and is_address(got) else ""
+            raise UserError(
+                f"{setting}: {self.title} reads files of one sort of {', '.join(self.formats)}; got {got}{fetch}"
+            )
+        return paths
+
+    # ---- its samples ----
+
+    def source(self, reading: Reading) -> Source:
+        """The raw samples. Shards are drawn with replacement in training, everything else in epochs."""
+        paths = self.files()
+        if not has_suffix(paths[0], SHARDS) and not is_address(paths[0]):
+            return Epochs(self.units(paths), self.max_samples)
+        check_codes(paths, self.code_sizes(), self.refuses_codes(reading))
         promised = promised_samples(paths)
         if not self.training:
             return Epochs(ShardUnits(paths, promised))
-        return Resampled(partial(read_shards, paths, params.shuffle_buffer_size, promised), samples)
+        return Resampled(partial(read_shards, paths, self.params.shuffle_buffer_size, promised), self.max_samples)
 
-    def columns(self, name: str) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-        """Parquet columns of a flow, and the keys that name them."""
-        params = self.params
-        if name == "lm":
-            return {"text": (params.lm_column,)}, {"text": "dataset.params.lm_column"}
-        image, text = params.image_column, params.text_column
+    def units(self, paths: list[str]) -> Units:
+        """The data set of files that are no shards; parquet."""
+        return ParquetUnits(paths, *self.columns(), self.params.shuffle_buffer_size)
+
+    def columns(self) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        """Parquet columns, and the keys that name them."""
+        image, text = self.params.image_column, self.params.text_column
         names = {"image": (image,) if image else IMAGE_COLUMNS, "text": (text,) if text else TEXT_COLUMNS}
         return names, {key: f"dataset.params.{key}_column" for key in names}
 
@@ -143,61 +146,249 @@ class _Setup:
         model, resolution = self.config.model.showo, self.config.dataset.preprocessing.resolution
         return {"resolution": resolution, "num_vq_tokens": model.num_vq_tokens, "codebook_size": model.codebook_size}
 
-    def transform(self, name: str) -> Callable:
+    def refuses_codes(self, reading: Reading) -> str:
+        """Why the flow cannot use codes in place of images; empty if it can."""
+        return ""
+
+    def transform(self, reading: Reading) -> Transform:
         """The transform of raw samples to samples."""
-        kind, images = self.places.kinds[name], self.image_transform(name)
-        if name == "lm":
-            return text_sample
-        if kind in LLAVA:
-            plain = kind == "llava_pretrain" and self.image_processor is not None
-            encode = encode_plain if plain else self.encode_conversation()
-            return LlavaSample(images, encode, self.tokenizer, self.text_length)
-        external = self.external_captions() if kind in ("t2i", "captioning") else None
-        instructions = name == "mmu" and self.params.add_caption_prompt
-        return ImageTextSample(images, Captions(external, instructions, shorten=name == "t2i"))
+        raise NotImplementedError
 
-    def encode_conversation(self) -> Callable:
-        """Turns and tokenizer → a sample, in the format that `conversation` names."""
-        if self.config.conversation != "chat":
-            return encode_conversation
-        try:
-            return ChatFormat.of(self.tokenizer).encode
-        except ValueError as error:
-            raise UserError(f"conversation=chat: {error}") from None
-
-    def image_transform(self, name: str) -> ImageTransform:
-        preprocessing, model = self.config.dataset.preprocessing, self.config.model.showo
-        understanding = name == "mmu"
-        flip = preprocessing.random_flip or (understanding and preprocessing.und_random_flip)
-        return ImageTransform(
-            preprocessing.resolution,
-            model.num_vq_tokens,
-            model.codebook_size,
-            flip=flip and self.training,
-            jitter=preprocessing.und_jitter if understanding and self.training else 0.0,
-            processor=self.image_processor if understanding else None,
-            root=self.places.image_root(name),
+    def flow(self, source: Source, reading: Reading) -> Flow:
+        """The endless batches of this process."""
+        params = self.params
+        return Flow(
+            source,
+            self.transform(reading),
+            self.batch_size,
+            seed=f"{self.config.training.seed or 0}/{self.name}" if self.training else f"eval/{self.name}",
+            process=reading.process,
+            num_processes=reading.num_processes,
+            num_workers=params.num_workers if self.training else 0,
+            name=self.name,
+            max_skipped_fraction=params.max_skipped_fraction,
+            pin_memory=params.pin_memory,
+            persistent_workers=params.persistent_workers,
         )
 
-    def external_captions(self) -> ExternalCaptions | None:
+
+def open_flows(readers: Sequence[FlowReader], reading: Reading) -> dict[str, Flow]:
+    """The flows by name.
+
+    Raises:
+        UserError: paths are missing, or data are of another form.
+    """
+    sources = dict(zip(readers, all_or_problems(partial(reader.source, reading) for reader in readers), strict=True))
+    if reading.end_together:
+        end_together({source: reader.batch_size for reader, source in sources.items()})
+    return {reader.name: reader.flow(source, reading) for reader, source in sources.items()}
+
+
+def end_together(batch_sizes: dict[Source, int]) -> None:
+    """Shortens the epochs of all sources to as many steps as the shortest has."""
+    steps = [source.samples / size for source, size in batch_sizes.items() if source.samples]
+    for source, size in batch_sizes.items():
+        if steps:
+            source.samples = max(1, round(min(steps) * size))
+
+
+def check_data(readers: Iterable[FlowReader]) -> None:
+    """Whether all paths exist; reads none of them.
+
+    Raises:
+        UserError: paths are not set or missing, all of them in one message.
+    """
+    all_or_problems(check for reader in readers for check in reader.checks())
+
+
+def check_tokenizer(readers: Iterable[FlowReader], vq_model) -> None:
+    """Whether shards of codes were made with the image tokenizer of the run, as far as their manifests tell.
+
+    Raises:
+        UserError: with another one.
+    """
+    made_with = {}
+    for reader in readers:
+        for file, manifest in manifests(reader.files()).items():
+            if found := manifest.get("tokenizer_sha256"):
+                made_with[file] = found
+    own = tokenizer_sha256(vq_model) if made_with else None
+    if wrong := sorted(file for file, found in made_with.items() if found != own):
+        raise UserError(
+            f"{wrong[0]}: these codes were made with another image tokenizer than model.vq_model names; encode the "
+            "images again with tools/encode_images.py, or name that tokenizer"
+        )
+
+
+def all_or_problems(calls: Iterable[Callable[[], Any]]) -> list:
+    """The results of all calls.
+
+    Raises:
+        UserError: the problems of all of them in one message.
+    """
+    results, problems = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+    return results
+
+
+def _is_readable(path: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a flow of files with these suffixes can open it; only WebDataset opens URLs."""
+    if is_address(path):
+        return SHARDS[0] in suffixes and not has_suffix(path, PARQUET + JSON + TEXT)
+    return has_suffix(path, suffixes)
+
+
+# ---- the flows of Show-o ----
+
+
+class LanguageReader(FlowReader):
+    """Plain texts."""
+
+    formats = PARQUET + TEXT
+
+    def units(self, paths: list[str]) -> Units:
+        return super().units(paths) if has_suffix(paths[0], PARQUET) else Documents(paths, self.params.lm_column)
+
+    def columns(self):
+        return {"text": (self.params.lm_column,)}, {"text": "dataset.params.lm_column"}
+
+    def transform(self, reading: Reading) -> Transform:
+        return text_sample
+
+
+class ImageTextReader(FlowReader):
+    """Images with texts, of the kind that a setting names."""
+
+    kind_key: ClassVar[str]
+    suffixes: ClassVar[dict[str, tuple[str, ...]]]  # of each kind
+
+    def __init__(self, config, name: str, split: str = "train"):
+        super().__init__(config, name, split)
+        self.kind = config.dataset[self.kind_key]
+        self.formats = self.suffixes[self.kind]
+
+    @property
+    def title(self) -> str:
+        return f"dataset.{self.kind_key} {self.kind!r}"
+
+    @property
+    def max_samples(self) -> int | None:
+        return self.config.experiment[f"max_train_examples_{self.name}"] if self.training else None
+
+    def checks(self) -> list[Callable]:
+        checks = super().checks()
+        if key := self._root_key():
+            checks.append(partial(existing_folder, f"dataset.params.{key}", self.params[key]))
+        return [*checks, self._check_captions] if self._has_captions() else checks
+
+    def _root_key(self) -> str:
+        """The key of the folder that image file names are relative to; empty if none is given, or no names are read."""
+        if self.kind not in LLAVA and not self.kind.endswith("_parquet"):
+            return ""
+        keys = (f"{split}_{self.name}_image_root" for split in (self.split, "train"))
+        return next((key for key in keys if self.params[key]), "")
+
+    def _has_captions(self) -> bool:
+        """Whether its texts are captions, which may come from elsewhere."""
+        return self.kind in ("t2i", "captioning")
+
+    def _check_captions(self) -> None:
+        """The external captions; only the first key switches them on."""
         params = self.params
-        if not params.external_caption_path:
+        places = (f"external_{place}caption_path" for place in ("", "laion12m_", "cc12m_", "journeydb_"))
+        keys = [key for key in places if params[key]]
+        if keys and not params.external_caption_path:
+            named = ", ".join(f"dataset.params.{key}" for key in keys)
+            raise UserError(f"{named} has no effect without dataset.params.external_caption_path; give that one, too")
+        kinds = ((key, expand_paths if "journeydb" in key else existing_folder) for key in keys)
+        all_or_problems(partial(check, f"dataset.params.{key}", params[key]) for key, check in kinds)
+
+    def _captions(self) -> ExternalCaptions | None:
+        params = self.params
+        if not params.external_caption_path or not self._has_captions():
             return None
         folders = [params[f"external_{key}caption_path"] for key in ("", "laion12m_", "cc12m_")]
         table = _resolved(params.external_journeydb_caption_path)
         return ExternalCaptions(*map(_resolved, folders), JsonTable(table) if table else None)
 
-    def reading(self, name: str) -> dict[str, Any]:
-        """Arguments of `Flow`."""
-        params = self.params
-        return {
-            "name": name,
-            "seed": f"{self.config.training.seed or 0}/{name}" if self.training else f"eval/{name}",
-            "num_workers": params.num_workers if self.training else 0,
-            "max_skipped_fraction": params.max_skipped_fraction,
-            "pin_memory": params.pin_memory,
-            "persistent_workers": params.persistent_workers,
-        }
+    def refuses_codes(self, reading: Reading) -> str:
+        return self.images(reading).refuses_codes()
+
+    def images(self, reading: Reading, **settings) -> ImageTransform:
+        """The transform of the images; `settings` of `ImageTransform`."""
+        preprocessing, model, root = self.config.dataset.preprocessing, self.config.model.showo, self._root_key()
+        sizes = preprocessing.resolution, model.num_vq_tokens, model.codebook_size
+        settings = {"flip": preprocessing.random_flip and self.training} | settings
+        return ImageTransform(*sizes, root=_resolved(self.params[root]) if root else None, **settings)
+
+    def transform(self, reading: Reading) -> Transform:
+        return ImageTextSample(self.images(reading), Captions(self._captions(), shorten=True))
+
+
+class T2IReader(ImageTextReader):
+    """Images to generate, with captions or the names of their classes."""
+
+    kind_key = "gen_type"
+    suffixes = {"imagenet1k": SHARDS, "t2i": SHARDS, "t2i_parquet": PARQUET}
+
+    def checks(self) -> list[Callable]:
+        names = self.params.class_names_path
+        if self.kind != "imagenet1k" or not names:
+            return super().checks()
+        return [*super().checks(), partial(expand_paths, "dataset.params.class_names_path", names)]
+
+    def files(self) -> list[str]:
+        """As ever, or the folder of an ImageNet."""
+        value = self.params[self.setting]
+        if self.kind == "imagenet1k" and isinstance(value, str) and _has_folders(resolve_path(value)):
+            return [str(resolve_path(value))]
+        return super().files()
+
+    def units(self, paths: list[str]) -> Units:
+        if Path(paths[0]).is_dir():
+            return ImageFolder(paths[0], _resolved(self.params.class_names_path))
+        return super().units(paths)
+
+
+class MmuReader(ImageTextReader):
+    """Images to understand, with captions or conversations."""
+
+    kind_key = "und_type"
+    suffixes = {"captioning": SHARDS, "captioning_parquet": PARQUET} | dict.fromkeys(LLAVA, JSON + SHARDS)
+
+    def units(self, paths: list[str]) -> Units:
+        return LlavaRecords(paths) if self.kind in LLAVA else super().units(paths)
+
+    def images(self, reading: Reading) -> ImageTransform:
+        preprocessing = self.config.dataset.preprocessing
+        flip = (preprocessing.random_flip or preprocessing.und_random_flip) and self.training
+        jitter = preprocessing.und_jitter if self.training else 0.0
+        return super().images(reading, flip=flip, jitter=jitter, processor=reading.image_processor)
+
+    def transform(self, reading: Reading) -> Transform:
+        images = self.images(reading)
+        if self.kind not in LLAVA:
+            return ImageTextSample(images, Captions(self._captions(), self.params.add_caption_prompt))
+        encode = encode_conversation
+        if self.kind == "llava_pretrain" and reading.image_processor is not None:
+            encode = encode_plain
+        elif self.config.conversation == "chat":
+            try:
+                encode = ChatFormat.of(reading.tokenizer).encode
+            except ValueError as error:
+                raise UserError(f"conversation=chat: {error}") from None
+        room = reading.text_length or self.config.dataset.preprocessing.max_seq_length
+        return LlavaSample(images, encode, reading.tokenizer, room)
+
+
+def _has_folders(path: Path) -> bool:
+    return path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
 
 
 def _resolved(path: str | None) -> str | None:

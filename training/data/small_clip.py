@@ -19,8 +19,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
+from models.checkpoint_io import quietly
 from models.clip_encoder import image_processor_class, num_features
-from models.pipeline_loading import without_loading_bars
 
 
 @dataclass
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     config = read_settings(argv, SmallClipConfig, "output_dir=outputs/tiny-clip")
     check(config)
     side = {"height": config.image_size, "width": config.image_size}
-    with without_loading_bars():
+    with quietly():
         make_tower(config).save_pretrained(config.output_dir)
     processor = image_processor_class()(size={"shortest_edge": config.image_size}, crop_size=side)
     processor.save_pretrained(config.output_dir)

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
-from training.data.batching import Batch, pack, pin, unpack
+from models.images import normalized
 from training.data.skipping import SkipCounters, Skipped, SkipSample
 from training.data.sources import Source, seed_of
 
@@ -57,6 +58,51 @@ class StreamState:
         return cls(**{renamed.get(key, key): value for key, value in content.items()})
 
 
+class Batch(list):
+    """A list of samples. `stacked[key]` is the (B, …) tensor whose rows are the samples' tensors of that key."""
+
+    def __init__(self, samples: list, stacked: dict[str, torch.Tensor] | None = None):
+        super().__init__(samples)
+        self.stacked = stacked or {}
+
+
+def stack(samples: list[dict], key: str) -> torch.Tensor:
+    """The samples' tensors of one key as (B, …), without a copy if they are rows of one tensor already."""
+    stacked = samples.stacked if isinstance(samples, Batch) else {}
+    return stacked[key] if key in stacked else torch.stack([sample[key] for sample in samples])
+
+
+def pack(samples: list) -> Any:
+    """Samples that are dictionaries → columns, in which tensors of one shape are stacked; others are unchanged.
+
+    Every tensor that a worker sends takes a file handle: with one per image, 32 workers would exhaust the usual limit
+    of a thousand. Arrays are sent by value, which is slower for large ones.
+    """
+    if not isinstance(samples[0], dict) or any(sample.keys() != samples[0].keys() for sample in samples):
+        return samples  # texts, and batches in which some samples have pixels and others codes
+    return {key: _column([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def _column(values: list) -> torch.Tensor | list:
+    if not isinstance(values[0], torch.Tensor):
+        return values
+    return torch.stack(values) if len({v.shape for v in values}) == 1 else [value.numpy() for value in values]
+
+
+def unpack(packed: Any) -> Batch:
+    """The inverse of `pack`. Images, sent as uint8, a quarter of the size, become (3, H, W) float32 in [-1, 1]."""
+    if not isinstance(packed, dict):
+        return Batch([unpack(pack([s]))[0] if isinstance(s, dict) else s for s in packed])
+    stacked = {key: column for key, column in packed.items() if isinstance(column, torch.Tensor)}
+    if "image" in stacked and stacked["image"].dtype == torch.uint8:
+        stacked["image"] = normalized(stacked["image"])
+    columns = [
+        [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in column]
+        for column in (packed | stacked).values()
+    ]
+    return Batch([dict(zip(packed, values, strict=True)) for values in zip(*columns, strict=True)], stacked)
+
+
 @dataclass
 class _Delivery:
     """Sent by a worker: a batch, the position of its stream after it, and the samples skipped on the way."""
@@ -71,7 +117,9 @@ class _Delivery:
 
     def pin_memory(self) -> "_Delivery":
         """Called by the loader's pinning thread."""
-        self.packed = pin(self.packed)
+        if isinstance(self.packed, dict):
+            tensors = {key: column for key, column in self.packed.items() if isinstance(column, torch.Tensor)}
+            self.packed |= {key: tensor.pin_memory() for key, tensor in tensors.items()}
         return self
 
 

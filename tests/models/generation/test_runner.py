@@ -1,5 +1,7 @@
 """Positions that run piece by piece give the hidden states of whole rows, over every language model (spec §7, §8)."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -159,17 +161,26 @@ def test_changes_from_outside_take_effect_in_both_loops(family, change, with_cpu
         cpu.enable(model)
     change(model)
     model.eval()
-    question = torch.tensor([[MMU, *BLOCK, 117, 3, 4, 5]])
-    expected = published.mmu_generate(model, question, max_new_tokens=20)
-    assert torch.equal(model.mmu_generate(question, max_new_tokens=20, top_k=1), expected)
+    ours = both_loops(partial(model.mmu_generate, top_k=1), model.t2i_generate)
+    theirs = both_loops(partial(published.mmu_generate, model), partial(published.t2i_generate, model))
+    assert all(map(torch.equal, ours, theirs))
+    assert not torch.equal(model(IMAGES).logits, plain(IMAGES).logits)
+
+
+def both_loops(answer, generate, num_tokens: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """New ids and image codes by these two functions."""
     ids, uncond_ids = IMAGES[:1].clone(), IMAGES[2:].clone()
     ids[:, 10:26] = MASK
     settings = {"guidance_scale": 2.0, "timesteps": 4, "temperature": 1.0}
-    schedule = {"noise_schedule": get_mask_schedule("cosine")}
-    codes = published.t2i_generate(
-        model, ids, uncond_ids, **settings, **schedule, generator=torch.Generator().manual_seed(0)
-    )
-    ours = model.t2i_generate(ids, uncond_ids, **settings, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(ours, codes)
-    before = plain(ids).logits
-    assert not torch.equal(model(ids).logits, before)
+    settings |= {"noise_schedule": get_mask_schedule("cosine"), "generator": torch.Generator().manual_seed(0)}
+    question = torch.tensor([[MMU, *BLOCK, 117, 3, 4, 5]])
+    return answer(question, max_new_tokens=num_tokens), generate(ids, uncond_ids, **settings)
+
+
+@pytest.mark.slow  # compiles the kernel with g++
+@torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # its CPU code for sizes that change does not compile
+def test_flex_attention_in_both_loops():
+    torch.compiler.reset()
+    models = [showo_of("llama", attn_implementation=form) for form in ("sdpa", "flex_attention")]
+    sdpa, flex = (both_loops(partial(model.mmu_generate, top_k=1), model.t2i_generate, 4) for model in models)
+    assert all(map(torch.equal, sdpa, flex))

@@ -1,4 +1,4 @@
-"""Schedules, one MaskGIT step and next-token sampling against versions that spell out spec §6 and §7 in loops."""
+"""Schedules, one MaskGIT step and next-token sampling; whole loops against the published one: test_image.py."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 from models import SamplingParameters, get_mask_schedule
 from models.generation import cpu, sampling
-from models.generation.sampling import gumbel_noise, halton_order, maskgit_step, sample_next
+from models.generation.sampling import gumbel_noise, halton_order, is_greedy, maskgit_step, sample_next
 
 MASK = 1000
 
@@ -35,12 +35,11 @@ def test_schedule_is_its_formula(name):
 
 
 def test_sigmoid_parameters():
-    t = torch.tensor([0.25])
-    start, end, tau = -1.0, 4.0, 0.5
-    edge_start, edge_end = torch.sigmoid(torch.tensor([start / tau])), torch.sigmoid(torch.tensor([end / tau]))
-    expected = (edge_end - torch.sigmoid((t * (end - start) + start) / tau)) / (edge_end - edge_start)
-    torch.testing.assert_close(get_mask_schedule("sigmoid", start=start, end=end, tau=tau)(t), expected)
-    assert not torch.allclose(get_mask_schedule("sigmoid")(t), expected)
+    """Spans of the same length give the same curve."""
+    times = torch.linspace(0, 1, 9)
+    found = get_mask_schedule("sigmoid", start=-1.5, end=1.5, tau=0.5)(times)
+    torch.testing.assert_close(found, get_mask_schedule("sigmoid")(times))
+    assert not torch.allclose(get_mask_schedule("sigmoid", start=-1.0)(times), found)
 
 
 @pytest.mark.parametrize("name", ["", "cos", "Cosine", "pow", "powx", "pownan", "powinf", "root"])
@@ -52,69 +51,22 @@ def test_unknown_schedule_is_named_with_the_known_ones(name):
 # ---- one MaskGIT step ----
 
 
-def plain_step(logits, image_ids, ratio, temperature, generator):
-    """spec §7, steps 2 to 5, position by position; draws in the published order."""
-    probabilities = logits.softmax(-1)
-    batch_size, num_positions, num_codes = logits.shape
-    draw = torch.multinomial(probabilities.view(-1, num_codes), 1, generator=generator).view(batch_size, num_positions)
-    uniform = torch.empty(batch_size, num_positions).uniform_(generator=generator)
-    sampled, remaining = image_ids.clone(), torch.zeros_like(image_ids, dtype=torch.bool)
-    for row in range(batch_size):
-        unknown = [i for i in range(num_positions) if image_ids[row, i] == MASK]
-        confidence = torch.empty(num_positions)
-        for i in range(num_positions):
-            probability = torch.tensor(torch.finfo(torch.float32).max)
-            if i in unknown:
-                sampled[row, i] = draw[row, i]
-                probability = probabilities[row, i, draw[row, i]].clamp(min=1e-20)
-            noise = -torch.log((-torch.log(uniform[row, i].clamp(min=1e-20))).clamp(min=1e-20))
-            confidence[i] = torch.log(probability) + temperature * noise
-        number = max(1, min(len(unknown) - 1, int(torch.floor(num_positions * ratio))))
-        cut_off = sorted(confidence.tolist())[number]
-        remaining[row] = torch.tensor([c < cut_off for c in confidence.tolist()])
-    return sampled, remaining
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_step_equals_the_plain_one(seed):
-    torch.manual_seed(seed)
-    batch_size, num_positions, num_codes = 3, 12, 7
-    logits = 3 * torch.randn(batch_size, num_positions, num_codes)
-    image_ids = torch.randint(0, num_codes, (batch_size, num_positions))
-    image_ids[torch.rand(batch_size, num_positions) < seed / 19] = MASK
-    ratio, temperature = torch.rand(()), float(2 * torch.rand(()))
-    results = [
-        function(generator=torch.Generator().manual_seed(seed))
-        for function in (
-            lambda generator: plain_step(logits, image_ids, ratio, temperature, generator),
-            lambda generator: maskgit_step(
-                logits, image_ids, MASK, mask_ratio=ratio, temperature=temperature, generator=generator
-            ),
-        )
-    ]
-    for plain, ours in zip(*results, strict=True):
-        assert torch.equal(ours, plain)
-
-
 @pytest.mark.parametrize("module", [sampling, cpu])
 @pytest.mark.parametrize("seed", range(8))
 def test_logits_at_unknown_positions_are_enough(seed, module):
-    """The same codes from the same random numbers, by both functions; 50 positions are more than one chunk."""
-    torch.manual_seed(seed)
+    """The same codes from the same random numbers as with all logits; 50 positions are more than one chunk."""
     logits, image_ids = 3 * torch.randn(3, 50, 7), torch.randint(0, 7, (3, 50))
     unknown = torch.rand(3, 50) < (seed + 1) / 10
     image_ids[unknown] = MASK
     positions = unknown.int().argsort(dim=1, descending=True, stable=True)[:, : int(unknown.sum(1).max())]
     positions = positions.sort(1).values
+    at_positions = {"positions": positions, "multinomial_at": module.multinomial_at}
+    settings = {"mask_ratio": torch.tensor(0.4), "temperature": 1.0}
     generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
-    expected = plain_step(logits, image_ids, torch.tensor(0.4), 1.0, generators[0])
-    settings = {"mask_ratio": torch.tensor(0.4), "temperature": 1.0, "positions": positions}
-    settings["multinomial_at"] = module.multinomial_at
-    at_positions = logits.gather(1, positions[..., None].expand(-1, -1, 7))
-    for plain, ours in zip(
-        expected, maskgit_step(at_positions, image_ids, MASK, **settings, generator=generators[1]), strict=True
-    ):
-        assert torch.equal(ours, plain)
+    expected = maskgit_step(logits, image_ids, MASK, **settings, generator=generators[0])
+    logits = logits.gather(1, positions[..., None].expand(-1, -1, 7))
+    found = maskgit_step(logits, image_ids, MASK, **settings, **at_positions, generator=generators[1])
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     follow = [torch.rand(4, generator=generator) for generator in generators]
     assert torch.equal(*follow)  # as many numbers were taken, so the next draw of a run is the published one, too
 
@@ -157,18 +109,23 @@ def test_gumbel_noise():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("call", "values", "message"),
     [
-        ({"refresh_every": 0}, "refresh_every is 0"),
-        ({"guidance_start": -0.1}, "guidance_start"),
-        ({"guidance_stop": 1.1}, "guidance_stop"),
-        ({"guidance_start": 0.6, "guidance_stop": 0.5}, "0.6 and 0.5"),
-        ({"order": "random"}, "order is 'random', expected confidence or halton"),
+        (SamplingParameters, {"refresh_every": 0}, "refresh_every is 0"),
+        (SamplingParameters, {"guidance_start": -0.1}, "guidance_start"),
+        (SamplingParameters, {"guidance_stop": 1.1}, "guidance_stop"),
+        (SamplingParameters, {"guidance_start": 0.6, "guidance_stop": 0.5}, "0.6 and 0.5"),
+        (SamplingParameters, {"order": "random"}, "order is 'random', expected confidence or halton"),
+        (halton_order, {"num_positions": 15}, "square images, not 15"),
+        (is_greedy, {"temperature": -0.1}, "temperature is -0.1"),
+        (is_greedy, {"top_k": 0}, "top_k is 0"),
+        (is_greedy, {"top_p": 0.0}, "top_p is 0.0"),
+        (is_greedy, {"top_p": 1.5}, "top_p is 1.5"),
     ],
 )
-def test_values_out_of_range(values, message):
+def test_values_out_of_range(call, values, message):
     with pytest.raises(ValueError, match=message):
-        SamplingParameters(**values)
+        call(**values)
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 8, 16, 32])
@@ -184,11 +141,6 @@ def test_the_first_points_of_halton():
     """(1/2, 1/3), (1/4, 2/3), (3/4, 1/9), (1/8, 4/9) on a grid of four."""
     order = halton_order(16).view(4, 4)
     assert [order[2, 1], order[1, 2], order[3, 0], order[0, 1]] == [0, 1, 2, 3]
-
-
-def test_halton_needs_a_square():
-    with pytest.raises(ValueError, match="square images, not 15"):
-        halton_order(15)
 
 
 def test_a_step_in_a_given_order():
@@ -226,22 +178,13 @@ def brute_force(logits: list[float], temperature: float, top_k: int | None, top_
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [
-        (1.0, None, None),
-        (0.5, None, None),
-        (2.0, 3, None),
-        (1.0, None, 0.7),
-        (0.7, 4, 0.8),
-        (1.5, 99, 0.4),
-        (1.0, 3, 1.0),
-    ],
+    [(0.5, None, None), (2.0, 3, None), (1.0, None, 0.7), (0.7, 4, 0.8), (1.5, 99, 0.4), (1.0, 3, 1.0)],
 )
 def test_distribution(temperature, top_k, top_p):
     logits = torch.tensor([[0.3, 2.0, -1.0, 1.2, 0.0, -3.0, 1.9], [5.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.5]])
     draws = 20_000
-    tokens = sample_next(logits.repeat_interleave(draws, 0), temperature=temperature, top_k=top_k, top_p=top_p).view(
-        2, draws
-    )
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    tokens = sample_next(logits.repeat_interleave(draws, 0), **settings).view(2, draws)
     for row in range(2):
         expected = brute_force(logits[row].tolist(), temperature, top_k, top_p)
         frequency = tokens[row].bincount(minlength=7) / draws
@@ -255,17 +198,3 @@ def test_distribution(temperature, top_k, top_p):
 def test_greedy(settings):
     logits = torch.randn(50, 30)
     assert torch.equal(sample_next(logits, **settings), logits.argmax(-1))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.5}, "top_p is 1.5"),
-    ],
-)
-def test_settings_out_of_range(settings, message):
-    with pytest.raises(ValueError, match=message):
-        sample_next(torch.randn(2, 5), **settings)

@@ -55,10 +55,8 @@ def padded(prompts: list[list[int]], side: str) -> torch.Tensor:
 
 def plain_answer(model, prompt, num_tokens, stops=(), features=None):
     """The published loop of a single row."""
-    ids = torch.tensor([prompt])
-    return published.mmu_generate(model, ids, max_new_tokens=num_tokens, eot_token=stops, image_features=features)[
-        0
-    ].tolist()
+    settings = {"max_new_tokens": num_tokens, "eot_token": stops, "image_features": features}
+    return published.mmu_generate(model, torch.tensor([prompt]), **settings)[0].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +80,6 @@ def test_answers_of_a_batch_are_those_of_its_rows(family, implementation, side):
     assert model.mmu_generate(ids, max_new_tokens=8, top_k=1).tolist() == answers
     alone = [model.mmu_generate(torch.tensor([prompt]), max_new_tokens=8, top_k=1)[0].tolist() for prompt in PROMPTS]
     assert alone == answers
-
-
-@pytest.mark.slow
-@torch._dynamo.config.patch(automatic_dynamic_shapes=False)  # its CPU code for sizes that change does not compile
-@pytest.mark.parametrize("family", ["phi", "llama"])
-def test_flex_attention_gives_the_same_answers(family):
-    torch.compiler.reset()
-    answers = [
-        showo_of(family, attn_implementation=form).mmu_generate(padded(PROMPTS[:2], "left"), max_new_tokens=4, top_k=1)
-        for form in ("sdpa", "flex_attention")
-    ]
-    assert torch.equal(*answers)
 
 
 @pytest.mark.slow
@@ -122,17 +108,13 @@ def test_rows_stop_by_themselves(model, answers):
     assert new_ids.tolist() == [row + [PAD] * (longest - len(row)) for row in expected]
 
 
-@pytest.mark.parametrize("eot_token", ["int", "list", "tuple", "tensor", "scalar tensor"])
-def test_all_stopped_ends_the_loop(model, answers, eot_token):
-    stop = answers[0][2]
-    eot = {"int": stop, "list": [stop], "tuple": (1, stop)}.get(eot_token, torch.tensor([stop]))
-    eot = eot[0] if eot_token == "scalar tensor" else eot
+def test_all_stopped_ends_the_loop(model, answers):
+    stop, ids = answers[0][2], torch.tensor(PROMPTS[:1])
     expected = plain_answer(model, PROMPTS[0], 12, [stop])
-    seen = []
-    new_ids = model.mmu_generate(
-        torch.tensor(PROMPTS[:1]), max_new_tokens=12, top_k=1, eot_token=eot, callback=seen.append
-    )
-    assert new_ids.tolist() == [expected] and len(seen) == len(expected) < 12
+    for eot_token in (stop, [stop], (1, stop), torch.tensor([stop]), torch.tensor(stop)):
+        seen = []
+        settings = {"max_new_tokens": 12, "top_k": 1, "eot_token": eot_token, "callback": seen.append}
+        assert model.mmu_generate(ids, **settings).tolist() == [expected] and len(seen) == len(expected) < 12
 
 
 def test_the_cache_is_released_however_an_answer_ends(model, answers, monkeypatch):
@@ -162,11 +144,10 @@ def test_a_prompt_of_padding_is_refused(model):
         model.mmu_generate(torch.tensor([[117, 3], [PAD, PAD]]), max_new_tokens=2)
 
 
-@pytest.mark.parametrize("max_new_tokens", [0, 1])
-def test_few_tokens(model, answers, max_new_tokens):
-    new_ids = model.mmu_generate(padded(PROMPTS, "left"), max_new_tokens=max_new_tokens, top_k=1)
-    assert new_ids.tolist() == [row[:max_new_tokens] for row in answers]
-    assert new_ids.dtype == torch.int64
+def test_few_tokens(model, answers):
+    for count in (0, 1):
+        new_ids = model.mmu_generate(padded(PROMPTS, "left"), max_new_tokens=count, top_k=1)
+        assert new_ids.tolist() == [row[:count] for row in answers] and new_ids.dtype == torch.int64
 
 
 def test_sampling_uses_the_generator(model):
@@ -182,27 +163,35 @@ def feature_prompt(num_features: int, text: list[int], system: tuple[int, ...] =
     return [MMU, *system, SOI, *[IMAGE_FEATURE_ID] * num_features, EOI, *text]
 
 
-def test_answers_from_features_batched(clip_model):
-    features = torch.randn(3, 9, CLIP_SIZE, generator=seeded(4))
-    prompts = [feature_prompt(9, [3, 4, 5]), feature_prompt(9, [6], (50, 51)), feature_prompt(9, [7, 8, 9, 10, 11])]
-    expected = [plain_answer(clip_model, p, 8, features=f[None]) for p, f in zip(prompts, features, strict=True)]
+TWO_IMAGES = [MMU, *(feature_prompt(9, [])[1:] * 2), 3, 4]
+WITH_FEATURES = {
+    "one image each": [feature_prompt(9, [3, 4, 5]), feature_prompt(9, [6], (50, 51)), feature_prompt(9, [7, 8, 9])],
+    "two, none, one": [TWO_IMAGES, [117, 50, 51], feature_prompt(9, [6, 7])],
+    "after the common prefix": [TWO_IMAGES, [*feature_prompt(9, [117, 5]), *feature_prompt(9, [117])[1:]]],
+    "the same for all": [feature_prompt(9, question, (20, 21)) for question in ([117, 3, 4], [117, 3], [117, 3, 9])],
+    "others in the same places": [feature_prompt(9, question, (20, 21)) for question in ([117, 3, 4], [117, 3, 9])],
+}
+
+
+@pytest.mark.parametrize("case", WITH_FEATURES)
+def test_answers_from_features(clip_model, case):
+    """Those of single rows; features that all rows share are encoded once, with the text that is the same."""
+    prompts = WITH_FEATURES[case]
+    counts = [prompt.count(IMAGE_FEATURE_ID) // 9 for prompt in prompts]
+    features = torch.randn(sum(counts), 9, CLIP_SIZE, generator=seeded(4))
+    if case == "the same for all":
+        features[:] = features[0]
+    elif case == "after the common prefix":
+        features[2] = features[0]
+    rows = Prompts.of(padded(prompts, "right"), None, clip_model.vocabulary, features)
+    assert rows.shared == (3 + 11 + 1 if case == "the same for all" else 0)
+    own = [part if len(part) else None for part in features.split(counts)]
+    expected = [plain_answer(clip_model, prompt, 6, features=f) for prompt, f in zip(prompts, own, strict=True)]
     for side in ("left", "right"):
-        new_ids = clip_model.mmu_generate(padded(prompts, side), image_features=features, max_new_tokens=8, top_k=1)
+        new_ids = clip_model.mmu_generate(padded(prompts, side), image_features=features, max_new_tokens=6, top_k=1)
         assert new_ids.tolist() == expected
-    swapped = clip_model.mmu_generate(
-        padded(prompts, "left"), image_features=features.flip(0), max_new_tokens=8, top_k=1
-    )
-    assert swapped.tolist() != expected
-
-
-def test_rows_with_and_without_features(clip_model):
-    features = torch.randn(3, 9, CLIP_SIZE, generator=seeded(4))
-    two_images = [MMU, *(feature_prompt(9, [])[1:] * 2), 3, 4]
-    prompts = [two_images, [117, 50, 51], feature_prompt(9, [6, 7])]
-    own = [features[:2], None, features[2:]]
-    expected = [plain_answer(clip_model, p, 6, features=f) for p, f in zip(prompts, own, strict=True)]
-    new_ids = clip_model.mmu_generate(padded(prompts, "right"), image_features=features, max_new_tokens=6, top_k=1)
-    assert new_ids.tolist() == expected
+    other = clip_model.mmu_generate(padded(prompts, "left"), image_features=-features, max_new_tokens=6, top_k=1)
+    assert other.tolist() != expected
 
 
 # ---- a common prefix ----
@@ -210,8 +199,6 @@ def test_rows_with_and_without_features(clip_model):
 
 IMAGE = [SOI, *range(OFFSET, OFFSET + N), EOI]
 OTHER = [SOI, *range(OFFSET + 1, OFFSET + N + 1), EOI]
-FEATURES = 5
-SEEN = [SOI, *[IMAGE_FEATURE_ID] * FEATURES, EOI]
 
 
 def recorded(monkeypatch) -> list[tuple[int, int]]:
@@ -241,14 +228,9 @@ COMMON = {
 
 @pytest.mark.parametrize("case", COMMON)
 def test_the_common_prefix(model, case):
+    """Answers are those of single rows, also where rows share nothing."""
     prompts, shared = COMMON[case]
     assert Prompts.of(padded(prompts, "right"), None, model.vocabulary).shared == shared
-
-
-@pytest.mark.parametrize("case", COMMON)
-def test_answers_are_those_of_single_rows(model, case):
-    """Also where rows share nothing."""
-    prompts = COMMON[case][0]
     alone = [model.mmu_generate(torch.tensor([prompt]), max_new_tokens=8, top_k=1)[0].tolist() for prompt in prompts]
     assert model.mmu_generate(padded(prompts, "right"), max_new_tokens=8, top_k=1).tolist() == alone
 
@@ -257,31 +239,6 @@ def test_an_image_is_encoded_once_for_all_questions(model, monkeypatch):
     passes = recorded(monkeypatch)
     model.mmu_generate(padded(COMMON["one image"][0], "right"), max_new_tokens=3, top_k=1)
     assert passes == [(1, 1 + len(IMAGE) + 2), (3, 4), (3, 1), (3, 1)]
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_features_are_shared_only_if_they_are_the_same(clip_model, same):
-    prompts = [[MMU, 20, 21, *SEEN, *question] for question in QUESTIONS]
-    features = torch.randn(3, FEATURES, 24, generator=torch.Generator().manual_seed(0))
-    features = features[:1].repeat(3, 1, 1) if same else features
-    rows = Prompts.of(padded(prompts, "right"), None, clip_model.vocabulary, features)
-    assert rows.shared == (3 + len(SEEN) + 2 if same else 0)
-    answers = clip_model.mmu_generate(padded(prompts, "right"), image_features=features, max_new_tokens=6, top_k=1)
-    for prompt, image, answer in zip(prompts, features, answers, strict=True):
-        ids = torch.tensor([prompt])
-        alone = clip_model.mmu_generate(ids, image_features=image[None], max_new_tokens=6, top_k=1)
-        assert torch.equal(alone[0], answer)
-
-
-def test_an_image_after_the_common_prefix_is_not_shared(clip_model):
-    prompts = [[MMU, *SEEN, *SEEN, 117], [MMU, *SEEN, 117, 5, *SEEN, 117]]
-    features = torch.randn(4, FEATURES, 24, generator=torch.Generator().manual_seed(0))
-    features[2] = features[0]
-    answers = clip_model.mmu_generate(padded(prompts, "right"), image_features=features, max_new_tokens=5, top_k=1)
-    for index, prompt in enumerate(prompts):
-        own, ids = features[2 * index : 2 * index + 2], torch.tensor([prompt])
-        alone = clip_model.mmu_generate(ids, image_features=own, max_new_tokens=5, top_k=1)
-        assert torch.equal(alone[0], answers[index])
 
 
 def test_a_mask_of_ones_own(model):
@@ -308,12 +265,8 @@ def test_a_draft_repeats_the_last_occurrence():
     assert lookup.draft(10) == [9, 2, 3]
     lookup.add(77)
     assert lookup.draft(10) == []
-
-
-def test_image_features_are_never_drafted():
-    """They have no id that a step could embed."""
-    lookup = PromptLookup([7, 8, 119, IMAGE_FEATURE_ID, IMAGE_FEATURE_ID, 9, 7, 8], 15)
-    assert lookup.draft(10) == [119]
+    # image features have no id that a step could embed
+    assert PromptLookup([7, 8, 119, IMAGE_FEATURE_ID, IMAGE_FEATURE_ID, 9, 7, 8], 15).draft(10) == [119]
 
 
 def test_drafts_grow_when_accepted_and_shrink_when_not():
@@ -351,20 +304,15 @@ def test_drafts_change_no_token(settings, implementation, monkeypatch):
         assert max(n for _, n in passes) > 3
 
 
-def test_drafts_stop_at_the_end_token_and_stream_one_by_one(model):
+def test_drafts_end_where_the_answer_ends(model):
+    """At the end token and at the last token that was asked for; tokens are streamed one by one."""
     prompt = torch.tensor([[MMU, *IMAGE, 117, 3, 4]])
-    whole = model.mmu_generate(prompt, max_new_tokens=40, top_k=1)[0].tolist()
-    stop = whole[30]
+    whole = model.mmu_generate(prompt, max_new_tokens=40, top_k=1, max_draft=0)[0].tolist()
     seen = []
-    ids = model.mmu_generate(prompt, max_new_tokens=40, top_k=1, eot_token=stop, callback=seen.append)
-    assert ids[0].tolist() == whole[: whole.index(stop) + 1] == [int(token) for token in seen]
-
-
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_drafts_never_pass_the_end(model, count):
-    prompt = torch.tensor([[117, *[3, 4, 5] * 6]])
-    whole = model.mmu_generate(prompt, max_new_tokens=40, top_k=1, max_draft=0)
-    assert torch.equal(model.mmu_generate(prompt, max_new_tokens=count, top_k=1), whole[:, :count])
+    ids = model.mmu_generate(prompt, max_new_tokens=40, top_k=1, eot_token=whole[30], callback=seen.append)
+    assert ids[0].tolist() == whole[: whole.index(whole[30]) + 1] == [int(token) for token in seen]
+    for count in (1, 2, 35):
+        assert model.mmu_generate(prompt, max_new_tokens=count, top_k=1)[0].tolist() == whole[:count]
 
 
 def test_no_drafts_in_half_precision(monkeypatch):

@@ -1,0 +1,1 @@
+"""Worked examples: data sets and what is made with them."""

@@ -1,0 +1,1 @@
+"""The emoji world, the training set of the small default."""

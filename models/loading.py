@@ -1,0 +1,310 @@
+"""Finds, checks and loads a Show-o and its parts, the same way for the pipeline, the scripts, evaluation and training.
+
+A part is named by a folder, relative to the current folder or else to the repository, or by a hub name. Settings and
+configurations are checked before any weights are read, and nothing that a checkpoint holds is executed.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from common.config import resolve_path
+from common.errors import UserError
+from common.schema import ShowoSection
+from llava import QuestionFormat
+from models.backbones import DEFAULT_LLM
+from models.checkpoint_io import CHECKPOINT_FILES, TOKENIZER_FILES, read_json, resolve_folder
+from models.clip_encoder import CLIP_VIT_L_336, CLIPVisionTower, read_clip_config
+from models.generation import cpu
+from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
+from models.modeling_showo import Showo, ShowoConfig
+from models.prompting import UniversalPrompting
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED_VQ = "showlab/magvitv2"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VOCABULARY_SIZES = ("vocab_size", "llm_vocab_size", "num_new_special_tokens", "codebook_size")
+
+
+# ---- where to find and to run it ----
+
+
+def located(name: str | Path) -> str:
+    """Resolves an existing path as the scripts do (current folder, then repository); returns other names unchanged."""
+    path = resolve_path(name)
+    return str(path if path.exists() else name)
+
+
+def find_folder(name: str | Path | None, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
+    """The folder of a part; `files` of a hub name are downloaded first. `UserError` if there is none."""
+    if not name:
+        raise UserError("model.showo.pretrained_model_path is not given; set it to a checkpoint folder or a hub name")
+    return resolve_folder(located(name), files)
+
+
+def choose_device(name: str | torch.device | None) -> torch.device:
+    """The named device; by default a GPU if there is one. Raises `UserError` if it cannot be used."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device={name} cannot be used ({_reason(error)}); give cpu, or cuda on a machine with a GPU"
+        ) from None
+    return device
+
+
+def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype of this name; by default bf16 on a GPU and fp32 elsewhere."""
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name] if isinstance(name, str) else name
+
+
+# ---- whether the sizes fit ----
+
+
+def check_sizes(showo: ShowoSection, resolution: int, vq_model_name: str) -> None:
+    """Checks that need the settings alone, so that they come before any download; `UserError` if sizes do not fit."""
+    _new_config(showo, VOCABULARY_SIZES)
+    published = MAGVITv2Config().downsampling_factor if vq_model_name == PUBLISHED_VQ else None
+    _check_resolution(resolution, showo.num_vq_tokens, published)
+
+
+def check_image_tokenizer(
+    name: str, sizes: ShowoSection | ShowoConfig, resolution: int | None = None, *, more_codes: bool = False
+) -> None:
+    """Compares the configuration of an image tokenizer with the sizes of the model.
+
+    Args:
+        resolution: of the images; None: any.
+        more_codes: whether it may have codes that the model does not know, which only decoding never meets.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    config = MAGVITv2._read_config(find_folder(name), {})
+    if config.codebook_size < sizes.codebook_size or config.codebook_size > sizes.codebook_size and not more_codes:
+        raise UserError(
+            f"model.vq_model.vq_model_name={name} has {config.codebook_size} codes, but model.showo.codebook_size is "
+            f"{sizes.codebook_size}; give the image tokenizer that the model was trained with"
+        )
+    if config.codebook_size > sizes.codebook_size:
+        logger.warning("%s has more codes than the model's %d", name, sizes.codebook_size)
+    if resolution is not None:
+        _check_resolution(resolution, sizes.num_vq_tokens, config.downsampling_factor)
+
+
+def _check_resolution(resolution: int, num_vq_tokens: int, factor: int | None) -> None:
+    """`factor`: pixels per token along one side; None: not known yet."""
+    side = math.isqrt(max(num_vq_tokens, 0))
+    if side < 2 or side**2 != num_vq_tokens:
+        raise UserError(f"model.showo.num_vq_tokens is {num_vq_tokens}, expected a square such as 256 or 1024")
+    if factor is not None and side * factor != resolution:
+        raise UserError(
+            f"dataset.preprocessing.resolution={resolution} does not match model.showo.num_vq_tokens={num_vq_tokens}: "
+            f"with {factor} x {factor} pixels per token they make {side * factor} x {side * factor} pixels"
+        )
+
+
+def _new_config(section: ShowoSection, keys: Sequence[str], **settings) -> ShowoConfig:
+    """A configuration with these keys of a section; `UserError` if sizes do not fit, or the language model does not."""
+    try:
+        return ShowoConfig(**{key: getattr(section, key) for key in keys}, **settings)
+    except (ValueError, OSError) as error:
+        raise UserError(f"model.showo: {_reason(error)}") from error
+
+
+# ---- the parts ----
+
+
+def load_text_tokenizer(
+    name: str | None, llm_vocab_size: int, max_text_len: int = 128, *, cond_dropout_prob: float = 0.1
+) -> UniversalPrompting:
+    """The text tokenizer of a language model, with Show-o's special tokens added.
+
+    Args:
+        name: of the language model; default: the published one.
+        llm_vocab_size: ids it must have; with another number all special and image ids would shift.
+        max_text_len, cond_dropout_prob: see `UniversalPrompting`.
+
+    Raises:
+        UserError: there is no such tokenizer, it is unusable, or has another number of ids.
+    """
+    name = name or DEFAULT_LLM
+    folder = find_folder(name, TOKENIZER_FILES)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        prompting = UniversalPrompting(tokenizer, max_text_len, cond_dropout_prob=cond_dropout_prob)
+    except Exception as error:  # missing files and broken JSON raise a dozen unrelated classes
+        raise UserError(
+            f"model.showo.llm_model_path={name} holds no usable tokenizer ({_reason(error)}); copy its tokenizer files "
+            "again"
+        ) from error
+    found = prompting.vocabulary.llm_vocab_size
+    if found != llm_vocab_size:
+        raise UserError(
+            f"the tokenizer in model.showo.llm_model_path={name} has {found} tokens, but model.showo.llm_vocab_size is "
+            f"{llm_vocab_size}; give the tokenizer that the model was trained with, or to a new model its number"
+        )
+    return prompting
+
+
+def load_image_tokenizer(name: str, weights_file: str | None = None) -> MAGVITv2:
+    """The image tokenizer in fp32, frozen, with the weights of its folder or those of `weights_file`.
+
+    Raises:
+        UserError: there is no such tokenizer or file, or the weights do not fit.
+    """
+    file = weights_file and located(weights_file)
+    return MAGVITv2.from_pretrained(find_folder(name), weights_file=file).requires_grad_(False)
+
+
+def load_clip(name: str, feature_size: int) -> CLIPVisionTower:
+    """The CLIP vision tower in fp32; `UserError` if it is unusable, or its features are not as wide as they must be."""
+    width = clip_feature_size(name)
+    if width != feature_size:
+        raise UserError(
+            f"model.clip_vit_name={name} has features of size {width}, but the checkpoint expects {feature_size}; "
+            f"the published one is {CLIP_VIT_L_336}"
+        )
+    try:
+        return CLIPVisionTower(find_folder(name))
+    except Exception as error:  # damaged files raise a dozen unrelated classes
+        raise UserError(f"model.clip_vit_name={name} holds no readable CLIP vision model ({_reason(error)})") from error
+
+
+def clip_feature_size(name: str) -> int:
+    """Width of the features, from the configuration alone; `UserError` if there is no CLIP (vision) model."""
+    folder = find_folder(name)
+    if (kind := read_json(folder / "config.json").get("model_type")) not in ("clip", "clip_vision_model"):
+        raise UserError(f"model.clip_vit_name={name} holds a {kind!r} model, expected a CLIP (vision) model")
+    return read_clip_config(folder).hidden_size
+
+
+def initial_showo(
+    section: ShowoSection,
+    start: str | Path | None = None,
+    *,
+    clip_vit_name: str = CLIP_VIT_L_336,
+    attn_implementation: str = "sdpa",
+) -> Showo:
+    """The model that a training starts from, in fp32: a checkpoint, a language model's weights, or random weights.
+
+    Args:
+        section: sizes, and what to start from: the weights of `llm_model_path`, those of `pretrained_model_path`, or
+            (without a path) random ones.
+        start: a checkpoint that takes precedence over the section's; also a folder whose `unwrapped_model/` is one.
+        clip_vit_name: with `w_clip_vit`, the tower whose features the projector takes.
+
+    Raises:
+        UserError: the weights are missing or do not match the sizes.
+    """
+    llm = section.llm_model_path or DEFAULT_LLM
+    settings: dict[str, Any] = {"attn_implementation": attn_implementation}
+    if section.w_clip_vit:
+        settings["clip_feature_size"] = clip_feature_size(clip_vit_name)
+    keys = (*VOCABULARY_SIZES, "num_vq_tokens", "w_clip_vit", "qk_norm")
+    config = _new_config(section, keys, llm_model_path=located(llm), **settings)
+    config.llm_model_path = llm  # as given, so that no absolute path is saved
+    if start is None and not section.load_from_showo:
+        return Showo.from_llm(config, located(llm))
+    start = start or section.pretrained_model_path
+    if start is None:
+        return Showo(config)
+    folder = located(start)
+    if (weights := Path(folder, "unwrapped_model")).is_dir():
+        folder = str(weights)
+    # Faithful: the CLIP-ViT branch may start from a checkpoint trained on image codes, without a projector (spec §12).
+    allowed = ("mm_projector.",) if section.w_clip_vit else ()
+    return Showo.from_pretrained(folder, config=config, allow_missing=allowed)
+
+
+# ---- the parts of a pipeline ----
+
+
+def find_parts(name_or_path: str | Path) -> dict[str, str]:
+    """Names for `load_parts`: of a Showo checkpoint, or of the sub-folders `showo/`, `magvitv2/`, `llm/`, `clip/`."""
+    folder = Path(located(name_or_path)).expanduser()
+    if not (folder / "showo").is_dir():
+        return {"showo": str(name_or_path)}
+    parts = {"showo": "showo", "vq_model": "magvitv2", "llm": "llm", "clip": "clip"}
+    return {key: str(folder / part) for key, part in parts.items() if (folder / part).is_dir()}
+
+
+def load_parts(
+    showo: str | None,
+    *,
+    vq_model: str = PUBLISHED_VQ,
+    llm: str | None = None,
+    clip: str = CLIP_VIT_L_336,
+    vq_weights: str | None = None,
+    max_seq_length: int = 128,
+    resolution: int | None = None,
+    section: ShowoSection | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str = "sdpa",
+    compile: bool = False,
+    cpu_kernels: bool = True,
+    conversation: str = "vicuna",
+) -> dict[str, Any]:
+    """Loads the arguments of `ShowoPipeline`: `model`, `vq_model`, `prompting`, `resolution`, `clip`, `conversation`.
+
+    Args:
+        showo, vq_model, clip: names of the parts; `clip` is used with `w_clip_vit` only.
+        llm: of the text tokenizer and the language model's config; default: as named by the Showo checkpoint.
+        vq_weights: a file whose weights replace those of `vq_model`.
+        section: settings whose sizes must be those of the checkpoint.
+        device, dtype: see `choose_device` and `choose_dtype`; the dtype is that of `model` alone.
+        compile, cpu_kernels: see `Showo.compile_steps` and `models/generation/cpu.py`; the first excludes the second.
+
+    Raises:
+        UserError: a part is missing, broken, or does not match the others.
+    """
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    folder = find_folder(showo)
+    config = Showo._read_config(folder, {"llm_model_path": located(llm)} if llm else {})
+    if section is not None:
+        _check_section(section, folder, config)
+    prompting = load_text_tokenizer(config.llm_model_path, config.llm_vocab_size, max_seq_length)
+    try:
+        QuestionFormat.of(conversation, prompting.tokenizer, config.w_clip_vit)
+    except ValueError as error:
+        raise UserError(f"conversation={conversation}: {error}") from None
+    check_image_tokenizer(vq_model, section or config, resolution, more_codes=True)
+    tower = load_clip(clip, config.clip_feature_size).to(device) if config.w_clip_vit else None
+    tokenizer = load_image_tokenizer(vq_model, vq_weights).to(device)
+    settings = {"dtype": dtype, "attn_implementation": attn_implementation}
+    model = Showo.from_pretrained(folder, config=config, **settings).to(device)
+    if compile:
+        model.compile_steps()
+    elif cpu_kernels and device.type == "cpu":
+        cpu.enable(model)
+    parts = {"model": model, "vq_model": tokenizer, "prompting": prompting, "clip": tower}
+    return parts | {"resolution": resolution, "conversation": conversation}
+
+
+def _check_section(section: ShowoSection, folder: Path, config: ShowoConfig) -> None:
+    for key in (*VOCABULARY_SIZES, "w_clip_vit"):
+        given, stored = getattr(section, key), getattr(config, key)
+        if given != stored:
+            raise UserError(
+                f"model.showo.{key} is {given}, but the checkpoint {folder} has {stored}; use the checkpoint's value, "
+                "or another checkpoint"
+            )
+    if config.num_vq_tokens != section.num_vq_tokens:
+        logger.warning(
+            "%s was trained with %d image tokens, not %d", folder, config.num_vq_tokens, section.num_vq_tokens
+        )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,169 @@
+"""Show-o: rows of several flows in one batch; for understanding, image codes or CLIP-ViT features (spec §2, §5, §6)."""
+
+from pathlib import Path
+
+import torch
+
+from common.config import TrainingConfig
+from common.inputs import read_prompts
+from models import Showo
+from models.loading import check_image_tokenizer, initial_showo, load_image_tokenizer, load_text_tokenizer
+from training.batches import FLOWS, BatchBuilder, OmniBatch, flow_readers
+from training.data.flows import FlowReader, Reading, check_data, check_tokenizer
+from training.metrics import Sums
+from training.optimization import enable_gradient_checkpointing
+from training.packing import PACKED_SDPA
+from training.samples import GENERATED_PANEL, PREDICTED_PANEL, generate_images, predict_masked
+from training.tasks import Outcome, Panel, Task
+from training.trainable import choose_trainable
+from training.understanding import ClipVitUnderstanding, VqUnderstanding
+
+BUCKETS = 5  # of the mask ratio: 0.0-0.2, … 0.8-1.0
+
+
+class ShowoTask(Task):
+    """The published objective: weighted losses of the flows in `FLOWS`."""
+
+    settings = TrainingConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        branch = ClipVitUnderstanding if config.model.showo.w_clip_vit else VqUnderstanding
+        self.understanding = branch(config)
+        check_data([*self.readers("train"), *self.readers("eval")])
+        self.understanding.open()
+        self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
+        showo, dropout = config.model.showo, config.training.cond_dropout_prob
+        self.prompting = load_text_tokenizer(
+            showo.llm_model_path,
+            showo.llm_vocab_size,
+            config.dataset.preprocessing.max_seq_length,
+            cond_dropout_prob=dropout,
+        )
+
+    def readers(self, split: str) -> list[FlowReader]:
+        return flow_readers(self.config, split)
+
+    def reading(self, process: int, num_processes: int) -> Reading:
+        understanding, prompting = self.understanding, self.prompting
+        return Reading(
+            process,
+            num_processes,
+            prompting.tokenizer,
+            understanding.image_processor,
+            understanding.text_length(self.config, prompting),
+            end_together=self.config.dataset.combined_loader_mode == "min_size",
+        )
+
+    def load(self) -> None:
+        section, resolution = self.config.model.vq_model, self.config.dataset.preprocessing.resolution
+        check_image_tokenizer(section.vq_model_name, self.config.model.showo, resolution)
+        self.vq_model = load_image_tokenizer(section.vq_model_name, section.pretrained_model_path).to(self.device)
+        if self.config.training.vq_compile:
+            self.vq_model.encoder.compile()
+        check_tokenizer([*self.readers("train"), *self.readers("eval")], self.vq_model)
+
+    def make_model(self, start: Path | None) -> Showo:
+        attention, clip = self.config.attn_implementation, self.config.model.clip_vit_name
+        if self.config.dataset.packing and attention == "sdpa":
+            attention = PACKED_SDPA  # sample by sample
+        start = start or self.config.experiment.init_from
+        model = initial_showo(self.config.model.showo, start, clip_vit_name=clip, attn_implementation=attention)
+        model.train()
+        if self.config.model.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        return model
+
+    def choose_trainable(self, model: Showo) -> dict[str, int]:
+        old_rows = choose_trainable(model, self.config.training.trainable)
+        self.understanding.attach(model, self.device)
+        return old_rows
+
+    def prepare(self, model: Showo) -> None:
+        parts = self.prompting, self.vq_model, self.understanding, self.device
+        self.builder = BatchBuilder.of(self.config, model.vocabulary, *parts)
+
+    def make_batch(self, samples: dict[str, list]) -> OmniBatch:
+        return self.builder(samples)
+
+    def outcome(self, forward, batch: OmniBatch) -> Outcome:
+        out = forward(**batch.forward_arguments())
+        present = [name for name, rows in batch.rows.items() if rows]
+        sums: dict[str, torch.Tensor | int] = {
+            "samples": sum(batch.rows.values()),
+            "tokens": batch.num_positions,
+            "used": batch.num_used,
+            "unpacked": batch.input_ids.numel(),
+        }
+        nothing = torch.zeros((), device=batch.input_ids.device)
+        for name in present:  # the same names on every process, also if one has nothing to supervise
+            sums[f"loss_{name}"] = out.losses[name]
+            sums |= {key: out.statistics.get(key, nothing) for key in (f"correct_{name}", f"supervised_{name}")}
+        if batch.mask_prob is not None:
+            sums["mask_prob"] = batch.mask_prob.mean()
+            sums["buckets"] = by_mask_ratio(batch.mask_prob, out.statistics["row_loss_t2i"])
+        return Outcome(out.loss, {name: out.losses[name] for name in present}, sums)
+
+    def summary(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        batches, names = sums["batches"].item(), [name for name in FLOWS if f"loss_{name}" in sums]
+        values = {f"step_loss_{name}": sums[f"loss_{name}"].item() / batches for name in names}
+        if "mask_prob" in sums:
+            values["avg_masking_rate"] = sums["mask_prob"].item() / batches
+        for name in names:
+            values[f"accuracy/{name}"] = sums[f"correct_{name}"].item() / max(1.0, sums[f"supervised_{name}"].item())
+        for index, (loss, rows) in enumerate(sums["buckets"].T.tolist() if "buckets" in sums else ()):
+            if rows:
+                values[f"loss_t2i_by_mask_ratio/{index / BUCKETS:.1f}-{(index + 1) / BUCKETS:.1f}"] = loss / rows
+        if sums["tokens"] != sums["unpacked"]:
+            values["padding_share_unpacked"] = 1 - sums["used"].item() / sums["unpacked"].item()
+        return values | {"padding_share": 1 - sums["used"].item() / sums["tokens"].item()}
+
+    def evaluate(self, forward, flow: str, samples: list) -> Sums:
+        """The plain loss of a flow; of t2i one for each of `training.eval_mask_ratios`."""
+        sums = {}
+        for ratio, name in self._evaluated(flow):
+            out = forward(**self.builder.for_evaluation(ratio)({flow: samples}).forward_arguments())
+            zero, one = torch.zeros((), device=self.device), torch.ones((), device=self.device)
+            counts = (out.statistics.get(f"{what}_{flow}", zero).float() for what in ("correct", "supervised"))
+            sums[name] = torch.stack([out.losses[flow].float(), one, *counts])
+        return sums
+
+    def evaluation(self, flow: str, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        values = {}
+        for _, name in self._evaluated(flow):
+            loss, batches, correct, supervised = sums[name].tolist()
+            values[f"eval_loss_{name}"] = loss / batches
+            values[f"eval_accuracy/{name.replace('/', '_')}"] = correct / max(1.0, supervised)
+        return values
+
+    def _evaluated(self, flow: str) -> list[tuple[float | None, str]]:
+        """The mask ratios of a flow's evaluation, and the names of their figures."""
+        ratios = self.config.training.eval_mask_ratios if flow == "t2i" else None
+        return [(ratio, f"{flow}/mask_{ratio:.2f}") for ratio in ratios or ()] or [(None, flow)]
+
+    def panels(self, model: Showo, batch: OmniBatch) -> list[Panel]:
+        """Both published panels."""
+        training = self.config.training
+        images = generate_images(
+            model,
+            self.builder,
+            self.prompts,
+            guidance_scale=training.guidance_scale,
+            timesteps=training.generation_timesteps,
+            temperature=training.generation_temperature,
+            seed=training.seed or 0,
+        )
+        panels = [(GENERATED_PANEL, images, self.prompts)]
+        return panels + ([(PREDICTED_PANEL, *predict_masked(model, self.builder, batch))] if batch.rows["t2i"] else [])
+
+
+def by_mask_ratio(mask_prob: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    """(2, BUCKETS): the summed losses (B,) and the number of t2i rows by mask ratio (B,)."""
+    bucket = (mask_prob.to(losses.device) * BUCKETS).long().clamp(max=BUCKETS - 1)  # (B,)
+    sums = torch.zeros(2, BUCKETS, device=losses.device)
+    sums[0].index_add_(0, bucket, losses.float())
+    sums[1].index_add_(0, bucket, torch.ones_like(losses, dtype=torch.float))
+    return sums
+
+
+TASK = ShowoTask

@@ -1,0 +1,191 @@
+"""The image tokenizer, MAGVIT-v2 (spec §10), with losses on pixels, edges and the use of the codes."""
+
+import random
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+
+from common.config import resolve_path
+from common.errors import UserError
+from models import MAGVITv2, MAGVITv2Config
+from models.devices import send
+from models.images import to_pil
+from models.modeling_magvitv2 import MAGVITv2Output
+from training.data.flows import FlowReader, Reading
+from training.data.image_text import ImageTransform
+from training.data.streams import Transform, stack
+from training.metrics import Sums
+from training.perceptual import PerceptualLoss
+from training.tasks import Outcome, Panel, Task
+from training.tokenizer_losses import code_entropies, commitment_loss, edge_loss
+from training.tokenizer_settings import TokenizerTrainingConfig
+
+PANEL = "Original | reconstruction"
+
+
+@dataclass
+class Images:
+    """pixels (B, 3, R, R) float32 in [-1, 1] on the device; keys: the images' names."""
+
+    pixels: torch.Tensor
+    keys: list[str]
+
+
+class TokenizerTask(Task):
+    """Trains every parameter on images of any flow's files, without their texts."""
+
+    settings = TokenizerTrainingConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for split in ("train", "eval"):
+            ImageReader(config, "images", split).files()
+        self.sheet = []  # held-out images for the panel
+
+    def readers(self, split: str) -> list[FlowReader]:
+        return [ImageReader(self.config, "images", split)]
+
+    def load(self) -> None:
+        self.perceptual = PerceptualLoss().to(self.device) if self.config.losses.perceptual else None
+
+    def make_model(self, start: Path | None) -> MAGVITv2:
+        """A new tokenizer with the sizes of the section `model`, or one with weights."""
+        sizes = OmegaConf.to_container(self.config.model)
+        path = start or sizes.pop("pretrained_model_path")
+        try:
+            if path:
+                model = MAGVITv2.from_pretrained(resolve_path(path), dtype=torch.float32)
+            else:
+                model = MAGVITv2(MAGVITv2Config(**sizes))
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
+        factor, resolution = model.downsampling_factor, self.config.dataset.params.resolution
+        if resolution % factor:
+            raise UserError(f"dataset.params.resolution is {resolution}; this tokenizer needs a multiple of {factor}")
+        self.num_codes = model.config.codebook_size
+        return model.train()
+
+    def make_batch(self, samples: dict[str, list]) -> Images:
+        images = samples["images"]
+        return Images(send(stack(images, "image"), self.device), [sample["key"] for sample in images])
+
+    def outcome(self, forward, batch: Images) -> Outcome:
+        output = forward(batch.pixels)
+        losses = self.losses(output, batch.pixels)
+        signs = {"codebook_entropy": -1}  # diverse codes are wanted
+        loss = sum(signs.get(name, 1) * self.config.losses[name] * value for name, value in losses.items())
+        sums = {"samples": len(batch.pixels), "codes": self.code_counts(output.codes)}
+        return Outcome(loss, losses, sums | {f"train/{k}": v for k, v in ({"loss": loss} | losses).items()})
+
+    def losses(self, output: MAGVITv2Output, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every loss by name, without its weight."""
+        reconstruction = output.reconstruction.float()
+        sample_entropy, codebook_entropy = code_entropies(output.latents, self.config.losses.entropy_group_bits)
+        losses = {
+            "l1": F.l1_loss(reconstruction, pixels),
+            "mse": F.mse_loss(reconstruction, pixels),
+            "edge": edge_loss(reconstruction, pixels),
+            "commit": commitment_loss(output.latents),
+            "sample_entropy": sample_entropy,
+            "codebook_entropy": codebook_entropy,
+        }
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(reconstruction, pixels)
+        return losses
+
+    def code_counts(self, codes: torch.Tensor) -> torch.Tensor:
+        """(codebook_size,) int64: how often each code comes."""
+        return torch.bincount(codes.flatten(), minlength=self.num_codes)
+
+    def summary(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        values = {k: v.item() / sums["batches"].item() for k, v in sums.items() if k.startswith("train/")}
+        return values | code_use("train", sums["codes"])
+
+    def evaluate(self, forward, flow: str, samples: list) -> Sums:
+        pixels = self.make_batch({"images": samples}).pixels
+        if len(self.sheet) < self.config.experiment.num_sheet_pictures:
+            self.sheet += pixels.unbind()
+        output = forward(pixels)
+        values = psnr(output.reconstruction, pixels)
+        return {"psnr": values.sum(), "images": len(pixels), "codes": self.code_counts(output.codes)}
+
+    def evaluation(self, flow: str, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        return {"eval/psnr": (sums["psnr"] / sums["images"]).item()} | code_use("eval", sums["codes"])
+
+    def panels(self, model: MAGVITv2, batch: Images) -> list[Panel]:
+        """Held-out images beside their reconstructions; images of the batch before the first evaluation."""
+        pixels = torch.stack((self.sheet or list(batch.pixels))[: self.config.experiment.num_sheet_pictures])
+        reconstruction = model(pixels).reconstruction.float()
+        captions = [f"{value:.1f} dB" for value in psnr(reconstruction, pixels)]
+        return [(PANEL, to_pil(torch.cat([pixels, reconstruction], dim=3)), captions)]
+
+
+def psnr(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each of (B, 3, H, W) images in [-1, 1], clamped first: (B,)."""
+    error = (reconstruction.float().clamp(-1, 1) - pixels).flatten(1).square().mean(1)
+    return 10 * torch.log10(4 / error.clamp_min(1e-10))
+
+
+def code_use(split: str, counts: torch.Tensor) -> dict[str, float]:
+    """From how often each code came: the number of codes in use, and the perplexity (that many if used evenly)."""
+    frequency = counts.double() / counts.sum().clamp_min(1)
+    perplexity = torch.special.entr(frequency).sum().exp().item()
+    return {f"{split}/codes_used": int((counts > 0).sum()), f"{split}/code_perplexity": perplexity}
+
+
+class ImageReader(FlowReader):
+    """Images of shards or parquet files; their texts are not read."""
+
+    @property
+    def setting(self) -> str:
+        return f"{self.split}_shards"
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.training.batch_size
+
+    @property
+    def title(self) -> str:
+        return "the tokenizer"
+
+    def columns(self):
+        columns, settings = super().columns()
+        return {"image": columns["image"]}, settings
+
+    def code_sizes(self) -> dict[str, int]:
+        return {}
+
+    def refuses_codes(self, reading: Reading) -> str:
+        return NO_CODES
+
+    def transform(self, reading: Reading) -> Transform:
+        params, augmented = self.params, self.training
+        images = PixelTransform(params.resolution, 0, 0, flip=params.random_flip and augmented)
+        return partial(image_sample, images=images, max_shift=params.max_shift if augmented else 0)
+
+
+NO_CODES = "an image tokenizer is trained on pixels; give it the shards with the images"
+
+
+class PixelTransform(ImageTransform):
+    def refuses_codes(self) -> str:
+        return NO_CODES
+
+
+def image_sample(raw: dict, rng: random.Random, *, images: ImageTransform, max_shift: int) -> dict:
+    """Raw sample → ``{"image": (R, R, 3) uint8, "key"}``, moved by up to `max_shift` pixels; the border is repeated."""
+    image = images.of(raw, rng)["image"]
+    if max_shift:
+        height, width = image.shape[:2]
+        rows, columns = (
+            (torch.arange(size) + rng.randint(-max_shift, max_shift)).clamp(0, size - 1) for size in (height, width)
+        )
+        image = image[rows[:, None], columns]
+    return {"image": image, "key": raw.get("__key__", "")}
+
+
+TASK = TokenizerTask
