@@ -190,8 +190,10 @@ class Killer:
 
     def wait(self, training: Training, aim: str) -> None:
         """Until the moment has come."""
-        if aim == "start":  # while it loads
-            time.sleep(self.rng.uniform(0.1, self.start_seconds))
+        if aim == "start":  # while it loads, at the latest at the first step
+            until = training.started + self.rng.uniform(0.1, self.start_seconds)
+            while time.monotonic() < until and not training.new_steps():
+                time.sleep(0.002)
         elif aim == "step":
             count = self.rng.randint(1, 12)
             training.wait_for(lambda: len(training.new_steps()) >= count, f"{count} steps")

@@ -452,7 +452,7 @@ def test_held_out_losses_are_the_same_every_time_and_disturb_nothing(world, tmp_
     trained = [{key: value for key, value in line.items() if not key.startswith("eval_")} for line in evaluated]
     assert trained == plain, "training must not notice that it is evaluated"
     trainer = make_trainer(world, tmp_path / "again", held_out)
-    twice = [trainer.held_out(trainer.wrapped, trainer.sum_over_processes) for _ in range(2)]
+    twice = [trainer.evaluate() for _ in range(2)]
     assert twice[0] == twice[1]
 
 
