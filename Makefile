@@ -87,7 +87,7 @@ train-tiny: data-emoji ## train the small default from nothing into outputs/ (ho
 train-tiny-resume: $(READY) ## the same without making the data again
 	$(PY) training/train_magvitv2.py config=configs/showo_tiny_magvitv2.yaml experiment.output_dir=$(TOKENIZER) \
 		training.mixed_precision=$(PRECISION)
-	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(VENV)/bin/accelerate launch --config_file accelerate_configs/2_cpu_ddp.yaml \
+	ACCELERATE_USE_CPU=true $(VENV)/bin/accelerate launch --config_file accelerate_configs/2_cpu_ddp.yaml \
 		training/train.py config=configs/showo_tiny_train.yaml \
 		model.showo.llm_model_path=$(LLM) model.vq_model.vq_model_name=$(TOKENIZER) \
 		training.batch_size_t2i=11 training.batch_size_lm=1 training.batch_size_mmu=4 training.mixed_precision=$(PRECISION)
@@ -100,7 +100,7 @@ STAGES := $(foreach stage,stage1 stage2 stage3 $(TUNINGS),train.py:$(stage)) \
 train-tiny-stages: data-emoji ## all stages of both branches with few steps, on the emoji world (under 25 minutes on 2 cores)
 	$(PY) tools/small_clip.py output_dir=outputs/tiny-clip
 	@for stage in $(STAGES); do \
-		$(VENV)/bin/accelerate launch --config_file accelerate_configs/1_cpu.yaml training/$${stage%%:*} \
+		$(VENV)/bin/accelerate launch --config_file accelerate_configs/1_cpu.yaml --quiet training/$${stage%%:*} \
 			config=configs/showo_tiny_$${stage##*:}.yaml training.mixed_precision=$(PRECISION) || exit $$?; \
 	done
 	$(PY) tools/plot.py output=outputs/showo-tiny-stages.png \

@@ -191,6 +191,9 @@ class OptimizerSection:
 class SchedulerParams:
     learning_rate: float = setting(II("optimizer.params.learning_rate"), "published key; must agree", free=True)
     warmup_steps: int = setting(5000, "steps in which the rate rises from 0", low=0)
+    num_training_steps: int | None = setting(
+        None, "steps over which the rate decays; null: training.max_train_steps", low=1, free=True
+    )
 
 
 @dataclass
@@ -208,7 +211,8 @@ class LoopSection(SeedSection):
     gradient_accumulation_steps: int = setting(1, "batches of an optimiser step", low=1)
     mixed_precision: str = setting("bf16", "precision of the forward pass", choices=("no", "bf16", "fp16"))
     enable_tf32: bool = setting(True, "TF32 for fp32 matrix products on GPUs", free=True)
-    max_train_steps: int = setting(500000, "optimiser steps of the run", low=0)
+    # Free: it says how long the run is, and the log says what becomes of the rate.
+    max_train_steps: int = setting(500000, "optimiser steps of the run", low=0, free=True)
     overfit_one_batch: bool = setting(False, "repeat the first batch for ever, to see that the loss falls")
     max_grad_norm: float | None = setting(None, "clip gradients to this norm; null: do not", low=0)
     max_nonfinite_batches: int | None = setting(

@@ -25,7 +25,7 @@ class Tracker:
 
     Args:
         project, name: project and name of the wandb run.
-        output_dir: receives `metrics.jsonl` (one line per `log`, appended), `images/` and wandb's own `wandb/`.
+        output_dir: receives `metrics.jsonl` (one line per step), `images/` and wandb's own `wandb/`.
         config: the run's settings, shown in wandb.
         wandb_config: the section `wandb` of a config: `entity`, `resume`, `run_id`, `mode`.
         last_step: the step from which a training run resumes; lines of later steps are removed from `metrics.jsonl`,
@@ -49,20 +49,30 @@ class Tracker:
     ) -> None:
         self.enabled = enabled
         self.output_dir = Path(output_dir)
+        self.metrics = self.output_dir / "metrics.jsonl"
+        self.line, self.line_start = {}, 0  # the last line, and where it begins in the file
         self.run = None
         if enabled:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             if last_step is not None:
-                _remove_lines_after(last_step, self.output_dir / "metrics.jsonl")
+                _remove_lines_after(last_step, self.metrics)
             self.run = _start_run(project, name, self.output_dir, _plain(config), _plain(wandb_config))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Logs numbers or strings of one step; tensors of one element become numbers."""
+        """Logs numbers or strings of one step; tensors of one element become numbers.
+
+        The line is in the file when this returns. Another call for the same step adds to the line.
+        """
         if not self.enabled:
             return
         values = {key: value.item() if hasattr(value, "item") else value for key, value in metrics.items()}
-        with (self.output_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        if step != self.line.get("step"):
+            self.line, self.line_start = {"step": step}, self.metrics.stat().st_size if self.metrics.exists() else 0
+        self.line |= values
+        with self.metrics.open("r+b" if self.metrics.exists() else "wb") as file:
+            file.seek(self.line_start)
+            file.write(json.dumps(self.line).encode() + b"\n")
+            file.truncate()
         if self.run is not None:
             self.run.log(values, step=step)
 
@@ -110,21 +120,27 @@ class Tracker:
             self.run = None
 
 
-def _remove_lines_after(last_step: int, file: Path) -> None:
-    """Removes lines of later steps, and a last line that a crash has cut off, from `metrics.jsonl`.
+def read_lines(file: Path) -> list[tuple[float, bytes]]:
+    """(step, line with its end) of a `metrics.jsonl`; the step of a line that a crash has cut off is infinite."""
+    lines = file.read_bytes().split(b"\n") if file.exists() else []
+    return [(_step_of(line), line + b"\n") for line in lines if line]
 
-    The new content is written to a temporary file and renamed, so that a crash leaves the old file or the new one.
-    """
-    before = file.read_bytes() if file.exists() else b""
-    lines = [line + b"\n" for line in before.split(b"\n") if _step_of(line) <= last_step]
-    if (kept := b"".join(lines)) == before:
-        return
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes to a temporary file and renames it, so that a crash leaves the old file or the new one."""
     temporary = file.with_name(f".{file.name}.partial")
     with temporary.open("wb") as stream:
-        stream.write(kept)
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def _remove_lines_after(last_step: int, file: Path) -> None:
+    """Removes lines of later steps, and a last line that a crash has cut off, from `metrics.jsonl`."""
+    kept = b"".join(line for step, line in read_lines(file) if step <= last_step)
+    if file.exists() and kept != file.read_bytes():
+        write_whole(file, kept)
 
 
 def _step_of(line: bytes) -> float:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from common.errors import UserError
+from common.launch import use_physical_cores
 from common.schema import mask_schedule_of
 from llava import QuestionFormat
 from models.clip_encoder import CLIPVisionTower
@@ -120,7 +121,10 @@ class ShowoPipeline:
             section=showo,
             **{key: config[key] for key in how},
         )
-        return cls(**parts, noise_schedule=noise_schedule)
+        pipeline = cls(**parts, noise_schedule=noise_schedule)
+        if pipeline.device.type == "cpu":  # scripts alone: other programs decide about their threads themselves
+            use_physical_cores()
+        return pipeline
 
     @property
     def device(self) -> torch.device:

@@ -21,9 +21,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from common.config import leaves
 from common.errors import UserError
 from common.settings import free_keys
+from common.tracking import read_lines, write_whole
 from models.checkpoint_io import quietly, read_json
 from training.data.streams import StreamState
+from training.optimization import decay_steps
 from training.processes import full_state_dict, universal_checkpoint
+
+COURSE = ".course.json"  # in the output folder while a run begins, see `begin_course`
+FINAL_MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 # torch reports a full disk as a RuntimeError with one of these texts; other RuntimeErrors have other causes.
 TORCH_CANNOT_WRITE = re.compile(r"inline_container|PytorchStreamWriter|write failed")
@@ -63,13 +68,29 @@ class Start:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The run's checkpoint folders, oldest first. Incomplete ones have other names."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    """The checkpoint folders of the run's course, oldest first. Incomplete ones have other names."""
+    leaving = _read_course(Path(output_dir)).get("leaving", [])
+    return [folder for folder in _checkpoint_folders(Path(output_dir)) if folder.name not in leaving]
+
+
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _read_course(output_dir: Path) -> dict:
+    file = output_dir / COURSE
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def find_resume(output_dir: str | Path, setting: str | bool | None) -> Path | None:
     """The checkpoint that `experiment.resume_from_checkpoint` means: ``latest``, a folder, or none.
+
+    ``latest`` is the newest checkpoint of the run's course, see `begin_course`.
 
     Raises:
         UserError: a named checkpoint does not exist.
@@ -77,8 +98,10 @@ def find_resume(output_dir: str | Path, setting: str | bool | None) -> Path | No
     if not setting:
         return None
     if setting in ("latest", True):
-        found = checkpoints(output_dir)
-        return found[-1] if found else None
+        if found := checkpoints(output_dir):
+            return found[-1]
+        start = _read_course(Path(output_dir)).get("start")
+        return Path(output_dir) / start if start else None
     for folder in (Path(setting), Path(output_dir) / str(setting)):
         if folder.is_dir():
             return folder
@@ -111,6 +134,90 @@ def find_start(output_dir: str | Path, setting: str | bool | None) -> Start | No
     if not weights.is_dir():
         raise UserError(f"{folder} is incomplete (it holds no unwrapped_model); remove it or copy it again")
     return Start(folder, step, weights)
+
+
+def begin_course(accelerator: Accelerator, output_dir: Path, start: Start | None) -> None:
+    """Makes the run's course begin at `start`; sets aside in `abandoned-{n}/` what does not lead there.
+
+    All processes must call this when the main process holds the folder's lock, before the first step.
+
+    **The rule.** A folder holds one course: its checkpoints lead to one another, and ``latest`` is the newest. Where a
+    run starts decides which of them stay: up to the start, if it is one of them; none, if the run starts anew or from
+    a checkpoint elsewhere. The others are moved, whole, with the lines of `metrics.jsonl` and the images of their
+    steps and the final model. A run that returns to ``abandoned-{n}/checkpoint-{step}`` gets its lines back, too.
+
+    **At every moment.** The start takes effect when `.course.json` is written, at once and before anything is moved.
+    The file lists what is `leaving`, which `checkpoints` ignores from then on, and the folder that it goes `to`: the
+    next start, whichever it is, goes on from there. A `start` elsewhere is what ``latest`` means until the course has
+    a checkpoint of its own; then, or else when all has been moved, the file goes.
+    """
+    if accelerator.is_main_process:
+        _set_aside(output_dir, start)
+    accelerator.wait_for_everyone()
+
+
+def _set_aside(output_dir: Path, start: Start | None) -> None:
+    before, present = _read_course(output_dir), _checkpoint_folders(output_dir)
+    own = start is not None and start.folder.resolve() in [folder.resolve() for folder in present]
+    elsewhere = start is not None and not own
+    last = _number(start.folder) if own else -1  # up to which step everything stays
+    leaving = [folder.name for folder in present if _number(folder) > last]
+    unfinished = bool(before.get("leaving"))
+    if leaving or unfinished or (not own and (output_dir / "metrics.jsonl").exists()):  # else no run wrote the model
+        leaving += [file.name for pattern in FINAL_MODEL for file in output_dir.glob(pattern)]
+    if leaving or unfinished:
+        images = sorted((output_dir / "images").glob("*-" + "[0-9]" * 8 + ".png"))
+        leaving += [f"images/{file.name}" for file in images if int(file.stem[-8:]) > last]
+    if not (leaving or before or elsewhere):
+        return
+    numbers = [int(name) for f in output_dir.glob("abandoned-*") if (name := f.name.split("-")[1]).isdecimal()]
+    to = before["to"] if unfinished else f"abandoned-{max(numbers, default=0) + 1}"
+    course = {"start": _path_from(output_dir, start.folder) if elsewhere else None, "leaving": leaving, "to": to}
+    write_whole(output_dir / COURSE, json.dumps(course).encode())
+    _flush(output_dir)
+    for name in leaving:
+        (output_dir / to / name).parent.mkdir(parents=True, exist_ok=True)
+        (output_dir / name).rename(output_dir / to / name)
+    _divide_metrics(output_dir, output_dir / to, last, start if elsewhere else None)
+    if elsewhere:
+        write_whole(output_dir / COURSE, json.dumps(course | {"leaving": []}).encode())
+    else:
+        (output_dir / COURSE).unlink()
+    if leaving or unfinished:
+        _describe_abandoned(output_dir / to)
+
+
+def _path_from(output_dir: Path, folder: Path) -> str:
+    """Relative if it is inside, so that the run may be moved as a whole."""
+    folder, output_dir = folder.resolve(), output_dir.resolve()
+    return str(folder.relative_to(output_dir) if folder.is_relative_to(output_dir) else folder)
+
+
+def _divide_metrics(output_dir: Path, abandoned: Path, last: int, elsewhere: Start | None) -> None:
+    """Leaves the lines of the course in `metrics.jsonl`; those of other checkpoints go to `abandoned`, if it exists."""
+    returning: list[tuple[float, bytes]] = []
+    if elsewhere and elsewhere.folder.resolve().parent.parent == output_dir.resolve():  # in abandoned-{n}/
+        lines = read_lines(elsewhere.folder.parent / "metrics.jsonl")
+        returning = [(step, line) for step, line in lines if step <= elsewhere.step]
+        last = min((int(step) for step, _ in returning), default=0) - 1
+    lines = read_lines(output_dir / "metrics.jsonl")
+    kept = [line for step, line in lines if step <= last] + [line for _, line in returning]
+    if abandoned.is_dir():
+        there = [line for _, line in read_lines(abandoned / "metrics.jsonl")]
+        known = {*kept, *there}
+        there += [line for step, line in lines if step < float("inf") and line not in known]
+        write_whole(abandoned / "metrics.jsonl", b"".join(there))
+    if lines or kept:
+        write_whole(output_dir / "metrics.jsonl", b"".join(kept))
+
+
+def _describe_abandoned(folder: Path) -> None:
+    if found := _checkpoint_folders(folder):
+        what = f"{len(found)} checkpoint{'s' * (len(found) > 1)} up to {found[-1].name}"
+        back = f"experiment.resume_from_checkpoint={folder.name}/{found[-1].name}"
+    else:
+        what, back = "the final model of an earlier run", f"experiment.init_from={folder}"
+    print(f"{what} set aside in {folder}, since this run does not continue from there; to return: {back}")
 
 
 def save_checkpoint(
@@ -210,6 +317,7 @@ def _publish(temporary: Path, final: Path, limit: int | None) -> None:
     doomed = [hide(final)] if final.exists() else []
     temporary.rename(final)
     _flush(final.parent)  # the new name must be on the disk before an old checkpoint is removed
+    (final.parent / COURSE).unlink(missing_ok=True)  # the course has a checkpoint of its own, see `begin_course`
     others = [folder for folder in checkpoints(final.parent) if folder != final]
     doomed += [hide(old) for old in others[: max(0, len(others) + 1 - limit)]] if limit else []
     for folder in doomed:
@@ -339,3 +447,17 @@ def check_same_config(folder: Path, config) -> None:
             "another output_dir (with experiment.init_from to keep the weights), or allow them with "
             "experiment.accept_config_changes=true"
         )
+
+
+def describe_decay(folder: Path, config) -> str | None:
+    """One line about the learning rate if the run to resume now has another number of steps; else None."""
+    file = folder / "config.yaml"
+    before = OmegaConf.load(file) if file.is_file() else None
+    if before is None or before.training.max_train_steps == config.training.max_train_steps:
+        return None
+    steps = f"training.max_train_steps {before.training.max_train_steps} → {config.training.max_train_steps}"
+    old, new = decay_steps(before), decay_steps(config)
+    if old == new:
+        return f"{steps}: the learning rate still decays over {new} steps and stays at its last value after them"
+    keep = f"lr_scheduler.params.num_training_steps={old}"
+    return f"{steps}: the learning rate now decays over {new} steps, not {old}; {keep} keeps the old schedule"

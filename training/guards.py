@@ -5,18 +5,18 @@ import errno
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import torch
 from filelock import FileLock, Timeout
 
 from common.errors import UserError
+from common.launch import find_launcher
 
 LOCK = ".lock"  # in the output folder
-LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "deepspeed")  # programs, and modules after `python -m`
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
@@ -83,39 +83,72 @@ def follow_launcher() -> None:
     `accelerate launch` with one process does not forward signals: it would end and leave the training running.
     Without a launcher nothing changes, so that a run outlives the shell that started it.
     """
-    parent = psutil.Process().parent()
-    with suppress(psutil.Error, OSError, AttributeError):  # no parent, or not Linux
-        if any(Path(word).name.startswith(LAUNCHERS) for word in parent.cmdline()[:4]):
+    with suppress(OSError, AttributeError):  # not Linux
+        if launcher := find_launcher():
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if not parent.is_running():
+            if not launcher.is_running():
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
 class StopSignals:
-    """Turns SIGTERM, SIGUSR1 (pre-emption) and the end of the launcher into a request to stop after the step.
+    """Turns SIGTERM, SIGUSR1 (pre-emption), Ctrl-C and the end of the launcher into a request to stop after the step.
 
-    A context manager.
+    A second Ctrl-C ends the process at once, with exit code 130; it loses what a kill would lose. A context manager.
+
+    What reaches a process depends on how it was launched:
+
+    - `python3 training/train.py`: the terminal's SIGINT, once for each Ctrl-C.
+    - `accelerate launch` with one process: the same, but the launcher ends at the first one. The training then saves
+      in the background, and no second one reaches it.
+    - with several processes: torch's launcher passes the first Ctrl-C on as SIGINT and a second one as SIGTERM. It
+      kills what still runs 30 seconds after either. Older versions leave the processes in the terminal's group, so
+      that each Ctrl-C arrives twice; two within `ONE_CTRL_C` seconds count as one.
+
+    Args:
+        remains: returns the part of the messages that names the last good checkpoint.
+        quiet: whether another process prints the messages.
 
     Attributes:
         requested: whether this process was asked to stop.
+        interrupted: when the first Ctrl-C arrived (`time.monotonic`).
     """
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    ONE_CTRL_C = 1.0
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, remains: Callable[[], str], quiet: bool = False):
+        self.remains, self.quiet = remains, quiet
+        self.requested, self.interrupted = False, None
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self._request) for number in self.numbers}
         follow_launcher()
         return self
 
-    def _request(self, *_) -> None:
-        self.requested = True
+    def _request(self, number: int, _) -> None:
+        self.requested, now = True, time.monotonic()
+        if self.interrupted is None:
+            if number == signal.SIGINT:
+                self.interrupted = now
+                self._say(f"interrupted: finishing this step and saving; Ctrl-C again leaves at once, {self.remains()}")
+        elif now - self.interrupted > self.ONE_CTRL_C and (
+            number == signal.SIGINT or "TORCHELASTIC_RUN_ID" in os.environ
+        ):
+            self._say(f"interrupted; {self.remains()}")
+            os._exit(130)  # without cleaning up, which could wait for other processes
+
+    def _say(self, message: str) -> None:
+        if not self.quiet:
+            os.write(2, f"\n{message}\n".encode())  # `print` could be interrupted in itself
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def exit_if_interrupted(self) -> None:
+        """To be called when all has been saved: ends the process with code 130 if Ctrl-C was pressed."""
+        if self.interrupted is not None:
+            raise SystemExit(130) if self.quiet else KeyboardInterrupt(self.remains())
 
 
 class FiniteLosses:

@@ -1,9 +1,10 @@
 """Optimiser, schedule and moving average of a run (spec §14)."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -55,7 +56,9 @@ def adamw(
 
 
 def make_schedule(optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:
-    """Warm-up and decay over optimiser steps, independent of the number of processes.
+    """Warm-up and decay over `decay_steps` optimiser steps, independent of the number of processes.
+
+    After them the rate stays at its last value.
 
     Args:
         optimizer: prepared or not; accelerate and DeepSpeed wrap torch's own, which the schedule must drive.
@@ -64,12 +67,30 @@ def make_schedule(optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:
 
     while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    return get_scheduler(
-        config.lr_scheduler.scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_scheduler.params.warmup_steps,
-        num_training_steps=config.training.max_train_steps,
+    warmup, total = config.lr_scheduler.params.warmup_steps, decay_steps(config)
+    schedule = get_scheduler(
+        config.lr_scheduler.scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=total
     )
+    # Without a last step, diffusers' cosine would rise again.
+    schedule.lr_lambdas = [_constant_after(max(warmup, total), rate) for rate in schedule.lr_lambdas]
+    return schedule
+
+
+def _constant_after(last: int, rate: Callable[[int], float]) -> Callable[[int], float]:
+    return lambda step: rate(min(step, last))
+
+
+def decay_steps(config) -> int:
+    """Optimiser steps over which the learning rate decays: those of the run, unless a key of its own says otherwise."""
+    steps = OmegaConf.select(config, "lr_scheduler.params.num_training_steps")  # older checkpoints do not have it
+    return config.training.max_train_steps if steps is None else steps
+
+
+def set_rate(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Sets the optimiser's rate to that of the schedule at its step; a loaded one may come from another schedule."""
+    groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, base, rate in groups:
+        group["lr"] = base * rate(schedule.last_epoch)
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.errors import UserError
-from common.launch import launched_processes
+from common.launch import launched_processes, use_physical_cores
 
 
 def make_accelerator(config, rows: int, written_by: int | None = None) -> Accelerator:
@@ -51,6 +51,8 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
             f"{launched} processes were launched, but this one trains with {accelerator.num_processes} or alone; on "
             "CPUs set device=cpu or the environment variable ACCELERATE_USE_CPU=true"
         )
+    if accelerator.device.type == "cpu":
+        use_physical_cores()
     # It warns at each save of a model with tied embeddings, which is correct here.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if accelerator.state.deepspeed_plugin is not None:

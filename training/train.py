@@ -1,15 +1,20 @@
 """Trains Show-o, or whatever `task` names in the configuration (a module of training/tasks).
 
-accelerate launch --config_file accelerate_configs/1_gpu.yaml training/train.py config=configs/showo_tiny_train.yaml
+accelerate launch --config_file accelerate_configs/1_gpu.yaml --quiet training/train.py \\
+    config=configs/showo_tiny_train.yaml
 """
 
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
 
 from common.config import load_config, read_key
 from common.errors import run_cli
+
+# Found without torch, so that --help and mistakes are told at once; other tasks' settings are in their modules.
+SETTINGS = {"showo": "common.schema:TrainingConfig", "tokenizer": "training.tokenizer_settings:TokenizerTrainingConfig"}
 
 
 def make_task(argv: list[str], name: str | None = None):
@@ -18,10 +23,12 @@ def make_task(argv: list[str], name: str | None = None):
     Args:
         name: of the task; default: the key `task`, or showo.
     """
+    name = name or read_key(argv, "task") or "showo"
+    config = load_config(argv, resolve_name(SETTINGS[name])) if name in SETTINGS else None
     from training.tasks import find_task
 
-    task = find_task(name or read_key(argv, "task") or "showo")
-    return task(load_config(argv, task.settings))
+    task = find_task(name)
+    return task(config or load_config(argv, task.settings))
 
 
 def main(argv: list[str]) -> None:

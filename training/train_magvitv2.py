@@ -1,7 +1,7 @@
 """Trains an image tokenizer (MAGVIT-v2, spec §10) on images from WebDataset shards or parquet files.
 
     python3 training/train_magvitv2.py config=configs/showo_tiny_magvitv2.yaml
-    accelerate launch --config_file accelerate_configs/1_gpu.yaml training/train_magvitv2.py config=...
+    accelerate launch --config_file accelerate_configs/1_gpu.yaml --quiet training/train_magvitv2.py config=...
 
 `{output_dir}/checkpoint-{step}/` holds all that an exact resume needs, and in `unwrapped_model/` the averaged weights,
 loadable by `MAGVITv2.from_pretrained`; the final ones are written to `output_dir`.

@@ -1,6 +1,6 @@
 """Trains Show-o with understanding from CLIP-ViT features; the same as `train.py`, which takes them too.
 
-accelerate launch --config_file accelerate_configs/1_gpu.yaml training/train_w_clip_vit.py \\
+accelerate launch --config_file accelerate_configs/1_gpu.yaml --quiet training/train_w_clip_vit.py \\
     config=configs/showo_instruction_tuning_1_w_clip_vit.yaml
 """
 

@@ -21,7 +21,9 @@ from common.errors import UserError
 from common.tracking import Tracker
 from training.checkpointing import (
     TrainState,
+    begin_course,
     check_same_config,
+    describe_decay,
     describe_last_checkpoint,
     find_start,
     load_checkpoint,
@@ -34,7 +36,7 @@ from training.data.streams import StreamState
 from training.evaluation import evaluate, own_random_numbers
 from training.guards import LOCK, FiniteLosses, StopSignals, check_writable, full_disk_as_user_error, only_run_in
 from training.metrics import StepMetrics, total
-from training.optimization import WeightAverage, gradient_norms, make_optimizer, make_schedule
+from training.optimization import WeightAverage, gradient_norms, make_optimizer, make_schedule, set_rate
 from training.processes import (
     ProcessGroup,
     call_before_deepspeed_steps,
@@ -93,7 +95,9 @@ class Trainer:
         self.wrap(rows * training.gradient_accumulation_steps * self.accelerator.num_processes, old_rows)
         self.finite = FiniteLosses(self.process_group.any, training.max_nonfinite_batches, tqdm.write)
         self.state, self.metrics, self.gradient_norms = TrainState(), StepMetrics(), {}
-        self.stop_signals = StopSignals()
+        self.stop_signals = StopSignals(
+            lambda: describe_last_checkpoint(self.output_dir), quiet=not self.accelerator.is_main_process
+        )
 
     def wrap(self, rows: int, old_rows: dict[str, int]) -> None:
         """Makes optimiser, schedule and moving average, and the model as it is trained.
@@ -132,6 +136,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 stack.enter_context(only_run_in(self.output_dir))
             self.check_shared_folder()
+            begin_course(self.accelerator, self.output_dir, self.start)
             self.resume()
             self.start_tracking()
             stack.callback(self.finish)
@@ -147,6 +152,7 @@ class Trainer:
                 kept = {"wrapped": self.wrapped, "average": self.average}
                 save_final_model(self.accelerator, self.model, self.output_dir, **kept)
         self.accelerator.wait_for_everyone()
+        self.stop_signals.exit_if_interrupted()
 
     def after_step(self, batch: Any, bar: tqdm, stopping: bool) -> None:
         step, every = self.state.global_step, self.config.experiment
@@ -245,6 +251,9 @@ class Trainer:
             for name, flow in self.flows.items():
                 if name in self.state.streams:
                     self.resume_flow(name, flow)
+            set_rate(self.schedule)
+            if line := describe_decay(self.start.folder, self.config):
+                self.accelerator.print(line)
             how = ""
         else:
             self.state.global_step = self.start.step

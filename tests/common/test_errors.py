@@ -1,12 +1,12 @@
 """How a script ends on a user's mistake: seen from outside, as a process."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from common.errors import UserError, run_cli
 
 SCRIPT = """
 import sys
@@ -20,14 +20,23 @@ run_cli(main)
 """
 
 
-def run(repository: Path, body: str, *arguments: str) -> subprocess.CompletedProcess:
-    script = SCRIPT.format(root=str(repository), body=body)
-    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60)
+def run(repository: Path, body: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", SCRIPT.format(root=str(repository), body=body), "config=a", "prompt=b c"]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
 
 
-def test_user_error_is_one_line_and_exit_code_2(repository):
-    done = run(repository, "print('so far'); raise UserError('mode is 3;\\n  allowed: t2i')")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "so far\n", "error: mode is 3; allowed: t2i\n")
+@pytest.mark.parametrize(
+    ("body", "code", "out", "err"),
+    [
+        ("print(argv)", 0, "['config=a', 'prompt=b c']\n", ""),
+        ("print('so far'); raise UserError('is 3;\\n  allowed: t2i')", 2, "so far\n", "error: is 3; allowed: t2i\n"),
+        ("raise KeyboardInterrupt", 130, "", "interrupted\n"),
+        ("raise KeyboardInterrupt('checkpoint-4 is there')", 130, "", "interrupted; checkpoint-4 is there\n"),
+    ],
+)
+def test_the_end_of_a_script(repository, body, code, out, err):
+    done = run(repository, body)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
 
 
 def test_our_own_mistakes_keep_their_traceback(repository):
@@ -36,23 +45,12 @@ def test_our_own_mistakes_keep_their_traceback(repository):
     assert "Traceback" in done.stderr and "AssertionError: ours" in done.stderr
 
 
-def test_ctrl_c_ends_with_130(repository):
-    done = run(repository, "raise KeyboardInterrupt")
-    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+def test_the_launcher_of_several_processes_repeats_the_line(repository, tmp_path):
+    """By torch's own report of a failed process."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-
-def test_main_gets_the_arguments_and_a_good_run_ends_with_0(repository):
-    done = run(repository, "print(argv)", "config=a", "prompt=b c")
-    assert (done.returncode, done.stdout) == (0, "['config=a', 'prompt=b c']\n")
-
-
-def test_run_cli_raises_system_exit_in_process(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["script", "x=1"])
-
-    def main(argv: list[str]) -> None:
-        raise UserError(f"unknown {argv[0]}")
-
-    with pytest.raises(SystemExit) as stopped:
-        run_cli(main)
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: unknown x=1\n"
+    file = tmp_path / "error.json"
+    done = run(repository, "raise UserError('mode is 3')", TORCHELASTIC_ERROR_FILE=str(file))
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=done.returncode, error_file=str(file))
+    assert failure.timestamp == json.loads(file.read_text())["timestamp"] > 0
+    assert str(ChildFailedError("train.py", {0: failure})).rstrip("=\n").endswith("traceback : error: mode is 3")

@@ -39,6 +39,17 @@ def test_metrics_are_appended_line_by_line(tmp_path):
     assert not (tmp_path / "wandb").exists()
 
 
+def test_a_step_has_one_line_however_often_it_is_logged(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    with Tracker("project", "name", tmp_path, wandb_config={"mode": "disabled"}) as tracker:
+        for step in (1, 2):
+            tracker.log({"loss": 0.123456}, step)
+            assert lines(tmp_path)[-1] == {"step": step, "loss": 0.123456}, "on the disk at once"
+            tracker.log({"norm": 1}, step)
+            tracker.log({"loss": 0.5}, step)
+    assert file.read_text() == "".join(f'{{"step": {step}, "loss": 0.5, "norm": 1}}\n' for step in (1, 2))
+
+
 def test_a_continued_run_logs_each_step_once(tmp_path):
     file = tmp_path / "metrics.jsonl"
     kept = '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n{"step": 2, "eval_loss": 1.0}\n'

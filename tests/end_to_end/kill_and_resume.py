@@ -1,12 +1,13 @@
-"""Kills a training run at random moments, also while it saves, and checks that only the steps since a save are lost.
+"""Stops a training run at random moments, also while it saves or starts, and checks that nothing but steps is lost.
 
-    python3 tests/end_to_end/kill_and_resume.py kills=20 seed=0 output_dir=outputs/kill_and_resume
+    python3 tests/end_to_end/kill_and_resume.py kills=30 seed=0 output_dir=outputs/kill_and_resume
 
-The tiny world is trained once without a stop and once with `kill -9` again and again, each time by the command that
-users type, with all three flows and loader workers. After every kill: each folder with a checkpoint's name is whole,
-and the newest is at most `save_every` steps old; the next start goes on behind it. At the end weights, average,
-optimiser, random states and every line of `metrics.jsonl`, which holds each step once, equal those of the run without
-a stop to the last bit. Ends with 1 if anything does not hold.
+The tiny world is trained once without a stop and once with signals (`HOWS`) again and again, each time by the command
+that users type, with all three flows and loader workers. Some starts step back to an older checkpoint, begin anew, or
+return to a checkpoint that was set aside (`STARTS`). After each stop, every folder with a checkpoint's name is whole,
+and ``latest`` means the course that was asked for: at most `save_every` steps are lost, none after SIGTERM or Ctrl-C.
+At the end weights, average, optimiser, random states and every line of `metrics.jsonl`, which holds each step once,
+equal those of the run without a stop to the last bit. Ends with 1 if anything does not hold.
 """
 
 import json
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,9 +34,15 @@ from common.config import read_settings
 from common.errors import UserError, run_cli
 from common.settings import setting
 from tests.training.tiny import arguments, metrics_of, write_world
-from training.checkpointing import DAMAGED, checkpoints
+from training.checkpointing import DAMAGED, checkpoints, find_resume
+from training.guards import StopSignals
 
-AIMS = ("saving", "step", "start", "saving")  # where in a run a kill is to strike, in turn
+AIMS = ("saving", "step", "start", "saving")  # where in a run a signal is to strike, in turn
+KILL, TERM, CTRL_C = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+HOWS = ((KILL,), (CTRL_C,), (KILL,), (TERM,), (CTRL_C, CTRL_C))  # the signals, in turn
+# Exit codes of a run that takes steps. -2: the second Ctrl-C came when all was saved and Python was ending.
+ENDS = {(KILL,): [-9], (TERM,): [0], (CTRL_C,): [130], (CTRL_C, CTRL_C): [130, -2]}
+STARTS = ("latest", "latest", "back", "latest", "anew", "latest", "return")
 SAVE_EVERY = 4
 STEPS_PER_KILL = 16  # enough for the run to be still going at the last kill
 PATIENCE = 240  # seconds without what is waited for
@@ -45,7 +53,7 @@ LOADERS[".pkl"] = lambda file: torch.load(file, weights_only=False)
 
 @dataclass
 class KillSettings:
-    kills: int = setting(20, "times that the run is killed", low=1)
+    kills: int = setting(30, "times that the run is killed", low=1)
     seed: int = setting(0, "of the moments")
     output_dir: str | None = setting(None, "null: a temporary folder, removed at the end")
 
@@ -59,11 +67,14 @@ def check(holds: bool, message: str) -> None:
 class Kill:
     """What was found after one.
 
-    aim: see `AIMS`. reached: last step logged before it. newest: step of the newest checkpoint. unfinished: folders
-    that were being written or removed when it struck. seconds: that the process lived.
+    start: `experiment.resume_from_checkpoint`. aim, how: see `AIMS`, `HOWS`. reached: last step logged before it.
+    newest: step that `latest` means. unfinished: folders that were being written or removed when it struck. seconds:
+    that the process lived.
     """
 
+    start: str
     aim: str
+    how: tuple[signal.Signals, ...]
     reached: int
     newest: int
     unfinished: list[str]
@@ -72,13 +83,12 @@ class Kill:
     @property
     def row(self) -> str:
         struck = " ".join(name.removeprefix(".incomplete-") for name in self.unfinished)
-        return (
-            f"{self.aim:<8} {self.reached:>7} {self.newest:>10} {self.reached - self.newest:>5} {self.seconds:>6.1f}"
-            f"  {struck}"
-        )
+        numbers = f"{self.reached:>7} {self.newest:>10} {self.reached - self.newest:>5} {self.seconds:>6.1f}"
+        signals = "+".join(number.name.removeprefix("SIG") for number in self.how)
+        return f"{self.start:<26} {self.aim:<8} {signals:<8} {numbers}  {struck}"
 
 
-HEADER = "kill  aim      reached checkpoint  lost      s  unfinished"
+HEADER = f"kill  {'start':<26} aim      signal   reached checkpoint  lost      s  unfinished"
 
 
 @dataclass
@@ -90,7 +100,7 @@ class Training:
     steps: int
     process: subprocess.Popen | None = None
     before: tuple[int, int] = (0, 0)  # inode and length of metrics.jsonl at the start of the process
-    begun_at: int = 0  # step of the newest checkpoint at the start
+    begun_at: int = 0  # step that the process starts from
     started: float = 0.0
     left_over: dict[str, int] = field(default_factory=dict)  # half folders at the start, and when they last changed
 
@@ -100,11 +110,22 @@ class Training:
 
     @property
     def newest(self) -> int:
-        found = checkpoints(self.output_dir)
-        return int(found[-1].name.split("-")[1]) if found else 0
+        return step_of(find_resume(self.output_dir, "latest"))
 
-    def start(self) -> None:
+    def setting(self, start: str) -> str:
+        """`experiment.resume_from_checkpoint` for one of `STARTS`; ``latest`` where there is nothing to go back to."""
+        if start == "anew":
+            return "false"
+        folders = [self.output_dir, *sorted(self.output_dir.glob("abandoned-*"), key=lambda f: int(f.name[10:]))]
+        if start == "back" and len(found := checkpoints(folders[0])) > 1:
+            return found[0].name
+        if start == "return" and (found := checkpoints(folders[-1])):
+            return str(found[-1].relative_to(self.output_dir))
+        return "latest"
+
+    def start(self, setting: str = "latest") -> None:
         overrides = {
+            "experiment.resume_from_checkpoint": setting,
             "training.max_train_steps": self.steps,
             "experiment.save_every": SAVE_EVERY,
             "experiment.checkpoints_total_limit": 2,
@@ -116,7 +137,8 @@ class Training:
         env |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
         command = [sys.executable, str(ROOT / "training/train.py")]
         command += arguments(self.world, self.output_dir, overrides)
-        self.before, self.begun_at = self.place_of_metrics(), self.newest
+        self.before = self.place_of_metrics()
+        self.begun_at = step_of(find_resume(self.output_dir, False if setting == "false" else setting))
         self.left_over, self.started = self.half_folders(), time.monotonic()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, cwd=self.world, env=env, stdout=log, stderr=log)
@@ -169,8 +191,10 @@ class Killer:
 
     def wait(self, training: Training, aim: str) -> None:
         """Until the moment has come."""
-        if aim == "start":  # while it loads
-            time.sleep(self.rng.uniform(0.1, self.start_seconds))
+        if aim == "start":  # while it loads, at the latest at the first step
+            until = training.started + self.rng.uniform(0.1, self.start_seconds)
+            while time.monotonic() < until and not training.new_steps():
+                time.sleep(0.002)
         elif aim == "step":
             count = self.rng.randint(1, 12)
             training.wait_for(lambda: len(training.new_steps()) >= count, f"{count} steps")
@@ -188,22 +212,33 @@ def _is_saving(training: Training, count: int) -> bool:
     return len(due) >= count and (training.output_dir / f".incomplete-checkpoint-{due[-1]}").exists()
 
 
-def kill(training: Training, killer: Killer, aim: str) -> Kill:
-    """Starts the run, kills it, and looks at what it leaves."""
-    before = training.newest
-    training.start()
+def step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
+
+
+def kill(training: Training, killer: Killer, start: str, aim: str, how: tuple[signal.Signals, ...]) -> Kill:
+    """Starts the run, sends it signals, and looks at what it leaves."""
+    before, setting = training.newest, training.setting(start)
+    training.start(setting)
     try:
         killer.wait(training, aim)
+        for number in how[:-1]:
+            training.process.send_signal(number)
+            time.sleep(StopSignals.ONE_CTRL_C + killer.rng.uniform(0, 0.2))
+        training.process.send_signal(how[-1])
+        training.process.wait(PATIENCE)
     finally:
-        os.kill(training.process.pid, signal.SIGKILL)
-        training.process.wait()
-    steps, newest = training.new_steps(), training.newest
-    check(newest >= before, f"checkpoint-{before} is gone, the newest is {newest}")
-    check(not steps or steps == list(range(before + 1, before + len(steps) + 1)), f"from {before} it took {steps}")
-    reached = steps[-1] if steps else before
-    check(reached - newest <= SAVE_EVERY, f"steps {newest + 1} to {reached} are lost, saved is every {SAVE_EVERY}")
+        training.process.kill()
+    steps, newest, code = training.new_steps(), training.newest, training.process.returncode
+    check(aim == "start" or code in ENDS[how], f"the run ended with {code}: {training.log.read_text()[-2000:]}")
+    first = training.begun_at
+    check(not steps or steps == list(range(first + 1, first + len(steps) + 1)), f"from {first} it took {steps}")
+    reached = steps[-1] if steps else newest
+    lost = 0 if how in ((TERM,), (CTRL_C,)) and aim != "start" else SAVE_EVERY
+    check(0 <= reached - newest <= lost, f"at step {reached} {how} left step {newest}, started from {first}")
+    check(newest in (before, first) if not steps else newest >= first, f"{setting} at {before} left {newest}")
     unfinished = sorted(name for name, _ in training.half_folders().items() - training.left_over.items())
-    return Kill(aim, reached, newest, unfinished, time.monotonic() - training.started)
+    return Kill(setting, aim, how, reached, newest, unfinished, time.monotonic() - training.started)
 
 
 # ---- what checkpoints hold ----
@@ -226,7 +261,7 @@ def content_of(checkpoint: Path) -> dict:
 
 def check_whole(output_dir: Path, names: set[str]) -> None:
     """Every folder with a checkpoint's name has all files, can be read, and says the step it is named after."""
-    for folder in checkpoints(output_dir):
+    for folder in (folder for place in (output_dir, *output_dir.glob("abandoned-*")) for folder in checkpoints(place)):
         content = content_of(folder)
         check(set(content) == names, f"{folder} is not whole: {sorted(names ^ set(content))}")
         check(content["metadata.json"]["global_step"] == int(folder.name.split("-")[1]), f"{folder}: another step")
@@ -277,7 +312,7 @@ def run_kills(folder: Path, kills: int, seed: int, report=print) -> list[Kill]:
     killer, found = Killer(random.Random(seed), start_seconds), []
     report(HEADER)
     for number in range(kills):
-        found.append(kill(parts, killer, AIMS[number % len(AIMS)]))
+        found.append(kill(parts, killer, *(cycle[number % len(cycle)] for cycle in (STARTS, AIMS, HOWS))))
         check_whole(parts.output_dir, names)
         report(f"{number + 1:>4}  {found[-1].row}")
     parts.start()
@@ -288,21 +323,21 @@ def run_kills(folder: Path, kills: int, seed: int, report=print) -> list[Kill]:
 
 
 def main(argv: list[str]) -> None:
-    settings = read_settings(argv, KillSettings, "kills=20 seed=0 output_dir=outputs/kill_and_resume")
+    settings = read_settings(argv, KillSettings, "kills=30 seed=0 output_dir=outputs/kill_and_resume")
     if settings.output_dir and (folder := Path(settings.output_dir)).exists() and any(folder.iterdir()):
         raise UserError(f"output_dir={folder} is not empty; give another folder, or none for a temporary one")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(settings.output_dir or temporary).absolute()
         try:
-            found = run_kills(folder, settings.kills, settings.seed)
+            found = run_kills(folder, settings.kills, settings.seed, partial(print, flush=True))
         except AssertionError as error:
             print(f"FAILED: {error}")
             raise SystemExit(1) from None
     struck = sum(bool(one.unfinished) for one in found)
     lost = sum(one.reached - one.newest for one in found)
     print(
-        f"{len(found)} kills, {struck} of them while a checkpoint was written or removed; {lost} steps taken twice, "
+        f"{len(found)} stops, {struck} of them while a checkpoint was written or removed; {lost} steps taken twice, "
         f"none lost; the same weights and metrics to the last bit, in {time.monotonic() - started:.0f} s"
     )
 

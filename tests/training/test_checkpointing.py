@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from common.errors import UserError
 from models import Showo, ShowoConfig
-from training.checkpointing import TrainState, checkpoints, find_resume, load_checkpoint, save_checkpoint
+from training.checkpointing import (
+    COURSE,
+    TrainState,
+    begin_course,
+    checkpoints,
+    find_resume,
+    find_start,
+    load_checkpoint,
+    save_checkpoint,
+)
 from training.data.streams import StreamState
 from training.optimization import WeightAverage
 
@@ -66,15 +76,6 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_checkpoint_holds_these_files_and_this_metadata(tmp_path):
-    folder = Run().save(tmp_path, 7)
-    assert folder == tmp_path / "checkpoint-7" and names(tmp_path) == ["checkpoint-7"]
-    assert set(names(folder)) == FILES
-    assert json.loads((folder / "metadata.json").read_text()) == {"global_step": 7, "num_processes": 1}
-    streams = json.loads((folder / "streams_0.json").read_text())
-    assert {name: StreamState(**stream) for name, stream in streams.items()} == STREAMS
-
-
 def test_everything_comes_back_bit_for_bit(tmp_path):
     run = Run()
     run.step()
@@ -109,15 +110,14 @@ def test_without_an_average_the_weights_are_saved_and_it_begins_anew_later(tmp_p
     run.step()
     folder = run.save(tmp_path, 1)
     assert set(names(folder)) == FILES - {"average.pt"}
-    loaded = Showo.from_pretrained(str(folder / "unwrapped_model"))
-    assert all(torch.equal(p, dict(run.model.named_parameters())[n]) for n, p in loaded.named_parameters())
-
     AcceleratorState._reset_state(True)
     other = Run(seed=3)
     other.step()
     other.load(folder)
     assert other.average.updates == 0
-    assert all(torch.equal(other.average.shadow[n], p) for n, p in loaded.named_parameters())
+    for name, parameter in Showo.from_pretrained(str(folder / "unwrapped_model")).named_parameters():
+        assert torch.equal(parameter, dict(run.model.named_parameters())[name])
+        assert torch.equal(parameter, other.average.shadow[name])
 
 
 @pytest.mark.parametrize("stage", ["state", "average", "model", "metadata"])
@@ -216,21 +216,26 @@ def test_files_and_folders_are_on_the_disk_before_the_name_and_then_the_name(tmp
     assert flushed[-1] == tmp_path
 
 
-def test_saving_the_same_step_again_replaces_it(tmp_path):
+def test_a_checkpoint_holds_these_files_also_in_place_of_another(tmp_path):
     run = Run()
     run.save(tmp_path, 4)
     (tmp_path / "checkpoint-4" / "old").touch()
-    run.save(tmp_path, 4)
-    assert names(tmp_path) == ["checkpoint-4"] and set(names(tmp_path / "checkpoint-4")) == FILES
+    folder = run.save(tmp_path, 4)
+    assert names(tmp_path) == ["checkpoint-4"] and set(names(folder)) == FILES
+    assert json.loads((folder / "metadata.json").read_text()) == {"global_step": 4, "num_processes": 1}
+    streams = json.loads((folder / "streams_0.json").read_text())
+    assert {name: StreamState(**stream) for name, stream in streams.items()} == STREAMS
 
 
-def test_the_limit_removes_the_oldest_by_number(tmp_path):
+@pytest.mark.parametrize(
+    ("steps", "limit", "left"),
+    [((8, 9, 10, 11), 2, [10, 11]), ((8, 9, 10), None, [8, 9, 10]), ((200, 50), 1, [50])],
+)
+def test_the_limit_removes_the_oldest_by_number_but_not_what_was_just_written(tmp_path, steps, limit, left):
     run = Run()
-    for step in (8, 9, 10, 11):
-        run.save(tmp_path, step, limit=2)
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
-    run.save(tmp_path, 12, limit=None)
-    assert len(checkpoints(tmp_path)) == 3
+    for step in steps:
+        run.save(tmp_path, step, limit=limit)
+    assert [folder.name for folder in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
 
 def test_the_oldest_goes_only_after_the_new_one_stands(tmp_path, monkeypatch):
@@ -246,14 +251,6 @@ def test_the_oldest_goes_only_after_the_new_one_stands(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", watched)
     run.save(tmp_path, 2, limit=1)
     assert seen == [(".incomplete-checkpoint-1-removed", ["checkpoint-2"])]
-
-
-def test_the_limit_never_removes_what_was_just_written(tmp_path):
-    run = Run()
-    for step in (100, 200):
-        run.save(tmp_path, step)
-    run.save(tmp_path, 50, limit=2)  # continued from an earlier checkpoint
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-50", "checkpoint-200"]
 
 
 def test_latest_goes_by_number_and_other_folders_do_not_count(tmp_path):
@@ -275,21 +272,21 @@ def cut(file) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("metadata.json", lambda f: f.unlink()),
+        ("metadata.json", Path.unlink),
         ("metadata.json", lambda f: f.write_text('{"global_st')),
         ("metadata.json", lambda f: f.write_text('{"streams": {}}')),
         ("metadata.json", lambda f: f.write_text('{"global_step": "many"}')),
         ("streams_0.json", lambda f: f.write_text('{"lm": {"row": 3}}')),
-        ("streams_0.json", lambda f: f.unlink()),
-        ("counts_0.json", lambda f: f.unlink()),
+        ("streams_0.json", Path.unlink),
+        ("counts_0.json", Path.unlink),
         ("model.safetensors", cut),
-        ("model.safetensors", lambda f: f.unlink()),
+        ("model.safetensors", Path.unlink),
         ("optimizer.bin", cut),
         ("optimizer.bin", lambda f: f.write_bytes(b"")),
-        ("optimizer.bin", lambda f: f.unlink()),
+        ("optimizer.bin", Path.unlink),
         ("custom_checkpoint_0.pkl", lambda f: f.write_bytes(b"junk")),
         ("random_states_0.pkl", cut),
-        ("random_states_0.pkl", lambda f: f.unlink()),
+        ("random_states_0.pkl", Path.unlink),
         ("average.pt", cut),
     ],
 )
@@ -302,7 +299,148 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name, damage):
     assert "\n" not in str(error.value)
 
 
-def test_weights_alone_are_not_enough_to_continue(tmp_path):
-    folder = Run().save(tmp_path, 1)
-    with pytest.raises(UserError, match=r"metadata\.json is missing"):
-        load_checkpoint(Accelerator(cpu=True), folder / "unwrapped_model")
+# ---- courses: what `latest` means ----
+
+
+ACCELERATOR = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+
+
+def write_course(folder: Path, numbers: list[int], content: str, final: bool = False) -> None:
+    """What a run with these checkpoints leaves; `content` tells courses apart."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        checkpoint = folder / f"checkpoint-{number}"
+        (checkpoint / "unwrapped_model").mkdir(parents=True)
+        (checkpoint / "content").write_text(content)
+        (checkpoint / "metadata.json").write_text(json.dumps({"global_step": number, "num_processes": 1}))
+        (folder / f"images/generated-images-{number:08d}.png").write_text(content)
+    before = folder.joinpath("metrics.jsonl").read_text() if folder.joinpath("metrics.jsonl").exists() else ""
+    known = [json.loads(line)["step"] for line in before.splitlines()]
+    steps = range(max(known, default=0) + 1, max(numbers, default=0) + 1)
+    lines = [json.dumps({"step": step, "content": content}) + "\n" for step in steps]
+    (folder / "metrics.jsonl").write_text(before + "".join(lines))
+    for name in ("config.json", "model.safetensors") if final else ():
+        (folder / name).write_text(content)
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()}
+
+
+def begin(output_dir: Path, setting) -> Path | None:
+    """Starts a run without training it; returns the checkpoint that it starts from."""
+    start = find_start(output_dir, setting)
+    begin_course(ACCELERATOR, output_dir, start)
+    return start and start.folder
+
+
+def steps_of(file: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+STARTS = {  # how a run starts: checkpoints in its folder, whether it has ended, the setting, what stays, what goes
+    "latest": ([4, 8, 12], True, "latest", [4, 8, 12], []),
+    "nothing": ([], False, "latest", [], []),
+    "back": ([4, 8, 12], True, "checkpoint-4", [4], [8, 12]),
+    "back-to-0": ([0, 4], False, "checkpoint-0", [0], [4]),
+    "anew": ([4, 8], True, False, [], [4, 8]),
+    "anew-beside-0": ([0], False, False, [], [0]),
+    "anew-without-checkpoints": ([], True, False, [], []),
+    "elsewhere": ([4, 12], False, "{other}/checkpoint-8", [], [4, 12]),
+    "elsewhere-into-nothing": ([], False, "{other}/checkpoint-8", [], []),
+}
+
+
+def prepare(folder: Path, name: str) -> tuple[Path, str | bool]:
+    present, ended, setting, _, _ = STARTS[name]
+    write_course(folder / "out", present, "old", ended)
+    if not (other := folder.parent / "other").exists():
+        write_course(other, [8], "other")
+    return folder / "out", setting.format(other=other) if setting else setting
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_start_leaves_its_own_course_and_sets_the_rest_aside(tmp_path, capsys, name):
+    _, ended, _, stay, go = STARTS[name]
+    output_dir, setting = prepare(tmp_path / "here", name)
+    before, start = files_of(output_dir), begin(output_dir, setting)
+    moves = bool(go) or (ended and not stay)
+    assert [folder.name for folder in checkpoints(output_dir)] == [f"checkpoint-{number}" for number in stay]
+    assert [folder.name for folder in checkpoints(output_dir / "abandoned-1")] == [f"checkpoint-{n}" for n in go]
+    assert find_resume(output_dir, "latest") == start, "a crash before the first save continues this course"
+    assert (output_dir / "model.safetensors").exists() == (ended and not moves)
+    last = max(stay, default=0) if not name.startswith("elsewhere") else 0
+    assert steps_of(output_dir / "metrics.jsonl") == list(range(1, last + 1))
+    assert steps_of(output_dir / "abandoned-1/metrics.jsonl") == list(range(last + 1, max(go, default=0) + 1))
+    told = capsys.readouterr().out
+    assert told.count("\n") == moves
+    if go:
+        back = f"experiment.resume_from_checkpoint=abandoned-1/checkpoint-{go[-1]}"
+        assert f"up to checkpoint-{go[-1]} set aside in {output_dir}/abandoned-1" in told and back in told
+    after = {file.removeprefix("abandoned-1/"): text for file, text in files_of(output_dir).items()}
+    assert {f: t for f, t in after.items() if f not in ("metrics.jsonl", COURSE)} == {
+        f: t for f, t in before.items() if f != "metrics.jsonl"
+    }, "everything is there, whole"
+    assert (output_dir / COURSE).exists() == name.startswith("elsewhere")
+    assert begin(output_dir, "latest") == start and not (output_dir / "abandoned-2").exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_after(monkeypatch, count: int) -> None:
+    """Kills the process at change number `count` of a folder."""
+    calls = iter(range(count))
+
+    def counted(change):
+        def changed(*args, **kwargs):
+            if next(calls, None) is None:
+                raise Killed
+            return change(*args, **kwargs)
+
+        return changed
+
+    for name in ("rename", "replace", "unlink", "mkdir"):
+        monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
+
+
+@pytest.mark.parametrize("name", ["back", "back-to-0", "anew", "anew-without-checkpoints", "elsewhere"])
+def test_a_start_that_is_killed_takes_effect_at_once_or_not_at_all(tmp_path, monkeypatch, name):
+    whole, setting = prepare(tmp_path / "whole", name)
+    old, new = find_resume(whole, "latest"), begin(whole, setting)
+    expected = files_of(whole)
+    for count in range(99):
+        output_dir, setting = prepare(tmp_path / str(count), name)
+        with monkeypatch.context() as patch:
+            kill_after(patch, count)
+            try:
+                begin(output_dir, setting)
+                break
+            except Killed:
+                pass
+        start = find_resume(output_dir, "latest")
+        expected_start = str((old, new)[count > 0]).replace(str(whole), str(output_dir))
+        assert str(start) == expected_start, "the first change decides"
+        # Then the same command, or one that only means the same.
+        assert begin(output_dir, "latest" if count else setting) == start or not count
+        assert files_of(output_dir) == expected, count
+    assert count > 4
+
+
+def test_a_course_that_was_left_can_be_returned_to(tmp_path):
+    write_course(tmp_path, [4, 8, 12], "old")
+    begin(tmp_path, "checkpoint-4")
+    write_course(tmp_path, [8], "new")
+    back = begin(tmp_path, "abandoned-1/checkpoint-8")
+    assert back == find_resume(tmp_path, "latest") == tmp_path / "abandoned-1/checkpoint-8"
+    assert [(c.name, (c / "content").read_text()) for c in checkpoints(tmp_path / "abandoned-2")] == [
+        ("checkpoint-4", "old"),
+        ("checkpoint-8", "new"),
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, "content": "old"} for step in range(1, 9)]
+    assert steps_of(tmp_path / "abandoned-2/metrics.jsonl") == [5, 6, 7, 8]
+    assert begin(tmp_path, "latest") == back, "killed before it has saved"
+    Run().save(tmp_path, 10)
+    assert find_resume(tmp_path, "latest") == tmp_path / "checkpoint-10" and not (tmp_path / COURSE).exists()

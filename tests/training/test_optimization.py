@@ -83,12 +83,26 @@ def test_cosine_warms_up_linearly_and_ends_at_zero(world):
 
 
 @pytest.mark.parametrize(
-    ("name", "last"),
-    [("linear", 0.125), ("constant", 1.0), ("constant_with_warmup", 1.0), ("polynomial", 0.125), ("cosine", 0.038)],
+    ("name", "last", "after"),
+    [
+        ("linear", 0.125, 0.0),
+        ("constant", 1.0, 1.0),
+        ("constant_with_warmup", 1.0, 1.0),
+        ("polynomial", 0.125, 1e-7),
+        ("cosine", 0.038, 0.0),
+    ],
 )
-def test_every_schedule_can_be_made(world, name, last):
-    settings = {"training.max_train_steps": 12, "lr_scheduler.params.warmup_steps": 4}
-    assert rates(world, 12, **settings, **{"lr_scheduler.scheduler": name})[-1] == pytest.approx(last, abs=1e-3)
+def test_every_schedule_decays_over_its_steps_and_then_stays(world, name, last, after):
+    scheduler = {"lr_scheduler.scheduler": name, "lr_scheduler.params.warmup_steps": 4}
+    found = rates(world, 40, **scheduler, **{"training.max_train_steps": 12})
+    assert found[11] == pytest.approx(last, abs=1e-3) and found[12:] == pytest.approx([after] * 28, abs=1e-12)
+    kept = {"training.max_train_steps": 99, "lr_scheduler.params.num_training_steps": 12}
+    assert rates(world, 40, **scheduler, **kept) == found
+
+
+def test_a_schedule_shorter_than_its_warm_up_ends_with_it(world):
+    settings = {"lr_scheduler.params.warmup_steps": 4, "lr_scheduler.params.num_training_steps": 2}
+    assert max(rates(world, 9, **settings)) == 1.0
 
 
 def test_the_average_is_the_weighted_sum_of_the_past():

@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from models import Showo
 from models.images import preprocess
 from tests.training.tiny import CAPTIONS, LLM_VOCAB_SIZE, arguments, metrics_of, picture, write_llm
 from tests.training.tiny_sources import write_llm_weights
@@ -41,15 +42,7 @@ def launcher(kind: str, processes: int) -> list[str]:
     file = {"ddp": "2_cpu_ddp"}.get(kind, "2_cpu_deepspeed_zero2")
     launch = [str(ACCELERATE), "launch", "--config_file", str(ROOT / f"accelerate_configs/{file}.yaml")]
     if kind.startswith("zero"):
-        return [
-            *launch,
-            "--num_processes",
-            str(processes),
-            "--zero_stage",
-            kind[-1],
-            "--zero3_save_16bit_model",
-            "true",
-        ]
+        return [*launch, *f"--num_processes {processes} --zero_stage {kind[-1]} --zero3_save_16bit_model true".split()]
     if kind == "ddp" and processes == 2:
         return launch
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -124,6 +117,8 @@ def test_a_continued_run_is_the_uninterrupted_one_to_the_last_bit(world, tmp_pat
     whole, parts = whole_runs(kind), tmp_path / "parts"
     without_the_last_checkpoint(whole, parts)
     assert "checkpoint-2, step 2" in run(kind, world, parts)
+    assert len(list((whole / "images").glob("generated-images-*.png"))) == 2
+    assert Showo.from_pretrained(str(whole)).config.num_vq_tokens == 16
     for name in ("model.safetensors", "checkpoint-4/unwrapped_model/model.safetensors"):
         before, after = load_file(whole / name), load_file(parts / name)
         assert before.keys() == after.keys()
@@ -137,15 +132,6 @@ def test_a_continued_run_is_the_uninterrupted_one_to_the_last_bit(world, tmp_pat
     for process in range(2):
         streams = [(folder / f"checkpoint-4/streams_{process}.json").read_text() for folder in (whole, parts)]
         assert streams[0] == streams[1]
-
-
-@pytest.mark.parametrize("kind", ALL_KINDS)
-def test_samples_are_drawn_and_the_final_model_loads(whole_runs, kind):
-    from models import Showo
-
-    folder = whole_runs(kind)
-    assert len(list((folder / "images").glob("generated-images-*.png"))) == 2
-    assert Showo.from_pretrained(str(folder)).config.num_vq_tokens == 16
 
 
 @pytest.mark.parametrize("kind", ("zero2", "zero3", "fsdp2"))
@@ -305,3 +291,12 @@ def test_a_launch_that_falls_apart_into_single_runs_is_refused(world, tmp_path):
     done = launched([str(ACCELERATE), "launch", "--config_file", str(file)], world, tmp_path)
     assert done.returncode != 0 and not (tmp_path / "out").exists()
     assert "error: several processes were launched, but each runs alone" in done.stderr
+
+
+@pytest.mark.parametrize("options", [["1_cpu.yaml", "--quiet"], ["2_cpu_ddp.yaml"]], ids=["1", "2"])
+def test_what_a_launcher_prints_ends_in_the_users_mistake(world, tmp_path, options):
+    launch = [str(ACCELERATE), "launch", "--config_file", str(ROOT / "accelerate_configs" / options[0]), *options[1:]]
+    command = [*launch, str(ROOT / "training/train.py"), *arguments(world, tmp_path / "out", {"training.modle": 1})]
+    done = subprocess.run(command, env=environment("ddp"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and ("Traceback" in done.stderr) == (len(options) == 1)
+    assert "error: " in (last := done.stderr.rstrip("=\n").splitlines()[-1]) and "training.modle" in last

@@ -332,7 +332,7 @@ def has_ended(output_dir: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("launch_file", ["1_cpu", "2_cpu_ddp"])
 def test_a_signal_to_the_launcher_saves_too(world, tmp_path, launch_file, number):
     """It hands SIGTERM on to several processes; else the training notices that it is gone."""
