@@ -8,7 +8,6 @@ from PIL import Image, ImageDraw
 from common.errors import UserError
 from models import CLIPVisionTower, Showo, ShowoConfig, ShowoPipeline, UniversalPrompting
 from models.generation.cpu import SkinnyLinear
-from models.loading import find_folder, find_parts
 from models.pipeline_showo import _AnswerStreamer, mask_tokens
 from tests.parity.goldens import PHI, facts, prompting, tensors, tiny_showo
 from tests.tiny import RESOLUTION, WINDOW, clip_showo, tiny_vq, write_checkpoints, write_clip
@@ -351,15 +350,6 @@ def test_a_showo_folder_with_its_parts_named_and_in_bf16(tmp_path):
     assert next(loaded.clip.parameters()).dtype == torch.float32
     assert loaded.answer(noise(0), "w1", max_new_tokens=4)[0][0]
     assert loaded.text_to_image("w1", **FAST)[0].size == (RESOLUTION, RESOLUTION)
-
-
-def test_names_are_looked_up_in_the_current_folder_then_in_the_repository(repository, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    parts = find_parts("checkpoints/showo-tiny")
-    assert parts.keys() == {"showo", "vq_model", "llm"} and find_folder(parts["showo"]).is_relative_to(repository)
-    write_checkpoints(tmp_path / "checkpoints" / "showo-tiny")
-    assert find_parts("checkpoints/showo-tiny")["showo"] == "checkpoints/showo-tiny/showo"
-    assert find_parts("showlab/show-o") == {"showo": "showlab/show-o"}
 
 
 def test_a_clip_model_needs_its_tower():

@@ -1,0 +1,59 @@
+"""What a training starts from, where names are looked up, parts that do not fit (most refusals: test_mistakes.py)."""
+
+import pytest
+import torch
+
+from common.errors import UserError
+from common.schema import ShowoSection
+from models import Showo
+from models.loading import find_folder, find_parts, initial_showo, load_clip, load_parts
+from tests.parity.goldens import PHI, facts, tiny_showo
+from tests.tiny import CLIP_WIDTH, write_checkpoints
+from tests.tiny_llms import tiny_llm
+
+SIZES = {key: facts()[key] for key in ("vocab_size", "llm_vocab_size", "codebook_size", "num_vq_tokens")}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    return write_checkpoints(tmp_path_factory.mktemp("tiny"))
+
+
+def test_what_a_training_starts_from(places, tmp_path):
+    """A checkpoint (perhaps in a training checkpoint's folder), a language model, or nothing."""
+    section = ShowoSection(**SIZES, llm_model_path=str(PHI), pretrained_model_path=str(places["showo"]))
+    head = tiny_showo().showo.lm_head.weight
+    assert torch.equal(initial_showo(section).showo.lm_head.weight, head)
+    (tmp_path / "unwrapped_model").symlink_to(places["showo"], target_is_directory=True)
+    section.pretrained_model_path, section.w_clip_vit = None, True
+    model = initial_showo(section, tmp_path, clip_vit_name=str(places["clip"]))  # the projector may be missing
+    assert torch.equal(model.showo.lm_head.weight, head) and model.mm_projector[0].in_features == CLIP_WIDTH
+    section.w_clip_vit = False
+    random = initial_showo(section)
+    assert isinstance(random, Showo) and not torch.equal(random.showo.lm_head.weight, head)
+    llm = tiny_llm("llama")
+    llm.save_pretrained(tmp_path / "llm")
+    section.llm_model_path, section.load_from_showo = str(tmp_path / "llm"), False
+    model = initial_showo(section)
+    assert torch.equal(model.get_input_embeddings().weight[:118], llm.get_input_embeddings().weight)
+    section.vocab_size += 1
+    with pytest.raises(UserError, match="model.showo: vocab_size is 194"):
+        initial_showo(section)
+
+
+def test_names_are_looked_up_in_the_current_folder_then_in_the_repository(repository, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parts = find_parts("checkpoints/showo-tiny")
+    assert parts.keys() == {"showo", "vq_model", "llm"} and find_folder(parts["showo"]).is_relative_to(repository)
+    write_checkpoints(tmp_path / "checkpoints" / "showo-tiny")
+    assert find_parts("checkpoints/showo-tiny")["showo"] == "checkpoints/showo-tiny/showo"
+    assert find_parts("showlab/show-o") == {"showo": "showlab/show-o"}
+
+
+def test_parts_that_do_not_fit(places):
+    with pytest.raises(UserError, match=f"features of size {CLIP_WIDTH}, but the checkpoint expects 1024"):
+        load_clip(str(places["clip"]), 1024)
+    with pytest.raises(UserError, match="conversation=chat: the tokenizer has no chat template"):
+        load_parts(
+            str(places["showo"]), vq_model=str(places["magvitv2"]), llm=str(PHI), device="cpu", conversation="chat"
+        )
