@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from common.config import resolve_path
 from common.errors import UserError
-from common.schema import ShowoSection
+from common.schema import ShowoSection, TrainedShowoSection
 from llava import QuestionFormat
 from models.backbones import DEFAULT_LLM
 from models.checkpoint_io import CHECKPOINT_FILES, TOKENIZER_FILES, read_json, resolve_folder
@@ -189,7 +189,7 @@ def clip_feature_size(name: str) -> int:
 
 
 def initial_showo(
-    section: ShowoSection,
+    section: TrainedShowoSection,
     start: str | Path | None = None,
     *,
     clip_vit_name: str = CLIP_VIT_L_336,

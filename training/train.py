@@ -32,9 +32,10 @@ def make_task(argv: list[str], name: str | None = None):
 
 
 def main(argv: list[str]) -> None:
-    from training.trainer import Trainer
+    task = make_task(argv)
+    from training.trainer import Trainer  # after the settings: their mistakes, and --help, are told at once
 
-    Trainer(make_task(argv)).train()
+    Trainer(task).train()
 
 
 if __name__ == "__main__":

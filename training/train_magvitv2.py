@@ -17,9 +17,10 @@ from training.train import make_task
 
 
 def main(argv: list[str]) -> None:
-    from training.trainer import Trainer
+    task = make_task(argv, "tokenizer")
+    from training.trainer import Trainer  # after the settings: their mistakes, and --help, are told at once
 
-    Trainer(make_task(argv, "tokenizer")).train()
+    Trainer(task).train()
 
 
 if __name__ == "__main__":

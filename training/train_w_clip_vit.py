@@ -14,11 +14,11 @@ from training.train import make_task
 
 
 def main(argv: list[str]) -> None:
-    from training.trainer import Trainer
-
     task = make_task(argv, "showo")
     if not task.config.model.showo.w_clip_vit:
         raise UserError("model.showo.w_clip_vit is false; set it to true, or train with training/train.py")
+    from training.trainer import Trainer  # after the settings: their mistakes, and --help, are told at once
+
     Trainer(task).train()
 
 

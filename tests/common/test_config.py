@@ -360,6 +360,7 @@ def test_the_keys_that_may_change_when_a_run_is_resumed():
         *("dataset.params.batch_size", "dataset.params.max_skipped_fraction", "lr_scheduler.params.learning_rate"),
         *(f"training.{key}" for key in ("guidance_scale", "generation_timesteps", "generation_temperature")),
         *("training.batch_size", "training.eval_mask_ratios", "training.enable_tf32", "training.max_nonfinite_batches"),
+        *("training.max_train_steps", "lr_scheduler.params.num_training_steps"),
     }
 
 

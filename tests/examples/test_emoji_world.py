@@ -281,7 +281,7 @@ def test_a_download_that_fails_or_is_damaged_is_named(tmp_path, monkeypatch):
     [
         ("names=some", "names=some is not allowed"),
         ("names=0", "names=0 is not allowed"),
-        ("size=2", "size=2 is too small"),
+        ("size=2", "size is 2; it must be 8 or more"),
         ("background=blurple", "background=blurple is no colour"),
         ("sise=64", "sise"),
         ("size=large", "size"),

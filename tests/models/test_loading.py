@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.schema import ShowoSection
+from common.schema import TrainedShowoSection
 from models import Showo
 from models.loading import find_folder, find_parts, initial_showo, load_clip, load_parts
 from tests.parity.goldens import PHI, facts, tiny_showo
@@ -21,7 +21,7 @@ def places(tmp_path_factory):
 
 def test_what_a_training_starts_from(places, tmp_path):
     """A checkpoint (perhaps in a training checkpoint's folder), a language model, or nothing."""
-    section = ShowoSection(**SIZES, llm_model_path=str(PHI), pretrained_model_path=str(places["showo"]))
+    section = TrainedShowoSection(**SIZES, llm_model_path=str(PHI), pretrained_model_path=str(places["showo"]))
     head = tiny_showo().showo.lm_head.weight
     assert torch.equal(initial_showo(section).showo.lm_head.weight, head)
     (tmp_path / "unwrapped_model").symlink_to(places["showo"], target_is_directory=True)

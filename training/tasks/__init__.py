@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, ClassVar
 
 import torch
@@ -115,7 +116,7 @@ def find_task(name: str) -> type[Task]:
     Raises:
         UserError: there is no such module.
     """
-    found = sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
+    found = sorted(module.name for module in iter_modules(__path__))
     if name not in found:
         raise UserError(f"task is {name!r}; allowed: {', '.join(found)} (the modules in training/tasks)")
     return import_module(f"training.tasks.{name}").TASK
