@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from training.processes import full_tensor, gradient_of, local
 
@@ -138,7 +139,7 @@ class WeightAverage:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         names, parameters = zip(*((n, local(p.detach()).float()) for n, p in model.named_parameters()), strict=True)
-        torch._foreach_lerp_([local(self.shadow[n]) for n in names], list(parameters), 1 - decay)
+        get_ema_multi_avg_fn(decay)([local(self.shadow[name]) for name in names], list(parameters), self.updates)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
