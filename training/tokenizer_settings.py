@@ -49,8 +49,9 @@ class Model:
 @dataclass
 class DatasetParams(LoaderParams):
     num_workers: int = 4
-    train_shards: Any = setting(None, "images: shards", is_data=True)
-    eval_shards: Any = setting(None, "held-out images", is_data=True)
+    train_shards: Any = setting(None, "images: shards or parquet files", is_data=True)
+    eval_shards: Any = setting(None, "held-out images", is_data=True, free=True)
+    image_column: str | None = setting(None, "of parquet files; null: the first with a usual name")
     resolution: int = setting(256, "pixels per side of an image", low=1)
     random_flip: bool = setting(True, "mirror images at random")
     max_shift: int = setting(0, "shift images by up to so many pixels; the border is repeated", low=0)
@@ -63,7 +64,7 @@ class Dataset:
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
         return [
-            f"dataset.params.{key} is not given; name the WebDataset shards, as in 'data/train-*.tar'"
+            f"dataset.params.{key} is not given; name shards or parquet files, as in 'data/train-*.tar'"
             for key in ("train_shards", "eval_shards")
             if not config.dataset.params[key]
         ]

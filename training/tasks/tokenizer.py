@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from common.config import resolve_path
 from common.errors import UserError
 from models import MAGVITv2, MAGVITv2Config
 from models.devices import send
 from models.images import to_pil
+from models.loading import find_folder
 from models.modeling_magvitv2 import MAGVITv2Output
-from training.data.flows import FlowReader, Reading
+from training.data.flows import FlowReader, Reading, check_data
 from training.data.image_text import ImageTransform
+from training.data.parquet import IMAGE_COLUMNS
 from training.data.streams import Transform, stack
 from training.metrics import Sums
 from training.perceptual import PerceptualLoss
@@ -42,8 +43,7 @@ class TokenizerTask(Task):
 
     def __init__(self, config):
         super().__init__(config)
-        for split in ("train", "eval"):
-            ImageReader(config, "images", split).files()
+        check_data([*self.readers("train"), *self.readers("eval")])
         self.sheet = []  # held-out images for the panel
 
     def readers(self, split: str) -> list[FlowReader]:
@@ -55,10 +55,10 @@ class TokenizerTask(Task):
     def make_model(self, start: Path | None) -> MAGVITv2:
         """A new tokenizer with the sizes of the section `model`, or one with weights."""
         sizes = OmegaConf.to_container(self.config.model)
-        path = start or sizes.pop("pretrained_model_path")
+        given = sizes.pop("pretrained_model_path")
         try:
-            if path:
-                model = MAGVITv2.from_pretrained(resolve_path(path), dtype=torch.float32)
+            if path := start or self.config.experiment.init_from or given:
+                model = MAGVITv2.from_pretrained(find_folder(path), dtype=torch.float32)
             else:
                 model = MAGVITv2(MAGVITv2Config(**sizes))
         except ValueError as error:
@@ -153,8 +153,8 @@ class ImageReader(FlowReader):
         return "the tokenizer"
 
     def columns(self):
-        columns, settings = super().columns()
-        return {"image": columns["image"]}, settings
+        names = (self.params.image_column,) if self.params.image_column else IMAGE_COLUMNS
+        return {"image": names}, {"image": "dataset.params.image_column"}
 
     def code_sizes(self) -> dict[str, int]:
         return {}
