@@ -4,11 +4,11 @@ import logging
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import processors
 
-from llava import IGNORE_INDEX, collate, encode_conversation, encode_plain, question_prompt_vit, question_prompt_vq
+from llava import IGNORE_INDEX, collate, encode_conversation, encode_plain
 from tests.parity.phi15 import phi15_tokenizer
+from tests.tiny_llms import byte_tokenizer
 
 EOS = "<|endoftext|>"
 GONE = [IGNORE_INDEX]
@@ -36,15 +36,43 @@ def check(turns, tokenizer, *pieces):
     assert got["labels"].tolist() == sum(labels, [])
 
 
-def test_answers_and_their_eos_are_learnt(tokenizer):
-    check(
-        [human("Who?"), gpt("A cat."), human("Where?"), gpt("There.")],
-        tokenizer,
-        ("USER: Who? ASSISTANT:", False),
-        (" A cat." + EOS, True),
-        ("USER: Where? ASSISTANT:", False),
-        (" There." + EOS, True),
-    )
+ASKED, ANSWERED = ("USER: Who? ASSISTANT:", False), (" A cat." + EOS, True)
+
+
+@pytest.mark.parametrize(
+    ("turns", "pieces"),
+    [
+        (
+            [human("Who?"), gpt("A cat."), human("Where?"), gpt("There.")],
+            [ASKED, ANSWERED, ("USER: Where? ASSISTANT:", False), (" There." + EOS, True)],
+        ),
+        *(
+            ([human(question), gpt("A cat.")], [ASKED, ANSWERED])  # image tags are removed
+            for question in ("<image>\nWho?", "Who?\n<image>", "<image> <image>\n Who? ", "  Who?<image>")
+        ),
+        (  # turns without a tag are not stripped
+            [human(" <image>\nWho? "), gpt("\tA cat. "), human(" Where?\n"), gpt("<image> There. ")],
+            [ASKED, (" \tA cat. " + EOS, True), ("USER:  Where?\n ASSISTANT:", False), (" There." + EOS, True)],
+        ),
+        ([gpt("Hello."), human("Who?"), gpt("A cat.")], [ASKED, ANSWERED]),  # one leading answer is dropped
+        (  # an empty answer swallows the next question into its round, which still has one ` ASSISTANT: `
+            [human("Who?"), gpt(""), human("Where?"), gpt("There.")],
+            [("USER: Who? ASSISTANT:USER: Where? ASSISTANT:", False), (" There." + EOS, True)],
+        ),
+        ([human("Who?"), gpt(" ")], [ASKED, ("  " + EOS, True)]),  # a blank is not empty
+        (  # a mark without its blanks does not split
+            [human("What is ASSISTANT:?"), gpt("Me.")],
+            [("USER: What is ASSISTANT:? ASSISTANT:", False), (" Me." + EOS, True)],
+        ),
+        (
+            [human("Who?"), gpt("A cat."), human("a  b"), gpt("  c\n\n\td ")],
+            [ASKED, ANSWERED, ("USER: a  b ASSISTANT:", False), ("   c\n\n\td " + EOS, True)],
+        ),
+    ],
+)
+def test_answers_and_their_eos_are_learnt(turns, pieces, tokenizer, caplog):
+    check(turns, tokenizer, *pieces)
+    assert not caplog.records
 
 
 def test_the_input_is_left_as_it_was(tokenizer):
@@ -53,81 +81,29 @@ def test_the_input_is_left_as_it_was(tokenizer):
     assert turns == [gpt("Hello."), human("<image>\nWho?"), gpt("A cat.")]
 
 
-@pytest.mark.parametrize("question", ["<image>\nWho?", "Who?\n<image>", "<image> <image>\n Who? ", "  Who?<image>"])
-def test_image_tags_are_removed(question, tokenizer):
-    check([human(question), gpt("A cat.")], tokenizer, ("USER: Who? ASSISTANT:", False), (" A cat." + EOS, True))
-
-
-def test_only_turns_with_an_image_tag_are_stripped(tokenizer):
-    check(
-        [human(" <image>\nWho? "), gpt("\tA cat. "), human(" Where?\n"), gpt("<image> There. ")],
-        tokenizer,
-        ("USER: Who? ASSISTANT:", False),
-        (" \tA cat. " + EOS, True),
-        ("USER:  Where?\n ASSISTANT:", False),
-        (" There." + EOS, True),
-    )
-
-
-def test_one_leading_gpt_turn_is_dropped(tokenizer):
-    turns = [human("Who?"), gpt("A cat.")]
-    expected = encode_conversation(turns, tokenizer)
-    got = encode_conversation([gpt("Hello."), *turns], tokenizer)
-    assert all(torch.equal(got[key], expected[key]) for key in expected)
-    with pytest.raises(ValueError, match="take turns"):
-        encode_conversation([gpt("Hello."), gpt("Hello?"), *turns], tokenizer)
-
-
-def test_empty_messages_leave_the_bare_role(tokenizer, caplog):
-    # An empty answer swallows the next question into its round, which still has one ` ASSISTANT: `.
-    check(
-        [human("Who?"), gpt(""), human("Where?"), gpt("There.")],
-        tokenizer,
-        ("USER: Who? ASSISTANT:USER: Where? ASSISTANT:", False),
-        (" There." + EOS, True),
-    )
-    assert not caplog.records
-    # A round that lacks the blank before ASSISTANT, and one that lacks the blank behind it, have no answer.
-    check([human("<image>"), gpt("A cat.")], tokenizer, ("USER:ASSISTANT: A cat." + EOS, False))
-    check([human("Who?"), gpt("")], tokenizer, ("USER: Who? ASSISTANT:", False))
-    assert len(caplog.records) == 2
-
-
-def test_a_blank_message_is_not_empty(tokenizer):
-    check([human("Who?"), gpt(" ")], tokenizer, ("USER: Who? ASSISTANT:", False), ("  " + EOS, True))
-
-
-def test_a_last_question_without_answer_unlabels_the_sample(tokenizer, caplog):
+@pytest.mark.parametrize(
+    ("turns", "text"),
+    [
+        # no blank before ASSISTANT, or none behind it: there is no answer
+        ([human("<image>"), gpt("A cat.")], f"USER:ASSISTANT: A cat.{EOS}"),
+        ([human("Who?"), gpt("")], "USER: Who? ASSISTANT:"),
+        # a last question without answer; the end is stripped
+        ([human("Who?"), gpt("A cat."), human("Where? ")], f"USER: Who? ASSISTANT: A cat.{EOS}USER: Where?"),
+        ([human("Who?")], "USER: Who?"),
+        # a round that does not split in two
+        *(
+            (
+                [human("Who?"), gpt("A cat."), human("Where?"), gpt(answer)],
+                f"USER: Who? ASSISTANT: A cat.{EOS}USER: Where? ASSISTANT: {answer}{EOS}",
+            )
+            for answer in ("Say ASSISTANT: hello.", f"Say {EOS} hello.")
+        ),
+    ],
+)
+def test_what_cannot_be_split_into_rounds_loses_its_labels_with_a_warning(turns, text, tokenizer, caplog):
     with caplog.at_level(logging.WARNING, logger="llava"):
-        check(
-            [human("Who?"), gpt("A cat."), human("Where? ")],
-            tokenizer,
-            (f"USER: Who? ASSISTANT: A cat.{EOS}USER: Where?", False),  # the end is stripped
-        )
+        check(turns, tokenizer, (text, False))
     assert len(caplog.records) == 1 and "without labels" in caplog.text
-    check([human("Who?")], tokenizer, ("USER: Who?", False))
-
-
-@pytest.mark.parametrize("answer", ["Say ASSISTANT: hello.", f"Say {EOS} hello."])
-def test_a_round_that_does_not_split_in_two_unlabels_the_sample(answer, tokenizer, caplog):
-    text = f"USER: Who? ASSISTANT: A cat.{EOS}USER: Where? ASSISTANT: {answer}{EOS}"
-    check([human("Who?"), gpt("A cat."), human("Where?"), gpt(answer)], tokenizer, (text, False))
-    assert len(caplog.records) == 1
-
-
-def test_a_mark_without_its_blanks_does_not_split(tokenizer):
-    check(
-        [human("What is ASSISTANT:?"), gpt("Me.")],
-        tokenizer,
-        ("USER: What is ASSISTANT:? ASSISTANT:", False),
-        (" Me." + EOS, True),
-    )
-
-
-def test_nothing_is_warned_of_when_all_is_well(tokenizer, caplog):
-    got = encode_conversation([human("Who?"), gpt("A cat."), human("a  b"), gpt("  c\n\n\td ")], tokenizer)
-    assert not caplog.records
-    assert (got["labels"] != IGNORE_INDEX).sum() == len(tokenizer(f" A cat.{EOS}   c\n\n\td {EOS}").input_ids)
 
 
 def prompt_and_answer(tokenizer, total):
@@ -184,7 +160,15 @@ def test_malformed_turns_are_named(encode, turns, named, tokenizer):
         encode(turns, tokenizer)
 
 
-@pytest.mark.parametrize("turns", [[gpt("Hello.")], [human("Who?"), human("Where?")], [human("a"), gpt("b"), gpt("c")]])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [gpt("Hello.")],
+        [human("Who?"), human("Where?")],
+        [human("a"), gpt("b"), gpt("c")],
+        [gpt("Hello."), gpt("Hello?"), human("Who?"), gpt("A cat.")],
+    ],
+)
 def test_speakers_must_take_turns(turns, tokenizer):
     with pytest.raises(ValueError, match="take turns"):
         encode_conversation(turns, tokenizer)
@@ -223,11 +207,10 @@ def test_collate_pads_on_the_right_and_cuts():
 
 
 def test_another_tokenizer_brings_its_own_eos_and_no_bos():
-    bpe = Tokenizer(models.BPE({byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.add_special_tokens([AddedToken("</s>", special=True)])  # id 256
-    bpe.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 256)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="</s>", eos_token="</s>")
+    tokenizer = byte_tokenizer(("</s>",), bos_token="</s>", eos_token="</s>")  # id 256
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 256)]
+    )
     assert tokenizer("Hi").input_ids[0] == 256  # it would put bos first
     got = encode_conversation([human("Hi"), gpt("Ho"), human("Hi"), gpt("Ho")], tokenizer)
     prompt, answer = GONE * len("USER: Hi ASSISTANT:"), tokenizer(" Ho", add_special_tokens=False).input_ids + [256]
@@ -235,8 +218,3 @@ def test_another_tokenizer_brings_its_own_eos_and_no_bos():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="eos_token"):
         encode_plain([human("Hi"), gpt("Ho")], tokenizer)
-
-
-def test_question_prompts():
-    assert question_prompt_vq("Who?") == "USER: \nWho? ASSISTANT:"
-    assert question_prompt_vit("Who?") == "USER: Who? ASSISTANT:"
