@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +26,8 @@ from tests.tiny_llms import (
 from training.loss import Objective
 from training.packing import PACKED_SDPA, Packing
 
-ROOT = Path(__file__).resolve().parents[2]
-COUNTS = {"batch_size_t2i": 3, "batch_size_lm": 2, "batch_size_mmu": 2}
-LOSSES = {**COUNTS, "max_seq_length": 12}
+COUNTS = (3, 2, 2)  # rows of each task
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 TASKS = ("t2i", "lm", "mmu")
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -79,21 +77,16 @@ def test_a_saved_folder_says_which_language_model_it_holds(family, tmp_path):
     assert loaded.config.llm_config["model_type"] == family and loaded.config.qk_norm == model.config.qk_norm
     assert loaded.showo.config.to_dict() == model.showo.config.to_dict() | {"dtype": loaded.showo.config.dtype}
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+    layer = type(model.showo.get_decoder().layers[0]).__name__
+    assert model._no_split_modules == {layer} == {BACKBONES[family].layer_class}
 
 
 @pytest.mark.slow
-def test_a_saved_folder_loads_in_a_fresh_process(tmp_path):
+def test_a_saved_folder_loads_in_a_fresh_process(tmp_path, repository):
     tiny_showo("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
     code = "import models, sys; from transformers import AutoModel; print(AutoModel.from_pretrained(sys.argv[1]).showo)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=repository, capture_output=True, text=True)
     assert "LlamaForCausalLM" in done.stdout, done.stderr
-
-
-@every_family
-def test_layers_are_cut_where_the_family_says(family):
-    model = tiny_showo(family)
-    layer = type(model.showo.get_decoder().layers[0])
-    assert model._no_split_modules == {layer.__name__} == {BACKBONES[family].layer_class}
 
 
 # ---- attention and losses ----
@@ -119,7 +112,7 @@ def test_packed_rows_and_checkpointing_give_the_same_losses_and_gradients(family
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         is_used = ids != model.vocabulary.pad_id
         packing = Packing.from_mask(is_used, mask, 4 * ids.shape[1]) if packed else None
-        out = model(ids, mask, Objective.from_labels(labels, tuple(COUNTS.values()), 12, packing=packing))
+        out = model(ids, mask, Objective.from_labels(labels, COUNTS, 12, packing=packing))
         losses = torch.stack([getattr(out, f"loss_{task}") for task in TASKS])
         losses.sum().backward()
         found.append((losses.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
@@ -144,9 +137,7 @@ def test_a_family_that_is_not_here_is_refused_by_name(tmp_path):
         (MistralConfig(sliding_window=64), "sliding window of 64"),
         (Qwen2Config(use_sliding_window=True, sliding_window=32, max_window_layers=1), "sliding window of 32"),
         (
-            MistralConfig(
-                sliding_window=None, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-            ),
+            MistralConfig(sliding_window=None, rope_parameters=DYNAMIC_ROPE),
             "type 'dynamic'",
         ),
     ],
