@@ -4,7 +4,6 @@ Here are the refusals of the scripts and of `models/loading`, and that each scri
 anything; what can be wrong with a checkpoint's files is in tests/models/test_checkpoint_io.py.
 """
 
-import json
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ import inference_t2i
 from common.errors import UserError
 from models import MAGVITv2, MAGVITv2Config, ShowoPipeline
 from tests.parity.goldens import PHI, fill_
-from tests.tiny import VQ_SIZES, write_published
+from tests.tiny import VQ_SIZES, showo_config, write_published
 
 VQ = {"_class_name": "MAGVITv2"} | VQ_SIZES
 
@@ -60,14 +59,8 @@ def names(places, tmp_path) -> dict:
     (tmp_path / "empty/notes.txt").write_text("no image")
     write_published(tmp_path / "few", VQ | {"code_bits": 4}, {})
     write_published(tmp_path / "fine", VQ | {"stem_patch_size": 2}, {})
-    # a tokenizer with one more word, and one that is damaged
-    words, damaged = (shutil.copytree(PHI, tmp_path / name) / "tokenizer.json" for name in ("words", "damaged"))
-    content = json.loads(words.read_text())
-    new_id = content["model"]["vocab"]["w-new"] = max(content["model"]["vocab"].values()) + 1
-    for token in content["added_tokens"]:
-        token["id"] += token["id"] >= new_id
-    words.write_text(json.dumps(content))
-    damaged.write_text("{")
+    write_published(tmp_path / "words", showo_config(llm_vocab_size=117, vocab_size=192, mask_token_id=191), {})
+    (shutil.copytree(PHI, tmp_path / "damaged") / "tokenizer.json").write_text("{")
     return places | {"tmp": tmp_path, "phi": PHI}
 
 
@@ -121,7 +114,10 @@ SHOWO, TOKENIZER = "model.showo.pretrained_model_path=", "model.vq_model.vq_mode
         (T2I + SHOWO + "{showo_clip}", "model.showo.w_clip_vit is False, but the checkpoint"),
         (T2I + TOKENIZER + "{tmp}/few", "has 16 codes, but model.showo.codebook_size is 64"),
         (T2I + TOKENIZER + "{tmp}/fine", "resolution=32 does not match.*16 x 16 pixels"),
-        (T2I + "model.showo.llm_model_path={tmp}/words", "has 119 tokens, but model.showo.llm_vocab_size is 118"),
+        (
+            T2I + SHOWO + "{tmp}/words model.showo.llm_vocab_size=117 model.showo.vocab_size=192",
+            "has 118 tokens, but model.showo.llm_vocab_size is 117",
+        ),
         (T2I + "model.showo.llm_model_path={tmp}/damaged", "copy its tokenizer files again"),
         # names on the hub, which cannot be reached
         (T2I + SHOWO + "a/showo", "'a/showo' is not a local folder and could not be fetched from the hub"),

@@ -10,7 +10,6 @@ from transformers import AutoModel, Gemma2Config, MistralConfig, Qwen2Config
 
 from models import OmniMask, Showo, ShowoConfig, UniversalPrompting
 from models.backbones import BACKBONES
-from tests.parity.goldens import mixed_batch
 from tests.tiny_llms import (
     FAMILIES,
     WORDS,
@@ -31,12 +30,6 @@ DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 TASKS = ("t2i", "lm", "mmu")
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    """Rows t2i ×3, lm ×2, mmu ×2: ids, labels, mask."""
-    return mixed_batch()
 
 
 def same(a, b, tolerance=1e-5):
@@ -136,10 +129,7 @@ def test_a_family_that_is_not_here_is_refused_by_name(tmp_path):
     [
         (MistralConfig(sliding_window=64), "sliding window of 64"),
         (Qwen2Config(use_sliding_window=True, sliding_window=32, max_window_layers=1), "sliding window of 32"),
-        (
-            MistralConfig(sliding_window=None, rope_parameters=DYNAMIC_ROPE),
-            "type 'dynamic'",
-        ),
+        (MistralConfig(sliding_window=None, rope_parameters=DYNAMIC_ROPE), "type 'dynamic'"),
     ],
 )
 def test_attention_that_is_not_the_masks_alone_is_refused(config, message, tmp_path):
@@ -149,19 +139,25 @@ def test_attention_that_is_not_the_masks_alone_is_refused(config, message, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("family", "wanted", "expected"),
-    [("phi", None, True), ("phi", False, False), ("llama", None, False), ("qwen3", None, True), ("qwen3", True, True)],
+    ("families", "wanted", "expected"),  # None: refused
+    [
+        (("phi", "qwen3"), None, True),
+        (("llama", "mistral", "qwen2"), None, False),
+        (("phi", "qwen3"), True, True),
+        (("llama", "mistral", "qwen2"), True, None),
+        (("phi",), False, False),
+        (("qwen3",), False, None),
+    ],
 )
-def test_queries_and_keys_are_normalised_where_the_family_can(family, wanted, expected):
-    model = tiny_showo(family, wanted)
-    norms = [name for name in model.state_dict() if re.search(r"(q|k)_(layer)?norm\.weight", name)]
-    assert model.config.qk_norm == expected and len(norms) == (4 if expected else 0)
-
-
-@pytest.mark.parametrize(("family", "wanted"), [("llama", True), ("mistral", True), ("qwen2", True), ("qwen3", False)])
-def test_a_norm_that_the_layers_cannot_have_or_do_without_is_refused(family, wanted):
-    with pytest.raises(ValueError, match=rf"qk_norm is {wanted}, but .*leave qk_norm out"):
-        showo_config(family, wanted)
+def test_queries_and_keys_are_normalised_where_the_layers_can(families, wanted, expected):
+    for family in families:
+        if expected is None:
+            with pytest.raises(ValueError, match=rf"qk_norm is {wanted}, but .*leave qk_norm out"):
+                showo_config(family, wanted)
+        else:
+            model = tiny_showo(family, wanted)
+            norms = [name for name in model.state_dict() if re.search(r"(q|k)_(layer)?norm\.weight", name)]
+            assert model.config.qk_norm == expected and len(norms) == (4 if expected else 0)
 
 
 def test_the_rows_of_a_language_models_pad_are_trained():

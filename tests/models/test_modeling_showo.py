@@ -10,7 +10,7 @@ from benchmarks import published
 from common.errors import UserError
 from models import OmniMask, Showo, ShowoConfig
 from models.vocabulary import Vocabulary
-from tests.parity.goldens import fill_, mixed_batch, tiny_showo
+from tests.parity.goldens import fill_, tiny_showo
 from training import loss as training_loss
 from training.loss import Objective
 
@@ -19,22 +19,6 @@ LOSSES = {**COUNTS, "max_seq_length": 12}
 TINY_LLM = {"model_type": "phi", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY_LLM |= {"intermediate_size": 48, "max_position_embeddings": 256}
 CLIP_SIZE = 24
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_showo()
-
-
-@pytest.fixture(scope="module")
-def clip_model():
-    return tiny_showo(w_clip_vit=True, clip_feature_size=CLIP_SIZE)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    """Rows t2i ×3 (with left pads), lm ×2, mmu ×2 (with right pads): ids, labels, mask."""
-    return mixed_batch()
 
 
 @contextmanager
@@ -97,7 +81,6 @@ def test_mask_spellings_agree(model, batch):
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda mask: mask.dense().float(),
         lambda mask: mask.dense().long(),
         lambda mask: mask.dense()[:, 0],
         lambda mask: mask.dense()[:, 0, 0],  # the 2-D padding mask of other models
@@ -141,19 +124,14 @@ def objective_of(labels, **settings) -> Objective:
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_losses_equal_those_of_the_whole_head(batch, label_smoothing):
     ids, labels, mask = batch
-    gradients, losses = [], []
-    for whole in (True, False):
-        model = tiny_showo()
-        if whole:
-            parts = published.losses(model, ids, mask, labels, tuple(COUNTS.values()), 12, label_smoothing)
-        else:
-            out = model(ids, mask, objective_of(labels, label_smoothing=label_smoothing))
-            parts = (out.loss_t2i, out.loss_lm, out.loss_mmu)
-        losses.append(torch.stack(parts))
+    models = tiny_showo(), tiny_showo()
+    out = models[0](ids, mask, objective_of(labels, label_smoothing=label_smoothing))
+    ours = (out.loss_t2i, out.loss_lm, out.loss_mmu)
+    theirs = published.losses(models[1], ids, mask, labels, tuple(COUNTS.values()), 12, label_smoothing)
+    for parts in (ours, theirs):
         (parts[0] + 0.1 * parts[1] + parts[2]).backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-    same(losses[0], losses[1])
-    same(gradients[0], gradients[1], 1e-4)
+    same(torch.stack(ours), torch.stack(theirs))
+    same(*(torch.cat([p.grad.flatten() for p in model.parameters()]) for model in models), 1e-4)
 
 
 def test_the_head_runs_at_supervised_positions_only(model, batch, monkeypatch):
@@ -226,8 +204,7 @@ def test_rows_without_any_label_give_zero(batch):
     losses = torch.stack([out.loss_t2i, out.loss_lm, out.loss_mmu])
     assert losses.tolist() == [0.0] * 3
     losses.sum().backward()
-    embedding = model.get_input_embeddings().weight.grad
-    assert embedding is not None and not embedding.any()
+    assert not model.get_input_embeddings().weight.grad.any()
 
 
 @pytest.mark.parametrize("counts", [(3, 2, 1), (7, 1, 0), (0, 0, 0)])
@@ -263,10 +240,9 @@ def test_bf16(batch, implementation, autocast):
 # ---- image features ----
 
 
-def clip_row(num_features: int, num_images: int = 1, text: int = 4) -> torch.Tensor:
-    """`<mmu>` and images of `num_features` placeholders each, then text."""
-    image = [119, *[-200] * num_features, 120]
-    return torch.tensor([[124, *image * num_images, *range(5, 5 + text)]])
+def clip_row(num_features: int, text: int = 4) -> torch.Tensor:
+    """`<mmu>` and an image of `num_features` placeholders, then text."""
+    return torch.tensor([[124, 119, *[-200] * num_features, 120, *range(5, 5 + text)]])
 
 
 def test_features_are_projected_and_spliced_in_order(clip_model):
@@ -277,14 +253,11 @@ def test_features_are_projected_and_spliced_in_order(clip_model):
     same(embeds[~is_feature], clip_model.get_input_embeddings()(ids[~is_feature]))
 
 
-def test_features_reach_the_text_and_the_projector(clip_model):
-    features = torch.randn(1, 5, CLIP_SIZE)
+def test_gradients_reach_the_projector(clip_model):
     ids = clip_row(5)
-    logits = clip_model(ids, image_features=features).logits
-    assert not torch.allclose(logits[:, -1], clip_model(ids, image_features=features.flip(1)).logits[:, -1])
     clip_model.zero_grad()
     labels = ids.where((ids >= 0) & (ids < 118), -100)
-    clip_model(ids, labels=labels, batch_size_mmu=1, image_features=features).loss_mmu.backward()
+    clip_model(ids, labels=labels, batch_size_mmu=1, image_features=torch.randn(1, 5, CLIP_SIZE)).loss_mmu.backward()
     assert all(layer.weight.grad.any() for layer in (clip_model.mm_projector[0], clip_model.mm_projector[2]))
 
 
@@ -296,8 +269,12 @@ def test_features_beside_rows_without_any(clip_model, batch):
     with torch.no_grad():
         together = clip_model(torch.cat([ids[:5], clip_ids]), image_features=features).logits
         same(together[:5], clip_model(ids[:5]).logits)
-        for i in range(2):
-            same(together[5 + i], clip_model(clip_ids[i : i + 1], image_features=features[i : i + 1]).logits[0])
+        alone = [clip_model(clip_ids[:1], image_features=one[None]).logits for one in features]
+    same(together[5:], torch.cat(alone))
+    assert not torch.allclose(alone[0][:, -1], alone[1][:, -1])  # the text sees them
+
+
+TORN = torch.cat([clip_row(4, text=4), clip_row(6, text=2)])  # the right total, but one image over two rows
 
 
 @pytest.mark.parametrize(
@@ -307,12 +284,7 @@ def test_features_beside_rows_without_any(clip_model, batch):
         (clip_row(5), torch.randn(2, 5, CLIP_SIZE), "room for 5 image features .* got 10"),
         (clip_row(5), None, "room for 5 image features .* got 0"),
         (clip_row(0), torch.randn(1, 5, CLIP_SIZE), "room for 0 image features .* got 5"),
-        # the right total, but an image would be torn over two rows
-        (
-            torch.cat([clip_row(4, text=4), clip_row(6, text=2)]),
-            torch.randn(2, 5, CLIP_SIZE),
-            "row 0 does not hold whole images: each has 5 features",
-        ),
+        (TORN, torch.randn(2, 5, CLIP_SIZE), "row 0 does not hold whole images: each has 5 features"),
     ],
 )
 def test_number_of_features_is_checked_before_anything_runs(model, clip_model, ids, features, message):
@@ -329,21 +301,12 @@ def test_number_of_features_is_checked_before_anything_runs(model, clip_model, i
 
 def test_the_default_is_phi_1_5_without_network():
     phi = ShowoConfig().backbone_config()
-    expected = {
-        "num_hidden_layers": 24,
-        "hidden_size": 2048,
-        "num_attention_heads": 32,
-        "intermediate_size": 8192,
-        "hidden_act": "gelu_pytorch_tanh",  # the same formula in one operation
-        "layer_norm_eps": 1e-5,
-        "max_position_embeddings": 2048,
-        "qk_layernorm": True,
-        "tie_word_embeddings": False,
-        "vocab_size": 58498,
-    }
+    expected = {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "intermediate_size": 8192}
+    expected |= {"layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "vocab_size": 58498}
+    expected |= {"qk_layernorm": True, "tie_word_embeddings": False}
+    expected["hidden_act"] = "gelu_pytorch_tanh"  # the same formula in one operation
     assert {key: getattr(phi, key) for key in expected} == expected
-    assert phi.rope_parameters["rope_theta"] == 10000.0
-    assert phi.rope_parameters["partial_rotary_factor"] == 0.5
+    assert (phi.rope_parameters["rope_theta"], phi.rope_parameters["partial_rotary_factor"]) == (10000.0, 0.5)
     assert ShowoConfig().vocabulary == Vocabulary()
 
 
@@ -432,12 +395,9 @@ def test_new_start(llm_folder, w_clip_vit):
     for name, tensor in llm.state_dict().items():
         new = ours.pop(f"showo.{name}")
         assert torch.equal(new[: len(tensor)], tensor.float()), name  # in fp32; spare rows 118…129 kept
-        if "embed_tokens" in name or name == "lm_head.weight":
-            assert len(new) == 641 and abs(float(new[130:].std()) - 0.02) < 0.002
-            assert abs(float(new[130:].mean())) < 0.002
-            assert not torch.equal(new[130:].half().float(), new[130:])  # drawn in fp32
-        if name == "lm_head.bias":
-            assert len(new) == 641 and not new[130:].any()
+        if "embed_tokens" in name or "lm_head" in name:
+            assert len(new) == 641 and abs(float(new[130:].std()) - (0.0 if "bias" in name else 0.02)) < 0.002
+            assert "bias" in name or not torch.equal(new[130:].half().float(), new[130:])  # sampled in fp32
     norms = {name: tensor for name, tensor in ours.items() if "_layernorm" in name}
     assert len(norms) == 2 * 2 * 2  # weight and bias of q and k in two layers
     assert all((tensor == (1.0 if name.endswith("weight") else 0.0)).all() for name, tensor in norms.items())

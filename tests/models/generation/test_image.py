@@ -21,11 +21,6 @@ TEXTS = ["w1 w2", "", LONG]
 PLAIN = {"guidance_scale": 0.0, "timesteps": 5, "temperature": 1.0, "noise_schedule": "cosine"}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_showo()
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -12,24 +12,12 @@ from models.generation.sampling import gumbel_noise, halton_order, is_greedy, ma
 MASK = 1000
 
 
-# ---- schedules ----
-
-FORMULAS = {
-    "cosine": lambda t: math.cos(math.pi * t / 2),
-    "linear": lambda t: 1 - t,
-    "pow2": lambda t: 1 - t**2,
-    "pow0.5": lambda t: 1 - math.sqrt(t),
-    "pow3": lambda t: 1 - t**3,
-    "sigmoid": lambda t: (math.tanh(1.5) - math.tanh(3 * t - 1.5)) / (2 * math.tanh(1.5)),
-}
+# ---- schedules; the published ones: tests/parity ----
 
 
-@pytest.mark.parametrize("name", FORMULAS)
-def test_schedule_is_its_formula(name):
+def test_any_power_is_a_schedule():
     times = torch.linspace(0, 1, 41)
-    expected = torch.tensor([FORMULAS[name](float(t)) for t in times])
-    expected = expected if name == "cosine" else expected.clamp(1e-6, 1.0)
-    torch.testing.assert_close(get_mask_schedule(name)(times), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(get_mask_schedule("pow3")(times), (1 - times**3).clamp(min=1e-6))
 
 
 def test_sigmoid_parameters():
