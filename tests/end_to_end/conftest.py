@@ -1,10 +1,10 @@
-"""Tiny checkpoints in the published layout and pictures, written once for all scripts' tests."""
+"""Tiny checkpoints in the published layout and images, written once for all scripts' tests."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from tests.tiny import write_checkpoints
 
@@ -22,8 +22,6 @@ def places(tmp_path_factory) -> dict[str, Path]:
     found["image"] = found["pictures"] / "c.png"
     found["mask"] = root / "mask.png"
     mask = Image.new("L", (48, 40))
-    ImageDraw.Draw(mask).rectangle((24, 0, 47, 39), fill=255)
+    mask.paste(255, (24, 0, 48, 40))
     mask.save(found["mask"])
-    found["prompts"] = root / "prompts.txt"
-    found["prompts"].write_text("w1 w2\nw3\nw4 w5 w6\n")
     return found

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from transformers import AutoModel, Gemma2Config, MistralConfig, Qwen2Config
 
 from models import OmniMask, Showo, ShowoConfig, UniversalPrompting
 from models.backbones import BACKBONES
-from tests.parity.goldens import mixed_batch
 from tests.tiny_llms import (
     FAMILIES,
     WORDS,
@@ -27,18 +25,11 @@ from tests.tiny_llms import (
 from training.loss import Objective
 from training.packing import PACKED_SDPA, Packing
 
-ROOT = Path(__file__).resolve().parents[2]
-COUNTS = {"batch_size_t2i": 3, "batch_size_lm": 2, "batch_size_mmu": 2}
-LOSSES = {**COUNTS, "max_seq_length": 12}
+COUNTS = (3, 2, 2)  # rows of each task
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 TASKS = ("t2i", "lm", "mmu")
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    """Rows t2i ×3, lm ×2, mmu ×2: ids, labels, mask."""
-    return mixed_batch()
 
 
 def same(a, b, tolerance=1e-5):
@@ -79,21 +70,16 @@ def test_a_saved_folder_says_which_language_model_it_holds(family, tmp_path):
     assert loaded.config.llm_config["model_type"] == family and loaded.config.qk_norm == model.config.qk_norm
     assert loaded.showo.config.to_dict() == model.showo.config.to_dict() | {"dtype": loaded.showo.config.dtype}
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+    layer = type(model.showo.get_decoder().layers[0]).__name__
+    assert model._no_split_modules == {layer} == {BACKBONES[family].layer_class}
 
 
 @pytest.mark.slow
-def test_a_saved_folder_loads_in_a_fresh_process(tmp_path):
+def test_a_saved_folder_loads_in_a_fresh_process(tmp_path, repository):
     tiny_showo("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
     code = "import models, sys; from transformers import AutoModel; print(AutoModel.from_pretrained(sys.argv[1]).showo)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=repository, capture_output=True, text=True)
     assert "LlamaForCausalLM" in done.stdout, done.stderr
-
-
-@every_family
-def test_layers_are_cut_where_the_family_says(family):
-    model = tiny_showo(family)
-    layer = type(model.showo.get_decoder().layers[0])
-    assert model._no_split_modules == {layer.__name__} == {BACKBONES[family].layer_class}
 
 
 # ---- attention and losses ----
@@ -119,7 +105,7 @@ def test_packed_rows_and_checkpointing_give_the_same_losses_and_gradients(family
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         is_used = ids != model.vocabulary.pad_id
         packing = Packing.from_mask(is_used, mask, 4 * ids.shape[1]) if packed else None
-        out = model(ids, mask, Objective.from_labels(labels, tuple(COUNTS.values()), 12, packing=packing))
+        out = model(ids, mask, Objective.from_labels(labels, COUNTS, 12, packing=packing))
         losses = torch.stack([getattr(out, f"loss_{task}") for task in TASKS])
         losses.sum().backward()
         found.append((losses.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
@@ -143,12 +129,7 @@ def test_a_family_that_is_not_here_is_refused_by_name(tmp_path):
     [
         (MistralConfig(sliding_window=64), "sliding window of 64"),
         (Qwen2Config(use_sliding_window=True, sliding_window=32, max_window_layers=1), "sliding window of 32"),
-        (
-            MistralConfig(
-                sliding_window=None, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-            ),
-            "type 'dynamic'",
-        ),
+        (MistralConfig(sliding_window=None, rope_parameters=DYNAMIC_ROPE), "type 'dynamic'"),
     ],
 )
 def test_attention_that_is_not_the_masks_alone_is_refused(config, message, tmp_path):
@@ -158,19 +139,25 @@ def test_attention_that_is_not_the_masks_alone_is_refused(config, message, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("family", "wanted", "expected"),
-    [("phi", None, True), ("phi", False, False), ("llama", None, False), ("qwen3", None, True), ("qwen3", True, True)],
+    ("families", "wanted", "expected"),  # None: refused
+    [
+        (("phi", "qwen3"), None, True),
+        (("llama", "mistral", "qwen2"), None, False),
+        (("phi", "qwen3"), True, True),
+        (("llama", "mistral", "qwen2"), True, None),
+        (("phi",), False, False),
+        (("qwen3",), False, None),
+    ],
 )
-def test_queries_and_keys_are_normalised_where_the_family_can(family, wanted, expected):
-    model = tiny_showo(family, wanted)
-    norms = [name for name in model.state_dict() if re.search(r"(q|k)_(layer)?norm\.weight", name)]
-    assert model.config.qk_norm == expected and len(norms) == (4 if expected else 0)
-
-
-@pytest.mark.parametrize(("family", "wanted"), [("llama", True), ("mistral", True), ("qwen2", True), ("qwen3", False)])
-def test_a_norm_that_the_layers_cannot_have_or_do_without_is_refused(family, wanted):
-    with pytest.raises(ValueError, match=rf"qk_norm is {wanted}, but .*leave qk_norm out"):
-        showo_config(family, wanted)
+def test_queries_and_keys_are_normalised_where_the_layers_can(families, wanted, expected):
+    for family in families:
+        if expected is None:
+            with pytest.raises(ValueError, match=rf"qk_norm is {wanted}, but .*leave qk_norm out"):
+                showo_config(family, wanted)
+        else:
+            model = tiny_showo(family, wanted)
+            norms = [name for name in model.state_dict() if re.search(r"(q|k)_(layer)?norm\.weight", name)]
+            assert model.config.qk_norm == expected and len(norms) == (4 if expected else 0)
 
 
 def test_the_rows_of_a_language_models_pad_are_trained():

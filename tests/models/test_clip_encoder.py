@@ -48,10 +48,8 @@ def test_features_are_the_patches_of_the_layer_before_the_last(tower, folder):
 
 def test_frozen_and_in_evaluation_mode(tower):
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in tower.parameters())  # stored in fp16
-    assert tower.train() is tower
-    assert not any(module.training for module in tower.modules())
     holder = torch.nn.ModuleDict({"clip": tower}).train()
-    assert holder.training and not any(module.training for module in tower.modules())
+    assert holder.training and tower.train() is tower and not any(module.training for module in tower.modules())
     assert not tower(torch.randn(1, 3, SIZE, SIZE, requires_grad=True)).requires_grad
 
 
@@ -64,23 +62,16 @@ def test_preprocess(tower):
     for picture, colour in zip(pixels, ([1, 0, 0], [128 / 255] * 3, [0, 0, 1]), strict=True):
         expected = ((torch.tensor(colour) - mean) / std)[:, None, None].expand(3, SIZE, SIZE)
         torch.testing.assert_close(picture, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_preprocess_crops_the_centre(tower):
-    image = Image.new("RGB", (3 * SIZE, SIZE))
-    image.paste((255, 255, 255), (SIZE, 0, 2 * SIZE, SIZE))
-    pixels = tower.preprocess([image])
-    assert (pixels > 1.5).all()
+    wide.paste((255, 255, 255), (20, 0, 70, 40))  # the centre, which is all that is left
+    assert (tower.preprocess([wide]) > 1.5).all()
 
 
 def test_a_whole_clip_folder_works_too(tmp_path, tower, transformers_log):
     """The published folder holds the text half as well; no table of its keys is printed."""
-    torch.manual_seed(2)
     whole = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8))
     whole.save_pretrained(tmp_path)
     tower.image_processor.save_pretrained(tmp_path)
     loaded = CLIPVisionTower(str(tmp_path))
-    assert loaded.num_features == 16
     assert "UNEXPECTED" not in transformers_log.text
     pixels = torch.randn(1, 3, SIZE, SIZE)
     with torch.no_grad():

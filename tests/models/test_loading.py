@@ -1,4 +1,6 @@
-"""What a training starts from, where names are looked up, parts that do not fit (most refusals: test_mistakes.py)."""
+"""What a training starts from, where names are looked up, parts that do not fit (most: end_to_end/test_mistakes.py)."""
+
+import shutil
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from common.errors import UserError
 from common.schema import TrainedShowoSection
 from models import Showo
 from models.loading import find_folder, find_parts, initial_showo, load_clip, load_parts
+from tests.models.test_checkpoint_io import Malicious
 from tests.parity.goldens import PHI, facts, tiny_showo
 from tests.tiny import CLIP_WIDTH, write_checkpoints
 from tests.tiny_llms import tiny_llm
@@ -50,10 +53,16 @@ def test_names_are_looked_up_in_the_current_folder_then_in_the_repository(reposi
     assert find_parts("showlab/show-o") == {"showo": "showlab/show-o"}
 
 
-def test_parts_that_do_not_fit(places):
+def test_parts_that_do_not_fit(places, tmp_path):
     with pytest.raises(UserError, match=f"features of size {CLIP_WIDTH}, but the checkpoint expects 1024"):
         load_clip(str(places["clip"]), 1024)
     with pytest.raises(UserError, match="conversation=chat: the tokenizer has no chat template"):
         load_parts(
             str(places["showo"]), vq_model=str(places["magvitv2"]), llm=str(PHI), device="cpu", conversation="chat"
         )
+    clip = shutil.copytree(places["clip"], tmp_path / "clip")
+    (clip / "model.safetensors").unlink()
+    torch.save({"x": Malicious(tmp_path / "executed")}, clip / "pytorch_model.bin")
+    with pytest.raises(UserError, match="model.clip_vit_name=.*clip holds no readable CLIP vision model"):
+        load_clip(str(clip), CLIP_WIDTH)
+    assert not (tmp_path / "executed").exists()

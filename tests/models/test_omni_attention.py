@@ -33,20 +33,17 @@ class Layout:
         if key <= query:
             return True
         block = next((number for number, (first, last) in enumerate(self.blocks) if first <= key <= last), None)
-        if self.kind == "t2i":
-            return block is not None and query >= self.blocks[block][0]
-        if self.kind == "mmu":
-            if key <= self.blocks[0][1]:
-                return True
+        if self.kind == "mmu" and key <= self.blocks[0][1]:
+            return True
+        if self.kind in ("t2i", "mmu"):
             return block is not None and query >= self.blocks[block][0]
         if self.kind == "mmu_vit":
             return block is not None and key not in self.blocks[block]  # the features, not their <soi> and <eoi>
         assert self.kind == "lm"
         return False
 
-    def dense(self, num_queries: int | None = None) -> torch.Tensor:
-        positions = range(self.length)
-        return torch.tensor([[self.sees(i, j) for j in positions] for i in positions[:num_queries]])
+    def dense(self) -> torch.Tensor:
+        return torch.tensor([[self.sees(i, j) for j in range(self.length)] for i in range(self.length)])
 
     def ids(self, rng: random.Random) -> torch.Tensor:
         """A row of ids that has this layout."""
@@ -110,9 +107,8 @@ def test_one_constructor_for_each_kind():
         assert torch.equal(OmniMask.lm(3, length).dense(), oracle([Layout("lm", length)] * 3))
 
 
-@pytest.mark.parametrize("start", range(0, 400, 50))
-def test_from_ids_on_mixed_batches(start):
-    for seed in range(start, start + 50):
+def test_from_ids_on_mixed_batches():
+    for seed in range(400):
         layouts, ids = random_batch(seed)
         dense = OmniMask.from_ids(ids, VOCABULARY).dense()
         assert torch.equal(dense, oracle(layouts)), layouts
@@ -216,28 +212,14 @@ def expand(block_mask, batch_size: int, num_queries: int, length: int) -> torch.
     asked = create_mask(block_mask.mask_mod, batch_size, None, num_queries, length, device="cpu")
     size_q, size_k = block_mask.BLOCK_SIZE
     result = torch.zeros_like(asked)
-    lists = (
-        (block_mask.kv_num_blocks, block_mask.kv_indices, False),
-        (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, True),
-    )
+    partial = (block_mask.kv_num_blocks, block_mask.kv_indices, False)
+    lists = (partial, (block_mask.full_kv_num_blocks, block_mask.full_kv_indices, True))
     for counts, indices, full in lists:
         for batch, head, row in torch.cartesian_prod(*map(torch.arange, counts.shape)).tolist():
             for column in indices[batch, head, row, : counts[batch, head, row]].tolist():
-                window = (
-                    batch,
-                    head,
-                    slice(row * size_q, (row + 1) * size_q),
-                    slice(column * size_k, (column + 1) * size_k),
-                )
-                result[window] = True if full else asked[window]
+                queries, keys = slice(row * size_q, (row + 1) * size_q), slice(column * size_k, (column + 1) * size_k)
+                result[batch, head, queries, keys] = True if full else asked[batch, head, queries, keys]
     return result
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_block_mask_equals_dense(seed):
-    _, ids = random_batch(seed)
-    mask = OmniMask.from_ids(ids, VOCABULARY)
-    assert torch.equal(expand(mask.block_mask(), len(ids), *mask.shape[2:]), mask.dense())
 
 
 def test_block_mask_over_several_blocks():
@@ -251,14 +233,11 @@ def test_block_mask_over_several_blocks():
     assert torch.equal(expand(block_mask, 5, length, length), mask.dense())
 
 
-def test_vectors_must_fit():
+def test_vectors_must_fit_and_moving_keeps_the_slice():
     with pytest.raises(ValueError, match=r"must both be \(B, L\)"):
         OmniMask(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"must both be \(B, L\)"):
         OmniMask.lm(2, 3).select(0)
-
-
-def test_moving_keeps_the_slice():
     mask = OmniMask.lm(1, 6).rows(3, 5).to("meta")
     assert mask.device.type == "meta" and mask.shape == (1, 1, 2, 5)
 

@@ -8,29 +8,13 @@ from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID, PAD_TOKEN, SPECIAL_TO
 
 
 def test_published_ids():
-    vocabulary = Vocabulary()
-    ids = [vocabulary.special_token_id(token) for token in SPECIAL_TOKENS]
-    assert vocabulary.pad_id == 50295
-    assert dict(zip(SPECIAL_TOKENS, ids, strict=True)) == {
-        "<|soi|>": 50296,
-        "<|eoi|>": 50297,
-        "<|sov|>": 50298,
-        "<|eov|>": 50299,
-        "<|t2i|>": 50300,
-        "<|mmu|>": 50301,
-        "<|t2v|>": 50302,
-        "<|v2v|>": 50303,
-        "<|lvg|>": 50304,
-    }
-    assert (vocabulary.image_offset, vocabulary.mask_token_id, vocabulary.vocab_size) == (50305, 58497, 58498)
-
-
-def test_named_ids_are_those_of_the_tokens():
-    vocabulary = Vocabulary(llm_vocab_size=7)
-    named = (vocabulary.soi_id, vocabulary.eoi_id, vocabulary.t2i_id, vocabulary.mmu_id)
-    tokens = ("<|soi|>", "<|eoi|>", "<|t2i|>", "<|mmu|>")
-    assert named == tuple(vocabulary.special_token_id(token) for token in tokens)
-    assert PAD_TOKEN == "[PAD]"
+    v = Vocabulary()
+    special = {token: v.special_token_id(token) for token in SPECIAL_TOKENS}
+    names = ("<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>")
+    assert special == {name: number for number, name in enumerate(names, 50296)}
+    assert (v.soi_id, v.eoi_id, v.t2i_id, v.mmu_id) == (50296, 50297, 50300, 50301)
+    assert (v.pad_id, v.image_offset, v.mask_token_id, v.vocab_size) == (50295, 50305, 58497, 58498)
+    assert (PAD_TOKEN, IMAGE_FEATURE_ID, IGNORE_ID) == ("[PAD]", -200, -100)
 
 
 @pytest.mark.parametrize("sizes", [(118, 10, 64), (1000, 10, 4096), (5, 13, 2)])
@@ -44,17 +28,10 @@ def test_parts_lie_side_by_side_without_gap_or_overlap(sizes):
     assert vocabulary.vocab_size == sum(sizes) + 1
 
 
-def test_room_for_all_special_tokens_is_needed():
+def test_what_is_refused():
     with pytest.raises(ValueError, match="num_new_special_tokens is 9, the format needs 10"):
         Vocabulary(num_new_special_tokens=9)
-
-
-def test_unknown_token_and_changes_are_refused():
     with pytest.raises(ValueError):
         Vocabulary().special_token_id("<|sot|>")  # bos, a text id
     with pytest.raises(FrozenInstanceError):
         Vocabulary().codebook_size = 3
-
-
-def test_placeholders_are_no_ids():
-    assert IMAGE_FEATURE_ID == -200 and IGNORE_ID == -100

@@ -12,6 +12,7 @@ from models.generation.cpu import GreedyHead, SkinnyLinear
 from tests.parity.goldens import tiny_showo
 
 V, H = 5000, 96
+GREEDY = {"max_new_tokens": 40, "top_k": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -56,11 +57,7 @@ def test_what_is_not_served_runs_as_it_is(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x).dtype == torch.bfloat16
     copy.deepcopy(linear).bfloat16()(x.bfloat16())
-
-    class Other(nn.Parameter):
-        pass
-
-    linear.weight = Other(linear.weight)
+    linear.weight = type("Other", (nn.Parameter,), {})(linear.weight)
     linear(x)
 
 
@@ -117,22 +114,23 @@ def small_heads(monkeypatch):
     monkeypatch.setattr(GreedyHead, "MIN_WEIGHTS", 1)
 
 
-@pytest.mark.parametrize("way", ["optimizer", "data", "load", "swap", "bias"])
-def test_changed_weights_are_noticed(small_heads, way):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head, other: head.weight.copy_(other.weight),
+        lambda head, other: head.weight.data.copy_(other.weight),
+        lambda head, other: head.load_state_dict(other.state_dict()),
+        lambda head, other: setattr(head.weight, "data", head.weight.data.flip(0)),
+        lambda head, other: head.bias.data.__setitem__(77, 1e3),
+    ],
+    ids=["optimizer", "data", "load", "swap", "bias"],
+)
+def test_changed_weights_are_noticed(small_heads, change):
     """Also by the ways that leave no trace on the parameter, as sharded optimizers do it."""
     head, other = make_head(), make_head(seed=1)
     quick, hidden = greedy(head), torch.randn(1, 1, H)
     list(quick.chooser(99)(hidden))
-    if way == "optimizer":
-        head.weight.copy_(other.weight)
-    elif way == "data":
-        head.weight.data.copy_(other.weight)
-    elif way == "load":
-        head.load_state_dict(other.state_dict())
-    elif way == "swap":
-        head.weight.data = head.weight.data.flip(0)
-    else:
-        head.bias.data[77] = 1e3
+    change(head, other)
     assert next(quick.chooser(99)(hidden)) == head(hidden).argmax(-1)[:, 0]
 
 
@@ -152,21 +150,20 @@ def test_where_a_plain_product_is_better(small_heads):
 
 def test_the_head_of_the_moment_counts(small_heads):
     """As when an adapter replaces it."""
-    model, ids = tiny_showo(), torch.randint(0, 100, (1, 9))
+    model, expected, ids = tiny_showo(), tiny_showo(), torch.randint(0, 100, (1, 9))
     cpu.enable(model)
-    model.mmu_generate(ids, max_new_tokens=20, top_k=1)
-    model.showo.set_output_embeddings(nn.Linear(64, 193))
-    expected = copy.deepcopy(tiny_showo())
-    expected.showo.set_output_embeddings(model.showo.get_output_embeddings())
-    settings = {"max_new_tokens": 20, "top_k": 1}
-    assert torch.equal(model.mmu_generate(ids, **settings), expected.mmu_generate(ids, **settings))
+    model.mmu_generate(ids, **GREEDY)
+    head = nn.Linear(64, 193)
+    model.showo.set_output_embeddings(head)
+    expected.showo.set_output_embeddings(head)
+    assert torch.equal(model.mmu_generate(ids, **GREEDY), expected.mmu_generate(ids, **GREEDY))
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_answers_are_the_same(small_heads, monkeypatch, num_rows):
-    model, ids, settings = tiny_showo(), torch.randint(0, 100, (num_rows, 9)), {"max_new_tokens": 40, "top_k": 1}
-    expected = model.mmu_generate(ids, **settings)
+    model, ids = tiny_showo(), torch.randint(0, 100, (num_rows, 9))
+    expected = model.mmu_generate(ids, **GREEDY)
     cpu.enable(model)
     calls, argmax = [], GreedyHead.argmax
     monkeypatch.setattr(GreedyHead, "argmax", lambda self, hidden: (calls.append(1), argmax(self, hidden))[1])
-    assert torch.equal(model.mmu_generate(ids, **settings), expected) and calls
+    assert torch.equal(model.mmu_generate(ids, **GREEDY), expected) and calls

@@ -34,9 +34,7 @@ def padded(rows: list[list[int]]) -> torch.Tensor:
     return torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
 
 
-IMAGES = padded(
-    [[T2I, 117, *text, 117, *BLOCK] for text in ([3, 4, 5, 6, 7, 8], [20, 21], [])]
-)  # the block begins at 9
+IMAGES = padded([[T2I, 117, *text, 117, *BLOCK] for text in ([3, 4, 5, 6, 7, 8], [20, 21], [])])  # blocks begin at 9
 QUESTIONS = padded([[MMU, *BLOCK, 117, 3, 4, 5, 6], [MMU, SOI, *range(OFFSET, OFFSET + 9), EOI, 117, 9, 10, 11]])
 TEXT = torch.arange(40).view(2, 20)
 # Positions that see each other (an image, and all up to the end of it in a question) are one piece.
@@ -131,9 +129,8 @@ def lora(model):
     """Adapters on every linear layer of a decoder layer, with weights that change the outcome."""
     peft = pytest.importorskip("peft")
     targets = [name for name, module in model.showo.get_decoder().named_modules() if isinstance(module, nn.Linear)]
-    model.showo = peft.get_peft_model(
-        model.showo, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-    )
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model.showo = peft.get_peft_model(model.showo, config)
 
 
 def int8(model):
@@ -155,7 +152,6 @@ def head_hook(model):
 @pytest.mark.parametrize("change", [lora, int8, hook, head_hook])
 def test_changes_from_outside_take_effect_in_both_loops(family, change, with_cpu):
     """Cached equals uncached with them, and differs from without."""
-    torch.manual_seed(0)
     model, plain = showo_of(family), showo_of(family)
     if with_cpu:
         cpu.enable(model)

@@ -18,16 +18,6 @@ from tests.tiny_llms import tiny_showo as showo_of
 PAD, SOI, EOI, MMU, OFFSET, NUM_CODES, N, CLIP_SIZE = 118, 119, 120, 124, 128, 64, 16, 24
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_showo()
-
-
-@pytest.fixture(scope="module")
-def clip_model():
-    return tiny_showo(w_clip_vit=True, clip_feature_size=CLIP_SIZE)
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -44,6 +34,11 @@ PROMPTS = [
     [MMU, *image_block(4), *image_block(5), 117, 40, 41, 42],  # two images
     [117, 50, 51, 52, 53],  # no image at all
 ]
+
+
+def greedy(model, prompts, count: int, **settings) -> torch.Tensor:
+    ids = prompts if isinstance(prompts, torch.Tensor) else torch.tensor(prompts)
+    return model.mmu_generate(ids, max_new_tokens=count, top_k=1, **settings)
 
 
 def padded(prompts: list[list[int]], side: str) -> torch.Tensor:
@@ -74,12 +69,11 @@ def test_answers_of_a_batch_are_those_of_its_rows(family, implementation, side):
     assert len({tuple(answer) for answer in answers}) == len(answers)  # otherwise this would show little
     ids = padded(PROMPTS, side)
     before = ids.clone()
-    assert model.mmu_generate(ids, max_new_tokens=8, top_k=1).tolist() == answers
+    assert greedy(model, ids, 8).tolist() == answers
     assert torch.equal(ids, before)
     cpu.enable(model)
-    assert model.mmu_generate(ids, max_new_tokens=8, top_k=1).tolist() == answers
-    alone = [model.mmu_generate(torch.tensor([prompt]), max_new_tokens=8, top_k=1)[0].tolist() for prompt in PROMPTS]
-    assert alone == answers
+    assert greedy(model, ids, 8).tolist() == answers
+    assert [greedy(model, [prompt], 8)[0].tolist() for prompt in PROMPTS] == answers
 
 
 @pytest.mark.slow
@@ -88,46 +82,44 @@ def test_compiled_once_for_all_prompts(model, answers):
     compiled = tiny_showo()
     compiled.compile_steps()
     counters.clear()
-    repeating = [117, *[3, 4, 5] * 6]
-    expected = model.mmu_generate(torch.tensor([repeating]), max_new_tokens=20, top_k=1)
-    assert torch.equal(compiled.mmu_generate(torch.tensor([repeating]), max_new_tokens=20, top_k=1), expected)
+    repeating = [[117, *[3, 4, 5] * 6]]
+    assert torch.equal(greedy(compiled, repeating, 20), greedy(model, repeating, 20))
     graphs = counters["stats"]["unique_graphs"]
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        if len(prompt) + 12 + MAX_DRAFT > BUCKET:  # the one with two images
-            continue
-        assert compiled.mmu_generate(torch.tensor([prompt]), max_new_tokens=12, top_k=1).tolist() == [answer]
+        if len(prompt) + 12 + MAX_DRAFT <= BUCKET:  # not the one with two images
+            assert greedy(compiled, [prompt], 12).tolist() == [answer]
     assert counters["stats"]["unique_graphs"] == graphs == 2
 
 
 def test_rows_stop_by_themselves(model, answers):
     stops = [answers[0][3], answers[1][6], answers[2][1]]
     expected = [plain_answer(model, prompt, 12, stops) for prompt in PROMPTS]
-    new_ids = model.mmu_generate(padded(PROMPTS, "left"), max_new_tokens=12, top_k=1, eot_token=stops)
+    new_ids = greedy(model, padded(PROMPTS, "left"), 12, eot_token=stops)
     longest = max(map(len, expected))
     assert len({len(row) for row in expected}) > 2  # they really stop at different times
     assert new_ids.tolist() == [row + [PAD] * (longest - len(row)) for row in expected]
 
 
 def test_all_stopped_ends_the_loop(model, answers):
-    stop, ids = answers[0][2], torch.tensor(PROMPTS[:1])
+    stop = answers[0][2]
     expected = plain_answer(model, PROMPTS[0], 12, [stop])
     for eot_token in (stop, [stop], (1, stop), torch.tensor([stop]), torch.tensor(stop)):
         seen = []
-        settings = {"max_new_tokens": 12, "top_k": 1, "eot_token": eot_token, "callback": seen.append}
-        assert model.mmu_generate(ids, **settings).tolist() == [expected] and len(seen) == len(expected) < 12
+        new_ids = greedy(model, PROMPTS[:1], 12, eot_token=eot_token, callback=seen.append)
+        assert new_ids.tolist() == [expected] and len(seen) == len(expected) < 12
 
 
 def test_the_cache_is_released_however_an_answer_ends(model, answers, monkeypatch):
     """At the end token, in the callback, and in inference mode, whose tensors no other mode may write to."""
     monkeypatch.setattr(runner_module, "compiled_decoder", lambda device_type: runner_module.run_decoder)
-    static, ids = tiny_showo(), torch.tensor(PROMPTS[:1])
+    static = tiny_showo()
     static.step_caches = {}
     with torch.inference_mode():
-        static.mmu_generate(ids, max_new_tokens=12, top_k=1, eot_token=answers[0][2])
+        greedy(static, PROMPTS[:1], 12, eot_token=answers[0][2])
     assert len(static.step_caches) == 1
-    assert static.mmu_generate(ids, max_new_tokens=12, top_k=1).tolist() == answers[:1]
+    assert greedy(static, PROMPTS[:1], 12).tolist() == answers[:1]
     with pytest.raises(ZeroDivisionError):
-        static.mmu_generate(ids, max_new_tokens=12, callback=lambda token: 1 // 0)
+        greedy(static, PROMPTS[:1], 12, callback=lambda token: 1 // 0)
     assert len(static.step_caches) == 1
 
 
@@ -146,7 +138,7 @@ def test_a_prompt_of_padding_is_refused(model):
 
 def test_few_tokens(model, answers):
     for count in (0, 1):
-        new_ids = model.mmu_generate(padded(PROMPTS, "left"), max_new_tokens=count, top_k=1)
+        new_ids = greedy(model, padded(PROMPTS, "left"), count)
         assert new_ids.tolist() == [row[:count] for row in answers] and new_ids.dtype == torch.int64
 
 
@@ -188,10 +180,8 @@ def test_answers_from_features(clip_model, case):
     own = [part if len(part) else None for part in features.split(counts)]
     expected = [plain_answer(clip_model, prompt, 6, features=f) for prompt, f in zip(prompts, own, strict=True)]
     for side in ("left", "right"):
-        new_ids = clip_model.mmu_generate(padded(prompts, side), image_features=features, max_new_tokens=6, top_k=1)
-        assert new_ids.tolist() == expected
-    other = clip_model.mmu_generate(padded(prompts, "left"), image_features=-features, max_new_tokens=6, top_k=1)
-    assert other.tolist() != expected
+        assert greedy(clip_model, padded(prompts, side), 6, image_features=features).tolist() == expected
+    assert greedy(clip_model, padded(prompts, "left"), 6, image_features=-features).tolist() != expected
 
 
 # ---- a common prefix ----
@@ -231,13 +221,13 @@ def test_the_common_prefix(model, case):
     """Answers are those of single rows, also where rows share nothing."""
     prompts, shared = COMMON[case]
     assert Prompts(padded(prompts, "right"), None, model.vocabulary).shared == shared
-    alone = [model.mmu_generate(torch.tensor([prompt]), max_new_tokens=8, top_k=1)[0].tolist() for prompt in prompts]
-    assert model.mmu_generate(padded(prompts, "right"), max_new_tokens=8, top_k=1).tolist() == alone
+    alone = [greedy(model, [prompt], 8)[0].tolist() for prompt in prompts]
+    assert greedy(model, padded(prompts, "right"), 8).tolist() == alone
 
 
 def test_an_image_is_encoded_once_for_all_questions(model, monkeypatch):
     passes = recorded(monkeypatch)
-    model.mmu_generate(padded(COMMON["one image"][0], "right"), max_new_tokens=3, top_k=1)
+    greedy(model, padded(COMMON["one image"][0], "right"), 3)
     assert passes == [(1, 1 + len(IMAGE) + 2), (3, 4), (3, 1), (3, 1)]
 
 
@@ -245,13 +235,12 @@ def test_a_mask_of_ones_own(model):
     """Right-padded prompts are taken as they are, as `UniversalPrompting` makes them."""
     image_ids = torch.randint(OFFSET, OFFSET + NUM_CODES, (2, N), generator=seeded(1))
     rows = prompting()((image_ids, ["w1 w2 w3", "w4"]), "mmu_gen")
-    expected = model.mmu_generate(rows.input_ids, max_new_tokens=6, top_k=1)
-    given = {"attention_mask": rows.attention_mask, "max_new_tokens": 6, "top_k": 1}
-    assert torch.equal(model.mmu_generate(rows.input_ids, **given), expected)
-    causal = given | {"attention_mask": OmniMask.lm(*rows.input_ids.shape)}
-    assert not torch.equal(model.mmu_generate(rows.input_ids, **causal), expected)
+    ids, causal = rows.input_ids, OmniMask.lm(*rows.input_ids.shape)
+    expected = greedy(model, ids, 6)
+    assert torch.equal(greedy(model, ids, 6, attention_mask=rows.attention_mask), expected)
+    assert not torch.equal(greedy(model, ids, 6, attention_mask=causal), expected)
     with pytest.raises(ValueError, match="must be padded on the right"):
-        model.mmu_generate(rows.input_ids.flip(1), **given)
+        greedy(model, ids.flip(1), 6, attention_mask=rows.attention_mask)
 
 
 # ---- drafts ----
@@ -306,22 +295,20 @@ def test_drafts_change_no_token(settings, implementation, monkeypatch):
 
 def test_drafts_end_where_the_answer_ends(model):
     """At the end token and at the last token that was asked for; tokens are streamed one by one."""
-    prompt = torch.tensor([[MMU, *IMAGE, 117, 3, 4]])
-    whole = model.mmu_generate(prompt, max_new_tokens=40, top_k=1, max_draft=0)[0].tolist()
-    seen = []
-    ids = model.mmu_generate(prompt, max_new_tokens=40, top_k=1, eot_token=whole[30], callback=seen.append)
+    prompt, seen = [[MMU, *IMAGE, 117, 3, 4]], []
+    whole = greedy(model, prompt, 40, max_draft=0)[0].tolist()
+    ids = greedy(model, prompt, 40, eot_token=whole[30], callback=seen.append)
     assert ids[0].tolist() == whole[: whole.index(whole[30]) + 1] == [int(token) for token in seen]
     for count in (1, 2, 35):
-        assert model.mmu_generate(prompt, max_new_tokens=count, top_k=1)[0].tolist() == whole[:count]
+        assert greedy(model, prompt, count)[0].tolist() == whole[:count]
 
 
 def test_no_drafts_in_half_precision(monkeypatch):
     """Unless they are asked for: how a product is rounded depends on the number of its rows there."""
     model = tiny_showo().bfloat16()
     passes = recorded(monkeypatch)
-    prompt = torch.tensor([[117, *[3, 4, 5] * 6]])
-    model.mmu_generate(prompt, max_new_tokens=30, top_k=1)
+    greedy(model, [[117, *[3, 4, 5] * 6]], 30)
     assert len(passes) == 30
     passes.clear()
-    model.mmu_generate(prompt, max_new_tokens=30, top_k=1, max_draft=4)
+    greedy(model, [[117, *[3, 4, 5] * 6]], 30, max_draft=4)
     assert len(passes) < 30
