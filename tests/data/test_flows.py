@@ -255,13 +255,13 @@ def test_language(world, tmp_path, form):
 # ---- codes ----
 
 
-def code_shard(folder, name: str = "codes", **manifest) -> dict:
+def code_shard(folder, **manifest) -> dict:
     buffer = io.BytesIO()
     np.save(buffer, np.arange(16, dtype=np.uint16))
     samples = [{"codes.npy": buffer.getvalue(), "txt": text.encode()} for text in CAPTIONS]
-    shard = write_shard(folder / f"{name}-000000.tar", samples)
+    shard = write_shard(folder / "codes-000000.tar", samples)
     sizes = {"resolution": 32, "num_vq_tokens": 16, "codebook_size": 64, "tokenizer": "tiny"} | manifest
-    (folder / f"{name}-manifest.json").write_text(json.dumps({"shards": [], "samples": len(samples)} | sizes))
+    (folder / "codes-manifest.json").write_text(json.dumps({"shards": [], "samples": len(samples)} | sizes))
     return {path_of("t2i"): shard, path_of("mmu"): shard}
 
 
@@ -343,12 +343,13 @@ def test_processes_and_flows_have_data_of_their_own(world):
 
 def test_published_limits_make_epochs(world):
     limits = {"experiment.max_train_examples_t2i": 100, "experiment.max_train_examples_mmu": 20}
-    flows = flows_of(world, limits, num_processes=2)
-    assert {name: flow.source.samples for name, flow in flows.items()} == {"t2i": 100, "mmu": 20, "lm": 12}
-    assert [flows[name].batches_per_epoch for name in ("t2i", "lm", "mmu")] == [13, 6, 5]
-    flows = flows_of(world, limits | {"dataset.combined_loader_mode": "min_size"}, num_processes=2)
-    assert {name: flow.source.samples for name, flow in flows.items()} == {"t2i": 40, "mmu": 20, "lm": 10}
-    assert {flow.batches_per_epoch for flow in flows.values()} == {5}, "all end with the shortest"
+    for mode, samples, batches in (
+        ({}, {"t2i": 100, "lm": 12, "mmu": 20}, [13, 6, 5]),
+        ({"dataset.combined_loader_mode": "min_size"}, {"t2i": 40, "lm": 10, "mmu": 20}, [5, 5, 5]),  # end together
+    ):
+        flows = flows_of(world, limits | mode, num_processes=2)
+        assert {name: flow.source.samples for name, flow in flows.items()} == samples
+        assert [flow.batches_per_epoch for flow in flows.values()] == batches
 
 
 def test_flows_without_an_end_follow_the_others():
@@ -383,36 +384,25 @@ def test_held_out_flows_are_the_same_in_every_run_and_plain(world, tmp_path):
 
 def test_held_out_data_are_divided_between_processes(world, tmp_path):
     shard = write_shard(tmp_path / "heldout.tar", [sample(text) for text in CAPTIONS])
-    settings = {path_of("t2i", "eval"): shard, "training.batch_size_t2i": 3}
-    shares = [
-        {item["text"] for item in take(flows_of(world, settings, split="eval", process=p, num_processes=2)["t2i"], 2)}
-        for p in range(2)
-    ]
-    assert len(shares[0]) == len(shares[1]) == 6 and not shares[0] & shares[1]
+    settings, seen = {path_of("t2i", "eval"): shard, "training.batch_size_t2i": 3}, []
+    for process in range(2):
+        flow = flow_of(world, "t2i", settings, split="eval", process=process, num_processes=2)
+        seen += [item["text"] for item in take(flow, 2)]
+    assert sorted(seen) == sorted(CAPTIONS)
 
 
 # ---- bad data ----
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_data_are_counted_by_kind_and_capped(world, tmp_path, num_workers):
+def test_bad_data_are_counted_by_kind_and_capped(world, tmp_path):
     good = [sample(text) for text in CAPTIONS]
     bad = [good[0] | {"png": good[0]["png"][:70]}, good[1] | {"txt": b" "}, {"png": good[2]["png"]}, {"txt": b"words"}]
     write_shard(tmp_path / "a-000.tar", good * 8 + bad)
     data = write_shard(tmp_path / "a-001.tar", good).read_bytes()
     (tmp_path / "a-001.tar").write_bytes(data[: len(data) // 2])
-
-    def flow(allowed: float) -> Flow:
-        settings = {f"{PARAMS}.num_workers": num_workers, f"{PARAMS}.max_skipped_fraction": allowed}
-        return flow_of(world, "t2i", settings | {path_of("t2i"): tmp_path / "a-{000..001}.tar"})
-
-    # a lost shard counts as many samples as whole ones have; here it was smaller, so more than half seem to be lost
-    lenient = flow(0.9)
-    assert len(take(lenient, 300)) == 1200
-    assert set(lenient.skipped) == {"unreadable_image", "empty_text", "malformed_item", "truncated_shard"}
-    assert lenient.seen == 1200 + lenient.skipped.total()
-    lenient.close()
+    settings = {path_of("t2i"): tmp_path / "a-{000..001}.tar", f"{PARAMS}.max_skipped_fraction": 0.01}
     with pytest.raises(UserError, match=r"t2i: skipped \d+ of 2\d\d samples .*max_skipped_fraction 0\.01") as error:
-        take(flow(0.01), 300)
-    assert "empty_text (such as a-000-" in str(error.value)
+        take(flow_of(world, "t2i", settings), 300)
+    kinds = ("unreadable_image", "empty_text", "malformed_item", "truncated_shard")
+    assert all(f"{kind} (such as " in str(error.value) for kind in kinds)

@@ -334,9 +334,8 @@ def test_files_lost_at_the_start_of_many_workers_do_not_outweigh_what_is_still_b
 
 @pytest.mark.parametrize(("fraction", "lost"), [(0.0, 1), (0.1, 25), (0.1, 5000)])
 def test_samples_that_are_skipped_one_by_one_are_judged_as_they_come(fraction, lost):
-    counters = SkipCounters(seen=100)
+    counters = SkipCounters(seen=100 + lost)
     for _ in range(lost):
-        counters.seen += 1
         counters.skip("empty_text", "a")
     assert counters.exceeds(fraction, 100)
     assert not counters.exceeds(fraction, 10**6) and not counters.exceeds(1.0, 100)
@@ -387,22 +386,12 @@ def items() -> list[dict]:
     ]
 
 
-def plain(batch: list) -> list:
-    """Tensors as lists, to be compared."""
-    return [
-        {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in item.items()}
-        if isinstance(item, dict)
-        else item
-        for item in batch
-    ]
-
-
 MIXED = [{"image": torch.zeros(3, 4, 4), "text": "a"}, {"codes": torch.zeros(16), "text": "b"}]
 
 
 @pytest.mark.parametrize("given", [items(), ["a", "b"], MIXED])
 def test_items_come_out_of_a_worker_as_they_went_in(given):
-    assert plain(unpack(pack(given))) == plain(given)
+    assert repr(unpack(pack(given))) == repr(given), "which shows small tensors whole"
 
 
 def test_there_is_one_tensor_for_each_key_not_for_each_item():
