@@ -58,6 +58,10 @@ def saved(image: Image.Image, **settings) -> bytes:
     return buffer.getvalue()
 
 
+def of_pil(data: bytes) -> torch.Tensor:
+    return preprocess(Image.open(io.BytesIO(data)).convert("RGB"), 32)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (47, 33), (33, 70)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("progressive", [False, True])
@@ -66,25 +70,24 @@ def test_jpegs_have_the_pixels_that_pil_gives_them(size, mode, progressive):
     for quality, subsampling in ((20, 0), (75, 1), (95, 2)):
         data = saved(photo, quality=quality, subsampling=subsampling, progressive=progressive)
         assert (decode_jpeg(data) is None) == (mode == "CMYK")
-        expected = preprocess(Image.open(io.BytesIO(data)).convert("RGB"), 32)
-        assert torch.equal(item_of({"jpg": data, "txt": b"x"})["image"], expected), (quality, subsampling)
+        assert torch.equal(item_of({"jpg": data, "txt": b"x"})["image"], of_pil(data)), (quality, subsampling)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: data[:60], lambda data: data + b"more"])
 def test_what_is_odd_about_a_jpeg_is_left_to_pil(damage):
-    data = damage(saved(picture(CAPTIONS[0])))
+    raw = {"jpg": damage(saved(picture(CAPTIONS[0]))), "txt": b"x"}
     try:
-        expected = preprocess(Image.open(io.BytesIO(data)).convert("RGB"), 32)
+        expected = of_pil(raw["jpg"])
     except OSError:
-        assert kind_of(item_of, {"jpg": data, "txt": b"x"}) == "unreadable_image"
+        assert kind_of(item_of, raw) == "unreadable_image"
     else:
-        assert torch.equal(item_of({"jpg": data, "txt": b"x"})["image"], expected)
+        assert torch.equal(item_of(raw)["image"], expected)
 
 
-@pytest.mark.parametrize(
-    ("image_key", "text_key"),
-    [("jpg", "text"), ("png", "txt"), ("jpeg", "caption"), ("webp", "txt"), ("image", "text")],
-)
+SUFFIXES = [("jpg", "text"), ("png", "txt"), ("jpeg", "caption"), ("webp", "txt"), ("image", "text")]
+
+
+@pytest.mark.parametrize(("image_key", "text_key"), SUFFIXES)
 def test_all_published_suffixes_are_read(image_key, text_key):
     form = {"png": "PNG", "webp": "WEBP"}.get(image_key, "JPEG")
     item = item_of({image_key: image_bytes(picture(CAPTIONS[1]), form), text_key: b"words"}, resolution=16)
@@ -127,8 +130,7 @@ def test_damaged_bytes_never_raise_anything_else(form):
     whole, rng, kinds = image_bytes(picture(CAPTIONS[0]), form), random.Random(0), []
     for _ in range(300):
         data = bytearray(whole)
-        for _ in range(rng.choice((1, 3))):
-            data[rng.randrange(len(data))] = rng.randrange(256)
+        data[rng.randrange(len(data))] = rng.randrange(256)
         try:
             item_of({"png": bytes(data[: rng.randrange(1, len(data) + 1)]), "txt": b"x"})
         except SkipSample as skipped:
@@ -139,9 +141,8 @@ def test_damaged_bytes_never_raise_anything_else(form):
 def test_flipping_mirrors_half_of_the_images():
     plain = item_of(sample(CAPTIONS[0]))["image"]
     seen = [item_of(sample(CAPTIONS[0]), seed, flip=True)["image"] for seed in range(60)]
-    flipped = [torch.equal(image, plain.flip(-1)) for image in seen]
-    assert all(flip or torch.equal(image, plain) for image, flip in zip(seen, flipped, strict=True))
-    assert 15 < sum(flipped) < 45
+    flipped = sum(torch.equal(image, plain.flip(-1)) for image in seen)
+    assert 15 < flipped < 45 and flipped + sum(torch.equal(image, plain) for image in seen) == 60
 
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (10, 200, 90)])
@@ -162,7 +163,6 @@ def test_the_clip_branch_gets_what_its_processor_makes():
     item = item_of(sample(CAPTIONS[0]), processor=processor)
     expected = processor(picture(CAPTIONS[0]), return_tensors="pt")["pixel_values"][0]
     assert item.keys() == {"pixel_values", "text", "key"} and torch.equal(item["pixel_values"], expected)
-    assert item["pixel_values"].shape == (3, 24, 24)
 
 
 # ---- codes ----
@@ -289,6 +289,5 @@ def test_for_generation_half_are_the_first_sentence_without_openings(external):
     assert set(found) == {"a red kite", whole} and 150 < found.count(whole) < 250
     assert texts(Captions(external, shorten=True), raw("db/2")) == {"In this image, a dog."}, "JourneyDB's stay"
     assert len(set(OPENINGS)) == 15
-    assert not any(later.startswith(opening) for n, opening in enumerate(OPENINGS) for later in OPENINGS[n + 1 :]), (
-        "the rest of a longer opening must not be left behind"
-    )
+    shadowed = [b for n, a in enumerate(OPENINGS) for b in OPENINGS[n + 1 :] if b.startswith(a)]
+    assert not shadowed, "the rest of a longer opening must not be left behind"

@@ -40,15 +40,14 @@ def transform(tokenizer, encode=encode_conversation, text_length=40, **settings)
     return LlavaSample(ImageTransform(32, num_codes=16, codebook_size=64, **settings), encode, tokenizer, text_length)
 
 
-def made(units: LlavaRecords, item: LlavaSample) -> list:
+def made(units: LlavaRecords, transform: LlavaSample) -> list:
     """The samples, and in place of one that is skipped its kind."""
     found = []
-    for index in range(len(units)):
-        for raw in units.read(index, random.Random(0)):
-            try:
-                found.append(item(raw, random.Random(0)))
-            except SkipSample as skipped:
-                found.append(skipped.kind)
+    for raw in (raw for index in range(len(units)) for raw in units.read(index, random.Random(0))):
+        try:
+            found.append(transform(raw, random.Random(0)))
+        except SkipSample as skipped:
+            found.append(skipped.kind)
     return found
 
 
@@ -83,9 +82,9 @@ def test_records_without_an_image_are_left_out(tmp_path, name):
         LlavaRecords([write(tmp_path, [{"conversations": TURNS}], name)])
 
 
-def turns(*values, **changes) -> dict:
+def turns(*values) -> dict:
     sides = ("human", "gpt")
-    return record(conversations=[{"from": sides[n % 2], "value": value} for n, value in enumerate(values)], **changes)
+    return record(conversations=[{"from": sides[n % 2], "value": value} for n, value in enumerate(values)])
 
 
 @pytest.mark.parametrize(

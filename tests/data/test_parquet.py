@@ -53,13 +53,6 @@ def test_only_the_wanted_columns_are_read_whatever_each_file_calls_them(tmp_path
     assert raws[0].keys() == {"__key__", "__url__", "image", "text"} and "row group 0, row 0" in raws[0]["__key__"]
 
 
-def test_a_file_without_the_column_is_named_with_its_columns(tmp_path):
-    path = write_texts(tmp_path / "a.parquet", ["x"], column="body")
-    message = "a.parquet has no column 'content'; its columns are body; name one by dataset.params.lm_column"
-    with pytest.raises(UserError, match=message):
-        texts_of(path)
-
-
 def test_a_file_without_a_footer_counts_as_many_as_the_others_hold(tmp_path):
     whole = write_texts(tmp_path / "a.parquet", ["x", "y"])
     cut = write_texts(tmp_path / "b.parquet", ["z"] * 50)
