@@ -4,36 +4,20 @@ import pytest
 import torch
 
 from models import OmniMask
-from models.images import preprocess
-from tests.training.tiny import (
-    CAPTIONS,
-    MAX_TEXT,
-    NUM_TOKENS,
-    config_of,
-    make_builder,
-    make_model,
-    make_prompting,
-    make_vq_model,
-    picture,
-)
-from training.understanding import VqUnderstanding
+from tests.training import tiny
+from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, items
 
 LENGTH = MAX_TEXT + 1 + NUM_TOKENS + 2
 
 
-def items(*captions: str) -> list[dict]:
-    return [{"image": preprocess(picture(caption), 32), "text": caption} for caption in captions]
-
-
 @pytest.fixture(scope="module")
 def model(world):
-    return make_model(config_of(world))
+    return tiny.make_model(tiny.config_of(world))
 
 
 def make(world, model, **training):
-    config = config_of(world, overrides={f"training.{key}": value for key, value in training.items()})
-    return make_builder(
-        config, model, make_vq_model(), make_prompting(config), VqUnderstanding(config), torch.device("cpu")
+    return tiny.make_builder(
+        tiny.config_of(world, overrides={f"training.{key}": value for key, value in training.items()}), model
     )
 
 
@@ -42,7 +26,7 @@ def builder(world, model):
     return make(world, model, cond_dropout_prob=0.0)
 
 
-THREE = {"t2i": items(*CAPTIONS[:3]), "lm": ["some words", "more of them"], "mmu": items(CAPTIONS[5])}
+THREE = {"t2i": items(CAPTIONS[:3]), "lm": ["some words", "more of them"], "mmu": items(CAPTIONS[5:6])}
 
 
 def test_rows_come_in_the_order_t2i_lm_mmu_whatever_the_order_of_the_flows(builder):
@@ -59,7 +43,7 @@ def test_rows_come_in_the_order_t2i_lm_mmu_whatever_the_order_of_the_flows(build
 
 
 def test_image_ids_are_the_tokenizers_codes_behind_the_text_ids(builder):
-    vq_model = make_vq_model()
+    vq_model = tiny.make_vq_model()
     batch = builder(THREE)
     codes = vq_model.get_code(batch.pixels) + builder.noise.image_offset  # (3, N)
     image = slice(MAX_TEXT + 2, MAX_TEXT + 2 + NUM_TOKENS)
@@ -91,26 +75,35 @@ def test_absent_flows_have_no_rows_and_no_loss(builder, model, flows):
 
 
 def test_a_batch_gives_each_flow_the_loss_it_has_alone(builder, model):
+    def losses_of(*names):
+        torch.manual_seed(4)
+        with torch.no_grad():
+            return model(**builder({name: THREE[name] for name in names}).forward_arguments()).losses
+
+    alone = {name: losses_of(name)[name] for name in THREE}
+    torch.testing.assert_close(losses_of(*THREE), alone)
+
+
+@pytest.mark.parametrize("length", [None, LENGTH])
+def test_a_packed_batch_has_the_same_losses_in_fewer_positions(world, model, length):
+    config = tiny.config_of(world, overrides={"dataset.packing": True, "dataset.packing_length": length})
     torch.manual_seed(4)
-    whole = builder(THREE)
+    plain = make(world, model)(THREE)
     torch.manual_seed(4)
-    alone = builder({"t2i": THREE["t2i"]})
+    packed = tiny.make_builder(config, model)(THREE)
     with torch.no_grad():
-        out = model(**whole.forward_arguments())
-        t2i = model(**alone.forward_arguments()).loss_t2i
-        lm = model(**builder({"lm": THREE["lm"]}).forward_arguments()).loss_lm
-        mmu = model(**builder({"mmu": THREE["mmu"]}).forward_arguments()).loss_mmu
-    torch.testing.assert_close(torch.stack([out.loss_t2i, out.loss_lm, out.loss_mmu]), torch.stack([t2i, lm, mmu]))
+        expected, found = (model(**batch.forward_arguments()) for batch in (plain, packed))
+    torch.testing.assert_close(found.losses | found.statistics, expected.losses | expected.statistics)
+    assert torch.equal(packed.input_ids, plain.input_ids) and torch.equal(packed.labels, plain.labels)
+    assert plain.num_positions == plain.input_ids.numel() and packed.num_used == plain.num_used
+    assert packed.num_used <= packed.num_positions <= (plain.num_positions if length else 1.2 * packed.num_used)
 
 
 def test_texts_are_dropped_with_the_configured_probability(world, model):
-    lengths = {}
     for prob in (0.0, 1.0):
         batch = make(world, model, cond_dropout_prob=prob)({"t2i": THREE["t2i"]})
-        pad = model.vocabulary.pad_id
-        lengths[prob] = (batch.input_ids[:, : MAX_TEXT + 1] != pad).sum(1).tolist()
-    assert lengths[1.0] == [3, 3, 3], "<t2i> bos eos"
-    assert min(lengths[0.0]) > 3
+        lengths = (batch.input_ids[:, : MAX_TEXT + 1] != model.vocabulary.pad_id).sum(1)
+        assert (lengths == 3).all() if prob else (lengths > 3).all(), "<t2i> bos eos"
 
 
 def test_a_run_hands_its_masking_settings_on(world, model):
@@ -124,9 +117,9 @@ def test_a_run_hands_its_masking_settings_on(world, model):
 
 def test_understanding_sees_all_of_the_picture_unless_told_otherwise(world, model):
     mask = model.vocabulary.mask_token_id
-    rows = make(world, model)({"mmu": items(*CAPTIONS)})
+    rows = make(world, model)({"mmu": items(CAPTIONS)})
     assert not (rows.input_ids == mask).any()
-    hidden = make(world, model, und_mask_ratio=0.5)({"mmu": items(*CAPTIONS * 6)})
+    hidden = make(world, model, und_mask_ratio=0.5)({"mmu": items(CAPTIONS * 6)})
     share = (hidden.input_ids[:, 2 : 2 + NUM_TOKENS] == mask).float().mean(1)
     assert 0.15 < share.mean() < 0.35, "from nothing up to half"
     assert share.max() < 0.85 and share.min() < 0.1
@@ -135,8 +128,8 @@ def test_understanding_sees_all_of_the_picture_unless_told_otherwise(world, mode
 
 
 def test_codes_stand_in_for_pixels(builder):
-    vq_model = make_vq_model()
-    pictures = items(*CAPTIONS[:3])
+    vq_model = tiny.make_vq_model()
+    pictures = items(CAPTIONS[:3])
     codes = vq_model.get_code(torch.stack([item["image"] for item in pictures]))
     encoded = [{"codes": row, "text": item["text"]} for row, item in zip(codes, pictures, strict=True)]
     for mixed in (encoded, [pictures[0], encoded[1], pictures[2]]):
@@ -149,10 +142,7 @@ def test_codes_stand_in_for_pixels(builder):
 
 
 def test_samples_are_named_by_their_key_else_by_their_text(builder):
-    named = [item | {"key": f"shard-{n}"} for n, item in enumerate(items(*CAPTIONS[:2]))]
-    batch = builder(
-        {"t2i": named, "lm": ["a text that is rather long, so that it is cut somewhere"], "mmu": THREE["mmu"]}
-    )
-    assert batch.keys[:2] == ["t2i: shard-0", "t2i: shard-1"]
-    assert batch.keys[2] == "lm: 'a text that is rather long, so that it i'"
-    assert batch.keys[3] == f"mmu: {CAPTIONS[5]!r}"
+    named = [item | {"key": f"shard-{n}"} for n, item in enumerate(items(CAPTIONS[:2]))]
+    text = "a text that is rather long, so that it is cut somewhere"
+    batch = builder({"t2i": named, "lm": [text], "mmu": THREE["mmu"]})
+    assert batch.keys == ["t2i: shard-0", "t2i: shard-1", f"lm: {text[:40]!r}", f"mmu: {CAPTIONS[5]!r}"]

@@ -15,17 +15,10 @@ from accelerate.state import AcceleratorState
 from torch.distributed.checkpoint.api import CheckpointException
 
 from common.errors import UserError
-from models import Showo, ShowoConfig
-from training.checkpointing import (
-    COURSE,
-    TrainState,
-    begin_course,
-    checkpoints,
-    find_resume,
-    find_start,
-    load_checkpoint,
-    save_checkpoint,
-)
+from models import Showo
+from tests.training.tiny import same, smallest_showo
+from training import checkpointing
+from training.checkpointing import COURSE, TrainState, begin_course, checkpoints, find_resume, find_start
 from training.data.streams import StreamState
 from training.optimization import WeightAverage
 
@@ -34,19 +27,12 @@ FILES |= {"random_states_0.pkl", "streams_0.json", "counts_0.json", "unwrapped_m
 STREAMS = {"t2i": StreamState(7, [28, 31]), "lm": StreamState(7, [7, 7])}
 
 
-def tiny_showo() -> Showo:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    llm = {"model_type": "phi", "vocab_size": 20, "tie_word_embeddings": True, **sizes}
-    vocabulary = {"vocab_size": 20 + 10 + 8 + 1, "llm_vocab_size": 20, "codebook_size": 8}
-    return Showo(ShowoConfig(llm_config=llm, num_vq_tokens=4, **vocabulary))
-
-
 class Run:
     """Model, optimiser, schedule and average of a run, without its data."""
 
     def __init__(self, seed: int = 0, averaged: bool = True):
         torch.manual_seed(seed)
-        self.accelerator, self.model = Accelerator(cpu=True), tiny_showo()
+        self.accelerator, self.model = Accelerator(cpu=True), smallest_showo()
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=100)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -65,11 +51,15 @@ class Run:
         return loss.item()
 
     def save(self, folder, step: int, limit=None):
-        state = TrainState(step, STREAMS)
-        return save_checkpoint(self.accelerator, folder, state, model=self.model, average=self.average, limit=limit)
+        state, model = TrainState(step, STREAMS), {"model": self.model, "average": self.average}
+        return checkpointing.save_checkpoint(self.accelerator, folder, state, limit=limit, **model)
 
     def load(self, folder) -> TrainState:
-        return load_checkpoint(self.accelerator, folder, self.average, self.model)
+        return checkpointing.load_checkpoint(self.accelerator, folder, self.average, self.model)
+
+
+def parameters(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def names(folder) -> list[str]:
@@ -79,30 +69,20 @@ def names(folder) -> list[str]:
 def test_everything_comes_back_bit_for_bit(tmp_path):
     run = Run()
     run.step()
+    before = parameters(run.model)
     folder = run.save(tmp_path, 1)
+    saved = parameters(Showo.from_pretrained(str(folder / "unwrapped_model")))
+    assert same(saved, run.average.shadow) and not same(saved, before), "the average, which loads on its own"
+    assert same(before, parameters(run.model)), "saving must not change the run"
     expected = [run.step() for _ in range(3)]
 
     AcceleratorState._reset_state(True)
     other = Run(seed=5)
     assert other.load(folder) == TrainState(1, STREAMS)
     assert [other.step() for _ in range(3)] == expected, "the random numbers of the steps count, too"
-    for name, parameter in run.model.named_parameters():
-        assert torch.equal(parameter, dict(other.model.named_parameters())[name])
-        assert torch.equal(run.average.shadow[name], other.average.shadow[name])
+    assert same(parameters(run.model), parameters(other.model)) and same(run.average.shadow, other.average.shadow)
     assert other.schedule.get_last_lr() == run.schedule.get_last_lr()
     assert other.average.updates == 4
-
-
-def test_the_unwrapped_model_is_the_average_and_loads_on_its_own(tmp_path):
-    run = Run()
-    run.step()
-    run.step()
-    weights = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-    loaded = Showo.from_pretrained(str(run.save(tmp_path, 2) / "unwrapped_model"))
-    for name, parameter in loaded.named_parameters():
-        assert torch.equal(parameter, run.average.shadow[name])
-    assert not torch.equal(loaded.showo.lm_head.bias, weights["showo.lm_head.bias"])
-    assert all(torch.equal(p, weights[n]) for n, p in run.model.named_parameters()), "saving must not change the run"
 
 
 def test_without_an_average_the_weights_are_saved_and_it_begins_anew_later(tmp_path):
@@ -115,20 +95,21 @@ def test_without_an_average_the_weights_are_saved_and_it_begins_anew_later(tmp_p
     other.step()
     other.load(folder)
     assert other.average.updates == 0
-    for name, parameter in Showo.from_pretrained(str(folder / "unwrapped_model")).named_parameters():
-        assert torch.equal(parameter, dict(run.model.named_parameters())[name])
-        assert torch.equal(parameter, other.average.shadow[name])
+    saved = parameters(Showo.from_pretrained(str(folder / "unwrapped_model")))
+    assert same(saved, parameters(run.model)) and same(saved, other.average.shadow)
+
+
+def failing(error: Exception):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize("stage", ["state", "average", "model", "metadata"])
 def test_an_interrupted_write_leaves_no_checkpoint_and_the_last_one_whole(tmp_path, monkeypatch, stage):
     run = Run()
     run.save(tmp_path, 1)
-    run.step()
-
-    def broken(*_, **__):
-        raise OSError(28, "No space left on device")
-
     targets = {
         "state": (run.accelerator, "save_state"),
         "average": (torch, "save"),
@@ -136,7 +117,7 @@ def test_an_interrupted_write_leaves_no_checkpoint_and_the_last_one_whole(tmp_pa
         "metadata": (json, "dumps"),
     }
     with monkeypatch.context() as patch:
-        patch.setattr(*targets[stage], broken)
+        patch.setattr(*targets[stage], failing(OSError(28, "No space left on device")))
         with pytest.raises(UserError, match="No space left.*last good checkpoint is .*checkpoint-1"):
             run.save(tmp_path, 2)
     assert names(tmp_path) == ["checkpoint-1"], "what was half written is taken away"
@@ -177,12 +158,8 @@ def test_a_damaged_sharded_file_is_one_line(tmp_path, monkeypatch):
     folder = run.save(tmp_path, 1)
     save_in_shards(folder / "shards")
     next((folder / "shards").glob("*.distcp")).write_bytes(b"")
-    state = {"x": torch.zeros(9999)}
-    monkeypatch.setattr(
-        run.accelerator,
-        "load_state",
-        lambda _: torch.distributed.checkpoint.load(state, checkpoint_id=folder / "shards", no_dist=True),
-    )
+    read = {"state_dict": {"x": torch.zeros(9999)}, "checkpoint_id": folder / "shards", "no_dist": True}
+    monkeypatch.setattr(run.accelerator, "load_state", lambda _: torch.distributed.checkpoint.load(**read))
     with pytest.raises(UserError, match="cannot be continued from") as error:
         run.load(folder)
     assert isinstance(error.value.__cause__, CheckpointException)
@@ -191,29 +168,32 @@ def test_a_damaged_sharded_file_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal access"), TypeError("no"), KeyError("no")])
 def test_what_has_nothing_to_do_with_the_disk_keeps_its_traceback(tmp_path, monkeypatch, error):
     run = Run()
-
-    def broken(_):
-        raise error
-
-    monkeypatch.setattr(run.accelerator, "save_state", broken)
+    monkeypatch.setattr(run.accelerator, "save_state", failing(error))
     with pytest.raises(type(error)):
         run.save(tmp_path, 1)
     assert checkpoints(tmp_path) == []
 
 
-def test_files_and_folders_are_on_the_disk_before_the_name_and_then_the_name(tmp_path, monkeypatch):
-    flushed, flush = [], os.fsync
+def test_files_are_on_the_disk_before_the_name_that_before_the_oldest_goes(tmp_path, monkeypatch):
+    run, done = Run(), []
+    run.save(tmp_path, 1, limit=1)
+    flush, remove = os.fsync, shutil.rmtree
 
-    def watched(descriptor):
-        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+    def watched_flush(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
         flush(descriptor)
 
-    monkeypatch.setattr(os, "fsync", watched)
-    folder = Run().save(tmp_path, 1)
-    temporary = tmp_path / ".incomplete-checkpoint-1"
+    def watched_remove(folder, *args, **kwargs):
+        done.append((folder.name, names(tmp_path)))
+        remove(folder, *args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", watched_flush)
+    monkeypatch.setattr(shutil, "rmtree", watched_remove)
+    folder, temporary = run.save(tmp_path, 2, limit=1), tmp_path / ".incomplete-checkpoint-2"
     inside = [temporary / path.relative_to(folder) for path in folder.rglob("*")]
-    assert set(flushed[:-1]) == {temporary, *inside} and temporary / "unwrapped_model" in inside
-    assert flushed[-1] == tmp_path
+    assert set(done[:-2]) == {temporary, *inside} and temporary / "unwrapped_model" in inside
+    removed = ".incomplete-checkpoint-1-removed"
+    assert done[-2:] == [tmp_path, (removed, [removed, "checkpoint-2"])]
 
 
 def test_a_checkpoint_holds_these_files_also_in_place_of_another(tmp_path):
@@ -238,21 +218,6 @@ def test_the_limit_removes_the_oldest_by_number_but_not_what_was_just_written(tm
     assert [folder.name for folder in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
 
 
-def test_the_oldest_goes_only_after_the_new_one_stands(tmp_path, monkeypatch):
-    run = Run()
-    run.save(tmp_path, 1, limit=1)
-    seen = []
-    remove = shutil.rmtree
-
-    def watched(folder, *args, **kwargs):
-        seen.append((folder.name, [f.name for f in checkpoints(tmp_path)]))
-        remove(folder, *args, **kwargs)
-
-    monkeypatch.setattr(shutil, "rmtree", watched)
-    run.save(tmp_path, 2, limit=1)
-    assert seen == [(".incomplete-checkpoint-1-removed", ["checkpoint-2"])]
-
-
 def test_latest_goes_by_number_and_other_folders_do_not_count(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", ".incomplete-checkpoint-99", "checkpoint-10-old"):
         (tmp_path / name).mkdir()
@@ -265,35 +230,28 @@ def test_latest_goes_by_number_and_other_folders_do_not_count(tmp_path):
         find_resume(tmp_path, "checkpoint-11")
 
 
-def cut(file) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("metadata.json", Path.unlink),
-        ("metadata.json", lambda f: f.write_text('{"global_st')),
-        ("metadata.json", lambda f: f.write_text('{"streams": {}}')),
-        ("metadata.json", lambda f: f.write_text('{"global_step": "many"}')),
-        ("streams_0.json", lambda f: f.write_text('{"lm": {"row": 3}}')),
-        ("streams_0.json", Path.unlink),
-        ("counts_0.json", Path.unlink),
-        ("model.safetensors", cut),
-        ("model.safetensors", Path.unlink),
-        ("optimizer.bin", cut),
-        ("optimizer.bin", lambda f: f.write_bytes(b"")),
-        ("optimizer.bin", Path.unlink),
-        ("custom_checkpoint_0.pkl", lambda f: f.write_bytes(b"junk")),
-        ("random_states_0.pkl", cut),
-        ("random_states_0.pkl", Path.unlink),
-        ("average.pt", cut),
+        ("metadata.json", '{"global_st'),
+        ("metadata.json", '{"streams": {}}'),
+        ("metadata.json", '{"global_step": "many"}'),
+        ("streams_0.json", '{"lm": {"row": 3}}'),
+        ("optimizer.bin", ""),
+        ("custom_checkpoint_0.pkl", "junk"),
+        *((name, cut) for name in ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "average.pt")),
+        *((name, Path.unlink) for name in sorted(FILES - {"average.pt", "custom_checkpoint_0.pkl", "unwrapped_model"})),
     ],
 )
 def test_a_damaged_checkpoint_is_named(tmp_path, name, damage):
     run = Run()
     folder = run.save(tmp_path, 1)
-    damage(folder / name)
+    file = folder / name
+    file.write_text(damage) if isinstance(damage, str) else damage(file)
     with pytest.raises(UserError, match="checkpoint-1") as error:
         run.load(folder)
     assert "\n" not in str(error.value)
@@ -314,11 +272,10 @@ def write_course(folder: Path, numbers: list[int], content: str, final: bool = F
         (checkpoint / "content").write_text(content)
         (checkpoint / "metadata.json").write_text(json.dumps({"global_step": number, "num_processes": 1}))
         (folder / f"images/generated-images-{number:08d}.png").write_text(content)
-    before = folder.joinpath("metrics.jsonl").read_text() if folder.joinpath("metrics.jsonl").exists() else ""
-    known = [json.loads(line)["step"] for line in before.splitlines()]
-    steps = range(max(known, default=0) + 1, max(numbers, default=0) + 1)
-    lines = [json.dumps({"step": step, "content": content}) + "\n" for step in steps]
-    (folder / "metrics.jsonl").write_text(before + "".join(lines))
+    known = max(steps_of(folder / "metrics.jsonl"), default=0)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in range(known + 1, max(numbers, default=0) + 1):
+            file.write(json.dumps({"step": step, "content": content}) + "\n")
     for name in ("config.json", "model.safetensors") if final else ():
         (folder / name).write_text(content)
 

@@ -54,45 +54,32 @@ def test_only_what_is_trained_gets_a_gradient():
     assert not total.requires_grad and predicted is None
 
 
-def test_a_second_backward_pass_is_refused():
+def test_gradients_add_up_over_steps_but_a_second_backward_pass_is_refused():
     head, hidden, labels, weights = inputs()
-    total, _, _ = linear_cross_entropy(head, hidden, labels, weights)
-    total.backward(retain_graph=True)
+    for _ in range(2):
+        total = linear_cross_entropy(head, hidden, labels, weights)[0]
+        total.backward(retain_graph=True)
+    once = torch.autograd.grad(linear_cross_entropy(head, hidden, labels, weights)[0], head.weight)[0]
+    torch.testing.assert_close(head.weight.grad, 2 * once)
     with pytest.raises(RuntimeError, match="once only"):
         total.backward()
 
 
-def test_gradients_add_up_over_steps():
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 weights"])
+def test_products_are_in_bf16_and_the_rest_in_fp32(chunk, autocast):
     head, hidden, labels, weights = inputs()
-    for _ in range(2):
-        linear_cross_entropy(head, hidden, labels, weights)[0].backward()
-    torch.testing.assert_close(
-        head.weight.grad, 2 * gradients(linear_cross_entropy(head, hidden, labels, weights)[0], head, hidden)[1] / 3
-    )
-
-
-def test_autocast_runs_the_products_in_bf16_and_the_rest_in_fp32(chunk):
-    head, hidden, labels, weights = inputs()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = head(hidden)
+    given = hidden if autocast else hidden.bfloat16()
+    head = head if autocast else head.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = head(given)
         expected = F.cross_entropy(logits.float(), labels, reduction="none")
-        total, losses, _ = linear_cross_entropy(head, hidden, labels, weights)
+        total, losses, _ = linear_cross_entropy(head, given, labels, weights)
     assert logits.dtype == torch.bfloat16 and losses.dtype == total.dtype == torch.float32
     torch.testing.assert_close(losses, expected.detach(), atol=1e-5, rtol=1e-5)
     found, wanted = gradients(total, head, hidden), gradients((expected * weights).sum(), head, hidden)
     for ours, theirs in zip(found, wanted, strict=True):
-        assert ours.dtype == torch.float32
+        assert ours.dtype == theirs.dtype
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
-
-
-def test_bf16_weights(chunk):
-    head, hidden, labels, weights = inputs()
-    head.bfloat16()
-    total, losses, _ = linear_cross_entropy(head, hidden.bfloat16(), labels, weights)
-    expected = F.cross_entropy(head(hidden.bfloat16()).float(), labels, reduction="none")
-    torch.testing.assert_close(losses, expected.detach(), atol=1e-5, rtol=1e-5)
-    total.backward()
-    assert head.weight.grad.dtype == torch.bfloat16
 
 
 def test_no_more_logits_than_a_chunk_exist_at_a_time(monkeypatch):

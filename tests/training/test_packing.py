@@ -8,7 +8,7 @@ import torch
 
 from models import OmniMask
 from tests.models.test_omni_attention import VOCABULARY, oracle, random_batch
-from tests.parity.goldens import PHI, prompting, tiny_showo
+from tests.parity.goldens import PHI, mixed_batch, tiny_showo
 from training import packing as packing_module
 from training.loss import Objective
 from training.packing import PACKED_SDPA, Packing, pack_bins
@@ -34,12 +34,9 @@ def test_rows_hold_every_sample_once_and_are_few_and_even():
         assert fullest <= max(max(lengths), sum(lengths) / len(rows)) + max(lengths)
 
 
-def test_equal_rows_are_found():
+def test_equal_rows_are_found_and_a_sample_longer_than_a_row_is_refused():
     assert pack_bins([4, 4, 4, 4, 4, 4], 13) == [[0, 1, 2], [3, 4, 5]]
     assert pack_bins([7, 6, 5, 4, 3, 2, 1], 20) == [[0, 1, 6], [2, 3, 4, 5]]  # 14 and 14
-
-
-def test_a_sample_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="a sample of 9 positions does not fit into a row of 8"):
         pack_bins([3, 9], 8)
 
@@ -52,72 +49,46 @@ def test_no_sample_sees_another_and_each_sees_what_it_did(seed):
     layouts, ids = random_batch(seed)
     mask, used = OmniMask.from_ids(ids, VOCABULARY), ids != VOCABULARY.pad_id
     packing = Packing.from_mask(used, mask, random.Random(seed).randrange(ids.shape[1], 80))
-    alone, packed = oracle(layouts)[:, 0], packing.mask.dense()[:, 0]
+    alone, packed, width = oracle(layouts)[:, 0], packing.mask.dense()[:, 0], ids.shape[1]
     filled = torch.zeros_like(packing.source_index, dtype=torch.bool)
-    for number, row in enumerate(packing.samples):
-        at = 0
-        expected = torch.eye(packed.shape[1], dtype=torch.bool)
-        for source, start, stop in row:
-            there = slice(at, at + stop - start)
-            expected[there, there] = alone[source, start:stop, start:stop]
-            assert packing.source_index[number, there].tolist() == [
-                source * ids.shape[1] + p for p in range(start, stop)
-            ]
-            assert packing.position_ids[number, there].tolist() == list(range(stop - start))
-            at = there.stop
-        filled[number, :at] = True
-        assert torch.equal(packed[number], expected)
+    for number, (row, masks) in enumerate(zip(packing.samples, packing.sample_masks(), strict=True)):
+        places = [source * width + p for source, start, stop in row for p in range(start, stop)]
+        positions = [p for _, start, stop in row for p in range(stop - start)]
+        filled[number, : len(places)] = True
+        assert packing.source_index[number, : len(places)].tolist() == places
+        assert packing.position_ids[number, : len(places)].tolist() == positions
+        blocks = [alone[source, start:stop, start:stop] for source, start, stop in row]
+        rest = torch.eye(packed.shape[1] - len(places), dtype=torch.bool)
+        assert torch.equal(packed[number], torch.block_diag(*blocks, rest))
+        assert all(torch.equal(mask[0, 0], block) for mask, block in zip(masks, blocks, strict=True))
+        assert [len(block) for block in blocks] == packing.lengths()[number][:-1]
     assert filled.sum() == used.sum()
     places = packing.target_index.view_as(used)
-    assert torch.equal(places >= 0, used) and torch.equal(
-        packing.pack(ids)[filled], ids.flatten()[packing.source_index[filled]]
-    )
-    assert torch.equal(packing.pack(ids).flatten()[places[used]], ids[used])
-    for row, masks in enumerate(packing.sample_masks()):
-        assert [len(m[0, 0]) for m in masks] == packing.lengths()[row][:-1]
-        assert torch.equal(
-            torch.block_diag(*[m[0, 0] for m in masks]), packed[row][: filled[row].sum(), : filled[row].sum()]
-        )
+    assert torch.equal(places >= 0, used) and torch.equal(packing.pack(ids).flatten()[places[used]], ids[used])
+    assert torch.equal(packing.pack(ids)[filled], ids.flatten()[packing.source_index[filled]])
 
 
 # ---- the model ----
 
 
 def batch_of(seed: int, features: bool):
-    """Random rows of all tasks as training makes them: ids, labels, mask, their numbers, CLIP features."""
-    rng, build = random.Random(seed), prompting()
+    """Some rows of all tasks as training makes them: ids, labels, mask, their numbers, CLIP features."""
+    rng = random.Random(seed)
     torch.manual_seed(seed)
-    counts = tuple(rng.randrange(4) for _ in range(3))
-    counts = counts if sum(counts) else (1, 1, 1)
-
-    def texts(count):
-        return [" ".join(f"w{rng.randrange(1, 90)}" for _ in range(rng.randrange(14))) for _ in range(count)]
-
-    rows, t2i, lm, mmu = [], *counts
-    codes = 128 + torch.randint(0, 64, (t2i + mmu, NUM_TOKENS))
-    if t2i:
-        hidden = torch.rand(t2i, NUM_TOKENS) < 0.6
-        image, labels = codes[:t2i].masked_fill(hidden, 192), codes[:t2i].masked_fill(~hidden, -100)
-        rows.append(build((texts(t2i), image, labels), "t2i"))
-    if lm:
-        rows.append(build((texts(lm), LENGTH), "lm"))
-    if mmu and not features:
-        rows.append(build((codes[t2i:], texts(mmu)), "mmu"))
-    if mmu and features:  # <mmu>, 2 ids of a system prompt, <soi>, features, <eoi>, text, pads
-        ids = torch.full((mmu, LENGTH), PAD)
-        ids[:, : 5 + NUM_FEATURES] = torch.tensor([124, 3, 4, 119, *[FEATURE] * NUM_FEATURES, 120])
-        labels = torch.full_like(ids, -100)
-        for row in range(mmu):
-            text = slice(5 + NUM_FEATURES, 5 + NUM_FEATURES + rng.randrange(1, LENGTH - 5 - NUM_FEATURES))
-            ids[row, text] = torch.randint(5, 90, (text.stop - text.start,))
-            answer = slice(rng.randrange(text.start, text.stop), text.stop)
+    ids, labels, mask = mixed_batch()  # 3 of t2i, 2 of lm, 2 of mmu
+    if features:  # <mmu>, 2 ids of a system prompt, <soi>, features, <eoi>, text, pads
+        head = torch.tensor([124, 3, 4, 119, *[FEATURE] * NUM_FEATURES, 120])
+        ids[5:], labels[5:], ids[5:, : len(head)] = PAD, -100, head
+        for row in (5, 6):
+            stop = rng.randrange(len(head) + 1, LENGTH)
+            ids[row, len(head) : stop] = torch.randint(5, 90, (stop - len(head),))
+            answer = slice(rng.randrange(len(head), stop), stop)
             labels[row, answer] = ids[row, answer]
-        rows.append(type(rows[0])(ids, labels, None) if rows else build((["w1"], LENGTH), "lm"))
-        rows[-1].input_ids, rows[-1].labels = ids, labels
-        rows[-1].attention_mask = OmniMask.mmu_vit(mmu, 2, NUM_FEATURES, LENGTH)
-    ids, labels = (torch.cat([getattr(row, name) for row in rows]) for name in ("input_ids", "labels"))
-    pictures = torch.randn(mmu, NUM_FEATURES, CLIP_SIZE) if features and mmu else None
-    return ids, labels, OmniMask.cat([row.attention_mask for row in rows]), counts, pictures
+        mask = OmniMask.cat([mask.select(slice(0, 5)), OmniMask.mmu_vit(2, 2, NUM_FEATURES, LENGTH)])
+    rows = sorted(rng.sample(range(7), rng.randrange(1, 8)))
+    counts = tuple(sum(first <= row < stop for row in rows) for first, stop in ((0, 3), (3, 5), (5, 7)))
+    pictures = torch.randn(counts[2], NUM_FEATURES, CLIP_SIZE) if features and counts[2] else None
+    return ids[rows], labels[rows], mask.select(rows), counts, pictures
 
 
 def objective_of(batch, capacity: int | None = None, **settings) -> Objective:

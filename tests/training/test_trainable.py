@@ -32,13 +32,9 @@ def test_new_is_what_the_language_model_did_not_bring(family, settings, expected
     assert len(added) == (8 if family == "phi" else 0), "weight and bias of q and k in two layers"
 
 
-def test_everything_is_trained_by_default():
+def test_everything_is_trained_by_default_and_what_another_rule_has_frozen_is_left_alone():
     model = tiny_showo("llama")
     assert choose_trainable(model, "all") == {} and all(p.requires_grad for p in model.parameters())
-
-
-def test_what_another_rule_has_frozen_is_left_alone():
-    model = tiny_showo("llama")
     old_rows = choose_trainable(model, "new")
     model.requires_grad_(False)
     keep_old_rows(model, old_rows)

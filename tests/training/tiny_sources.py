@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.training.tiny import CAPTIONS, COLOURS, LLM_VOCAB_SIZE, picture
+from tests.training.tiny import CAPTIONS, COLOURS, LLM_VOCAB_SIZE, MAX_TEXT, picture
 from tools import small_clip
 
 CLIP_WIDTH, NUM_FEATURES = 16, 9
@@ -50,6 +50,23 @@ def write_clip(folder: Path) -> Path:
     sizes = {"image_size": 24, "patch_size": 8, "hidden_size": CLIP_WIDTH, "layers": 2, "heads": 2}
     small_clip.main([f"output_dir={folder}", *(f"{key}={value}" for key, value in sizes.items())])
     return folder
+
+
+def clip_settings(world: Path, und_type: str = "llava_pretrain", **changes) -> dict:
+    """What the CLIP-ViT branch needs beyond the tiny world's own settings."""
+    pretrain = und_type == "llava_pretrain"
+    return {
+        "model.showo.w_clip_vit": True,
+        "model.clip_vit_name": world / "clip",
+        "dataset.und_type": und_type,
+        "dataset.params.train_mmu_shards_path_or_url": world / f"llava_{1 if pretrain else 2}.json",
+        "dataset.params.train_mmu_image_root": world / "images",
+        # The system prompt has some 150 ids in the tiny tokenizer.
+        "dataset.preprocessing.max_seq_length": MAX_TEXT if pretrain else 256,
+        "training.max_train_steps": 2,
+        "experiment.save_every": 1,
+        "training.ema_decay": None,
+    } | changes
 
 
 def write_llm_weights(folder: Path, spare_rows: int = 30, tied: bool = False) -> Path:

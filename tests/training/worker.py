@@ -8,7 +8,6 @@
 
 import os
 import sys
-from itertools import count
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -19,6 +18,7 @@ from accelerate.utils import DistributedType
 
 from common.config import TrainingConfig, load_config
 from common.errors import run_cli
+from tests.training.tiny import poison
 from training.tasks.showo import ShowoTask
 from training.trainer import Trainer
 
@@ -51,21 +51,8 @@ def main(argv: list[str]) -> None:
     if place := os.environ.get("TEST_NAN"):
         process, call = map(int, place.split(":"))
         if trainer.accelerator.process_index == process:
-            trainer.forward = poisoned(trainer.forward, call)
+            poison(trainer, {call})
     trainer.train()
-
-
-def poisoned(forward, at: int):
-    """`forward` with a NaN loss at one call."""
-    calls = count(1)
-
-    def called(**arguments):
-        out = forward(**arguments)
-        if next(calls) == at:
-            out.losses["mmu"] = out.losses["mmu"] * float("nan")
-        return out
-
-    return called
 
 
 if __name__ == "__main__":
