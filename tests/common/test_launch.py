@@ -9,7 +9,8 @@ from common import launch
 
 ONE, TWO = {0: "0", 1: "1"}, {0: "0-1", 1: "0-1"}  # logical CPU → siblings: two cores; two hyper-threads of one core
 EIGHT = {cpu: f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)}  # four cores with two hyper-threads each
-V2, V1 = "0::/pod/run\n", "4:memory:/x\n3:cpu,cpuacct:/pod/run\n0::/\n"
+CPU = "cpu,cpuacct"  # the controllers of version 1
+V2, V1 = "0::/pod/run\n", f"4:memory:/x\n3:{CPU}:/pod/run\n0::/\n"
 
 
 def machine(root, siblings, groups="", limits=()):
@@ -36,14 +37,8 @@ def machine(root, siblings, groups="", limits=()):
         (EIGHT, range(8), V2, [("pod/run/cpu.max", "max 100000\n"), ("pod/cpu.max", "100000 100000\n")], 1),
         (EIGHT, range(8), V2, [("cpu.max", "50000 100000\n")], 1),  # in a container the group seems to be the top
         (EIGHT, range(8), V2, [("pod/run/cpu.max", "max 100000\n")], 4),
-        (
-            EIGHT,
-            range(8),
-            V1,
-            [("cpu,cpuacct/pod/cpu.cfs_quota_us", "300000"), ("cpu,cpuacct/pod/cpu.cfs_period_us", "100000")],
-            3,
-        ),
-        (EIGHT, range(8), V1, [("cpu,cpuacct/cpu.cfs_quota_us", "-1"), ("cpu,cpuacct/cpu.cfs_period_us", "9")], 4),
+        (EIGHT, range(8), V1, [(f"{CPU}/pod/cpu.cfs_quota_us", "3000"), (f"{CPU}/pod/cpu.cfs_period_us", "1000")], 3),
+        (EIGHT, range(8), V1, [(f"{CPU}/cpu.cfs_quota_us", "-1"), (f"{CPU}/cpu.cfs_period_us", "9")], 4),
     ],
 )
 def test_physical_cores_within_the_quota(tmp_path, siblings, cpus, groups, limits, cores):
@@ -59,7 +54,6 @@ def launcher(environment=(), options=()):
     ("environment", "started_by", "threads"),
     [
         ({}, None, 6),
-        ({"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "0"}, None, 1),
         ({"LOCAL_WORLD_SIZE": "9", "LOCAL_RANK": "0"}, None, 1),
         ({"OMP_NUM_THREADS": "3"}, None, None),
         ({"MKL_NUM_THREADS": "3"}, None, None),

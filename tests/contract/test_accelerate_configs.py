@@ -1,5 +1,6 @@
 """Every file of `accelerate_configs/`: accelerate reads it, and starts what spec §14 and the file's header say."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -40,67 +41,51 @@ def plugin(name: str, monkeypatch, *options: str):
     return DeepSpeedPlugin() if name in DEEPSPEED else FullyShardedDataParallelPlugin()
 
 
-def test_the_files_are_the_published_ones_and_ours():
-    assert set(NAMES) == {"1_cpu", "1_gpu", "2_cpu_ddp", "8_gpus_fsdp2", *DEEPSPEED}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_each_opens_with_its_launch_line(name):
     lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
-    head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    head = itertools.takewhile(lambda line: line.startswith("#"), lines)
     assert any(f"accelerate launch --config_file accelerate_configs/{name}.yaml" in line for line in head)
 
 
-@pytest.mark.parametrize(
-    ("name", "distributed", "processes"),
-    [
-        ("1_cpu", DistributedType.NO, 1),
-        ("1_gpu", DistributedType.NO, 1),
-        ("2_cpu_ddp", DistributedType.MULTI_GPU, 2),
-        ("2_cpu_deepspeed_zero2", DistributedType.DEEPSPEED, 2),
-        ("8_gpus_deepspeed_zero2", DistributedType.DEEPSPEED, 8),
-        ("8_gpus_deepspeed_zero3", DistributedType.DEEPSPEED, 8),
-        ("8_gpus_fsdp2", DistributedType.FSDP, 8),
-        *((node, DistributedType.DEEPSPEED, 48) for node in NODES),
-    ],
-)
-def test_kind_and_number_of_processes(name, distributed, processes):
+KINDS = {
+    "1_cpu": (DistributedType.NO, 1),
+    "1_gpu": (DistributedType.NO, 1),
+    "2_cpu_ddp": (DistributedType.MULTI_GPU, 2),
+    "8_gpus_fsdp2": (DistributedType.FSDP, 8),
+    "2_cpu_deepspeed_zero2": (DistributedType.DEEPSPEED, 2),
+    "8_gpus_deepspeed_zero2": (DistributedType.DEEPSPEED, 8),
+    "8_gpus_deepspeed_zero3": (DistributedType.DEEPSPEED, 8),
+} | dict.fromkeys(NODES, (DistributedType.DEEPSPEED, 48))
+
+
+def test_the_files_are_the_published_ones_and_ours():
+    assert set(NAMES) == set(KINDS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kind_and_number_of_processes(name):
     config = read(name)
-    assert (config.distributed_type, config.num_processes) == (distributed, processes)
+    assert (config.distributed_type, config.num_processes) == KINDS[name]
     assert config.use_cpu == (name == "1_cpu")  # STACK: `use_cpu` keeps DeepSpeed from starting
     assert config.mixed_precision == "no"  # training.mixed_precision decides
     assert config.num_machines == (6 if name in NODES else 1)
 
 
 @pytest.mark.parametrize("name", DEEPSPEED)
-def test_deepspeed_leaves_accumulation_to_the_training_yaml(name, monkeypatch):
-    """A number would go into the environment, where it wins over `Accelerator(gradient_accumulation_steps=…)`."""
+def test_deepspeed(name, monkeypatch):
+    """The training YAML decides on accumulation and, on one machine, on clipping; six machines offload to CPUs."""
     monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", raising=False)
-    assert plugin(name, monkeypatch).deepspeed_config["gradient_accumulation_steps"] == "auto"
-
-
-@pytest.mark.parametrize(
-    ("name", "stage"), [("2_cpu_deepspeed_zero2", 2), ("8_gpus_deepspeed_zero2", 2), ("8_gpus_deepspeed_zero3", 3)]
-)
-def test_deepspeed_on_one_machine(name, stage, monkeypatch):
-    made = plugin(name, monkeypatch)
-    zero = made.deepspeed_config["zero_optimization"]
-    assert made.zero_stage == zero["stage"] == stage
-    assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "none"
-    assert made.gradient_clipping == "auto"  # training.max_grad_norm decides
-    assert not made.zero3_init_flag
+    several = name in NODES
+    made = plugin(name, monkeypatch, *(["--main_process_ip=10.0.0.1"] if several else []))
+    # A number would go into the environment, where it wins over `Accelerator(gradient_accumulation_steps=…)`.
+    assert made.deepspeed_config["gradient_accumulation_steps"] == "auto"
+    zero, stage = made.deepspeed_config["zero_optimization"], 3 if "zero3" in name else 2
+    assert made.zero_stage == zero["stage"] == stage and not made.zero3_init_flag
     assert zero["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
-
-
-@pytest.mark.parametrize("rank", range(6))
-def test_six_machines_of_eight(rank, monkeypatch):
-    name = NODES[rank]
-    config = read(name)
-    assert (config.machine_rank, config.main_process_port) == (rank, 9999)
-    made = plugin(name, monkeypatch, "--main_process_ip=10.0.0.1")
-    zero = made.deepspeed_config["zero_optimization"]
-    assert (made.zero_stage, made.gradient_clipping) == (2, 1.0)
-    assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "cpu"
+    assert made.gradient_clipping == (1.0 if several else "auto")  # auto: training.max_grad_norm
+    offload = "cpu" if several else "none"
+    assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == offload
 
 
 def test_machines_are_started_one_by_one_and_told_the_address_of_the_first():
@@ -115,7 +100,7 @@ def test_machines_are_started_one_by_one_and_told_the_address_of_the_first():
 def test_the_machines_differ_in_nothing_but_their_rank():
     trees = [yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in NODES]
     assert [tree.pop("machine_rank") for tree in trees] == list(range(6))
-    assert all(tree == trees[0] for tree in trees)
+    assert all(tree == trees[0] for tree in trees) and trees[0]["main_process_port"] == 9999
 
 
 def test_fsdp_is_version_2_over_the_layers_of_whichever_language_model(monkeypatch):

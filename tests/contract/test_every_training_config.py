@@ -6,9 +6,9 @@ Training files train. Demo files hold no data: they generate in two steps and an
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ import inference_mmu
 import inference_t2i
 from models import Showo, ShowoConfig
 from models.backbones import read_llm_config
-from tests.contract.test_configs import DEMOS, FILES, OTHER_LLMS, STAGES
+from tests.contract.test_configs import DEMOS, FILES, STAGES
 from tests.training import tiny
 from tests.training.tiny_sources import CLIP_WIDTH, write_clip, write_imagenet, write_llava, write_llm_weights
 from tools import small_clip
@@ -46,11 +46,10 @@ def world(tmp_path_factory):
     small_clip.main([f"output_dir={folder}/small_clip", "hidden_size=32", "heads=2"])
     sizes = {"codebook_size": tiny.CODEBOOK_SIZE, "vocab_size": tiny.VOCAB_SIZE, "llm_vocab_size": tiny.LLM_VOCAB_SIZE}
     llm = {"llm_model_path": str(folder / "llm"), "llm_config": read_llm_config(str(folder / "llm"))}
-    for side in SIDES.values():
-        for branch in ("", "_w_clip_vit"):
-            clip = {"w_clip_vit": bool(branch), "clip_feature_size": CLIP_WIDTH}
-            config = ShowoConfig(num_vq_tokens=(side // 8) ** 2, **llm, **sizes, **clip)
-            Showo(config).save_pretrained(folder / f"start{side}{branch}")
+    for side, branch in product(SIDES.values(), ("", "_w_clip_vit")):
+        clip = {"w_clip_vit": bool(branch), "clip_feature_size": CLIP_WIDTH}
+        config = ShowoConfig(num_vq_tokens=(side // 8) ** 2, **llm, **sizes, **clip)
+        Showo(config).save_pretrained(folder / f"start{side}{branch}")
     start = str(ROOT / "checkpoints/showo-tiny/showo")
     config = ShowoConfig.from_pretrained(start, w_clip_vit=True, clip_feature_size=32)
     Showo.from_pretrained(start, config=config, allow_missing=("mm_projector.",)).save_pretrained(folder / "small")
@@ -62,19 +61,21 @@ def read(name: str) -> dict:
     return yaml.safe_load(FILES[name].read_text())
 
 
+def side_of(name: str) -> int:
+    return SIDES[read(name)["dataset"]["preprocessing"]["resolution"]]
+
+
 def data(world: Path, name: str) -> dict:
     """The paths of a run, of the sort that its configuration names, and as held-out data where it has such."""
     dataset, shards = read(name)["dataset"], world / "train-{000000..000001}.tar"
-    llava = dataset["und_type"].startswith("llava")
     paths = {
         "t2i_shards_path_or_url": world / "imagenet" if dataset["gen_type"] == "imagenet1k" else shards,
-        "mmu_shards_path_or_url": world / f"llava_{1 if 'pretrain' in dataset['und_type'] else 2}.json",
+        "mmu_shards_path_or_url": shards,
         "lm_shards_path_or_url": world / "texts.parquet",
-        "mmu_image_root": world / "images",
     }
-    if not llava:
-        del paths["mmu_image_root"]
-        paths["mmu_shards_path_or_url"] = shards
+    if dataset["und_type"].startswith("llava"):
+        paths["mmu_shards_path_or_url"] = world / f"llava_{1 if 'pretrain' in dataset['und_type'] else 2}.json"
+        paths["mmu_image_root"] = world / "images"
     given = {f"train_{key}": path for key, path in paths.items()}
     given |= {f"eval_{key}": path for key, path in paths.items() if f"eval_{key}" in dataset["params"]}
     return {f"dataset.params.{key}": path for key, path in given.items()}
@@ -82,7 +83,7 @@ def data(world: Path, name: str) -> dict:
 
 def sizes(world: Path, name: str) -> dict:
     """What the tiny world's models have other than the published ones."""
-    side = SIDES[read(name)["dataset"]["preprocessing"]["resolution"]]
+    side = side_of(name)
     with_system_prompt = "tuning_2_w_clip" in name or name in DEMOS and "clip" in name  # long in the tiny tokenizer
     return {
         "dataset.preprocessing.resolution": side,
@@ -103,8 +104,7 @@ def start_of(world: Path, name: str) -> Path | None:
         return None
     if name in SMALL:
         return world / "small" if "tuning_2_w_clip" in name else ROOT / "checkpoints/showo-tiny/showo"
-    side = SIDES[read(name)["dataset"]["preprocessing"]["resolution"]]
-    return world / f"start{side}{'_w_clip_vit' if 'tuning_2_w_clip' in name else ''}"
+    return world / f"start{side_of(name)}{'_w_clip_vit' if 'tuning_2_w_clip' in name else ''}"
 
 
 def overrides(world: Path, name: str, output_dir: Path) -> dict:
@@ -173,27 +173,6 @@ def test_a_stage_takes_two_steps(name, world, tmp_path):
     assert evaluated == {f"eval_loss_{key.split('_')[1]}" for key in held_out}
 
 
-def test_stage_1_begins_with_the_language_models_weights(world, tmp_path):
-    name = "showo_pretraining_stage1"
-    run(name, overrides(world, name, tmp_path) | {"optimizer.params.learning_rate": 0})
-    given, got = load_file(world / "llm" / "model.safetensors"), weights(tmp_path)
-    layer = "model.layers.0.mlp.fc1.weight"
-    assert given[layer].dtype == torch.float16
-    assert torch.equal(got[f"showo.{layer}"], given[layer].float())
-    rows = len(given["model.embed_tokens.weight"])  # the spare rows of the language model are kept
-    kept = got["showo.model.embed_tokens.weight"][:rows]
-    assert rows == tiny.LLM_VOCAB_SIZE + 30 and torch.equal(kept, given["model.embed_tokens.weight"].float())
-
-
-def test_a_stage_begins_in_the_published_way(world, tmp_path):
-    """The last checkpoint of the stage before, copied to `checkpoint-0`; there it may lack the projector."""
-    before, name = "showo_pretraining_stage3", "showo_instruction_tuning_1_w_clip_vit"
-    run(before, overrides(world, before, tmp_path / "before"))
-    shutil.copytree(tmp_path / "before" / "checkpoint-2", tmp_path / "out" / "checkpoint-0")
-    run(name, overrides(world, name, tmp_path / "out") | {"experiment.init_from": "null"})
-    assert_learned(tmp_path / "out", tmp_path / "before", projector_only=True)
-
-
 @pytest.mark.parametrize("llm", FAMILIES)
 def test_another_language_model_takes_two_steps_in_both_stages(llm, world, tmp_path):
     """Stage 1 leaves all that the language model brought as it was, stage 2 begins there and trains everything."""
@@ -203,7 +182,6 @@ def test_another_language_model_takes_two_steps_in_both_stages(llm, world, tmp_p
     matrices = {name for name in given if name in ("model.embed_tokens.weight", "lm_head.weight")}
     for stage in (1, 2):
         name, out = f"showo_{llm}_stage{stage}", tmp_path / f"stage{stage}"
-        assert name in OTHER_LLMS
         start = tmp_path / "stage1" if stage == 2 else "null"
         changes = {"model.showo.llm_model_path": folder, "experiment.init_from": start}
         run(name, overrides(world, name, out) | changes)
@@ -221,18 +199,15 @@ def test_another_language_model_takes_two_steps_in_both_stages(llm, world, tmp_p
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_a_demo_generates_in_two_steps_and_answers_in_two_tokens(name, world, tmp_path):
-    start = world / f"start{SIDES[512 if '512' in name else 256]}{'_w_clip_vit' if 'clip' in name else ''}"
+    start = world / f"start{side_of(name)}{'_w_clip_vit' if 'clip' in name else ''}"
     infer(name, sizes(world, name) | {"model.showo.pretrained_model_path": start}, world, tmp_path)
 
 
 def infer(name: str, given: dict, world: Path, folder: Path) -> None:
     """Both inference scripts."""
-    given = given | {"seed": 1, "generation_timesteps": 2, "max_new_tokens": 2, "guidance_scale": 1.5, "mode": "t2i"}
-    given |= {
-        "validation_prompts_file": world / "prompts.txt",
-        "question": "Which?",
-        "mmu_image_root": world / "images",
-    }
+    given = given | {"seed": 1, "generation_timesteps": 2, "max_new_tokens": 2, "guidance_scale": 1.5}
+    given |= {"validation_prompts_file": world / "prompts.txt", "mmu_image_root": world / "images"}
+    given |= {"mode": "t2i", "question": "Which?"}
     for script, mode, count in ((inference_t2i, "t2i", 4), (inference_mmu, "mmu", 12)):
         script.main(arguments(name, given | {"output_dir": folder / mode}))
         lines = (folder / mode / "results.jsonl").read_text().splitlines()
@@ -248,9 +223,8 @@ def test_an_entry_point_runs_from_another_folder(name, world, tmp_path):
     for key in data(world, name):
         variable = read(name)["dataset"]["params"][key.rpartition(".")[2]].removeprefix("${oc.env:").removesuffix("}")
         env[variable] = str(given.pop(key))
-    script = "train_w_clip_vit.py" if "clip" in name else "train.py"
-    command = [sys.executable, str(ROOT / "training" / script), *arguments(name, given)]
-    command[2] = f"config=configs/{name}.yaml"
+    script = ROOT / "training" / ("train_w_clip_vit.py" if "clip" in name else "train.py")
+    command = [sys.executable, str(script), f"config=configs/{name}.yaml", *arguments(name, given)[1:]]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert_trained(tmp_path / "runs/out")

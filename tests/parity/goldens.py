@@ -1,6 +1,5 @@
 """The published system's outputs and the tiny model they came from."""
 
-import importlib.util
 import json
 from functools import cache
 from pathlib import Path
@@ -10,19 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from models import OmniMask, Showo, ShowoConfig, UniversalPrompting
+from tests.parity.golden.fill import fill_
 
 FOLDER = Path(__file__).parent / "golden"
 PHI = FOLDER / "public" / "phi"
-
-
-def _load_fill():
-    spec = importlib.util.spec_from_file_location("fill", FOLDER / "fill.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.fill_
-
-
-fill_ = _load_fill()  # weights from parameter names
 
 
 @cache
@@ -40,15 +30,20 @@ def prompting(cond_dropout_prob: float = 0.0) -> UniversalPrompting:
     return UniversalPrompting(tokenizer, max_text_len=facts()["max_text_len"], cond_dropout_prob=cond_dropout_prob)
 
 
+def task_rows() -> dict:
+    """Rows of the forward golden: t2i ×3 (with left pads), lm ×2, mmu ×2 (with right pads)."""
+    build, golden, texts = prompting(), tensors(), facts()
+    images, labels = golden["prompt.t2i_image_ids"], golden["prompt.t2i_image_labels"]
+    return {
+        "t2i": build((texts["t2i_texts"], images, labels), "t2i"),
+        "lm": build((texts["lm_texts"], 31), "lm"),
+        "mmu": build((golden["prompt.mmu_image_ids"], texts["mmu_texts"]), "mmu"),
+    }
+
+
 def mixed_batch() -> tuple[torch.Tensor, torch.Tensor, OmniMask]:
-    """Rows t2i ×3 (with left pads), lm ×2, mmu ×2 (with right pads): ids, labels, mask."""
-    build, texts = prompting(), ["w3 w4", "w5 w6 w7 w8 w9 w10 w11"]
-    images, labels = tensors()["prompt.t2i_image_ids"], tensors()["prompt.t2i_image_labels"]
-    rows = [
-        build((["w1 w2", "", "w9 w8 w7"], images, labels), "t2i"),
-        build((texts, 31), "lm"),
-        build((images[:2], texts), "mmu"),
-    ]
+    """Ids, labels and mask of all of them."""
+    rows = task_rows().values()
     ids, labels = (torch.cat([getattr(row, name) for row in rows]) for name in ("input_ids", "labels"))
     return ids, labels, OmniMask.cat([row.attention_mask for row in rows])
 

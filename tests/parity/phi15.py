@@ -4,6 +4,7 @@ Tests that need it call `phi15_tokenizer()`; they are skipped where the package 
 """
 
 import hashlib
+import json
 import shutil
 import tempfile
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ SOURCES = {  # name in the package: (name that the tokenizer reads, sha256)
     "encoder.json": ("vocab.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     "vocab.bpe": ("merges.txt", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
+GOLDEN = json.loads((Path(__file__).parent / "golden/public/phi15_text.json").read_text())
 WHITE_SPACE = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]  # ids 50257…50294 (spec §1)
 
 

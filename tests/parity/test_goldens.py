@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from models import OmniMask, Showo, ShowoConfig, get_mask_schedule
-from tests.parity.goldens import facts, fill_, prompting, tensors, tiny_showo
+from models import OmniMask, get_mask_schedule
+from tests.parity.goldens import facts, mixed_batch, prompting, task_rows, tensors, tiny_showo
 
 
 @pytest.fixture(scope="module")
@@ -12,69 +12,41 @@ def model():
     return tiny_showo()
 
 
-@pytest.fixture(scope="module")
-def rows():
-    """Rows of the three tasks of the forward golden."""
-    golden, texts = tensors(), facts()
-    build = prompting()
-    t2i_inputs = (texts["t2i_texts"], golden["prompt.t2i_image_ids"], golden["prompt.t2i_image_labels"])
-    return {
-        "t2i": build(t2i_inputs, "t2i"),
-        "t2i_gen": build((texts["t2i_texts"], torch.full((3, 16), texts["mask_token_id"])), "t2i_gen"),
-        "t2i_uncond": build(([""] * 3, torch.full((3, 16), texts["mask_token_id"])), "t2i_gen"),
-        "lm": build((texts["lm_texts"], 31), "lm"),
-        "mmu": build((golden["prompt.mmu_image_ids"], texts["mmu_texts"]), "mmu"),
-    }
-
-
-def joined(rows):
-    parts = [rows[task] for task in ("t2i", "lm", "mmu")]
-    ids = torch.cat([part.input_ids for part in parts])
-    labels = torch.cat([part.labels for part in parts])
-    return ids, labels, OmniMask.cat([part.attention_mask for part in parts])
-
-
-def test_sizes():
+def test_sizes_and_special_tokens():
     """Every number of golden.json follows from the three sizes of the vocabulary and the rows' lengths."""
-    vocabulary, f = tiny_showo().vocabulary, facts()
+    vocabulary, build, f = tiny_showo().vocabulary, prompting(), facts()
     assert (vocabulary.vocab_size, vocabulary.mask_token_id) == (f["vocab_size"], f["mask_token_id"])
     assert vocabulary.image_offset == f["text_token_offset"]
-
-
-def test_special_token_ids():
-    build, published = prompting(), facts()["special_token_ids"]
     ours = build.special_token_ids | {"<|sot|>": build.bos_id, "<|eot|>": build.eos_id}
     ours["<|pad|>"] = ours.pop("[PAD]")
-    assert ours == published
+    assert ours == f["special_token_ids"]
 
 
 @pytest.mark.parametrize("task", ["t2i", "lm", "mmu"])
-def test_rows_and_labels(rows, task):
-    assert torch.equal(rows[task].input_ids, tensors()[f"prompt.{task}_input_ids"])
-    assert torch.equal(rows[task].labels, tensors()[f"prompt.{task}_labels"])
+def test_rows_labels_and_masks(task):
+    rows = task_rows()[task]
+    assert torch.equal(rows.input_ids, tensors()[f"prompt.{task}_input_ids"])
+    assert torch.equal(rows.labels, tensors()[f"prompt.{task}_labels"])
+    assert torch.equal(rows.attention_mask.dense()[:, 0], tensors()[f"mask.{task}"])
+    from_ids = OmniMask.from_ids(rows.input_ids, tiny_showo().vocabulary)
+    assert torch.equal(from_ids.dense(), rows.attention_mask.dense())
 
 
-@pytest.mark.parametrize("task", ["t2i_gen", "t2i_uncond"])
-def test_generation_rows(rows, task):
-    assert torch.equal(rows[task].input_ids, tensors()[f"prompt.{task}_input_ids"])
+def generation_ids(texts, image_ids=None):
+    image_ids = torch.full((3, 16), facts()["mask_token_id"]) if image_ids is None else image_ids
+    return prompting()((texts, image_ids), "t2i_gen").input_ids
 
 
-@pytest.mark.parametrize("task", ["t2i", "lm", "mmu"])
-def test_masks(rows, task):
-    assert torch.equal(rows[task].attention_mask.dense()[:, 0], tensors()[f"mask.{task}"])
-    from_ids = OmniMask.from_ids(rows[task].input_ids, tiny_showo().vocabulary)
-    assert torch.equal(from_ids.dense(), rows[task].attention_mask.dense())
-
-
-def test_clip_mask():
-    mask = OmniMask.mmu_vit(1, 28, 576, 640)
-    assert torch.equal(mask.visible_from[0], tensors()["mask.mmu_vit_visible_from"])
+def test_generation_rows():
+    assert torch.equal(generation_ids(facts()["t2i_texts"]), tensors()["prompt.t2i_gen_input_ids"])
+    assert torch.equal(generation_ids([""] * 3), tensors()["prompt.t2i_uncond_input_ids"])
 
 
 @torch.no_grad()
-def test_clip_mask_on_embeddings(model):
-    """Rows of drawn embeddings under the CLIP-ViT mask: 28 system ids, 576 features, text."""
-    case = facts()["vit"]
+def test_clip_mask(model):
+    """Also on rows of drawn embeddings: 28 system ids, 576 features, text."""
+    mask, case = OmniMask.mmu_vit(1, 28, 576, 640), facts()["vit"]
+    assert torch.equal(mask.visible_from[0], tensors()["mask.mmu_vit_visible_from"])
     embeds = torch.randn(case["shape"], generator=torch.Generator().manual_seed(case["seed"]))  # (B, L, H)
     mask = OmniMask.mmu_vit(len(embeds), case["system_prompt_len"], 576, embeds.shape[1])
     logits = model.showo(inputs_embeds=embeds, attention_mask=mask.dense()).logits[:, -8:]
@@ -82,8 +54,8 @@ def test_clip_mask_on_embeddings(model):
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_logits(rows, attn_implementation):
-    ids, labels, mask = joined(rows)
+def test_logits(attn_implementation):
+    ids, labels, mask = mixed_batch()
     assert torch.equal(ids, tensors()["forward.input_ids"])
     assert torch.equal(labels, tensors()["forward.labels"])
     logits = tiny_showo(attn_implementation=attn_implementation)(ids, mask).logits
@@ -92,12 +64,12 @@ def test_logits(rows, attn_implementation):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_losses_and_gradients(rows, checkpointing):
+def test_losses_and_gradients(checkpointing):
     model = tiny_showo()
     if checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # renamed in 5.23
         model.train()
-    ids, labels, mask = joined(rows)
+    ids, labels, mask = mixed_batch()
     out = model(ids, mask, labels=labels, batch_size_t2i=3, batch_size_lm=2, batch_size_mmu=2, max_seq_length=12)
     losses = torch.stack([out.loss_t2i, out.loss_lm, out.loss_mmu])
     torch.testing.assert_close(losses, tensors()["forward.losses"], atol=1e-5, rtol=1e-5)
@@ -109,20 +81,15 @@ def test_losses_and_gradients(rows, checkpointing):
 
 
 @pytest.mark.parametrize("case", range(4))
-def test_drawing(model, rows, case):
-    settings = facts()["generate"][case]
-    build = prompting()
-    mask_id = facts()["mask_token_id"]
-    image_ids = tensors()[f"generate.{case}.image_ids"] if settings["partial"] else torch.full((3, 16), mask_id)
-    ids = build((facts()["t2i_texts"], image_ids), "t2i_gen").input_ids
+def test_drawing(model, case):
+    settings = dict(facts()["generate"][case])
+    image_ids = tensors()[f"generate.{case}.image_ids"] if settings.pop("partial") else None
     codes = model.t2i_generate(
-        ids,
-        rows["t2i_uncond"].input_ids,
-        guidance_scale=settings["guidance_scale"],
-        timesteps=settings["timesteps"],
-        temperature=settings["temperature"],
-        noise_schedule=settings["schedule"],
-        generator=torch.Generator().manual_seed(settings["seed"]),
+        generation_ids(facts()["t2i_texts"], image_ids),
+        generation_ids([""] * 3),
+        noise_schedule=settings.pop("schedule"),
+        generator=torch.Generator().manual_seed(settings.pop("seed")),
+        **settings,
     )
     assert torch.equal(codes, tensors()[f"generate.{case}.tokens"])
 
@@ -130,8 +97,7 @@ def test_drawing(model, rows, case):
 @pytest.mark.parametrize("case", range(2))
 def test_answering(model, case):
     ids = tensors()[f"mmu.{case}.input_ids"]
-    image_ids = ids[:, 2:18]
-    assert torch.equal(prompting()((image_ids, [facts()["mmu_question"]]), "mmu_gen").input_ids, ids)
+    assert torch.equal(prompting()((ids[:, 2:18], [facts()["mmu_question"]]), "mmu_gen").input_ids, ids)
     new_ids = model.mmu_generate(ids, max_new_tokens=24, top_k=1, eot_token=117)
     assert torch.equal(new_ids[0], tensors()[f"mmu.{case}.new_ids"])
 
@@ -156,9 +122,7 @@ def test_schedules(name):
 @pytest.fixture(scope="module")
 def clip_model():
     llm = {"model_type": "phi", "hidden_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 32}
-    llm |= {"intermediate_size": 64}
-    sizes = {"vocab_size": 193, "llm_vocab_size": 118, "codebook_size": 64, "num_vq_tokens": 16}
-    return fill_(Showo(ShowoConfig(llm_config=llm, w_clip_vit=True, **sizes))).eval()
+    return tiny_showo(llm_config=llm | {"intermediate_size": 64}, w_clip_vit=True)
 
 
 @pytest.mark.parametrize("case", ["tuning", "pretrain"])
