@@ -5,6 +5,8 @@ import shutil
 from itertools import product
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -152,6 +154,17 @@ def test_grey_cmyk_and_damaged_images_are_read_or_counted(world, tmp_path):
     assert stack(next(flow), "image").shape == (4, 3, 16, 16)
     next(flow)
     assert flow.skipped["unreadable_image"] >= 1
+
+
+def test_parquet_files_are_read_by_their_column_of_images(world, tmp_path):
+    images = [image_bytes(Image.new("RGB", (16, 16), (shade, 0, 0))) for shade in (0, 80, 160, 240)]
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "photo": images[::-1]}), tmp_path / "a.parquet")
+    for column in (None, "photo"):
+        settings = {TRAIN: tmp_path / "a.parquet", "dataset.params.image_column": column}
+        batch = stack(next(open_flow(world, settings)), "image")
+        assert sorted(batch[:, 0, 0, 0].tolist()) == pytest.approx([v / 127.5 - 1 for v in (0, 80, 160, 240)])
+    with pytest.raises(UserError, match="no column 'title'.*dataset.params.image_column"):
+        open_flow(world, {TRAIN: tmp_path / "a.parquet", "dataset.params.image_column": "title"})
 
 
 # ---- runs ----
