@@ -243,7 +243,7 @@ def _read_turn(index: int, turn: Mapping[str, str]) -> tuple[str, str]:
         raise ValueError(f"conversation turn {index}: 'from' must be one of {list(_ROLES)}, got {speaker!r:.80}")
     if not isinstance(message, str):
         raise ValueError(f"conversation turn {index}: 'value' must be text, got {message!r:.80}")
-    if IMAGE_TAG in message:  # Faithful: only such turns are stripped (test_only_turns_with_an_image_tag_are_stripped)
+    if IMAGE_TAG in message:  # Faithful: only such turns are stripped (test_answers_and_their_eos_are_learned)
         message = message.replace(IMAGE_TAG, "").strip()
     return speaker, message
 
@@ -263,7 +263,7 @@ def _render(messages: list[tuple[str, str]], eos: str) -> str:
     for speaker, message in messages:
         end = " " if speaker == "human" else eos
         # Faithful: an empty message leaves the bare role, with no space or eos before the next one
-        # (test_empty_messages_leave_the_bare_role).
+        # (test_answers_and_their_eos_are_learned, test_what_cannot_be_split…).
         text += f"{_ROLES[speaker]}: {message}{end}" if message else f"{_ROLES[speaker]}:"
     return text.strip()
 
