@@ -8,6 +8,7 @@ import pytest
 
 import evaluate
 from common.config import load_config
+from common.errors import UserError
 from evaluation.answers import model_settings
 from evaluation.runner import Run
 from evaluation.schema import EvaluationConfig
@@ -44,14 +45,21 @@ class Evaluation:
 
     def arguments(self, tasks: str, *more: str) -> list[str]:
         given = [f"config={self.yaml}", f"tasks={tasks}", f"data_root={self.root}", f"output_dir={self.folder}"]
-        given += [f"fid_features={self.root / 'inception.pt'}", f"clip_score_model={self.root / 'clip'}"]
-        given += [f"reconstruction_images={self.root / 'images'}", "fid_size=16"]
-        return [*given, "bootstrap_samples=200", "max_new_tokens=4", "seed=1", *more]
+        given += [f"fid_features={self.root}/inception.pt", f"clip_score_model={self.root}/clip", "fid_size=16"]
+        given += [f"reconstruction_images={self.root}/images", "bootstrap_samples=200", "max_new_tokens=4", "seed=1"]
+        return [*given, *more]
 
     def run(self, tasks: str, *more: str) -> dict:
         """The tasks' part of `results.json`."""
         evaluate.main(self.arguments(tasks, *more))
         return self.json("results.json")["tasks"]
+
+    def figures(self, task: str, *more: str) -> dict[str, float]:
+        return {name: figure["value"] for name, figure in self.run(task, *more)[task]["figures"].items()}
+
+    def refuses(self, message: str, tasks: str, *more: str) -> None:
+        with pytest.raises(UserError, match=message):
+            self.run(tasks, *more)
 
     def prepared(self, task: str, *more: str) -> Run:
         """The task as the runner would begin it."""
@@ -64,7 +72,7 @@ class Evaluation:
         run.store.begin()
         assert {item.key for item in run.items} == set(answers)
         run.store.add(0, run.items, [answers[item.key] for item in run.items])
-        return values(self.run(task, *more)[task])
+        return self.figures(task, *more)
 
     def compare(self, tasks: str, first: Path, second: Path) -> dict:
         """The tasks' part of `compare.json`."""
@@ -81,10 +89,13 @@ class Evaluation:
         return [json.loads(line) for line in self.text(name).splitlines()]
 
 
-def values(result: dict) -> dict[str, float]:
-    return {name: figure["value"] for name, figure in result["figures"].items()}
-
-
 @pytest.fixture
 def evaluation(places, benchmarks, tmp_path) -> Evaluation:
     return Evaluation(places["demo"], benchmarks, tmp_path / "out")
+
+
+@pytest.fixture
+def own(evaluation, tmp_path) -> Evaluation:
+    """The same on data that the test writes."""
+    (tmp_path / "data").mkdir()
+    return replace(evaluation, root=tmp_path / "data")

@@ -121,14 +121,14 @@ MMMU_ROWS = {
 }
 
 
-def write_mmmu(root: Path) -> None:
-    for subject, rows in MMMU_ROWS.items():
-        write_parquet(root / f"mmmu/{subject}/validation-00000-of-00001.parquet", rows)
-
-
 def write_parquet(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_mmmu(root: Path) -> None:
+    for subject, rows in MMMU_ROWS.items():
+        write_parquet(root / f"mmmu/{subject}/validation-00000-of-00001.parquet", rows)
 
 
 CAPTIONS = {
@@ -219,15 +219,6 @@ def write_reconstruction(root: Path) -> None:
         write_networks(root)
 
 
-WRITERS = {
-    "pope": write_pope,
-    "mme": write_mme,
-    "vqav2": write_vqav2,
-    "gqa": write_gqa,
-    "mmmu": write_mmmu,
-    "flickr30k": write_flickr30k,
-    "geneval": write_geneval,
-    "coco": write_coco,
-    "reconstruction": write_reconstruction,
-    "emoji": write_emoji,
-}
+_WRITERS = (write_pope, write_mme, write_vqav2, write_gqa, write_mmmu, write_flickr30k, write_geneval, write_coco)
+_WRITERS += (write_reconstruction, write_emoji)
+WRITERS = {write.__name__.removeprefix("write_"): write for write in _WRITERS}

@@ -17,26 +17,25 @@ def counts(right, strata=None) -> Counts:
     return Counts.of(names, strata or [""] * len(right), [{"n": 1, "right": float(value)} for value in right])
 
 
+def interval(counted: Counts, resamples: int) -> tuple[float, float, float]:
+    found = estimates(counted, accuracy, resamples, 0)["accuracy"]
+    return found.low, found.value, found.high
+
+
 def test_the_interval_is_that_of_a_mean():
-    right = np.arange(400) % 4 == 0  # 25 %, standard error 100 * sqrt(.25 * .75 / 400) = 2.165
-    found = estimates(counts(right), accuracy, 4000, 0)["accuracy"]
-    assert found.value == 25
-    assert found.low == pytest.approx(25 - 1.96 * 2.165, abs=0.35)
-    assert found.high == pytest.approx(25 + 1.96 * 2.165, abs=0.35)
+    low, value, high = interval(counts(np.arange(400) % 4 == 0), 4000)
+    half = 1.96 * 100 * np.sqrt(0.25 * 0.75 / 400)
+    assert value == 25 and (low, high) == pytest.approx((25 - half, 25 + half), abs=0.35)
 
 
 def test_strata_keep_their_sizes():
     """Two strata, each of one kind: nothing can vary."""
-    right = [1] * 10 + [0] * 30
-    found = estimates(counts(right, ["a"] * 10 + ["b"] * 30), accuracy, 200, 0)["accuracy"]
-    assert found.value == found.low == found.high == 25
+    assert interval(counts([1] * 10 + [0] * 30, ["a"] * 10 + ["b"] * 30), 200) == (25, 25, 25)
 
 
 def test_a_group_counts_as_one():
     """Ten items that always go together vary as one, not as ten."""
-    one = Counts.of(["a", "b"], ["", ""], [{"n": 10, "right": 10}, {"n": 10}])
-    found = estimates(one, accuracy, 400, 0)["accuracy"]
-    assert (found.low, found.value, found.high) == (0, 50, 100)
+    assert interval(Counts.of(["a", "b"], ["", ""], [{"n": 10, "right": 10}, {"n": 10}]), 400) == (0, 50, 100)
 
 
 def test_pairs_are_resampled_together():

@@ -8,7 +8,6 @@ import pytest
 from common.errors import UserError
 from evaluation.tasks import flickr30k
 from evaluation.tasks.flickr30k import cider, java_tokens, python_tokens, tokenize
-from tests.evaluation.conftest import Evaluation
 from tests.evaluation.official import write_flickr30k
 
 EXPECTED = {
@@ -55,14 +54,13 @@ def test_length_is_penalised():
     assert scores[0] == pytest.approx(10 * (unigrams + bigrams) / 4 * math.exp(-1 / 72))
 
 
-def test_cider_by_hand(places, tmp_path):
+def test_cider_by_hand(own):
     """Two images, so a word of one image has idf ln 2. "x y" against "x y" is alike in 1- and 2-grams and has no
     3- and 4-grams: 10 * (1 + 1 + 0 + 0) / 4 = 5; "p q" against "p z" only in half its unigrams: 1.25."""
-    write_flickr30k(tmp_path, {"0.jpg": ["x y"], "1.jpg": ["p z"]})
-    evaluation = Evaluation(places["demo"], tmp_path, tmp_path / "out")
-    assert evaluation.answer("flickr30k", {"0": "X, y!", "1": "p\nq"}) == {"CIDEr": pytest.approx(312.5)}
-    lines = evaluation.lines("flickr30k/predictions.jsonl")
+    write_flickr30k(own.root, {"0.jpg": ["x y"], "1.jpg": ["p z"]})
+    assert own.answer("flickr30k", {"0": "X, y!", "1": "p\nq"}) == {"CIDEr": pytest.approx(312.5)}
+    lines = own.lines("flickr30k/predictions.jsonl")
     assert [(line["parsed"], line["score"]) for line in lines] == [("x y", 5.0), ("p q", 1.25)]
-    results = evaluation.json("flickr30k/submission/flickr30k_test_results.json")
+    results = own.json("flickr30k/submission/flickr30k_test_results.json")
     assert results == [{"image_id": 0, "caption": "X, y!"}, {"image_id": 1, "caption": "p q"}]
-    assert "tokenised by" in evaluation.text("results.md")
+    assert "tokenised by" in own.text("results.md")

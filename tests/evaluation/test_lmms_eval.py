@@ -58,6 +58,11 @@ def plugin(monkeypatch):
 
 
 @pytest.fixture
+def pipeline():
+    return ShowoPipeline(tiny_showo(), tiny_vq(), prompting())
+
+
+@pytest.fixture
 def make(plugin, places):
     def make():
         settings = {"batch_size": 2, "device": "cpu", "max_batch_size": None}
@@ -72,13 +77,12 @@ def request(context: str, second, number: int, visuals=lambda doc: [doc["image"]
     return SimpleNamespace(args=(context, second, visuals, number, "task", "test"))
 
 
-def test_generate_until(make):
+def test_generate_until(make, pipeline):
     """Requests in their order, whatever they are batched with; images and marks as the harness gives them."""
     short, long = {"max_new_tokens": 3, "temperature": 0, "until": ["\n\n"]}, {"max_new_tokens": 6}
     asked = [("What is it?", short), ("<image>\nWhy?", long), ("How many?", short)]
     model = make()
     answers = model.generate_until([request(text, kwargs, n) for n, (text, kwargs) in enumerate(asked)])
-    pipeline = ShowoPipeline(tiny_showo(), tiny_vq(), prompting())
     for number, (question, tokens) in enumerate((("What is it?", 3), ("Why?", 6), ("How many?", 3))):
         assert [answers[number]] == pipeline.answer_each([DOCS[number]["image"]], [question], max_new_tokens=tokens)
     with pytest.raises(NotImplementedError, match="task task, document 0: Show-o answers questions about one image"):
@@ -103,22 +107,16 @@ def test_sampling_follows_the_request(make):
     assert first == second != make().generate_until([request("What?", {"max_new_tokens": 8}, 0)])
 
 
-def test_loglikelihood(make):
+def test_loglikelihood(make, pipeline):
     """The loss of the continuation's tokens after the question, from one pass over the whole row."""
-    model = make()
-    found = model.loglikelihood([request("Which?", "a b", 0), request("Which?", lambda doc: doc["target"], 1)])
-    pipeline = ShowoPipeline(tiny_showo(), tiny_vq(), prompting())
+    found = make().loglikelihood([request("Which?", "a b", 0), request("Which?", lambda doc: doc["target"], 1)])
     for (loss, is_greedy), doc in zip(found, DOCS, strict=False):
         rows = pipeline._question_rows([doc["image"]], [0], ["Which?"])
         ids = pipeline.prompting.tokenizer(f" {doc['target']}", add_special_tokens=False)["input_ids"]
-        logs, greedy = [], []
-        for token in ids:
-            with torch.no_grad():
-                logits = pipeline.model(rows["input_ids"]).logits[0, -1]
-            logs.append(float(logits.log_softmax(-1)[token]))
-            greedy.append(int(logits.argmax()) == token)
-            rows["input_ids"] = torch.cat([rows["input_ids"], torch.tensor([[token]])], dim=1)
-        assert loss == pytest.approx(-sum(logs) / len(logs), rel=1e-4) and is_greedy == all(greedy)
+        row = torch.cat([rows["input_ids"], torch.tensor([ids])], dim=1)
+        logs = pipeline.model(row).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+        assert loss == pytest.approx(-float(logs[range(len(ids)), ids].mean()), rel=1e-4)
+        assert is_greedy == (logs.argmax(-1).tolist() == ids)
 
 
 def test_an_answer_ends_where_the_harness_says(plugin):

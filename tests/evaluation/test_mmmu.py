@@ -6,7 +6,6 @@ import pytest
 
 from evaluation.runner import read_images
 from evaluation.tasks.mmmu import open_is_right, parse_letter, parse_open
-from tests.evaluation.conftest import Evaluation
 from tests.evaluation.official import mmmu_row, write_parquet
 
 OPTIONS = {"A": "red apple", "B": "blue sky", "C": "$7"}
@@ -55,12 +54,12 @@ def test_figures_by_hand(evaluation):
     assert evaluation.json("mmmu/submission/validation_predictions.json") == answers | {"validation_Accounting_1": "B"}
 
 
-def test_a_subject_in_two_files(places, tmp_path):
+def test_a_subject_in_two_files(own):
     """Rows of the same number are other questions with other images, also within a batch."""
     for shard, question in enumerate(("One?", "And two?")):
         row = mmmu_row(f"validation_Math_{shard}", question, ["x", "y"], "A")
-        write_parquet(tmp_path / f"mmmu/Math/validation-0000{shard}-of-00002.parquet", [row])
-    items = Evaluation(places["demo"], tmp_path, tmp_path / "out").prepared("mmmu").items
+        write_parquet(own.root / f"mmmu/Math/validation-0000{shard}-of-00002.parquet", [row])
+    items = own.prepared("mmmu").items
     ((first, second),) = read_images([items])
     assert [first.tobytes(), second.tobytes()] == [item.open_image().tobytes() for item in items]
     assert first.tobytes() != second.tobytes() and (first.size, first.mode) == ((40, 32), "RGB")

@@ -1,11 +1,8 @@
 """What the image tokenizer loses: figures by hand, of the tiny model, and of a folder that changes."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from tests.evaluation.official import noise, save_image
 
 
@@ -33,10 +30,10 @@ def test_figures_by_hand(evaluation):
 @pytest.mark.slow
 def test_a_folder_that_changed(evaluation, tmp_path):
     """What is there stays with its image when others come or one changes; another folder is refused."""
-    images, settings = tmp_path / "images", ["reconstruction_fid=false", "batch_size=1"]
-    settings.append(f"reconstruction_images={images}")
-    for name, grey in (("b.png", 40), ("c.png", 200)):
-        save_image(images / name, grey)
+    images = tmp_path / "images"
+    settings = ["reconstruction_fid=false", "batch_size=1", f"reconstruction_images={images}"]
+    save_image(images / "b.png", 40)
+    save_image(images / "c.png", 200)
     found = evaluation.run("reconstruction", *settings)["reconstruction"]["figures"]
     assert "rFID" not in found and 1 <= found["codes used"]["value"] <= 32
     files = list((evaluation.folder / "reconstruction/images").glob("*.npy"))
@@ -46,8 +43,7 @@ def test_a_folder_that_changed(evaluation, tmp_path):
     grown = evaluation.run("reconstruction", *settings)["reconstruction"]["figures"]
     asked = evaluation.lines("reconstruction/answers-000.jsonl")[2:]
     assert [line["image"] for line in asked] == ["a.png", "c.png"]
-    anew = replace(evaluation, folder=tmp_path / "anew").run("reconstruction", *settings)["reconstruction"]["figures"]
-    assert grown == anew
+    assert grown == evaluation.inside("anew").run("reconstruction", *settings)["reconstruction"]["figures"]
     save_image(tmp_path / "other/b.png", 41)
-    with pytest.raises(UserError, match="reconstruction_images=.*images, now it is .*other"):
-        evaluation.run("reconstruction", *settings[:2], f"reconstruction_images={tmp_path / 'other'}")
+    settings[-1] = f"reconstruction_images={tmp_path / 'other'}"
+    evaluation.refuses("reconstruction_images=.*images, now it is .*other", "reconstruction", *settings)
