@@ -73,7 +73,7 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
     Args:
         argv: `key=value` arguments; the key `config` names the YAML file.
         schema: a dataclass, see `common/settings.py`, with optional attributes: `SHARES_FILES_WITH`, names of the
-            schemas of those scripts; `PURPOSE`, what the script does, and `INSTEAD`, keys to give instead of another
+            schemas of those scripts; `EXAMPLE` of an argument, `PURPOSE`, what the script does, and `INSTEAD`, keys to give instead of another
             script's, both for messages; `unread(config) -> list[str]`, keys that this run does not read, so that
             their environment variables need not be set.
 
@@ -85,9 +85,10 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
     _answer_help(argv, schema, reads_file=True)
     own, others = settings_of(schema), [resolve_name(name) for name in getattr(schema, "SHARES_FILES_WITH", ())]
     known = {key: one for other in others for key, one in settings_of(other).items()} | own
-    arguments = _read_arguments(argv, known, "config=configs/showo_demo.yaml")
+    example = getattr(schema, "EXAMPLE", "config=configs/showo_demo.yaml")
+    arguments = _read_arguments(argv, known, example)
     if (path := arguments.pop("config", None)) is None:
-        raise UserError("no config given; add config=FILE.yaml, for example config=configs/showo_demo.yaml")
+        raise UserError(f"no config given; add config=FILE.yaml, for example {example}")
     path, problems, given = resolve_path(path), [], {}
     for key in [key for key in arguments if _owner(key, known) and not _owner(key, own)]:
         instead = getattr(schema, "INSTEAD", {}).get(key)

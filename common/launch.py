@@ -56,7 +56,7 @@ def _threads_are_given() -> bool:
     environment: Iterable[str] = os.environ
     with suppress(psutil.Error):
         if launcher := find_launcher():
-            environment = [*launcher.environ(), *launcher.cmdline()]
+            environment = [*launcher.environ(), *(word.partition("=")[0] for word in launcher.cmdline())]
     return any(name in environment for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "--num_cpu_threads_per_process"))
 
 

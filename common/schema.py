@@ -29,7 +29,7 @@ SHOWO_SCHEMAS = (
 class WandbSection:
     entity: str | None = setting(None, "wandb user or team", free=True)
     resume: bool | str | None = setting("auto", "wandb's own setting of this name", free=True)
-    run_id: str | None = setting(None, "wandb run to continue; null: the one of this output folder", free=True)
+    run_id: str | None = setting(None, "wandb run to continue; null: a new one", free=True)
     mode: str | None = setting(None, "null: online if logged in, else offline", choices=WANDB_MODES, free=True)
 
 
@@ -42,7 +42,9 @@ class ExperimentSection:
 
 @dataclass
 class SeedSection:
-    seed: int | None = setting(10086, "fixes every random choice; null: another one every time", low=0, high=2**63 - 1)
+    seed: int | None = setting(
+        10086, "fixes every random choice; null: other masks and weights every time", low=0, high=2**63 - 1
+    )
 
 
 @dataclass
@@ -219,7 +221,7 @@ class LoopSection(SeedSection):
         10, "skipped batches with NaN or Inf losses before the run ends; null: no check", low=0, free=True
     )
     ema_decay: float | None = setting(
-        None, "keep a moving average of the weights, which is saved and sampled from; null: none", low=0, high=1
+        None, "keep a moving average of the weights, which is saved and sampled from; null: none", low=0, below=1
     )
 
 
@@ -228,6 +230,7 @@ class RunConfig(ScriptConfig):
     """What every trained thing has. A subclass gives `task` a default and adds its own sections."""
 
     PURPOSE: ClassVar[str] = "training"
+    EXAMPLE: ClassVar[str] = "config=configs/showo_tiny_train.yaml"
     INSTEAD: ClassVar[dict[str, str]] = {"dtype": "training.mixed_precision"}
 
     task: str = setting("???", "what is trained: a module of training/tasks")

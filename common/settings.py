@@ -34,7 +34,7 @@ class Rule:
     Args:
         help: one line for `--help`.
         low, high: the least and the greatest value.
-        above: values must be larger than this.
+        above, below: values must be larger, or smaller, than this.
         choices: the allowed values. Null is allowed wherever the type allows it.
         free: no effect on what is trained, so it may change when a run is resumed.
         is_data: a path, or a list of paths, to data: an unset environment variable in it is left as ``$NAME``, so that
@@ -46,6 +46,7 @@ class Rule:
     low: float | None = None
     high: float | None = None
     above: float | None = None
+    below: float | None = None
     choices: tuple = ()
     free: bool = False
     is_data: bool = False
@@ -56,6 +57,8 @@ class Rule:
         """In words, as in "from 0 to 1"; empty if there is none. Where there is one, inf and nan are refused."""
         if self.above is not None:
             return f"more than {self.above}" + (f", up to {self.high}" if self.high is not None else "")
+        if self.below is not None:
+            return f"from {self.low}, less than {self.below}"
         if self.low is not None:
             return f"from {self.low} to {self.high}" if self.high is not None else f"{self.low} or more"
         return ""
@@ -71,6 +74,7 @@ class Rule:
             and (self.low is None or value >= self.low)
             and (self.above is None or value > self.above)
             and (self.high is None or value <= self.high)
+            and (self.below is None or value < self.below)
         ):
             return f"is {value}; it must be {self.range}"
         return None

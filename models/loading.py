@@ -42,10 +42,15 @@ def located(name: str | Path) -> str:
 
 
 def find_folder(name: str | Path | None, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
-    """The folder of a part; `files` of a hub name are downloaded first. `UserError` if there is none."""
+    """The folder of a part, of a training checkpoint its `unwrapped_model/`; `UserError` if there is none.
+
+    Args:
+        files: of a hub name, which are downloaded first.
+    """
     if not name:
         raise UserError("model.showo.pretrained_model_path is not given; set it to a checkpoint folder or a hub name")
-    return resolve_folder(located(name), files)
+    folder = resolve_folder(located(name), files)
+    return folder / "unwrapped_model" if (folder / "unwrapped_model").is_dir() else folder
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
@@ -218,12 +223,9 @@ def initial_showo(
     start = start or section.pretrained_model_path
     if start is None:
         return Showo(config)
-    folder = located(start)
-    if (weights := Path(folder, "unwrapped_model")).is_dir():
-        folder = str(weights)
     # Faithful: the CLIP-ViT branch may start from a checkpoint trained on image codes, without a projector (spec §12).
     allowed = ("mm_projector.",) if section.w_clip_vit else ()
-    return Showo.from_pretrained(folder, config=config, allow_missing=allowed)
+    return Showo.from_pretrained(find_folder(start), config=config, allow_missing=allowed)
 
 
 # ---- the parts of a pipeline ----

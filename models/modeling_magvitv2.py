@@ -248,6 +248,7 @@ class Encoder(nn.Module):
         self.quant_conv = nn.Conv2d(config.code_bits, config.code_bits, 1)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.to(self.conv_in.weight.dtype)  # DeepSpeed trains bf16 weights and does not cast inputs
         x = self.down(self.conv_in(F.pixel_unshuffle(pixels, self.patch_size)))
         x = F.silu(self.norm_out(self.mid(x)))
         return self.quant_conv(self.conv_out(x))

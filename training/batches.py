@@ -149,6 +149,7 @@ class BatchBuilder:
             rows, more = FLOWS[name].rows(samples[name], self)
             built.append(rows)
             targets.append(FLOWS[name].targets(rows.labels, self.prompting.max_text_len + 1))
+            assert not extra.keys() & more.keys(), "two flows give the same field of OmniBatch"
             extra |= more
         # Everything up to the copy below is on the host: data-dependent sizes would otherwise cause a GPU sync.
         input_ids, labels = (torch.cat([getattr(rows, name) for rows in built]) for name in ("input_ids", "labels"))
@@ -227,7 +228,7 @@ class FlowKind:
     targets: ToTargets
 
 
-# Everything else follows from this table. Its order is that of the rows in a batch.
+# Rows of a batch are in the order of this table; t2i comes first, as sample images are made of a batch's first rows.
 FLOWS: dict[str, FlowKind] = {
     "t2i": FlowKind(T2IReader, t2i_rows, in_place),
     "lm": FlowKind(LanguageReader, lm_rows, next_token),

@@ -453,10 +453,12 @@ def describe_decay(folder: Path, config) -> str | None:
     """One line about the learning rate if the run to resume now has another number of steps; else None."""
     file = folder / "config.yaml"
     before = OmegaConf.load(file) if file.is_file() else None
-    if before is None or before.training.max_train_steps == config.training.max_train_steps:
+    if before is None or config.lr_scheduler.scheduler.startswith("constant"):
+        return None
+    old, new = decay_steps(before), decay_steps(config)
+    if before.training.max_train_steps == config.training.max_train_steps and old == new:
         return None
     steps = f"training.max_train_steps {before.training.max_train_steps} → {config.training.max_train_steps}"
-    old, new = decay_steps(before), decay_steps(config)
     if old == new:
         return f"{steps}: the learning rate still decays over {new} steps and stays at its last value after them"
     keep = f"lr_scheduler.params.num_training_steps={old}"

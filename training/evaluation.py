@@ -36,6 +36,7 @@ def evaluate(
         metrics = StepMetrics()
         with own_random_numbers(seed, task.device):
             for _ in range(num_batches):
-                metrics.add(task.evaluate(forward, name, next(flow)))
-        values |= task.evaluation(name, total(metrics.sums, over_processes, task.device))
+                metrics.add(task.eval_sums(forward, name, next(flow)))
+        if metrics.sums:
+            values |= task.eval_figures(name, total(metrics.sums, over_processes, task.device))
     return values

@@ -132,7 +132,7 @@ class StopSignals:
                 self.interrupted = now
                 self._say(f"interrupted: finishing this step and saving; Ctrl-C again leaves at once, {self.remains()}")
         elif now - self.interrupted > self.ONE_CTRL_C and (
-            number == signal.SIGINT or "TORCHELASTIC_RUN_ID" in os.environ
+            number == signal.SIGINT or (number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ)
         ):
             self._say(f"interrupted; {self.remains()}")
             os._exit(130)  # without cleaning up, which could wait for other processes

@@ -176,7 +176,8 @@ class Objective:
                 if len(hits):
                     considered = codes if flow == "t2i" else torch.ones_like(codes)
                     found[f"correct_{flow}"], found[f"supervised_{flow}"] = (hits & considered).sum(), considered.sum()
-        if num_rows := self.rows.get("t2i"):  # the first rows of a batch
+        if num_rows := self.rows.get("t2i"):
+            assert next(iter(self.rows)) == "t2i", "its rows are the first"
             num_t2i = self.counts[0]
             found["row_loss_t2i"] = _group_means(losses[:num_t2i], self.index[:num_t2i] // row_length, num_rows)
         return found

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 import psutil
 import torch
 
+BUCKETS = 5  # of the mask ratio: 0.0-0.2, … 0.8-1.0
 Sums = Mapping[str, torch.Tensor | int]  # additive: over batches, steps and processes
 
 
@@ -60,6 +61,15 @@ def total(sums: Sums, over_processes: Callable[[torch.Tensor], torch.Tensor], de
     flat = over_processes(torch.cat([tensor.flatten() for tensor in tensors.values()])).cpu()
     parts = flat.split([tensor.numel() for tensor in tensors.values()])
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
+
+
+def by_mask_ratio(mask_prob: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    """(2, BUCKETS): the summed losses (B,) and the number of t2i rows by mask ratio (B,)."""
+    bucket = (mask_prob.to(losses.device) * BUCKETS).long().clamp(max=BUCKETS - 1)  # (B,)
+    sums = torch.zeros(2, BUCKETS, device=losses.device)
+    sums[0].index_add_(0, bucket, losses.float())
+    sums[1].index_add_(0, bucket, torch.ones_like(losses, dtype=torch.float))
+    return sums
 
 
 def memory_in_use(device) -> int:

@@ -91,12 +91,6 @@ class Training(LoopSection):
     max_grad_norm: float | None = 1.0
     ema_decay: float | None = 0.999
 
-    @staticmethod
-    def problems(config: DictConfig) -> list[str]:
-        if config.training.ema_decay == 1:
-            return ["training.ema_decay is 1; it must be less, or the average stays where it began"]
-        return []
-
 
 @dataclass
 class TokenizerTrainingConfig(RunConfig):

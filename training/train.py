@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
 
 from common.config import load_config, read_key
-from common.errors import run_cli
+from common.errors import UserError, run_cli
 
 # Found without torch, so that --help and mistakes are told at once; other tasks' settings are in their modules.
 SETTINGS = {"showo": "common.schema:TrainingConfig", "tokenizer": "training.tokenizer_settings:TokenizerTrainingConfig"}
@@ -21,13 +21,18 @@ def make_task(argv: list[str], name: str | None = None):
     """The task of a command line.
 
     Args:
-        name: of the task; default: the key `task`, or showo.
+        name: of the task that the script is for; None: any.
+
+    Raises:
+        UserError: the key `task` names another one, or none that there is.
     """
-    name = name or read_key(argv, "task") or "showo"
-    config = load_config(argv, resolve_name(SETTINGS[name])) if name in SETTINGS else None
+    given = str(read_key(argv, "task") or name or "showo")
+    if name and given != name:
+        raise UserError(f"task is {given}, but this script trains {name}; take training/train.py")
+    config = load_config(argv, resolve_name(SETTINGS[given])) if given in SETTINGS else None
     from training.tasks import find_task
 
-    task = find_task(name)
+    task = find_task(given)
     return task(config or load_config(argv, task.settings))
 
 

@@ -16,7 +16,15 @@ from typing import Any, ClassVar
 from common.config import resolve_path
 from common.errors import UserError
 from llava import ChatFormat, encode_conversation, encode_plain
-from training.data.image_text import Captions, ExternalCaptions, ImageTextSample, ImageTransform
+from training.data.image_text import (
+    PIXELS_ONLY,
+    Captions,
+    ExternalCaptions,
+    ImageTextSample,
+    ImageTransform,
+    PixelTransform,
+    image_sample,
+)
 from training.data.imagenet import ImageFolder
 from training.data.json_records import JsonTable
 from training.data.language import Documents, text_sample
@@ -240,6 +248,41 @@ def _is_readable(path: str, suffixes: tuple[str, ...]) -> bool:
     if is_address(path):
         return SHARDS[0] in suffixes and not has_suffix(path, PARQUET + JSON + TEXT)
     return has_suffix(path, suffixes)
+
+
+# ---- images alone ----
+
+
+class ImageReader(FlowReader):
+    """Images of shards or parquet files; their texts are not read."""
+
+    @property
+    def setting(self) -> str:
+        return f"{self.split}_shards"
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.training.batch_size
+
+    @property
+    def title(self) -> str:
+        return "the tokenizer"
+
+    def columns(self):
+        column, usual = self.params.image_column, tuple(name for name in IMAGE_COLUMNS if name != "codes")
+        names = (column,) if column else usual
+        return {"image": names}, {"image": "dataset.params.image_column"}
+
+    def code_sizes(self) -> dict[str, int]:
+        return {}
+
+    def refuses_codes(self, reading: Reading) -> str:
+        return PIXELS_ONLY
+
+    def transform(self, reading: Reading) -> Transform:
+        params, augmented = self.params, self.training
+        images = PixelTransform(params.resolution, 0, 0, flip=params.random_flip and augmented)
+        return partial(image_sample, images=images, max_shift=params.max_shift if augmented else 0)
 
 
 # ---- the flows of Show-o ----

@@ -336,6 +336,28 @@ def _shortened(text: str, rng: random.Random) -> str:
 # ---- samples ----
 
 
+PIXELS_ONLY = "an image tokenizer is trained on pixels; give it the shards with the images"
+
+
+class PixelTransform(ImageTransform):
+    """Of a run that needs pixels."""
+
+    def refuses_codes(self) -> str:
+        return PIXELS_ONLY
+
+
+def image_sample(raw: dict, rng: random.Random, *, images: ImageTransform, max_shift: int) -> dict:
+    """Raw sample → ``{"image": (R, R, 3) uint8, "key"}``, moved by up to `max_shift` pixels; the border is repeated."""
+    image = images.of(raw, rng)["image"]
+    if max_shift:
+        height, width = image.shape[:2]
+        rows, columns = (
+            (torch.arange(size) + rng.randint(-max_shift, max_shift)).clamp(0, size - 1) for size in (height, width)
+        )
+        image = image[rows[:, None], columns]
+    return {"image": image, "key": raw.get("__key__", "")}
+
+
 @dataclass(frozen=True)
 class ImageTextSample:
     """Transform of a raw sample with an image and a text."""

@@ -66,7 +66,7 @@ class Resampled:
 
     def chunk(self, seed: int | str, stream: int, num_streams: int, index: int) -> Iterator[Any]:
         length = CHUNK if self.samples is None else min(CHUNK, math.ceil(self.samples / num_streams))
-        return islice(self.read(seed_of(seed, stream, "round", index)), length)
+        return islice(self.read(seed_of(seed, stream, "round", index)), length)  # "round": of older checkpoints
 
 
 class Epochs:
@@ -98,7 +98,7 @@ class Epochs:
         return max(1, math.ceil(pieces * self.samples / self.units.samples))
 
 
-@lru_cache(maxsize=6)  # two epochs of three flows
+@lru_cache(maxsize=6)  # two epochs of a few flows
 def _permutation(seed: int, length: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(length)
 

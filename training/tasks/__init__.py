@@ -44,7 +44,7 @@ class Task(ABC):
 
     The trainer calls the methods in this order: the constructor, `readers`, `reading`, `load`, `make_model`,
     `choose_trainable`, `prepare`; then for every step `make_batch` and `outcome`, at some steps `summary`,
-    `evaluate` and `panels`.
+    `eval_sums`, `eval_figures` and `panels`.
 
     Args:
         config: of the type `settings`, complete and checked.
@@ -97,11 +97,11 @@ class Task(ABC):
     def summary(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """The log line from the sums of all batches since the last one, over all processes (``batches`` is added)."""
 
-    def evaluate(self, forward, flow: str, samples: list) -> Sums:
+    def eval_sums(self, forward, flow: str, samples: list) -> Sums:
         """The sums of one held-out batch of a flow."""
         return {}
 
-    def evaluation(self, flow: str, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    def eval_figures(self, flow: str, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """The log values from the sums of a flow's held-out batches, over all processes."""
         return {}
 

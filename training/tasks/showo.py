@@ -10,15 +10,13 @@ from models import Showo
 from models.loading import check_image_tokenizer, initial_showo, load_image_tokenizer, load_text_tokenizer
 from training.batches import FLOWS, BatchBuilder, OmniBatch, flow_readers
 from training.data.flows import FlowReader, Reading, check_data, check_tokenizer
-from training.metrics import Sums
+from training.metrics import BUCKETS, Sums, by_mask_ratio
 from training.optimization import enable_gradient_checkpointing
 from training.packing import PACKED_SDPA
 from training.samples import GENERATED_PANEL, PREDICTED_PANEL, generate_images, predict_masked
 from training.tasks import Outcome, Panel, Task
 from training.trainable import choose_trainable
 from training.understanding import ClipVitUnderstanding, VqUnderstanding
-
-BUCKETS = 5  # of the mask ratio: 0.0-0.2, … 0.8-1.0
 
 
 class ShowoTask(Task):
@@ -33,27 +31,19 @@ class ShowoTask(Task):
         check_data([*self.readers("train"), *self.readers("eval")])
         self.understanding.open()
         self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
-        showo, dropout = config.model.showo, config.training.cond_dropout_prob
-        self.prompting = load_text_tokenizer(
-            showo.llm_model_path,
-            showo.llm_vocab_size,
-            config.dataset.preprocessing.max_seq_length,
-            cond_dropout_prob=dropout,
-        )
+        showo, max_text_len = config.model.showo, config.dataset.preprocessing.max_seq_length
+        text, dropout = (showo.llm_model_path, showo.llm_vocab_size), config.training.cond_dropout_prob
+        self.prompting = load_text_tokenizer(*text, max_text_len, cond_dropout_prob=dropout)
 
     def readers(self, split: str) -> list[FlowReader]:
         return flow_readers(self.config, split)
 
     def reading(self, process: int, num_processes: int) -> Reading:
         understanding, prompting = self.understanding, self.prompting
-        return Reading(
-            process,
-            num_processes,
-            prompting.tokenizer,
-            understanding.image_processor,
-            understanding.text_length(self.config, prompting),
-            end_together=self.config.dataset.combined_loader_mode == "min_size",
-        )
+        together = self.config.dataset.combined_loader_mode == "min_size"
+        room = understanding.text_length(self.config, prompting)
+        parts = prompting.tokenizer, understanding.image_processor, room
+        return Reading(process, num_processes, *parts, end_together=together)
 
     def load(self) -> None:
         section, resolution = self.config.model.vq_model, self.config.dataset.preprocessing.resolution
@@ -118,7 +108,7 @@ class ShowoTask(Task):
             values["padding_share_unpacked"] = 1 - sums["used"].item() / sums["unpacked"].item()
         return values | {"padding_share": 1 - sums["used"].item() / sums["tokens"].item()}
 
-    def evaluate(self, forward, flow: str, samples: list) -> Sums:
+    def eval_sums(self, forward, flow: str, samples: list) -> Sums:
         """The plain loss of a flow; of t2i one for each of `training.eval_mask_ratios`."""
         sums = {}
         for ratio, name in self._evaluated(flow):
@@ -128,7 +118,7 @@ class ShowoTask(Task):
             sums[name] = torch.stack([out.losses[flow].float(), one, *counts])
         return sums
 
-    def evaluation(self, flow: str, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    def eval_figures(self, flow: str, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         values = {}
         for _, name in self._evaluated(flow):
             loss, batches, correct, supervised = sums[name].tolist()
@@ -155,15 +145,6 @@ class ShowoTask(Task):
         )
         panels = [(GENERATED_PANEL, images, self.prompts)]
         return panels + ([(PREDICTED_PANEL, *predict_masked(model, self.builder, batch))] if batch.rows["t2i"] else [])
-
-
-def by_mask_ratio(mask_prob: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
-    """(2, BUCKETS): the summed losses (B,) and the number of t2i rows by mask ratio (B,)."""
-    bucket = (mask_prob.to(losses.device) * BUCKETS).long().clamp(max=BUCKETS - 1)  # (B,)
-    sums = torch.zeros(2, BUCKETS, device=losses.device)
-    sums[0].index_add_(0, bucket, losses.float())
-    sums[1].index_add_(0, bucket, torch.ones_like(losses, dtype=torch.float))
-    return sums
 
 
 TASK = ShowoTask

@@ -1,8 +1,6 @@
 """The image tokenizer, MAGVIT-v2 (spec §10), with losses on pixels, edges and the use of the codes."""
 
-import random
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +13,8 @@ from models.devices import send
 from models.images import to_pil
 from models.loading import find_folder
 from models.modeling_magvitv2 import MAGVITv2Output
-from training.data.flows import FlowReader, Reading, check_data
-from training.data.image_text import ImageTransform
-from training.data.parquet import IMAGE_COLUMNS
-from training.data.streams import Transform, stack
+from training.data.flows import FlowReader, ImageReader, check_data
+from training.data.streams import stack
 from training.metrics import Sums
 from training.perceptual import PerceptualLoss
 from training.tasks import Outcome, Panel, Task
@@ -105,7 +101,7 @@ class TokenizerTask(Task):
         values = {k: v.item() / sums["batches"].item() for k, v in sums.items() if k.startswith("train/")}
         return values | code_use("train", sums["codes"])
 
-    def evaluate(self, forward, flow: str, samples: list) -> Sums:
+    def eval_sums(self, forward, flow: str, samples: list) -> Sums:
         pixels = self.make_batch({"images": samples}).pixels
         if len(self.sheet) < self.config.experiment.num_sheet_pictures:
             self.sheet += pixels.unbind()
@@ -113,7 +109,7 @@ class TokenizerTask(Task):
         values = psnr(output.reconstruction, pixels)
         return {"psnr": values.sum(), "images": len(pixels), "codes": self.code_counts(output.codes)}
 
-    def evaluation(self, flow: str, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    def eval_figures(self, flow: str, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         return {"eval/psnr": (sums["psnr"] / sums["images"]).item()} | code_use("eval", sums["codes"])
 
     def panels(self, model: MAGVITv2, batch: Images) -> list[Panel]:
@@ -135,57 +131,6 @@ def code_use(split: str, counts: torch.Tensor) -> dict[str, float]:
     frequency = counts.double() / counts.sum().clamp_min(1)
     perplexity = torch.special.entr(frequency).sum().exp().item()
     return {f"{split}/codes_used": int((counts > 0).sum()), f"{split}/code_perplexity": perplexity}
-
-
-class ImageReader(FlowReader):
-    """Images of shards or parquet files; their texts are not read."""
-
-    @property
-    def setting(self) -> str:
-        return f"{self.split}_shards"
-
-    @property
-    def batch_size(self) -> int:
-        return self.config.training.batch_size
-
-    @property
-    def title(self) -> str:
-        return "the tokenizer"
-
-    def columns(self):
-        names = (self.params.image_column,) if self.params.image_column else IMAGE_COLUMNS
-        return {"image": names}, {"image": "dataset.params.image_column"}
-
-    def code_sizes(self) -> dict[str, int]:
-        return {}
-
-    def refuses_codes(self, reading: Reading) -> str:
-        return NO_CODES
-
-    def transform(self, reading: Reading) -> Transform:
-        params, augmented = self.params, self.training
-        images = PixelTransform(params.resolution, 0, 0, flip=params.random_flip and augmented)
-        return partial(image_sample, images=images, max_shift=params.max_shift if augmented else 0)
-
-
-NO_CODES = "an image tokenizer is trained on pixels; give it the shards with the images"
-
-
-class PixelTransform(ImageTransform):
-    def refuses_codes(self) -> str:
-        return NO_CODES
-
-
-def image_sample(raw: dict, rng: random.Random, *, images: ImageTransform, max_shift: int) -> dict:
-    """Raw sample → ``{"image": (R, R, 3) uint8, "key"}``, moved by up to `max_shift` pixels; the border is repeated."""
-    image = images.of(raw, rng)["image"]
-    if max_shift:
-        height, width = image.shape[:2]
-        rows, columns = (
-            (torch.arange(size) + rng.randint(-max_shift, max_shift)).clamp(0, size - 1) for size in (height, width)
-        )
-        image = image[rows[:, None], columns]
-    return {"image": image, "key": raw.get("__key__", "")}
 
 
 TASK = TokenizerTask
