@@ -4,18 +4,18 @@ A part is named by a folder, relative to the current folder or else to the repos
 configurations are checked before any weights are read, and nothing that a checkpoint holds is executed.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer
 
-from common.config import resolve_path
 from common.errors import UserError
-from common.schema import ShowoSection, TrainedShowoSection
 from llava import QuestionFormat
 from models.backbones import DEFAULT_LLM
 from models.checkpoint_io import CHECKPOINT_FILES, TOKENIZER_FILES, read_json, resolve_folder
@@ -24,6 +24,9 @@ from models.generation import cpu
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
 from models.modeling_showo import Showo, ShowoConfig
 from models.prompting import UniversalPrompting
+
+if TYPE_CHECKING:
+    from common.schema import ShowoSection, TrainedShowoSection
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ VOCABULARY_SIZES = ("vocab_size", "llm_vocab_size", "num_new_special_tokens", "c
 
 def located(name: str | Path) -> str:
     """Resolves an existing path as the scripts do (current folder, then repository); returns other names unchanged."""
+    from common.config import resolve_path  # needs OmegaConf, which the networks do without (`make gpu-check`)
+
     path = resolve_path(name)
     return str(path if path.exists() else name)
 

@@ -20,7 +20,6 @@ from transformers import TextStreamer
 
 from common.errors import UserError
 from common.launch import use_physical_cores
-from common.schema import mask_schedule_of
 from llava import QuestionFormat
 from models.clip_encoder import CLIPVisionTower
 from models.generation.sampling import SamplingParameters, Schedule, get_mask_schedule
@@ -102,6 +101,8 @@ class ShowoPipeline:
         Raises:
             UserError: as `from_pretrained`. Cheap checks run before any weights are read.
         """
+        from common.schema import mask_schedule_of  # needs OmegaConf, which the networks do without (`make gpu-check`)
+
         showo, vq_model, images = config.model.showo, config.model.vq_model, config.dataset.preprocessing
         check_sizes(showo, images.resolution, vq_model.vq_model_name)
         name, parameters = mask_schedule_of(config)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from common.config import mask_schedule_of
 from models.generation.sampling import Schedule, get_mask_schedule
 from models.vocabulary import IGNORE_ID, Vocabulary
 
@@ -48,6 +47,8 @@ class MaskingNoise:
     @classmethod
     def of(cls, config, vocabulary: Vocabulary) -> "MaskingNoise":
         """The rule that a `TrainingConfig` names."""
+        from common.config import mask_schedule_of  # needs OmegaConf, which a step does without (`make gpu-check`)
+
         training = config.training
         name, params = mask_schedule_of(config)
         return cls(

@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection
 from contextlib import contextmanager
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -83,7 +82,7 @@ def _constant_after(last: int, rate: Callable[[int], float]) -> Callable[[int], 
 
 def decay_steps(config) -> int:
     """Optimiser steps over which the learning rate decays: those of the run, unless a key of its own says otherwise."""
-    steps = OmegaConf.select(config, "lr_scheduler.params.num_training_steps")  # older checkpoints do not have it
+    steps = config.lr_scheduler.params.get("num_training_steps")  # older checkpoints do not have it
     return config.training.max_train_steps if steps is None else steps
 
 
