@@ -29,10 +29,6 @@ def trained(world):
     return save(world, world / "unwrapped_model")
 
 
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -44,49 +40,45 @@ def test_an_exported_model_is_the_saved_one_in_the_given_precision(trained, tmp_
     target = tmp_path / "new" / "showo"
     export([f"from={trained}", f"to={target}", f"dtype={dtype}"])
     assert names(target) == ["config.json", "model.safetensors"] and names(target.parent) == ["showo"]
-    saved, exported = weights(trained), weights(target)
+    saved, exported = (load_file(folder / "model.safetensors") for folder in (trained, target))
     assert saved.keys() == exported.keys()
     assert all(torch.equal(exported[name], tensor.to(stored)) for name, tensor in saved.items())
     assert (target / "model.safetensors").stat().st_mode & 0o777 == 0o644, "others can read it"
     loaded = Showo.from_pretrained(str(target))
-    assert next(loaded.parameters()).dtype == torch.float32
-    count = sum(parameter.numel() for parameter in loaded.parameters())
-    assert f"Showo, {count:,} parameters, {dtype}, 0." in capsys.readouterr().out
+    assert loaded.dtype == torch.float32
+    assert f"Showo, {loaded.num_parameters():,} parameters, {dtype}, 0." in capsys.readouterr().out
 
 
 def test_an_exported_model_needs_nothing_of_this_machine(world, tmp_path):
-    shutil.copytree(world / "llm", tmp_path / "llm")
-    saved = save(world, tmp_path / "saved", **{"model.showo.llm_model_path": tmp_path / "llm"})
+    llm = shutil.copytree(world / "llm", tmp_path / "llm")
+    saved = save(world, tmp_path / "saved", **{"model.showo.llm_model_path": llm})
     export([f"from={saved}", f"to={tmp_path / 'showo'}"])
     content = (tmp_path / "showo" / "config.json").read_text()
     assert str(tmp_path) not in content and json.loads(content)["llm_model_path"] == "llm"
-    shutil.rmtree(tmp_path / "llm")
+    shutil.rmtree(llm)
     loaded = Showo.from_pretrained(str(tmp_path / "showo"))
     assert loaded.config.backbone_config().hidden_size == 32
-    with torch.no_grad():
-        assert torch.isfinite(loaded(torch.arange(20)[None]).logits).all()
+    assert torch.isfinite(loaded(torch.arange(20)[None]).logits).all()
 
 
 def test_a_path_inside_the_repository_is_written_from_there(trained, tmp_path, repository):
     saved = shutil.copytree(trained, tmp_path / "saved")
-    content = json.loads((saved / "config.json").read_text())
-    content["llm_model_path"] = str(repository / "checkpoints" / "mine" / "llm")
+    content = json.loads((saved / "config.json").read_text()) | {"llm_model_path": str(repository / "mine" / "llm")}
     (saved / "config.json").write_text(json.dumps(content))
     export([f"from={saved}", f"to={tmp_path / 'showo'}"])
-    assert json.loads((tmp_path / "showo" / "config.json").read_text())["llm_model_path"] == "checkpoints/mine/llm"
+    assert json.loads((tmp_path / "showo" / "config.json").read_text())["llm_model_path"] == "mine/llm"
 
 
 def test_exporting_an_image_tokenizer_over_another_replaces_weights_and_keeps_notes(world, tmp_path, capsys):
-    target = tmp_path / "vq"
-    shutil.copytree(world / "magvitv2", target)
-    (target / "README.md").write_text("card")
+    target = shutil.copytree(world / "magvitv2", tmp_path / "vq")
     (target / "samples").mkdir()
-    (target / "pytorch_model.bin").write_bytes(b"stale")
-    (target / "model.safetensors.index.json").write_text("{}")
+    for name in ("README.md", "pytorch_model.bin", "model.safetensors.index.json"):
+        (target / name).write_text("{}")
     export([f"from={world / 'magvitv2'}", f"to={target}", "dtype=bf16"])
     assert names(target) == ["README.md", "config.json", "model.safetensors", "samples"] and names(tmp_path) == ["vq"]
-    assert weights(target)["decoder.conv_in.bias"].dtype == torch.bfloat16
-    assert weights(target).keys() == make_vq_model().state_dict().keys()
+    weights = load_file(target / "model.safetensors")
+    assert weights["decoder.conv_in.bias"].dtype == torch.bfloat16
+    assert weights.keys() == make_vq_model().state_dict().keys()
     assert MAGVITv2.from_pretrained(str(target)).get_code(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
     assert "MAGVITv2" in capsys.readouterr().out
 

@@ -1,11 +1,8 @@
 """The folders that take Phi-1.5's and CLIP ViT-L's places in a small Show-o."""
 
-import json
-
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from common.errors import UserError
@@ -38,12 +35,10 @@ def test_the_tokenizer_has_the_asked_size_and_loses_no_text(llm):
 
 
 def test_the_settings_make_a_show_o(llm):
-    settings = json.loads((llm / "config.json").read_text())
-    assert settings["model_type"] == "phi" and settings["vocab_size"] == LLM_VOCAB_SIZE
     sizes = {"vocab_size": LLM_VOCAB_SIZE + 10 + 8 + 1, "llm_vocab_size": LLM_VOCAB_SIZE}
     phi = Showo(ShowoConfig(llm_model_path=str(llm), codebook_size=8, num_vq_tokens=4, **sizes)).showo.config
+    assert phi.model_type == "phi" and phi.qk_layernorm and phi.tie_word_embeddings
     assert (phi.hidden_size, phi.num_hidden_layers, phi.num_attention_heads, phi.intermediate_size) == (32, 2, 2, 64)
-    assert phi.qk_layernorm and phi.tie_word_embeddings
     assert phi.bos_token_id == phi.eos_token_id == AutoTokenizer.from_pretrained(llm).eos_token_id
 
 
@@ -67,17 +62,16 @@ def test_the_seed_fixes_the_weights_and_disturbs_nothing_else(tmp_path):
     before = torch.get_rng_state()
     folders = [make_clip(tmp_path / str(number), seed=seed) for number, seed in enumerate((0, 0, 1))]
     assert torch.equal(torch.get_rng_state(), before)
-    weights = [load_file(folder / "model.safetensors") for folder in folders]
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-    assert any(not torch.equal(tensor, weights[2][name]) for name, tensor in weights[0].items())
+    first, again, other = ((folder / "model.safetensors").read_bytes() for folder in folders)
+    assert first == again != other
 
 
 @pytest.mark.slow
 def test_the_defaults_make_what_the_small_stages_expect(tmp_path, capsys):
     """64 features, as many as an image of the emoji world has codes."""
-    small_clip.main([f"output_dir={tmp_path / 'clip'}"])
+    small_clip.main([f"output_dir={tmp_path}"])
     assert "64 features of 192 numbers" in capsys.readouterr().out
-    assert load_clip(str(tmp_path / "clip"), feature_size=192).num_features == 64
+    assert load_clip(str(tmp_path), feature_size=192).num_features == 64
 
 
 @pytest.mark.parametrize(
