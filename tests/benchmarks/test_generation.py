@@ -12,16 +12,18 @@ pytestmark = pytest.mark.slow  # they measure the machine
 TINY = "--hidden 32 --layers 2 --heads 2 --tokens 16 --timesteps 3 --new-tokens 20".split()
 
 
-def last_line(capsys) -> dict:
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+def results_of(capsys, *flags: str) -> dict:
+    """The results of a run that ends well; its last line says where they come from."""
+    assert generation.main([*TINY, *flags]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"machine", "torch", "date", "commit", "settings", "results"} <= set(report)
+    return report["results"]
 
 
 def test_both_loops_give_the_published_tokens(capsys):
-    assert generation.main(TINY) == 0
-    report = last_line(capsys)
-    assert {"machine", "torch", "date", "commit", "settings", "results"} <= set(report)
-    assert list(report["results"]) == ["image", "answer"]
-    for result in report["results"].values():
+    results = results_of(capsys)
+    assert list(results) == ["image", "answer"]
+    for result in results.values():
         assert result["same_tokens"] is True
         assert result["ratio"] == pytest.approx(result["published_s"] / result["ours_s"])
         assert result["share_of_limit"] == pytest.approx(result["limit_s"] / result["ours_s"]) and result["limit_s"] > 0
@@ -29,19 +31,16 @@ def test_both_loops_give_the_published_tokens(capsys):
 
 @pytest.mark.parametrize("family", BACKBONES)
 def test_every_language_model(capsys, family):
-    assert generation.main([*TINY, "--heads", "4", "--kv-heads", "2", "--llm", family]) == 0
-    result = last_line(capsys)["results"]["answer"]
+    result = results_of(capsys, "--heads", "4", "--kv-heads", "2", "--llm", family)["answer"]
     assert result["generate_ratio"] == pytest.approx(result["generate_s"] / result["ours_s"])
 
 
 def test_one_loop_and_several_images(capsys):
-    assert generation.main([*TINY, "--loops", "image", "--batch", "3", "--repeats", "2"]) == 0
-    assert list(last_line(capsys)["results"]) == ["image"]
+    assert list(results_of(capsys, "--loops", "image", "--batch", "3", "--repeats", "2")) == ["image"]
 
 
 def test_questions_about_one_image(capsys):
-    assert generation.main([*TINY, "--loops", "answer", "--questions", "3"]) == 0
-    result = last_line(capsys)["results"]["questions"]
+    result = results_of(capsys, "--loops", "answer", "--questions", "3")["questions"]
     assert result["same_tokens"] is True and result["ratio"] == result["one_by_one_s"] / result["ours_s"]
 
 
@@ -63,15 +62,9 @@ def test_the_limit_grows_with_the_work(monkeypatch):
     assert unguided["image"] < one["image"]
 
 
-@pytest.mark.parametrize(("resolution", "tokens"), [("256", 256), ("512", 1024)])
-def test_published_resolutions(resolution, tokens):
-    assert generation.parse(["--resolution", resolution]).tokens == tokens
-
-
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_further_precisions(capsys, dtype):
-    assert generation.main([*TINY, "--dtype", dtype]) == 0
-    results = last_line(capsys)["results"]
+    results = results_of(capsys, "--dtype", dtype)
     assert list(results)[2:] == [f"image {dtype}", f"answer {dtype}"]
     assert all(result["ours_s"] > 0 for result in results.values())
 
@@ -79,15 +72,15 @@ def test_further_precisions(capsys, dtype):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], ("fp32", False)),
-        (["--compile"], ("fp32", True)),
-        (["--device", "cuda"], ("bf16", True)),
-        (["--device", "cuda", "--no-compile", "--dtype", "fp32"], ("fp32", False)),
+        ("--resolution 256", ("fp32", False, 256)),
+        ("--resolution 512 --compile", ("fp32", True, 1024)),
+        ("--device cuda", ("bf16", True, 256)),
+        ("--device cuda --no-compile --dtype fp32", ("fp32", False, 256)),
     ],
 )
 def test_a_gpu_also_runs_bf16_and_compiled(flags, expected):
-    args = generation.parse(flags)
-    assert (args.dtype, args.compile) == expected
+    args = generation.parse(flags.split())
+    assert (args.dtype, args.compile, args.tokens) == expected
 
 
 def test_other_tokens_are_a_failure(capsys):

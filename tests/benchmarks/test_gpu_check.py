@@ -16,17 +16,9 @@ def run(repository, tmp_path, *flags: str) -> tuple[int, dict]:
     """(exit code, what was written)."""
     hide = tmp_path / "sitecustomize.py"  # python runs it first; the command's own processes, too
     hide.write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n")
-    command = [
-        sys.executable,
-        "benchmarks/gpu_check.py",
-        "--device",
-        "cpu",
-        "--tiny",
-        "--output",
-        str(tmp_path),
-        *flags,
-    ]
-    code = subprocess.run(command, cwd=repository, env=os.environ | {"PYTHONPATH": str(tmp_path)}).returncode
+    command = ["benchmarks/gpu_check.py", *"--device cpu --tiny --output".split(), str(tmp_path), *flags]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    code = subprocess.run([sys.executable, *command], cwd=repository, env=environment).returncode
     [file] = tmp_path.glob("cpu-*.json")
     return code, json.loads(file.read_text())
 
@@ -39,19 +31,12 @@ def test_every_part_runs_and_is_written(repository, tmp_path):
     results = {part: one["results"] for part, one in found["parts"].items()}
     assert all(one["ended"] == "done" and one["seconds"] < one["limit_s"] for one in found["parts"].values())
 
-    checks = [
-        f"{what}, {attention}" for attention in ("sdpa", "eager") for what in ("logits", "losses", "gradient norms")
-    ]
+    checks = [f"{what}, {way}" for way in ("sdpa", "eager") for what in ("logits", "losses", "gradient norms")]
     checks += [f"image codes, case {case}" for case in range(4)] + ["answer, case 0", "answer, case 1"]
     assert all(results["goldens"][check]["ok"] for check in checks)
     assert {result["outcome"] for name, result in results["tests"].items() if name != "pytest"} == {"skipped"}
-    assert list(results["images"]) == [
-        "published, torch.float32",
-        "published, torch.bfloat16",
-        "eager",
-        "limit",
-        "compiled",
-    ]
+    published = [f"published, torch.{dtype}" for dtype in ("float32", "bfloat16")]
+    assert list(results["images"]) == [*published, "eager", "limit", "compiled"]
     names = [f"{way}, batch {rows}" for rows in (1, 8) for way in ("generate", "eager", "limit", "compiled")]
     assert set(results["answers"]) == {"published, batch 1", *names}
     for result in (results["images"] | results["answers"]).values():
@@ -84,13 +69,8 @@ def test_a_failed_measurement_leaves_the_others(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("ended", "result", "code"),
-    [
-        ("done", {"seconds": 1.0}, 0),
-        ("done", {"ok": True}, 0),
-        ("done", {"ok": False}, 1),
-        ("done", {"error": "RuntimeError: out of memory"}, 1),
-        ("failed", {"ok": True}, 1),
-    ],
+    [("done", {"seconds": 1.0}, 0), ("done", {"ok": True}, 0), ("done", {"ok": False}, 1)]
+    + [("done", {"error": "RuntimeError: out of memory"}, 1), ("failed", {"ok": True}, 1)],
 )
 def test_exit_code(ended, result, code):
     assert gpu_check.exit_code({"goldens": {"ended": ended, "results": {"logits": result}}}) == code
