@@ -73,9 +73,9 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
     Args:
         argv: `key=value` arguments; the key `config` names the YAML file.
         schema: a dataclass, see `common/settings.py`, with optional attributes: `SHARES_FILES_WITH`, names of the
-            schemas of those scripts; `EXAMPLE` of an argument, `PURPOSE`, what the script does, and `INSTEAD`, keys to give instead of another
-            script's, both for messages; `unread(config) -> list[str]`, keys that this run does not read, so that
-            their environment variables need not be set.
+            schemas of those scripts; for messages `EXAMPLE`, an argument, `PURPOSE`, what the script does, and
+            `INSTEAD`, keys to give instead of another script's; `unread(config) -> list[str]`, keys that this run does
+            not read, so that their environment variables need not be set.
 
     Raises:
         UserError: no `config=`, a missing or damaged file; or unknown keys (with the nearest known one), another

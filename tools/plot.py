@@ -112,9 +112,8 @@ def read_run(path: Path, label: str) -> Run:
                 metrics[name][step] = value
     run = Run(label, {name: list(series.items()) for name, series in metrics.items() if series})
     if not run.flows():
-        raise UserError(
-            f"runs: {file} holds no step_loss_{', step_loss_'.join(FLOWS)}; only runs of Show-o are plotted"
-        )
+        names = ", ".join(f"step_loss_{flow}" for flow in FLOWS)
+        raise UserError(f"runs: {file} holds no {names}; only runs of Show-o are plotted")
     return run
 
 

@@ -252,7 +252,7 @@ REFUSALS = {
     EvaluationConfig: {"prompt=x": "prompt has no effect on evaluation", "fid_size=7": "fid_size is 7; it must be 8"},
     TokenizerTrainingConfig: {
         "dtype=bf16": "unknown key dtype",
-        "training.ema_decay=1": "ema_decay is 1.0; it must be from 0, less than 1",
+        "training.ema_decay=1": "it must be from 0, less than 1",
     },
     TaskConfig: {
         "extra.weight=-1": "extra.weight is -1.0; it must be 0",
