@@ -60,6 +60,7 @@ def launcher(environment=(), options=()):
         ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, launcher(), 3),  # the launcher's own
         ({"OMP_NUM_THREADS": "1"}, launcher({"OMP_NUM_THREADS": "1"}), None),
         ({"OMP_NUM_THREADS": "2"}, launcher(options=["--num_cpu_threads_per_process", "2"]), None),
+        ({"OMP_NUM_THREADS": "2"}, launcher(options=["--num_cpu_threads_per_process=2"]), None),
     ],
 )
 def test_what_the_user_has_set_is_kept(monkeypatch, capsys, environment, started_by, threads):

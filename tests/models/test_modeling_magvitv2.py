@@ -7,6 +7,7 @@ from transformers import AutoModel
 
 from models import MAGVITv2, MAGVITv2Config
 from models.modeling_magvitv2 import LookupFreeQuantizer, bit_entropy
+from tests.training.tiny import make_vq_model
 
 SIZES = {"num_groups": 4, "code_bits": 6}
 TWO_LEVELS = SIZES | {
@@ -135,3 +136,9 @@ def test_half_precision_weights_keep_the_codebook_exact(tmp_path):
     assert torch.equal(saved["quantize.embedding"].float(), LookupFreeQuantizer(6).embedding)
     model = MAGVITv2.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert model.decode_code(torch.arange(16)[None]).dtype == torch.bfloat16
+
+
+def test_bf16_weights_take_fp32_pixels():
+    """As DeepSpeed trains them: it casts the weights, not the inputs."""
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert make_vq_model().bfloat16()(pixels).reconstruction.shape == pixels.shape

@@ -17,7 +17,7 @@ from models import Showo
 from tests.training.tiny import config_of, make_trainer, metrics_of, poison, same, steps_of, weights
 from tests.training.tiny import train as run
 from training import guards
-from training.checkpointing import check_same_config, checkpoints
+from training.checkpointing import check_same_config, checkpoints, describe_decay
 from training.guards import FiniteLosses, StopSignals, check_writable, full_disk_as_user_error, only_run_in
 from training.processes import ProcessGroup
 
@@ -100,6 +100,7 @@ def test_a_folder_that_not_all_machines_share_is_refused(world, tmp_path, monkey
         ([(SIGINT, 0), (SIGINT, 0.9)], False, True, False),  # one Ctrl-C, from the terminal and from a launcher
         ([(SIGINT, 0), (SIGINT, 0.9), (SIGINT, 1.1)], False, True, True),
         ([(SIGINT, 0), (SIGTERM, 5)], False, True, False),  # the launcher of one process has ended
+        ([(SIGINT, 0), (SIGUSR1, 5)], True, True, False),  # a job scheduler's, which asks for the same
         ([(SIGINT, 0), (SIGTERM, 5)], True, True, True),  # a second Ctrl-C, as torch's launcher passes it on
     ],
 )
@@ -212,6 +213,19 @@ def test_a_run_may_get_more_steps_or_fewer(world, finished, copied, capsys, sett
     assert trainer.state.global_step == max(6, settings[STEPS])
     assert [line["lr"] / 2e-3 for line in steps_of(copied)[6:]] == pytest.approx(rates, abs=1e-3)
     assert not rates or used[0] / 2e-3 == pytest.approx(first, abs=1e-3), "the new schedule holds from the first step"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, None),
+        ({"lr_scheduler.params.num_training_steps": 3}, "now decays over 3 steps, not 6"),  # the key alone
+        ({STEPS: 8, "lr_scheduler.scheduler": "constant"}, None),
+    ],
+)
+def test_a_change_of_the_decay_is_told(world, finished, settings, told):
+    found = describe_decay(checkpoints(finished[1])[-1], config_of(world, overrides=settings))
+    assert found is None if told is None else told in found
 
 
 # ---- stages ----

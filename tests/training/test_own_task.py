@@ -11,7 +11,7 @@ import training.tasks
 from common.errors import UserError
 from models import MAGVITv2
 from tests.training.tiny import CAPTIONS, make_vq_model, metrics_of, sample, write_shard
-from training import train
+from training import train, train_magvitv2
 
 
 def code_blocks(repository, language: str) -> list[str]:
@@ -69,6 +69,8 @@ def test_its_settings_are_known_like_any_others(arguments):
 def test_an_unknown_task_is_refused_with_the_list(arguments):
     with pytest.raises(UserError, match="task is 'encoder'; allowed: decoder, showo, tokenizer"):
         train.main([*arguments, "task=encoder"])
+    with pytest.raises(UserError, match="task is decoder, but this script trains tokenizer; take training/train.py"):
+        train_magvitv2.main(arguments)
 
 
 def test_help_lists_the_settings_of_the_task(repository):
