@@ -215,7 +215,9 @@ def test_two_processes_learn_what_one_learns_from_the_same_global_batch(world, t
     run("ddp", world, tmp_path / "one", still, processes=1, TEST_BATCHES=batches)
     run(kind, world, tmp_path / "two", still | {"training.gradient_accumulation_steps": 1}, TEST_BATCHES=batches)
     assert losses_of(tmp_path / "one") == pytest.approx(losses_of(tmp_path / "two"), rel=1e-5)
-    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-3, atol=1e-5)
+    expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
+    found = {name: found[name] for name in expected}  # FSDP2 writes a tied matrix twice
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
