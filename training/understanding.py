@@ -8,10 +8,9 @@ from common.config import resolve_path
 from common.errors import UserError
 from llava import SYSTEM_PROMPT, collate
 from models import OmniMask
-from models.checkpoint_io import resolve_folder
 from models.clip_encoder import image_processor_class, num_features, read_clip_config
 from models.devices import send
-from models.loading import load_clip
+from models.loading import find_folder, load_clip
 from models.prompting import Rows
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
 from training.data.streams import stack
@@ -87,7 +86,7 @@ class ClipVitUnderstanding:
     def open(self) -> None:
         """Reads the image processor and the settings of CLIP, perhaps from the hub."""
         try:
-            folder = resolve_folder(self.clip_vit_name)
+            folder = find_folder(self.clip_vit_name)
             self.image_processor = image_processor_class().from_pretrained(folder)
             self.num_features = num_features(read_clip_config(folder))
         except (OSError, ValueError) as error:

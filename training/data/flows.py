@@ -9,7 +9,7 @@ sample is a text.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -104,10 +104,11 @@ class FlowReader:
 
     def checks(self) -> list[Callable]:
         """Calls that raise `UserError` if paths are not set or missing; nothing is read."""
-        return [self.files]
+        return [lambda: self.files]
 
+    @cached_property
     def files(self) -> list[str]:
-        """The existing files of the flow, all of one sort.
+        """The existing files of the flow, all of one sort; looked up once, as folders may be large and far away.
 
         Raises:
             UserError: there are none, some are missing, or of another sort.
@@ -128,7 +129,7 @@ class FlowReader:
 
     def source(self, reading: Reading) -> Source:
         """The raw samples. Shards are drawn with replacement in training, everything else in epochs."""
-        paths = self.files()
+        paths = self.files
         if not has_suffix(paths[0], SHARDS) and not is_address(paths[0]):
             return Epochs(self.units(paths), self.max_samples)
         check_codes(paths, self.code_sizes(), self.refuses_codes(reading))
@@ -215,7 +216,7 @@ def check_tokenizer(readers: Iterable[FlowReader], vq_model) -> None:
     """
     made_with = {}
     for reader in readers:
-        for file, manifest in manifests(reader.files()).items():
+        for file, manifest in manifests(reader.files).items():
             if found := manifest.get("tokenizer_sha256"):
                 made_with[file] = found
     own = tokenizer_sha256(vq_model) if made_with else None
@@ -384,12 +385,13 @@ class T2IReader(ImageTextReader):
             return super().checks()
         return [*super().checks(), partial(expand_paths, "dataset.params.class_names_path", names)]
 
+    @cached_property
     def files(self) -> list[str]:
         """As ever, or the folder of an ImageNet."""
         value = self.params[self.setting]
         if self.kind == "imagenet1k" and isinstance(value, str) and _has_folders(resolve_path(value)):
             return [str(resolve_path(value))]
-        return super().files()
+        return super().files
 
     def units(self, paths: list[str]) -> Units:
         if Path(paths[0]).is_dir():

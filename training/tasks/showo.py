@@ -1,5 +1,6 @@
 """Show-o: rows of several flows in one batch; for understanding, image codes or CLIP-ViT features (spec §2, §5, §6)."""
 
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -28,7 +29,8 @@ class ShowoTask(Task):
         super().__init__(config)
         branch = ClipVitUnderstanding if config.model.showo.w_clip_vit else VqUnderstanding
         self.understanding = branch(config)
-        check_data([*self.readers("train"), *self.readers("eval")])
+        self.flow_readers = {split: flow_readers(config, split) for split in ("train", "eval")}
+        check_data(chain(*self.flow_readers.values()))
         self.understanding.open()
         self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
         showo, max_text_len = config.model.showo, config.dataset.preprocessing.max_seq_length
@@ -36,7 +38,7 @@ class ShowoTask(Task):
         self.prompting = load_text_tokenizer(*text, max_text_len, cond_dropout_prob=dropout)
 
     def readers(self, split: str) -> list[FlowReader]:
-        return flow_readers(self.config, split)
+        return self.flow_readers[split]
 
     def reading(self, process: int, num_processes: int) -> Reading:
         understanding, prompting = self.understanding, self.prompting
@@ -51,7 +53,7 @@ class ShowoTask(Task):
         self.vq_model = load_image_tokenizer(section.vq_model_name, section.pretrained_model_path).to(self.device)
         if self.config.training.vq_compile:
             self.vq_model.encoder.compile()
-        check_tokenizer([*self.readers("train"), *self.readers("eval")], self.vq_model)
+        check_tokenizer(chain(*self.flow_readers.values()), self.vq_model)
 
     def make_model(self, start: Path | None) -> Showo:
         attention, clip = self.config.attn_implementation, self.config.model.clip_vit_name

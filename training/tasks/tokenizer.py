@@ -39,11 +39,12 @@ class TokenizerTask(Task):
 
     def __init__(self, config):
         super().__init__(config)
-        check_data([*self.readers("train"), *self.readers("eval")])
+        self.image_readers = {split: ImageReader(config, "images", split) for split in ("train", "eval")}
+        check_data(self.image_readers.values())
         self.sheet = []  # held-out images for the panel
 
     def readers(self, split: str) -> list[FlowReader]:
-        return [ImageReader(self.config, "images", split)]
+        return [self.image_readers[split]]
 
     def load(self) -> None:
         self.perceptual = PerceptualLoss().to(self.device) if self.config.losses.perceptual else None
