@@ -14,7 +14,6 @@ from omegaconf import II, DictConfig, OmegaConf
 from common.settings import alias, setting
 
 WANDB_MODES = ("online", "offline", "disabled")
-FLOWS = ("t2i", "mmu", "lm")
 # Scripts that read the same YAML files: in a file, each skips the keys that only the others know.
 SHOWO_SCHEMAS = (
     "common.schema:TrainingConfig",
@@ -411,7 +410,10 @@ class TrainingConfig(ShowoScript, RunConfig):
     def unread(config: DictConfig) -> list[str]:
         """The data paths of flows that are off, which need not exist."""
         sizes = OmegaConf.to_container(config.training, resolve=False)
-        return data_paths(config, [flow for flow in FLOWS if sizes[f"batch_size_{flow}"] == 0])
+        return data_paths(
+            config,
+            [key.removeprefix("batch_size_") for key in sizes if key.startswith("batch_size_") and sizes[key] == 0],
+        )
 
 
 def data_paths(config: DictConfig, flows: Iterable[str]) -> list[str]:
