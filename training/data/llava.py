@@ -65,7 +65,7 @@ class LlavaRecord:
     def _image(record: dict, name: str) -> str | None:
         image = image_of(record)
         if image is not None and not isinstance(image, str):
-            raise SkipSample(MALFORMED_ITEM, f"{name}: 'image' is {kind_of(image)}; a record has one, the name of a file")
+            raise SkipSample(MALFORMED_ITEM, f"{name}: 'image' is {kind_of(image)}, expected one file name")
         return image
 
 
