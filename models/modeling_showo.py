@@ -16,8 +16,7 @@ from models.checkpoint_io import (
     resize_rows,
     resolve_folder,
 )
-from models.generation.image import ImageGeneration
-from models.generation.text import TextGeneration
+from models.compat import PublishedGeneration
 from models.omni_attention import OmniMask, dense_for_attention
 from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
 
@@ -125,7 +124,7 @@ class ShowoOutput(ModelOutput):
         return self.losses["mmu"]
 
 
-class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
+class Showo(CheckpointMixin, PublishedGeneration, PreTrainedModel):
     """A causal language model over one sequence of text and image tokens.
 
     State-dict names are the published ones: ``showo.model.*``, ``showo.lm_head.*`` and, with `w_clip_vit`,

@@ -14,8 +14,9 @@ a table names the images, with `captions=folders` the folders they lie in (Image
 
 Each sample is the image's own bytes and ``txt``. An image with several captions (COCO has five) becomes several
 samples, so that an epoch sees all; `captions_per_image=join` or `first` makes one. Images that cannot be read, files
-that are missing and empty captions are left out and counted. `{output}-manifest.json` lists the shards. The same source
-and settings give the same bytes; an existing set is kept until the new one is complete.
+that are missing and empty captions are left out and counted. `holdout=0.05` keeps a twentieth of the images for
+evaluation, in ``{output}_heldout-000000.tar``. `{output}-manifest.json` lists the shards. The same source and settings
+give the same bytes; an existing set is kept until the new one is complete.
 """
 
 import io
@@ -53,6 +54,7 @@ from tools.captioned import (
     of_one_split,
 )
 from tools.captioned_parquet import CaptionedParquet
+from tools.holdout import Holdout, heldout_prefix
 from tools.shard_writing import (
     find_shards,
     in_order,
@@ -84,8 +86,9 @@ class MakeShardsConfig:
     resize: int = setting(0, "scale larger images until their shorter side is this; 0 keeps every byte", low=0)
     quality: int = setting(95, "of the JPEG and WebP images that were scaled", low=1, high=100)
     shard_size: int = setting(1000, "samples in a shard", low=1)
+    holdout: float = setting(0.0, "share of the images kept out for evaluation, in {output}_heldout", low=0, high=0.5)
     shuffle: bool = setting(True, "shuffle images; of parquet, row groups, and rows within each")
-    seed: int = setting(0, "of the shuffled order")
+    seed: int = setting(0, "of the shuffled order and of what is held out")
     num_workers: int = setting(4, "threads that read and check images", low=1)
     overwrite: bool = setting(False, "replace another data set of this prefix")
 
@@ -218,11 +221,11 @@ def make_shards(source: CaptionedSource, config) -> tuple[dict, SkipCounters]:
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
     try:
-        entries = write_all(temporary / prefix.name, source, config, counters)
+        entries, heldout = write_all(temporary / prefix.name, source, config, counters)
         if not entries:
             raise UserError(f"source={config.source}: nothing is left to write: skipped {counters.describe()}")
         counts = {"samples": sum(entry["samples"] for entry in entries), "skipped": dict(counters.skipped)}
-        manifest = {"shards": entries, **counts, "settings": settings}
+        manifest = {"shards": entries, **counts, "heldout": heldout, "settings": settings}
         write_json(manifest_path(temporary / prefix.name), manifest)
         publish(temporary / prefix.name, prefix)
     finally:
@@ -245,19 +248,24 @@ def refuse_others(prefix: Path, settings: dict, overwrite: bool) -> None:
         others = old.get("settings") or {}
         differing = [f"{key}={value}" for key, value in others.items() if settings.get(key) != value]
         raise UserError(f"{manifest_path(prefix)} belongs to another data set ({', '.join(differing)}); {remedy}")
-    if shards := find_shards(prefix):
+    if shards := all_shards(prefix):
         raise UserError(f"{shards[0]} is there already, without a manifest; {remedy}")
 
 
-def write_all(prefix: Path, source: CaptionedSource, config, counters: SkipCounters) -> list[dict]:
-    """All shards of a source, one after another; their entries of the manifest."""
+def all_shards(prefix: Path) -> list[Path]:
+    return [*find_shards(prefix), *find_shards(heldout_prefix(prefix))]
+
+
+def write_all(prefix: Path, source: CaptionedSource, config, counters: SkipCounters) -> tuple[list[dict], list[dict]]:
+    """All shards of a source, one after another; their entries of the manifest, and those of what is held out."""
+    heldout = Holdout(prefix, config, source.num_images)
     with tqdm(total=source.num_images, unit=" samples", desc="writing shards", dynamic_ncols=True) as bar:
-        samples = numbered(entries_of(source, config), config, counters, bar)
+        samples = heldout.divert(numbered(entries_of(source, config), config, counters, bar))
         entries = []
         for index in itertools.count():
             first = next(samples, None)
             if first is None:
-                return entries
+                return entries, heldout.entries
             rest = itertools.islice(samples, config.shard_size - 1)
             entries.append(write_shard(shard_path(prefix, index), itertools.chain([first], rest)))
 
@@ -278,9 +286,9 @@ def numbered(entries: Iterator[Captioned | Skipped], config, counters: SkipCount
 def publish(new: Path, prefix: Path) -> None:
     """Put finished shards in the place of old ones; while it lasts there is no manifest."""
     manifest_path(prefix).unlink(missing_ok=True)
-    for old in find_shards(prefix):
+    for old in all_shards(prefix):
         old.unlink()
-    for shard in find_shards(new):
+    for shard in all_shards(new):
         shard.rename(prefix.with_name(shard.name))
     manifest_path(new).rename(manifest_path(prefix))
 
@@ -290,6 +298,9 @@ def main(argv: list[str]) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit, which is allowed
     manifest, counters = make_shards(open_source(config), config)
     print(f"{config.output}: {manifest['samples']} samples in {len(manifest['shards'])} shards")
+    if heldout := manifest["heldout"]:
+        held = sum(entry["samples"] for entry in heldout)
+        print(f"{heldout_prefix(Path(config.output))}: {held} samples held out in {len(heldout)} shards")
     if counters.skipped:
         print(f"skipped {counters.describe()}")
 
