@@ -494,7 +494,7 @@ class InferenceConfig(PipelineConfig):
     num_images_per_prompt: int | None = setting(
         None, "null: 1, but batch_size for inpainting and extrapolation, as published", low=1
     )
-    question: str | None = setting(None, "what to ask about every image; ' *** ' separates several")
+    question: str | None = setting("", "what to ask about every image; ' *** ' separates several; null: the caption")
     mmu_image_root: str | None = setting(None, "folder of images to ask about, or one image")
     dataset: PromptedDatasetSection = field(default_factory=PromptedDatasetSection)
 
