@@ -506,7 +506,7 @@ class InferenceConfig(PipelineConfig):
     output_dir: str | None = setting(None, "null: {experiment.output_dir}/{mode}, or /mmu")
     overwrite: bool = setting(False, "remove what earlier runs wrote into output_dir, instead of adding to it")
     mode: str | None = setting(None, "what inference_t2i.py does", choices=("t2i", "inpainting", "extrapolation"))
-    prompt: str | None = setting(None, "what to generate; ' *** ' separates several")
+    prompt: str | None = setting(None, "what to generate; ' *** ' separates several", is_prose=True)
     validation_prompts_file: str = alias("dataset.params.validation_prompts_file")
     image_path: str | None = setting(None, "image to inpaint or extrapolate")
     inpainting_mask_path: str | None = setting(None, "image whose white regions are regenerated")
@@ -517,7 +517,9 @@ class InferenceConfig(PipelineConfig):
         None, "null: 1, but batch_size for inpainting and extrapolation, as published", low=1, high=2**20
     )
     seed_per_image: bool = setting(False, "a seed for each image: that of the run plus its number within the run")
-    question: str | None = setting("", "what to ask about every image; ' *** ' separates several; null: the caption")
+    question: str | None = setting(
+        "", "what to ask about every image; ' *** ' separates several; null: the caption", is_prose=True
+    )
     mmu_image_root: str | None = setting(None, "folder of images to ask about, or one image")
     dataset: PromptedDatasetSection = field(default_factory=PromptedDatasetSection)
 
