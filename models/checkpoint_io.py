@@ -89,8 +89,9 @@ def load_weights_file(file: str | Path) -> dict[str, torch.Tensor]:
         raise UserError(f"weight file {file} is missing; copy it again or give another checkpoint")
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{file} is damaged, or holds more than tensors and was not executed; get a clean copy"
@@ -102,7 +103,17 @@ def load_weights_file(file: str | Path) -> dict[str, torch.Tensor]:
         content = content["model"]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{file} is not a state dict (a dictionary of tensors); give a file of weights")
+    check_finite(file, content)
     return content
+
+
+def check_finite(source: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises `UserError` if one of the tensors, which were read from `source`, holds NaN or an infinite number."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    # The sum costs no memory; only where it overflows or is NaN each number is looked at.
+    suspects = [name for name, tensor in floats.items() if not tensor.sum(dtype=torch.float32).isfinite()]
+    if bad := [name for name in suspects if not floats[name].isfinite().all()]:
+        raise UserError(f"{source} holds weights that are NaN or infinite: {_some(bad)}; take another checkpoint")
 
 
 def load_state_dict_folder(folder: Path) -> dict[str, torch.Tensor]:
