@@ -16,6 +16,7 @@ from models.checkpoint_io import (
     resize_rows,
     resolve_folder,
 )
+from models.config_fields import SHOWO_FIELDS, check_fields
 from models.generation.image import ImageGeneration
 from models.generation.text import TextGeneration
 from models.omni_attention import OmniMask, dense_for_attention
@@ -62,6 +63,7 @@ class ShowoConfig(PreTrainedConfig):
         qk_norm: bool | None = None,
         **kwargs,
     ):
+        check_fields({**locals(), **kwargs}, SHOWO_FIELDS)
         self.llm_model_path = llm_model_path
         self.vocab_size = vocab_size
         self.llm_vocab_size = llm_vocab_size
@@ -71,6 +73,8 @@ class ShowoConfig(PreTrainedConfig):
         self.w_clip_vit = w_clip_vit
         self.clip_feature_size = clip_feature_size
         self.load_from_showo = load_from_showo
+        if not isinstance(llm_config, dict | None):
+            raise ValueError(f"llm_config is a {type(llm_config).__name__}; it must be a group of keys")
         self.llm_config = llm_config if llm_config is not None else read_llm_config(llm_model_path)
         self.qk_norm = has_qk_norm(self.llm_config, qk_norm, llm_model_path)
         expected = self.vocabulary.vocab_size
