@@ -30,7 +30,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from models.checkpoint_io import read_json
+from common.files import read_json
+from models.checkpoint_io import CALLERS_KEYS
 from models.config_fields import LLM_FIELDS, check_divides, check_fields
 
 DEFAULT_LLM = "microsoft/phi-1_5"  # as published; `PhiConfig()` is its configuration
@@ -84,7 +85,15 @@ FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
 
 # Keys of a language model's configuration that Show-o sets itself or does not need. `pad_token_id` must go because
 # `nn.Embedding` does not train the row of that id, and Show-o's pad has another id.
-LEFT_OUT = ("model_type", "architectures", "vocab_size", "pad_token_id", "dtype", "torch_dtype", "transformers_version")
+LEFT_OUT = (
+    "architectures",
+    "vocab_size",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    *CALLERS_KEYS,
+)
 
 # Chat templates for the tokenizers of base models, which have a format's special tokens but no template. Keyed by the
 # token that opens a turn.
@@ -129,7 +138,7 @@ def find_backbone(llm_config: dict, llm_model_path: str = "llm_config") -> Backb
         ValueError: it is not supported.
     """
     family = llm_config.get("model_type", DEFAULT_MODEL_TYPE)
-    if family not in BACKBONES:
+    if not isinstance(family, str) or family not in BACKBONES:
         raise ValueError(
             f"llm_model_path {llm_model_path!r} is a {family!r} model, which is not supported: its layers may restrict "
             f"attention further than the mask, or cap the logits; use one of {', '.join(BACKBONES)}"
@@ -167,6 +176,8 @@ def make_llm_config(settings: dict, family: str) -> PreTrainedConfig:
         ValueError: a setting of a wrong type or out of range, or sizes that do not divide each other.
     """
     check_fields(settings, LLM_FIELDS)
+    if not settings.get("head_dim"):
+        check_divides(settings, "hidden_size", "num_attention_heads")
     try:
         config = BACKBONES[family].model_class.config_class(**settings)
     except (StrictDataclassError, TypeError, LookupError, AttributeError) as error:
@@ -178,8 +189,6 @@ def make_llm_config(settings: dict, family: str) -> PreTrainedConfig:
         if isinstance(value, float | int) and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{key} of the rotary embeddings is {value}; it must be a number above 0")
     check_fields(rope, LLM_FIELDS)
-    if not settings.get("head_dim"):
-        check_divides(sizes, "hidden_size", "num_attention_heads")
     check_divides(sizes, "num_attention_heads", "num_key_value_heads")
     head_dim = sizes.get("head_dim") or config.hidden_size // config.num_attention_heads
     rotated = int(head_dim * (rope.get("partial_rotary_factor") or 1))

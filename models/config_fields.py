@@ -114,12 +114,12 @@ def check_fields(settings: Mapping[str, Any], fields: Mapping[str, Field]) -> No
     """Raises `ValueError` for the first of the settings that is not what its field says."""
     for key, field in {**fields, "num_labels": LABELS}.items():
         if key in settings and not field.accepts(settings[key]):
-            raise ValueError(f"{key} is {str(settings[key])[:60]!r}; it must be {field}")
+            raise ValueError(f"{key} is {repr(settings[key])[:60]}; it must be {field}")
 
 
 def check_divides(settings: Mapping[str, Any], whole: str, part: str) -> None:
-    """Raises `ValueError` unless the setting `whole` is a multiple of the setting `part`."""
-    if settings[whole] % settings[part]:
+    """Raises `ValueError` unless the setting `whole` is a multiple of the setting `part`, where both are given."""
+    if whole in settings and part in settings and settings[whole] % settings[part]:
         raise ValueError(f"{whole} is {settings[whole]}; it must be a multiple of {part} ({settings[part]})")
 
 

@@ -214,10 +214,11 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
         path = llm_model_path or config.llm_model_path
         stored = load_state_dict_folder(resolve_folder(path))
         state_dict = cls._adapt_state_dict({f"showo.{key}": tensor.float() for key, tensor in stored.items()}, config)
-        model = cls._from_config(config, **kwargs)
-        fresh = (*config.backbone.qk_norm_names, "mm_projector", *model.all_tied_weights_keys)
-        expected = {k: v for k, v in model.state_dict().items() if k in state_dict or not any(f in k for f in fresh)}
+        skeleton = cls._skeleton(config)
+        fresh = (*config.backbone.qk_norm_names, "mm_projector", *skeleton.all_tied_weights_keys)
+        expected = {k: v for k, v in skeleton.state_dict().items() if k in state_dict or not any(f in k for f in fresh)}
         check_state_dict(str(path), expected, state_dict)
+        model = cls.from_config(config, **kwargs)
         model.load_state_dict(state_dict, strict=False)
         return model
 

@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from common.config import leaves
 from common.errors import UserError
+from common.files import read_json
 from common.settings import free_keys
 from common.tracking import read_lines, write_whole
-from models.checkpoint_io import check_finite, quietly, read_json
+from models.checkpoint_io import check_finite, quietly
 from training.data.streams import StreamState
 from training.optimization import decay_steps
 from training.processes import executing_nothing, full_state_dict, local, universal_checkpoint
