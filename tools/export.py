@@ -14,15 +14,16 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
+    import common  # noqa: F401  Ctrl-C is one word from here on
 
 import torch
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import REPOSITORY, resolve_path
+from common.files import REPOSITORY, read_json, resolve_path
 from common.settings import setting
 from models import MAGVITv2, Showo
-from models.checkpoint_io import INDEX_NAMES, read_json, resolve_folder
+from models.checkpoint_io import INDEX_NAMES, resolve_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLASSES = {"Showo": Showo, "showo": Showo, "MAGVITv2": MAGVITv2, "magvitv2": MAGVITv2}

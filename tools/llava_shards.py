@@ -23,6 +23,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import common  # noqa: F401  Ctrl-C is one word from here on
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
