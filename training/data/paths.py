@@ -98,7 +98,9 @@ def has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
 
 def _patterns(setting: str, value) -> Iterator[str]:
     for item in [value] if isinstance(value, str) else value:
-        if not is_address(item) and resolve_path(item).exists():  # whatever signs its name is made of
+        if not item:
+            raise UserError(f"{setting} holds an empty path; leave it out")
+        if not is_address(item) and _exists(item):  # whatever signs its name is made of
             yield item
             continue
         try:
@@ -111,6 +113,10 @@ def _patterns(setting: str, value) -> Iterator[str]:
         yield from names
 
 
+def _exists(path: str) -> bool:
+    return os.path.exists(expand(path)) or os.path.exists(REPOSITORY / expand(path))
+
+
 def _length(first: str, last: str, step: str) -> int:
     return abs(int(last) - int(first)) // (int(step or 1) or 1) + 1
 
@@ -118,10 +124,10 @@ def _length(first: str, last: str, step: str) -> int:
 def _files(setting: str, pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     if is_address(pattern):
         return [pattern]
-    path = resolve_path(pattern)
-    if any(c in pattern for c in "*?") and not path.exists():
+    if any(c in pattern for c in "*?") and not _exists(pattern):
         pattern = str(expand(pattern))
         return _matches(pattern) or _matches(str(REPOSITORY / pattern)) or [pattern]
+    path = resolve_path(pattern)
     if not path.is_dir() or not suffixes:
         return [_local(path)]
     files = [_local(file) for file in visible_files(path) if has_suffix(file.name, suffixes)]
