@@ -62,12 +62,18 @@ def get_mask_schedule(name: str, **params) -> Schedule:
         name: ``cosine``, ``linear``, ``sigmoid`` (params start, end, tau) or ``pow<k>``, e.g. ``pow2`` or ``pow0.5``.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or parameters that give no number.
     """
     if name == "cosine":
         return lambda t: torch.cos(t * math.pi * 0.5)
     # Faithful: all but cosine are clipped (pinned by tests/parity/test_goldens.py).
     if name == "sigmoid":
+        try:
+            values = _sigmoid_schedule(torch.linspace(0, 1, 9), **params)
+        except (ArithmeticError, TypeError) as error:
+            raise ValueError(f"params {params} of the schedule cannot be used ({error}); give numbers") from None
+        if not values.isfinite().all():
+            raise ValueError(f"params {params} of the schedule give no number; start and end must differ, tau not be 0")
         return lambda t: _sigmoid_schedule(t, **params).clamp(1e-6, 1.0)
     power = re.fullmatch(r"pow(\d*\.?\d+)", "pow1" if name == "linear" else name)
     if power is None:
