@@ -209,7 +209,7 @@ def is_greedy(temperature: float = 1.0, top_k: int | None = None, top_p: float |
         raise ValueError(f"top_k is {top_k}, expected at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}, expected a number in (0, 1], or None")
-    return top_k == 1 or temperature == 0
+    return top_k == 1 or temperature < 1e-9  # the limit; logits divided by less overflow
 
 
 def sample_next(
@@ -243,5 +243,6 @@ def sample_next(
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
         beyond = probabilities.cumsum(-1) - probabilities >= top_p  # the first token that crosses p stays
+        beyond[:, 0] = False  # also where p is too small for float32
         logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
