@@ -160,9 +160,7 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
     Raises:
         UserError: the environment variable WANDB_MODE has an unknown value.
     """
-    mode = options.get("mode") or os.environ.get("WANDB_MODE") or None
-    if mode not in (None, *WANDB_MODES):
-        raise UserError(f"WANDB_MODE is {mode!r}; allowed: {', '.join(WANDB_MODES)}")
+    mode = options.get("mode") or _mode_of_environment()
     if mode == "disabled":
         return None
     try:
@@ -191,6 +189,17 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
             reason = " ".join(str(error).split())[:200]
             print(f"wandb: no connection ({reason}); this run is recorded offline")
     return wandb.init(**arguments, mode="offline", settings=settings)
+
+
+def _mode_of_environment() -> str | None:
+    """`WANDB_MODE`, or what `WANDB_DISABLED` says, also in wandb's older words; None if neither is set."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "y", "on", "t"):
+        return "disabled"
+    given = os.environ.get("WANDB_MODE", "").lower()
+    mode = {"dryrun": "offline", "run": "online", "": None}.get(given, given)
+    if mode not in (None, *WANDB_MODES):
+        raise UserError(f"WANDB_MODE is {given!r}; allowed: {', '.join(WANDB_MODES)}")
+    return mode
 
 
 def _logged_in() -> bool:
