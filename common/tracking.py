@@ -15,6 +15,7 @@ from PIL import Image
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError
+from common.files import writing
 from common.schema import WANDB_MODES
 
 INIT_TIMEOUT = 20  # seconds; an online run that has not started by then becomes an offline one
@@ -91,7 +92,8 @@ class Tracker:
             slug = re.sub(r"[^a-z0-9]+", "-", panel.lower()).strip("-")
             path = self.output_dir / "images" / f"{slug}-{step:08d}.png"
             path.parent.mkdir(exist_ok=True)
-            contact_sheet(images, captions, title=f"{panel}, step {step}").save(path)
+            with writing(path) as temporary:
+                contact_sheet(images, captions, title=f"{panel}, step {step}").save(temporary, "PNG")
         if self.run is not None:
             import wandb
 
