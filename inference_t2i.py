@@ -51,7 +51,7 @@ class Inpainting:
     """The image with the white regions of the mask regenerated, `batch_size` times."""
 
     def __init__(self, config):
-        from models.images import load_image
+        from models.images import MASK, load_image
         from models.pipeline_showo import check_texts, mask_tokens
 
         if not config.prompt:
@@ -61,7 +61,7 @@ class Inpainting:
         self.count = config.num_images_per_prompt or config.batch_size
         image = required_path("image_path", config.image_path)
         mask = required_path("inpainting_mask_path", config.inpainting_mask_path)
-        self.image, self.mask = load_image(image), load_image(mask, None)
+        self.image, self.mask = load_image(image), load_image(mask, MASK)
         side = math.isqrt(config.model.showo.num_vq_tokens)
         mask_tokens(self.mask, self.image, config.dataset.preprocessing.resolution, side)
 

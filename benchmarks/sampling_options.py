@@ -20,8 +20,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from w
 import torch
 
 from benchmarks import generation, report
-from common.config import InferenceConfig, load_config, resolve_path
+from common.config import InferenceConfig, load_config
 from common.errors import run_cli
+from common.files import resolve_path
 from common.settings import setting
 from evaluation.images import square
 from examples.emoji_world.benchmark import SPLITS, read_world

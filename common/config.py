@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from difflib import SequenceMatcher
+from io import StringIO
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, get_args
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError
+from common.files import expand, read_text, resolve_path
 from common.schema import InferenceConfig, TrainingConfig, mask_schedule_of
 from common.settings import Setting, find_problems, print_help, settings_of
 
@@ -30,17 +32,10 @@ __all__ = [
     "mask_schedule_of",
     "read_key",
     "read_settings",
-    "resolve_path",
 ]
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+MAX_YAML, MAX_ALIASES = 2**22, 20  # bytes; aliases of aliases of aliases would fill any memory
 ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*(\w+)\s*\}")
-
-
-def resolve_path(path: str | Path) -> Path:
-    """Looks a relative path up in the current folder, then in the repository; returned as it is if neither has it."""
-    path = Path(path).expanduser()
-    return REPOSITORY / path if not path.exists() and (REPOSITORY / path).exists() else path
 
 
 def read_settings(argv: list[str], schema: type, example: str) -> DictConfig:
@@ -59,6 +54,7 @@ def read_settings(argv: list[str], schema: type, example: str) -> DictConfig:
     config = _structured(schema, dict(_flatten(arguments, known, problems)), problems)
     if missing := [key for key, one in known.items() if OmegaConf.is_missing(config, one.path)]:
         problems.append(f"{' and '.join(missing)} not given; for example {example}")
+    _expand_home(config, known, problems)
     problems += find_problems(schema, config)
     if problems:
         raise UserError("; ".join(problems))
@@ -101,6 +97,7 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
         given |= _without_aliases(source, own)
     config = _structured(schema, given, problems)
     _resolve(config, schema, others, elsewhere, problems)
+    _expand_home(config, own, problems)
     problems += find_problems(schema, config)
     if problems:
         raise UserError(f"config={path} with the command line: " + "; ".join(problems))
@@ -156,11 +153,12 @@ def _parse(key: str, text: str, one: Setting | None) -> Any:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"config={path} does not exist or is not a file; relative paths start at the current folder")
+    text = read_text(path, f"config={path}", MAX_YAML)
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > MAX_ALIASES:
+            raise UserError(f"config={path} has more than {MAX_ALIASES} aliases (`*name`); write the values out")
+        tree = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise UserError(f"config={path} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"config={path} must contain keys and values, not a {type(tree).__name__}")
@@ -268,6 +266,22 @@ def _resolve(
         problems.append(f"environment variables are not set: {names}; set them or give {instead}")
     if blank := OmegaConf.missing_keys(config):
         problems.append(f"{', '.join(sorted(blank))} is '???', a placeholder; give a value")
+
+
+def _expand_home(config: DictConfig, own: dict[str, Setting], problems: list[str]) -> None:
+    """Replaces `~` at the beginning of a value by the home folder: nothing but prose begins with it otherwise."""
+    for key, one in own.items():
+        value = OmegaConf.select(config, one.path, throw_on_missing=False)
+        texts = list(value) if OmegaConf.is_list(value) else [value]
+        if one.rule.is_prose or one.rule.alias or not any(str(text).startswith("~") for text in texts):
+            continue
+        try:
+            for text in texts:
+                expand(str(text))
+        except UserError as error:
+            problems.append(f"{key}={error}")
+        texts = [os.path.expanduser(text) if isinstance(text, str) else text for text in texts]
+        OmegaConf.update(config, one.path, texts if OmegaConf.is_list(value) else texts[0])
 
 
 def _value(config: DictConfig, key: str, others: list[type], elsewhere: dict[str, Any]) -> Any:

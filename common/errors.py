@@ -17,25 +17,76 @@ class UserError(Exception):
     """
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())  # quoted messages of libraries may span lines
+        return " ".join(shown(super().__str__()).split())  # quoted messages of libraries may span lines
 
 
 def run_cli(main: Callable[[list[str]], None]) -> None:
     """Calls `main` with the command-line arguments; a `UserError` becomes one line on stderr and exit code 2.
 
-    Ctrl-C gives exit code 130, as shells expect, and one line with the message of the `KeyboardInterrupt`, if it has
-    one. Any other exception keeps its traceback.
+    So does an `OSError`, with its path: a disk that fills, a folder that must not be read. Ctrl-C gives exit code 130,
+    as shells expect, and one line with the message of the `KeyboardInterrupt`, if it has one. Any other exception keeps
+    its traceback. A terminal that goes away, as after ``| head``, does not end a command.
     """
+    keep_terminal()
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
+        line = str(error) if isinstance(error, UserError) else describe_os_error(error)
         sys.stdout.flush()  # so that earlier output precedes the error, also through a pipe
-        print(f"error: {error}", file=sys.stderr)
-        _tell_launcher(f"error: {error}")
+        print(f"error: {line}", file=sys.stderr)
+        _tell_launcher(f"error: {line}")
         raise SystemExit(2) from None
     except KeyboardInterrupt as interrupt:
         print("; ".join(("interrupted", *map(str, interrupt.args))), file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def shown(name: str | Path) -> str:
+    """A path, name or message as text that can be printed and stored; bytes that are no UTF-8 become ``\\xe9``."""
+    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def describe_os_error(error: OSError) -> str:
+    """The file and what is wrong with it, in one line."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{shown(error.filename)}: {reason}" if error.filename else reason
+
+
+class LastingStream:
+    """A text stream whose reader may go away, or whose disk may fill: what cannot be written is dropped.
+
+    Long work goes on when its terminal closes. Signs that the terminal does not know are written as escapes.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        with suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):  # what waits in the buffer goes nowhere, also when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def keep_terminal() -> None:
+    """Makes standard output and error lasting streams, see `LastingStream`; closed ones become the null device."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        setattr(sys, name, stream if isinstance(stream, LastingStream) else LastingStream(stream))
 
 
 def _tell_launcher(message: str) -> None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from common.config import resolve_path
 from common.errors import UserError
+from common.files import resolve_path
 
 SEPARATOR = " *** "  # separates several prompts, directions or questions in one argument
 

@@ -485,7 +485,7 @@ class InferenceConfig(PipelineConfig):
 
     output_dir: str | None = setting(None, "null: {experiment.output_dir}/{mode}, or /mmu")
     mode: str | None = setting(None, "what inference_t2i.py does", choices=("t2i", "inpainting", "extrapolation"))
-    prompt: str | None = setting(None, "what to generate; ' *** ' separates several")
+    prompt: str | None = setting(None, "what to generate; ' *** ' separates several", is_prose=True)
     validation_prompts_file: str = alias("dataset.params.validation_prompts_file")
     image_path: str | None = setting(None, "image to inpaint or extrapolate")
     inpainting_mask_path: str | None = setting(None, "image whose white regions are regenerated")
@@ -494,7 +494,7 @@ class InferenceConfig(PipelineConfig):
     num_images_per_prompt: int | None = setting(
         None, "null: 1, but batch_size for inpainting and extrapolation, as published", low=1
     )
-    question: str | None = setting(None, "what to ask about every image; ' *** ' separates several")
+    question: str | None = setting(None, "what to ask about every image; ' *** ' separates several", is_prose=True)
     mmu_image_root: str | None = setting(None, "folder of images to ask about, or one image")
     dataset: PromptedDatasetSection = field(default_factory=PromptedDatasetSection)
 

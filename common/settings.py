@@ -40,6 +40,7 @@ class Rule:
         is_data: a path, or a list of paths, to data: an unset environment variable in it is left as ``$NAME``, so that
             `training/data/paths.py` can list it together with files that are missing.
         alias: the dotted key that this short name sets.
+        is_prose: text for a model; elsewhere `~` at the beginning is the home folder.
     """
 
     help: str = ""
@@ -51,6 +52,7 @@ class Rule:
     free: bool = False
     is_data: bool = False
     alias: str | None = None
+    is_prose: bool = False
 
     @property
     def range(self) -> str:

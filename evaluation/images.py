@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.config import resolve_path
 from common.errors import UserError
+from common.files import resolve_path
 from models.images import preprocess
 from models.loading import choose_device
 

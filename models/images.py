@@ -1,42 +1,129 @@
 """Image files ↔ PIL images ↔ tensors (spec §11)."""
 
+import io
 import warnings
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from common.errors import UserError
+from common.errors import UserError, shown
+from common.files import check_file
 
 MAX_PIXELS = 178_956_970  # PIL's own limit, beyond which it raises DecompressionBombError
+MAX_BYTES = 2**30  # of an image file
+# PIL's readers that decode by themselves: EPS, for one, hands the file to an interpreter of PostScript.
+FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB TIFF PPM JPEG2000 AVIF ICO ICNS TGA PCX SGI DDS".split()
+DEEP = ("I", "F")  # modes whose pixels PIL would clip to 8 bits; those of 16 bits begin with "I;16"
 
 
-def load_image(path: str | Path, mode: str | None = "RGB") -> Image.Image:
-    """Reads and decodes an image file.
+@dataclass(frozen=True)
+class ImageOptions:
+    """What becomes of facts that the published code ignores: it drops the alpha channel and EXIF's rotation.
 
     Args:
-        path: any format that PIL reads; the first frame of an animation.
-        mode: PIL mode of the result, `RGB` for images and `L` for inpainting masks; None keeps the file's.
+        exif: ``apply`` turns images as their EXIF orientation says; ``ignore``, as published, does not.
+        background: colour under transparent pixels, a name or ``#rrggbb``; None: alpha is dropped as published, which
+            shows whatever colours the transparent pixels happen to have.
+    """
+
+    exif: str = "ignore"
+    background: str | None = "white"
+
+
+DEFAULT = ImageOptions()
+MASK = ImageOptions(background="black")  # of inpainting: what is transparent is kept
+
+
+def load_image(path: str | Path, options: ImageOptions = DEFAULT) -> Image.Image:
+    """Reads and decodes an image file, see `open_image`."""
+    return open_image(Path(path), shown(path), options)
+
+
+def open_image(source: bytes | str | Path, name: str, options: ImageOptions = DEFAULT) -> Image.Image:
+    """Decodes an image: the only way in which images are read, in inference, training, evaluation and tools.
+
+    Args:
+        source: encoded bytes, or a file, in any of `FORMATS`; the first frame of an animation.
+        name: for messages.
+
+    Returns:
+        RGB, see `to_rgb`.
 
     Raises:
-        UserError: the file is missing, truncated, not an image, or has more than 178,956,970 pixels.
+        UserError: it is missing, no regular file, truncated, no image, has NaN pixels or more than 178,956,970.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"image {path} does not exist or is not a file; relative paths start at the current folder")
+    file = io.BytesIO(source) if isinstance(source, bytes) else check_file(source, f"image {name}", MAX_BYTES)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # raised from half of the limit on
-            with Image.open(path) as image:
-                _check_size(image.size, path)
-                return image.convert(mode)  # Faithful: EXIF rotation is not applied
+            warnings.simplefilter("ignore")  # of large images, odd EXIF data and palettes
+            with Image.open(file, formats=_formats()) as image:
+                _check_size(image.size, name)
+                image.load()
+                return to_rgb(image, options)
     except Image.DecompressionBombError:
-        raise UserError(f"image {path} has more than {MAX_PIXELS:,} pixels; scale it down first") from None
+        raise UserError(f"image {name} has more than {MAX_PIXELS:,} pixels; scale it down first") from None
     except UserError:
         raise
     except Exception as error:  # the decoders raise many unrelated classes
-        raise UserError(f"image {path} cannot be read; it is damaged or not an image ({error})") from None
+        reason = "not an image of a known format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise UserError(f"image {name} cannot be read; it is damaged or not an image ({reason})") from None
+
+
+def to_rgb(image: Image.Image, options: ImageOptions = DEFAULT) -> Image.Image:
+    """An image of any mode → RGB: more than 8 bits are scaled, transparency lies on the background; see `ImageOptions`.
+
+    Raises:
+        UserError: pixels are NaN or infinite.
+    """
+    if image.mode in DEEP or image.mode.startswith("I;16"):
+        image = _scaled(image)
+    if options.exif == "apply" and has_rotation(image):
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if options.background is not None and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, options.background), image)
+    return image.convert("RGB")
+
+
+def has_rotation(image: Image.Image) -> bool:
+    """Whether an image's EXIF data say that it is to be turned or mirrored."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except Exception:  # of broken EXIF data, which are none
+        return False
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits, or of floats → L.
+
+    The full range is that of the type where it has one (16 bits); else the smallest of [0, 1] for floats, [0, 255],
+    [0, 65535] that holds all pixels; else that of the pixels themselves.
+    """
+    values, info = np.asarray(image).astype(np.float64), image.info
+    if not np.isfinite(values).all():
+        raise UserError("an image has pixels that are NaN or infinite; save it with finite values")
+    low, high = float(values.min()), float(values.max())
+    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+        low, high = 0.0, 65535.0
+    else:
+        ranges = ([1.0] if image.mode == "F" else []) + [255.0, 65535.0]
+        full = next((top for top in ranges if low >= 0 and high <= top), None)
+        low, high = (low, max(high, low + 1e-12)) if full is None else (0.0, full)
+    scaled = Image.fromarray(np.rint((values - low) * (255 / (high - low))).astype(np.uint8))
+    scaled.info = {key: value for key, value in info.items() if key == "exif"}
+    return scaled
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def preprocess(image: Image.Image, resolution: int, *, normalize: bool = True) -> torch.Tensor:
@@ -61,8 +148,8 @@ def preprocess(image: Image.Image, resolution: int, *, normalize: bool = True) -
 
 def resized(image: Image.Image, resolution: int, *, keep_grey: bool = False) -> torch.Tensor:
     """The geometric half of `preprocess`: (resolution, resolution, 3 or 1) uint8."""
-    if image.mode != "RGB" and not (keep_grey and image.mode == "L"):
-        image = image.convert("RGB")
+    if not (keep_grey and image.mode == "L"):
+        image = to_rgb(image)
     size = resized_size(image.size, resolution, f"of {image.width} x {image.height} pixels")
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)

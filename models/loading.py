@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from common.errors import UserError
+from common.files import resolve_path
 from llava import QuestionFormat
 from models.backbones import DEFAULT_LLM
 from models.checkpoint_io import CHECKPOINT_FILES, TOKENIZER_FILES, read_json, resolve_folder
@@ -40,8 +41,6 @@ VOCABULARY_SIZES = ("vocab_size", "llm_vocab_size", "num_new_special_tokens", "c
 
 def located(name: str | Path) -> str:
     """Resolves an existing path as the scripts do (current folder, then repository); returns other names unchanged."""
-    from common.config import resolve_path  # needs OmegaConf, which the networks do without (`make gpu-check`)
-
     path = resolve_path(name)
     return str(path if path.exists() else name)
 

@@ -23,7 +23,7 @@ from common.launch import use_physical_cores
 from llava import QuestionFormat
 from models.clip_encoder import CLIPVisionTower
 from models.generation.sampling import SamplingParameters, Schedule, get_mask_schedule
-from models.images import load_image, preprocess, to_pil
+from models.images import DEFAULT, MASK, ImageOptions, load_image, preprocess, to_pil, to_rgb
 from models.loading import check_sizes, find_parts, load_parts
 from models.modeling_magvitv2 import MAGVITv2
 from models.modeling_showo import Showo
@@ -474,10 +474,8 @@ def mask_tokens(mask: ImageInput, image: Image.Image, resolution: int, window: i
     Raises:
         UserError: the mask is coloured, has another aspect ratio than the image, or has no white region.
     """
-    mask = _open(mask, mode=None)
-    if mask.mode == "F":
-        raise UserError("the inpainting mask has floating-point pixels; save it as an 8-bit black-and-white image")
-    colours = np.asarray(mask.convert("RGB").resize((64, 64)), dtype=np.int16)
+    mask = _open(mask, MASK)
+    colours = np.asarray(mask.resize((64, 64)), dtype=np.int16)
     if (np.ptp(colours, axis=-1) > 48).mean() > 0.02:
         raise UserError("the inpainting mask is a colour image; it must be black (keep) and white (regenerate)")
     if abs(mask.width * image.height / (mask.height * image.width) - 1) > 0.02:
@@ -511,8 +509,8 @@ def check_extrapolation(directions: Sequence[str], prompts: Sequence[str], offse
         )
 
 
-def _open(image: ImageInput, mode: str | None = "RGB") -> Image.Image:
-    return image if isinstance(image, Image.Image) else load_image(image, mode)
+def _open(image: ImageInput, options: ImageOptions = DEFAULT) -> Image.Image:
+    return to_rgb(image, options) if isinstance(image, Image.Image) else load_image(image, options)
 
 
 def _as_list(items) -> list:

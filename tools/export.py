@@ -17,8 +17,9 @@ if __name__ == "__main__":
 
 import torch
 
-from common.config import REPOSITORY, read_settings, resolve_path
+from common.config import read_settings
 from common.errors import UserError, run_cli
+from common.files import REPOSITORY, resolve_path
 from common.settings import setting
 from models import MAGVITv2, Showo
 from models.checkpoint_io import INDEX_NAMES, read_json, resolve_folder

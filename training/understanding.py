@@ -4,8 +4,8 @@ from copy import copy
 
 import torch
 
-from common.config import resolve_path
 from common.errors import UserError
+from common.files import resolve_path
 from llava import SYSTEM_PROMPT, collate
 from models import OmniMask
 from models.clip_encoder import image_processor_class, num_features, read_clip_config

@@ -9,8 +9,9 @@ from pkgutil import resolve_name
 import pytest
 from omegaconf import OmegaConf
 
-from common.config import InferenceConfig, TrainingConfig, load_config, mask_schedule_of, read_settings, resolve_path
+from common.config import InferenceConfig, TrainingConfig, load_config, mask_schedule_of, read_settings
 from common.errors import UserError
+from common.files import resolve_path
 from common.schema import RunConfig
 from common.settings import free_keys, setting, settings_of
 from evaluation.schema import EvaluationConfig
@@ -182,7 +183,8 @@ def test_in_a_file_the_keys_of_other_scripts_are_skipped(load):
     ("argument", "message"),
     [
         ("mode=t2i", "config=FILE"),
-        ("config=/", "does not exist"),
+        ("config=/", "is a folder"),
+        ("config=/no/such.yaml", "does not exist"),
         ("=3", "key=value"),
         ("prompt", "key=value"),
     ],
@@ -192,10 +194,10 @@ def test_no_config_and_missing_config(argument, message):
         load_config([argument], InferenceConfig)
 
 
-@pytest.mark.parametrize("content", [b"a: [1", b"- a", b"a: 1\na: 2", b"just text", b"\tx: 1", b"\xff\xfe\x00\x81"])
+@pytest.mark.parametrize("content", [b"a: [1", b"- a", b"a: 1\na: 2", b"just text", b"\tx: 1", b"\xe9t\xe9: 1"])
 def test_a_file_that_is_no_mapping(content, tmp_path):
     (tmp_path / "x.yaml").write_bytes(content)
-    with pytest.raises(UserError, match="cannot be read as YAML|must contain keys and values|unknown key just text"):
+    with pytest.raises(UserError, match="cannot be read as YAML|must contain keys|unknown key just text|no UTF-8"):
         load_config([f"config={tmp_path}/x.yaml"], InferenceConfig)
 
 

@@ -1,6 +1,8 @@
 """How a script ends: its exit code, and what it prints."""
 
 import json
+import os
+import subprocess
 import sys
 from unittest.mock import Mock
 
@@ -42,3 +44,40 @@ def test_the_launcher_of_several_processes_repeats_the_line(monkeypatch, tmp_pat
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
     assert failure.timestamp == json.loads(file.read_text())["timestamp"] > 0
     assert str(ChildFailedError("train.py", {0: failure})).rstrip("=\n").endswith("traceback : error: mode is 3")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device", "out/x.png"), "error: out/x.png: No space left on device\n"),
+        (PermissionError(13, "Permission denied", b"caf\xe9"), "Permission denied\n"),
+        (OSError("odd"), "error: odd\n"),
+    ],
+)
+def test_errors_of_the_disk_are_one_line_with_the_path(capsys, error, told):
+    with pytest.raises(SystemExit) as end:
+        run_cli(Mock(side_effect=error))
+    output, errors = capsys.readouterr()
+    assert (end.value.code, output, errors.count("\n")) == (2, "", 1) and errors.endswith(told)
+
+
+TALKS = """
+import sys
+from common.errors import run_cli
+def main(arguments):
+    for number in range(3000):
+        print(f"{number} \\u2026 caf\\udce9", flush=number % 1000 == 0)
+    open(sys.argv[1], "w").write("done")
+run_cli(main)
+"""
+
+
+@pytest.mark.parametrize("ending", ["| head -1", ">&-", "> /dev/full", "2>&- >&-", "> /dev/null"])
+def test_work_goes_on_when_nobody_listens(tmp_path, ending):
+    """A pipe that closes, a closed or full stdout, a terminal that knows ASCII only, a name that is no Unicode."""
+    (tmp_path / "talks.py").write_text(TALKS)
+    command = f"set -o pipefail; {sys.executable} {tmp_path}/talks.py {tmp_path}/done {ending}"
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    result = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr, (tmp_path / "done").read_text()) == (0, "", "done")
+    assert result.stdout == ("0 \\u2026 caf\\udce9\n" if "head" in ending else "")

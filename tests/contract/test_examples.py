@@ -27,7 +27,7 @@ def test_each_can_be_read_and_has_its_source(path):
 
 @pytest.mark.parametrize("path", MASKS, ids=lambda path: path.stem)
 def test_masks_fit_their_images_and_are_black_and_white(path):
-    mask = load_image(path, "L")
+    mask = load_image(path).convert("L")
     assert mask.size == load_image(path.with_name(path.name.replace("_mask.png", ".jpg"))).size == (512, 512)
     assert {value for _, value in mask.getcolors()} == {0, 255}
     assert 0.1 < preprocess(mask, 512, normalize=False).mean() < 0.7

@@ -1,6 +1,7 @@
 """spec §11 against torch's own antialiased resize and hand-made crops; and files that are no good images."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from models.images import load_image, preprocess, to_pil
+from models.images import MASK, ImageOptions, has_rotation, load_image, open_image, preprocess, to_pil
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -96,9 +97,8 @@ def test_to_pil_clamps_and_truncates():
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp"])
 def test_load_image_converts(tmp_path, suffix):
     noise(30, 20).save(tmp_path / f"x.{suffix}")
-    assert load_image(tmp_path / f"x.{suffix}").mode == "RGB"
-    mask = load_image(str(tmp_path / f"x.{suffix}"), "L")
-    assert (mask.mode, mask.size) == ("L", (30, 20))
+    image = load_image(str(tmp_path / f"x.{suffix}"))
+    assert (image.mode, image.size) == ("RGB", (30, 20))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -120,9 +120,11 @@ def test_what_is_no_image_is_refused(tmp_path, content):
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
-    for path in (tmp_path, tmp_path / "none.png"):
-        with pytest.raises(UserError, match="does not exist"):
-            load_image(path)
+    os.mkfifo(tmp_path / "pipe.png")  # reading it would never end
+    found = {"": "is a folder", "none.png": "does not exist", "pipe.png": "no regular file"}
+    for name, message in found.items():
+        with pytest.raises(UserError, match=message):
+            load_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("size", [(14000, 13000), (30000, 30000)])  # PIL itself refuses from twice the limit on
@@ -130,3 +132,74 @@ def test_enormous_images_are_refused_before_they_are_decoded(tmp_path, size):
     (tmp_path / "bomb.ppm").write_bytes(b"P6 %d %d 255\n" % size)  # claims a size and holds no rows
     with pytest.raises(UserError, match=r"178,956,970"):
         load_image(tmp_path / "bomb.ppm")
+
+
+# --- more than RGB of 8 bits
+
+RAMP = np.linspace(0, 1, 5)[None].repeat(3, 0)
+
+
+def saved(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "format"),
+    [
+        ((RAMP * 65535).astype(np.uint16), "PNG"),
+        ((RAMP * 65535).astype(np.uint16), "TIFF"),
+        ((RAMP * 65535).astype(np.int32), "TIFF"),
+        ((RAMP * 65535000).astype(np.int32), "TIFF"),
+        ((RAMP * 3000 - 1000).astype(np.int32), "TIFF"),
+        (RAMP.astype(np.float32), "TIFF"),
+        ((RAMP * 255).astype(np.float32), "TIFF"),
+        ((RAMP * 2 - 1).astype(np.float32), "TIFF"),
+    ],
+)
+def test_greys_of_more_than_8_bits_are_scaled_not_clipped(pixels, format):
+    image = open_image(saved(Image.fromarray(pixels), format), "ramp")
+    assert np.allclose(np.asarray(image)[0, :, 0], [0, 64, 127, 191, 255], atol=1)
+    assert preprocess(Image.fromarray(pixels), 3).std() > 0.2  # images that a program passes, too
+
+
+def test_dark_16_bits_stay_dark():
+    assert np.asarray(open_image(saved(Image.fromarray(np.full((2, 2), 2570, np.uint16)), "PNG"), "x")).max() == 10
+
+
+def test_pixels_that_are_no_numbers_are_refused():
+    with pytest.raises(UserError, match="NaN"):
+        open_image(saved(Image.fromarray(np.array([[0, np.nan]], np.float32)), "TIFF"), "x")
+
+
+def test_transparent_pixels_lie_on_the_background():
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([10, 20, 30] * 256)
+    files = [
+        saved(Image.new("RGBA", (4, 4), (10, 20, 30, 0)), "PNG"),
+        saved(Image.new("LA", (4, 4), (10, 0)), "PNG"),
+        saved(palette, "PNG", transparency=b"\0"),
+        saved(palette, "GIF", transparency=0),
+        saved(Image.new("RGB", (4, 4), (10, 20, 30)), "PNG", transparency=(10, 20, 30)),
+    ]
+    for file in files:
+        assert open_image(file, "x").getpixel((0, 0)) == (255, 255, 255)
+        assert open_image(file, "x", MASK).getpixel((0, 0)) == (0, 0, 0)
+        assert open_image(file, "x", ImageOptions(background="#00ff00")).getpixel((0, 0)) == (0, 255, 0)
+        assert open_image(file, "x", ImageOptions(background=None)).getpixel((0, 0))[0] == 10  # as published
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_exif_turns_an_image_if_asked_to(format):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = saved(noise(60, 40), format, exif=exif)
+    plain, turned = open_image(file, "x"), open_image(file, "x", ImageOptions("apply"))
+    assert (plain.size, turned.size) == ((60, 40), (40, 60)) and has_rotation(plain) and not has_rotation(turned)
+    assert np.array_equal(np.asarray(plain.rotate(-90, expand=True)), np.asarray(turned))
+
+
+def test_files_for_interpreters_are_not_opened():
+    with pytest.raises(UserError, match="known format"):
+        open_image(saved(noise(8, 8), "EPS"), "x")

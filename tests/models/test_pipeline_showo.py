@@ -119,7 +119,8 @@ def test_the_mask_follows_the_published_rule():
         (Image.new("L", (48, 40), 128), None),  # 0.502
         (Image.new("RGB", (96, 80), "white"), None),
         (Image.new("L", (48, 48), 255), "48 x 48 pixels, the image 48 x 40"),
-        (Image.new("F", (48, 40), 255), "floating-point pixels"),
+        (Image.new("F", (48, 40), 255), None),
+        (Image.new("RGBA", (48, 40), (255, 255, 255, 0)), "no white region"),  # what is transparent is kept
         (noise(4), "colour image"),
     ],
 )

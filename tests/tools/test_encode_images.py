@@ -13,8 +13,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from common.config import REPOSITORY, TrainingConfig
+from common.config import TrainingConfig
 from common.errors import UserError
+from common.files import REPOSITORY
 from models.images import preprocess
 from tests.tools.sets import read_set
 from tests.training.tiny import (

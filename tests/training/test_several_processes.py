@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from common.config import REPOSITORY
+from common.files import REPOSITORY
 from models import Showo
 from tests.training import tiny
 from tests.training.tiny import accelerate_launch, same, steps_of, weights

@@ -20,7 +20,8 @@ from omegaconf import DictConfig
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from common.config import REPOSITORY, TrainingConfig, load_config
+from common.config import TrainingConfig, load_config
+from common.files import REPOSITORY
 from models import MAGVITv2, MAGVITv2Config, Showo, ShowoConfig, UniversalPrompting
 from models.images import preprocess
 from tools import small_llm

@@ -13,8 +13,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from common.config import resolve_path
 from common.errors import UserError
+from common.files import resolve_path
 from llava import ChatFormat, encode_conversation, encode_plain
 from training.data.image_text import (
     PIXELS_ONLY,

@@ -7,7 +7,6 @@ import io
 import os
 import random
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from models.images import MAX_PIXELS, resized
+from models.images import MAX_PIXELS, open_image, resized
 from training.data.json_records import JsonTable
 from training.data.shards import CODES
 from training.data.sources import (
@@ -144,17 +143,12 @@ def read_image(encoded: bytes | str | None, name: str) -> Image.Image:
     """
     if not isinstance(encoded, bytes | str):
         raise SkipSample(MALFORMED_ITEM, f"{name}: no image")
+    if isinstance(encoded, str) and not os.path.isfile(encoded):
+        raise SkipSample(MISSING_FILE, encoded)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, odd EXIF data and palettes
-            with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-                image.load()
-                # Faithful: EXIF rotation is not applied.
-                return image if image.mode == "RGB" else image.convert("RGB")
-    except FileNotFoundError:
-        raise SkipSample(MISSING_FILE, f"{encoded}") from None
-    except Exception as error:  # decoders of broken files raise almost anything, even SyntaxError
-        raise SkipSample(UNREADABLE_IMAGE, f"{name}: {error}") from None
+        return open_image(encoded, name)
+    except UserError as error:
+        raise SkipSample(UNREADABLE_IMAGE, str(error)) from None
 
 
 def jittered(image: Image.Image, amount: float, rng: random.Random) -> Image.Image:

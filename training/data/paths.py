@@ -7,8 +7,8 @@ from pathlib import Path
 
 import braceexpand
 
-from common.config import REPOSITORY, resolve_path
 from common.errors import UserError
+from common.files import REPOSITORY, resolve_path
 
 SHARDS = (".tar", ".tgz", ".tar.gz")
 PARQUET = (".parquet",)

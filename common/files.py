@@ -1,0 +1,342 @@
+"""Files at the border: which ones count, how they are read, and how results are written without losing anything.
+
+Reading: only regular files, of bounded size, in a known encoding; hidden files are nobody's data. Writing: beside the
+goal and then renamed, and only over what a command of this project wrote itself. Every error names file and remedy.
+"""
+
+import json
+import os
+import stat
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, describe_os_error, shown
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MAX_TEXT = 2**31  # bytes of a file that is read into memory at once
+MAX_JSON = 2**30
+MAX_DEPTH = 200  # of nested JSON
+JUNK = ("__MACOSX", "lost+found")
+BYTE_ORDER_MARK = "\ufeff"
+ENCODINGS = {  # by the byte order mark that a file begins with; the longer marks first
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
+
+
+# ---- paths ----
+
+
+def expand(path: str | Path) -> Path:
+    """The path with `~` replaced by the home folder; `UserError` if there is no such user, or it cannot be a path."""
+    if "\0" in str(path):
+        raise UserError(f"{shown(path)!r} cannot be a path: it holds a NUL")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{shown(path)}: there is no such home folder; write the path out") from None
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Looks a relative path up in the current folder, then in the repository; returned as it is if neither has it."""
+    path = expand(path)
+    return REPOSITORY / path if not path.exists() and (REPOSITORY / path).exists() else path
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is nobody's data: hidden, a system's own, or left by a killed command."""
+    return (name.startswith(".") and name not in (".", "..")) or name in JUNK or name.endswith(".partial")
+
+
+def is_hidden_member(path: str) -> bool:
+    """Whether a part of the path of an archive's member is hidden."""
+    return any(is_hidden(part) for part in path.split("/"))
+
+
+def visible_files(folder: str | Path) -> list[Path]:
+    """All regular files at any depth, sorted, without hidden ones. Links are followed, each folder is visited once."""
+    files, waiting, visited = [], deque([Path(folder)]), set()
+    while waiting:
+        place = waiting.popleft()
+        identity = os.stat(place)
+        if (identity.st_dev, identity.st_ino) in visited:
+            continue
+        visited.add((identity.st_dev, identity.st_ino))
+        for entry in _entries(place):
+            if entry.is_dir():  # folders before links, so that a file has its own path, not that of a link
+                (waiting.append if entry.is_symlink() else waiting.appendleft)(Path(entry.path))
+            elif entry.is_file():
+                files.append(Path(entry.path))
+    return sorted(files)
+
+
+def visible_in(folder: str | Path) -> list[Path]:
+    """The regular files of a folder itself, sorted, without hidden ones."""
+    return sorted(Path(entry.path) for entry in _entries(folder) if entry.is_file())
+
+
+def visible_folders(folder: str | Path) -> list[Path]:
+    """The folders of a folder, sorted, without hidden ones."""
+    return sorted(Path(entry.path) for entry in _entries(folder) if entry.is_dir())
+
+
+def _entries(folder: str | Path) -> Iterator[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from (entry for entry in entries if not is_hidden(entry.name))
+    except OSError as error:
+        raise UserError(f"folder {shown(folder)} cannot be read ({error.strerror}); mend its permissions") from None
+
+
+# ---- reading ----
+
+
+def check_file(path: str | Path, what: str | None = None, limit: int | None = None) -> Path:
+    """The path of a regular file that can be read.
+
+    Args:
+        what: how the user named it, such as ``captions=x.csv``; default: the path.
+        limit: most bytes.
+
+    Raises:
+        UserError: there is none; it is a folder, a pipe or a device, too large, or must not be read.
+    """
+    path, what = expand(path), what or shown(path)
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        reason = "does not exist" if missing else f"cannot be read ({getattr(error, 'strerror', error)})"
+        raise UserError(f"{what} {reason}; relative paths start at the current folder") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{what} is {'a folder' if stat.S_ISDIR(found.st_mode) else 'no regular file'}; give a file")
+    if limit is not None and found.st_size > limit:
+        raise UserError(f"{what} has {found.st_size:,} bytes; at most {limit:,} are read; give a smaller file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{what} must not be read by this user; mend its permissions")
+    return path
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8, or UTF-16 and UTF-32 that begin with their mark; byte order marks, also of joined files, are left out.
+
+    Raises:
+        UnicodeDecodeError: it is another encoding.
+    """
+    encoding = next((name for mark, name in ENCODINGS.items() if data.startswith(mark)), "utf-8")
+    return data.decode(encoding).replace(BYTE_ORDER_MARK, "")
+
+
+def read_text(path: str | Path, what: str | None = None, limit: int = MAX_TEXT) -> str:
+    """The text of a file, with its line ends; `UserError` if it has none, see `check_file` and `decode_text`."""
+    what = what or shown(path)
+    try:
+        return decode_text(check_file(path, what, limit).read_bytes())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror or error})") from None
+
+
+def parse_json(text: str | bytes, where: str, kind: type | None = None) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        where: file and place, for messages.
+        kind: the type it must have: dict, list, …; None: any.
+
+    Raises:
+        UserError: it is no JSON, nested too deeply, or of another type.
+    """
+    try:
+        value = json.loads(decode_text(text) if isinstance(text, bytes) else text)
+        _check_depth(value)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one of them
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{where} is no valid JSON ({reason}); mend or fetch it again") from None
+    if kind is not None and not isinstance(value, kind):
+        raise UserError(f"{where} holds {kind_of(value)}, expected {KINDS[kind]}")
+    return value
+
+
+def read_json(path: str | Path, what: str | None = None, kind: type | None = dict, limit: int = MAX_JSON) -> Any:
+    """The JSON value in a file, of the type `kind`; `UserError` if it cannot be read, see `parse_json`."""
+    what = what or shown(path)
+    return parse_json(read_text(path, what, limit), what, kind)
+
+
+def field(record: dict, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """A member of a JSON object; `UserError` if it is missing or of another type (true is no number)."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    kinds += (int,) * (float in kinds)
+    wanted = " or ".join(KINDS[one] for one in dict.fromkeys(kinds))
+    if name not in record:
+        raise UserError(f"{where}: field {name!r} is missing, expected {wanted}")
+    value = record[name]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise UserError(f"{where}: field {name!r} is {kind_of(value)}, expected {wanted}")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value in a few words, for messages: its beginning if it is short, else its type."""
+    if isinstance(value, (dict, list)):
+        return f"{KINDS[type(value)]} of {len(value)}"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_depth(value: Any) -> None:
+    """Raises `RecursionError` for what later code could not walk through."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for one in level
+            if isinstance(one, (dict, list))
+            for item in (one.values() if isinstance(one, dict) else one)
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return
+    raise RecursionError
+
+
+# ---- writing ----
+
+
+def make_folder(folder: str | Path) -> Path:
+    """Creates a folder and its parents; `UserError` if that is impossible."""
+    folder = expand(folder)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turns an `OSError` of writing `path` into one line; those of other files keep their own path."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and Path(os.fsdecode(error.filename)).parent != Path(path).parent:
+            raise UserError(describe_os_error(error)) from None
+        reason = error.strerror or error
+        raise UserError(f"cannot write {shown(path)} ({reason}); make room, or give another place") from None
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """A path beside the goal to write to; renamed to the goal at the end, removed if anything fails.
+
+    Raises:
+        UserError: the disk is full or cannot be written to, or the goal is a folder. What was there stays.
+    """
+    path = expand(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with disk_errors(path):
+        try:
+            yield temporary
+            if path.is_symlink():
+                raise UserError(f"{shown(path)} is a link, which would be replaced; remove it or give another place")
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file as UTF-8, completely or not at all; `UserError` if that is impossible."""
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes a JSON file, completely or not at all; `UserError` if that is impossible."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+class Owned:
+    """What commands of this project wrote into a folder: the one answer to "may it be replaced?".
+
+    Each file that `record` is told of has a line in the folder's `.written.jsonl`, with its size and time. A file that
+    is not there, or was changed since, is somebody else's.
+    """
+
+    RECORD = ".written.jsonl"
+
+    def __init__(self, folder: str | Path):
+        self.folder = expand(folder)
+        self.file = self.folder / self.RECORD
+        self.written: dict[str, list[int] | None] = {}
+        if self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with suppress(ValueError, TypeError, LookupError):  # a line that was cut off
+                    record = json.loads(line)
+                    self.written[str(record["file"])] = record["state"]
+
+    def is_ours(self, name: str) -> bool:
+        """Whether a file is as a command of ours wrote it; of one that `grows`, whether it is one."""
+        path = self.folder / name
+        if name not in self.written or path.is_symlink():
+            return False
+        return self.written[name] in (None, _state(path))
+
+    def names(self) -> list[str]:
+        """The files that are there and ours."""
+        return [name for name in self.written if self.is_ours(name)]
+
+    def claim(self, names: Iterable[str], setting: str) -> None:
+        """Makes sure that files may be written: each is ours or not there.
+
+        Args:
+            setting: the key and value that name the folder, for the message.
+
+        Raises:
+            UserError: names the first one that is somebody else's.
+        """
+        for name in names:
+            if os.path.lexists(self.folder / name) and not self.is_ours(name):
+                raise UserError(
+                    f"{setting}: {shown(self.folder / name)} is there and was not written by this command, or was "
+                    "changed since; move it away or give another folder"
+                )
+
+    def record(self, name: str, grows: bool = False) -> None:
+        """Notes that a file was written; `grows`: lines are added to it later, so its state is not compared."""
+        self.written[name] = None if grows else _state(self.folder / name)
+        line = json.dumps({"file": name, "state": self.written[name]})
+        with disk_errors(self.file), self.file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def remove(self) -> int:
+        """Removes every file that is ours; returns how many."""
+        names = self.names()
+        with disk_errors(self.folder):
+            for name in names:
+                (self.folder / name).unlink()
+            self.file.unlink(missing_ok=True)
+        self.written = {}
+        return len(names)
+
+
+def _state(path: Path) -> list[int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return [-1, -1]
+    return [found.st_size, found.st_mtime_ns]

@@ -1,0 +1,133 @@
+"""The border: which files count, how they are read, and what may be written over."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from common import files
+from common.errors import UserError
+from common.files import Owned, field, parse_json, read_json, read_text, visible_files, writing
+
+
+def test_visible_files_are_everybody_s_own_and_each_folder_counts_once(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    for name in ("data/b.txt", "data/a/c.txt", "elsewhere/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    for name in ("._b.txt", ".ipynb_checkpoints/b.txt", "__MACOSX/b.txt", "x.tar.partial", ".x.partial/b.txt"):
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_text("")
+    (tmp_path / "data/A_loop").symlink_to(".")
+    (tmp_path / "data/a/up").symlink_to("..")
+    (tmp_path / "data/z").symlink_to(elsewhere)
+    (tmp_path / "data/zz").symlink_to(elsewhere)
+    os.mkfifo(tmp_path / "data/pipe.txt")
+    found = [path.relative_to(tmp_path / "data").as_posix() for path in visible_files(tmp_path / "data")]
+    assert found == ["a/c.txt", "b.txt", "z/d.txt"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_texts_of_unicode_encodings_are_read_without_marks(tmp_path, encoding):
+    marked = ("\ufeff" if encoding == "utf-16-le" else "") + "ein Öl\r\n"
+    (tmp_path / "x.txt").write_bytes(marked.encode(encoding))
+    assert read_text(tmp_path / "x.txt") == "ein Öl\r\n"
+
+
+def test_marks_of_joined_files_go(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfa\n\xef\xbb\xbfb\n")
+    assert read_text(tmp_path / "x.txt") == "a\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b"caf\xe9"), "captions=x is no UTF-8 text .* save it as UTF-8"),
+        (lambda path: path.mkdir(), "captions=x is a folder"),
+        (lambda path: os.mkfifo(path), "captions=x is no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "captions=x is no regular file"),
+        (lambda path: None, "captions=x does not exist"),
+        (lambda path: path.write_bytes(b"a" * 11), "captions=x has 11 bytes; at most 10"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(tmp_path, make, message):
+    make(tmp_path / "x")
+    with pytest.raises(UserError, match=message):
+        read_text(tmp_path / "x", "captions=x", limit=10)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no valid JSON"),
+        ("{", "no valid JSON"),
+        ("[" * 10**5, "nested too deeply"),
+        ("[" * 300 + "]" * 300, "nested too deeply"),
+        ("9" * 5000, "no valid JSON"),
+        ("[1]", "x.json holds a list of 1, expected an object"),
+    ],
+)
+def test_what_is_no_json_is_refused_by_name(tmp_path, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_json(tmp_path / "x.json")
+
+
+def test_fields_have_types():
+    record = parse_json('{"a": 1, "b": true, "c": "x"}', "x.json", dict)
+    assert field(record, "a", float, "x.json") == 1
+    for name, kind in (("b", int), ("c", list), ("d", str)):
+        with pytest.raises(UserError, match=f"x.json: field '{name}' is"):
+            field(record, name, kind, "x.json")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    goal = tmp_path / "x.txt"
+    goal.write_text("before")
+    with pytest.raises(UserError, match=r"cannot write .*x\.txt \(No space left on device\)"), writing(goal) as place:
+        place.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert goal.read_text() == "before" and list(tmp_path.iterdir()) == [goal]
+    with writing(goal) as place:
+        place.write_text("after")
+    assert goal.read_text() == "after" and list(tmp_path.iterdir()) == [goal]
+    (tmp_path / "link").symlink_to(goal)
+    with pytest.raises(UserError, match="is a link"), writing(tmp_path / "link") as place:
+        place.write_text("no")
+    with pytest.raises(UserError, match="cannot write"), writing(tmp_path / "none/x") as place:
+        place.write_text("no")
+
+
+def test_only_what_was_written_and_not_changed_is_ours(tmp_path):
+    owned = Owned(tmp_path)
+    owned.claim(["a.png", "lines.jsonl"], "output_dir=x")
+    (tmp_path / "a.png").write_text("ours")
+    (tmp_path / "lines.jsonl").write_text("1\n")
+    owned.record("a.png")
+    owned.record("lines.jsonl", grows=True)
+    (tmp_path / "lines.jsonl").write_text("1\n2\n")
+    (tmp_path / "b.png").write_text("somebody's")
+    again = Owned(tmp_path)
+    again.claim(["a.png", "lines.jsonl", "new.png"], "output_dir=x")
+    with pytest.raises(UserError, match=r"output_dir=x: .*b\.png is there and was not written by this command"):
+        again.claim(["b.png"], "output_dir=x")
+    (tmp_path / "a.png").write_text("changed")
+    assert Owned(tmp_path).names() == ["lines.jsonl"]
+    (tmp_path / Owned.RECORD).open("a").write('{"file": "b.p')  # cut off
+    assert Owned(tmp_path).remove() == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "a\0b"])
+def test_paths_that_cannot_be(path):
+    with pytest.raises(UserError, match="home folder|cannot be a path"):
+        files.expand(path)
+
+
+def test_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.resolve_path("~/x") == tmp_path / "x"
+    assert files.resolve_path("configs").name == "configs"
+    assert json.dumps(files.shown(Path(os.fsdecode(b"caf\xe9.png"))))
