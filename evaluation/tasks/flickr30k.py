@@ -28,16 +28,22 @@ JAVA = "Stanford's PTBTokenizer 3.4.1 (Java)"
 PYTHON = "the Python rule for Penn-Treebank tokens (no Java here)"
 CLITICS = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))(?!\w)")
 JOINED = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "lemme": "lem me"}
-JOINED |= {"gimme": "gim me", "y'all": "y' all", "rock'n'roll": "rock 'n' roll"}
-SIGNS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "£": "#", "€": "$", "¢": " cents"})
+JOINED |= {"gimme": "gim me", "y'all": "y' all", "rock'n'roll": "rock 'n' roll", "'tis": "'t is", "'twas": "'t was"}
+SIGNS = {"’": "'", "‘": "'", "“": '"', "”": '"', "–": " -- ", "—": " -- ", "…": "...", "£": "#", "€": "$"}
+SIGNS |= {"¢": " cents", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "}
+SIGNS = str.maketrans(SIGNS)
+AMPERSAND = re.compile("(?<![A-Z])&|&(?![A-Z])")  # AT&T is a word, salt&pepper is three
+NO_TOKENS = re.compile("[\ufe0f\U00010000-\U0010ffff]")  # emoji
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", '"': "''", "{": "-lcb-", "}": "-rcb-"}
 TOKEN = re.compile(
     r"""
     (?:https?://|www\.)\S*\w | [\w.+-]+@[\w-]+\.[\w.]*\w                # addresses
-    | (?:[a-z]\.){2,} | [a-z]\.(?!\w) | no\.(?=\s+\d)                # u.s., an initial, no. 7
-    | (?:mr|mrs|ms|dr|st|jr|sr|vs|etc|inc|ltd|co|corp|prof|ave|blvd|mt|sgt|capt|gen|lt|col|ft)\.
-    | n't(?!\w) | '(?:s|m|d|re|ve|ll|em|til|tis|twas|\d0s)(?!\w) | 'n' | y'
-    | \d+(?::\d\d)+ | \d+(?:[.,]\d+)+                                   # 5:30, 1,000, 2.5
+    | (?:[a-z]\.){2,} | ph\.d\. | [a-z]\.(?!\w) | no\.(?=\s+\d)       # u.s., an initial, no. 7
+    | (?:mr|mrs|ms|dr|st|jr|sr|vs|etc|inc|ltd|co|corp|prof|ave|blvd|mt|sgt|capt|gen|lt|col|ft|rd|rev|gov|sen)\.
+    | (?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu(?:rs)?|fri)\.
+    | n't(?!\w) | '(?:s|m|d|re|ve|ll|em|til|t|\d0s)(?!\w) | 'n' | y' | '\d\d(?!\S)
+    | \d+(?::\d\d)+ | [-+]?\d+(?:[.,]\d+)+ | [-+]?\.\d+ | [-+]\d+     # 5:30, 1,000, 2.5, .5, -5
+    | \d+(?=') | \#[^\W\d]\w* | c\+\+ | c\#                            # 5'10", #tag
     | @?\w+(?:[-/'&.]\w+)*                                              # up-to-date, black/white, o'clock
     | \.{3} | -+ | [!?]+ | \S
     """,
@@ -155,7 +161,7 @@ def java_tokens(captions: Sequence[str], library) -> list[list[str]]:
 
 def python_tokens(caption: str) -> list[str]:
     """The same rule without Java, for English captions."""
-    text = caption.translate(SIGNS).lower()
+    text = NO_TOKENS.sub(" ", AMPERSAND.sub(" & ", caption.translate(SIGNS))).lower()
     text = " ".join(JOINED.get(word.rstrip(".,!?;:"), word) for word in text.split())
     tokens = TOKEN.findall(CLITICS.sub(r" \1", text))
     return [BRACKETS.get(token, token) for token in tokens]
