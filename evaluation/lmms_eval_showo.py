@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from common.config import InferenceConfig, load_config
 from common.errors import UserError, run_cli
+from common.progress import progress
 from models.pipeline_showo import ShowoPipeline
 
 MAX_NEW_TOKENS = 256  # where a task does not say
@@ -103,7 +104,7 @@ class ShowoLmms(lmms):
         for index, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
         answers = [""] * len(requests)
-        with tqdm(total=len(requests), desc="showo", disable=self.rank != 0) as bar:
+        with progress(total=len(requests), desc="showo", disable=self.rank != 0) as bar:
             for indices in alike.values():
                 for start in range(0, len(indices), self.batch_size):
                     batch = indices[start : start + self.batch_size]
@@ -136,7 +137,7 @@ class ShowoLmms(lmms):
             UserError: a request has no image, as those of the metric `acc_mutual_info`.
         """
         found = []
-        for request in tqdm(requests, desc="showo", disable=self.rank != 0):
+        for request in progress(requests, desc="showo", disable=self.rank != 0):
             context, target, *where = request.args
             if not where:
                 raise UserError("acc_mutual_info asks without the image, which Show-o does not answer; leave it out")
@@ -161,7 +162,7 @@ class ShowoLmms(lmms):
             self.has_warned = True
             text = f"task {task}, document {doc_id} has {len(images)} images; of each document the first is shown"
             tqdm.write(f"warning: {text}", file=sys.stderr)
-        return images[0].convert("RGB")
+        return images[0]
 
 
 def question_of(context: str) -> str:
