@@ -217,7 +217,8 @@ def _rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
 
 def _delimited_rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
     content = Delimited(read_text(table, f"captions={table}", limit=MAX_TABLE))
-    header = content.header
+    if not (header := content.header):
+        raise UserError(f"captions={table} is empty")
     _, caption = choose(header)
     for row in content.rows(text_is_last=caption == header[-1]):
         if row.problem:

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
-import pyarrow.parquet
 from pyarrow import types
 
 from common.errors import UserError
 from tools.captioned import CAPTION_COLUMNS, IMAGE_COLUMNS, Captioned, captions_of
-from training.data.parquet import read_footer, rows_of
+from training.data.parquet import open_parquet, read_footer, rows_of
 from training.data.paths import choose_column
 from training.data.sources import MALFORMED_ITEM, Skipped
 
@@ -67,7 +66,7 @@ class CaptionedParquet:
         groups = order.sample(self.groups, len(self.groups)) if order else self.groups
         for file, group, first in groups:
             try:
-                with pyarrow.parquet.ParquetFile(file) as content:
+                with open_parquet(file) as content:
                     rows = content.read_row_group(group, columns=self.columns[file])
             except (OSError, pyarrow.ArrowException) as error:
                 raise UserError(f"{file}, row group {group}, is damaged ({error}); fetch the file again") from None

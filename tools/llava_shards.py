@@ -70,20 +70,21 @@ class Planned:
 def planned(records: JsonRecords, config, repeat: dict[str, int], counters: SkipCounters) -> Iterator[Planned]:
     """One sample per question, or record with `records`, and repetition; records that are unusable are counted."""
     for index in range(len(records)):
+        where = f"{records.path}: record {index + 1}"
         try:
-            record = LlavaRecord.parse(records[index], f"{records.path}: record {index + 1}")
+            record = LlavaRecord.parse(records[index], where)
             if record.image is None:
                 continue
             image = Path(config.image_root) / record.image
             if not image.is_file():
-                name = f"record {record.content.get('id', index)!r}"
-                raise SkipSample(MISSING_FILE, f"{name}: image {image} does not exist; check image_root")
-            pairs = questions_and_answers(record.turns)
-            if not pairs:
-                raise SkipSample(BAD_CONVERSATION, f"{records.path}: record {index + 1} has no question with an answer")
+                name = f"record {record.content['id']!r}: " if "id" in record.content else ""
+                raise SkipSample(MISSING_FILE, f"{name}image {image} does not exist; check image_root")
+            if not (pairs := questions_and_answers(record.turns)):
+                raise SkipSample(BAD_CONVERSATION, "there is no question with an answer")
         except SkipSample as skipped:
             counters.seen += 1
-            counters.skip(skipped.kind, skipped.detail)
+            named = skipped.detail.startswith(where)
+            counters.skip(skipped.kind, skipped.detail if named else f"{where}: {skipped.detail}")
             continue
         task = record.content.get("task")
         texts = [f"{question_prompt_vq(question)} {answer}" for question, answer in pairs]

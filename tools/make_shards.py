@@ -249,7 +249,8 @@ def make_shards(source: CaptionedSource, config) -> tuple[dict, SkipCounters]:
     with new_set(prefix) as new:
         entries, heldout = write_all(new, source, config, counters)
         if not entries:
-            raise UserError(f"source={config.source}: nothing is left to write: skipped {counters.describe()}")
+            why = f"skipped {counters.describe()}" if counters.seen else "there is not a single image"
+            raise UserError(f"source={config.source}: nothing is left to write: {why}")
         counts = {"samples": sum(entry["samples"] for entry in entries), "skipped": dict(counters.skipped)}
         manifest = {"shards": entries, **counts, "heldout": heldout, "settings": made_from(config)}
         write_json(manifest_path(new), manifest)

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -216,6 +217,116 @@ def test_larger_images_are_scaled_in_their_own_format(size, form, new):
         assert small.tobytes() == Image.open(io.BytesIO(data)).resize(new, Image.Resampling.BICUBIC).tobytes()
 
 
+def files(folder: Path, **content: str | bytes) -> Path:
+    """A folder of files; `__` in a name stands for a dot, ``//`` for a folder."""
+    for name, data in content.items():
+        place = folder / name.replace("__", ".").replace("//", "/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(data.encode() if isinstance(data, str) else data)
+    return folder
+
+
+DATA = image_bytes(picture(CAPTIONS[0]))
+
+
+def test_what_systems_and_killed_commands_leave_is_no_data(pets, capsys):
+    (pets / "a" / "loop").symlink_to(pets)  # a folder is visited once
+    (pets / "itself").symlink_to("itself")
+    for place in ("._pet.01", ".ipynb_checkpoints/pet.01", "__MACOSX/pet.01", "x.partial/pet.01"):
+        for suffix in (".png", ".txt"):
+            (pets / "a" / place).with_suffix(suffix).parent.mkdir(exist_ok=True)
+            (pets / "a" / (place + suffix)).write_bytes(b"no data")
+    samples, manifest = run(pets)
+    assert sorted(texts(samples)) == sorted(CAPTIONS) and manifest["skipped"] == {}
+    (pets.parent / "linked").mkdir()
+    (pets.parent / "linked" / "b").symlink_to(pets / "b")  # other links are followed
+    assert len(run(pets.parent / "linked", output=pets.parent / "other" / "train")[0]) == 6
+
+
+def test_class_folders_without_the_hidden_ones(tmp_path):
+    for name in ("cat", "dog", ".ipynb_checkpoints", "__MACOSX"):
+        files(tmp_path / "in" / name, **{"0__png": DATA, "1__GIF": image_bytes(picture(CAPTIONS[1]), "GIF")})
+        files(tmp_path / "in" / name, **{".__0__png": b"\0", "notes__txt": "x"})
+    samples, manifest = run(tmp_path / "in", captions="folders", shuffle=False, output=tmp_path / "out" / "train")
+    assert texts(samples) == ["cat", "cat", "dog", "dog"] and manifest["skipped"] == {}
+    assert all("png" in sample for sample in samples)
+
+
+def test_texts_in_capitals_marked_or_wide_and_other_formats(tmp_path):
+    names = {"a__PNG": DATA, "A__TXT": "\ufeffa", "b__Jpg": image_bytes(picture(CAPTIONS[0]), "JPEG"), "b__Txt": "b"}
+    wide = {"c__tif": image_bytes(picture(CAPTIONS[0]), "TIFF"), "c__txt": "ç".encode("utf-16")}
+    odd = {"d__heic": b"?", "d__txt": "d", "e__xyz": DATA, "e__txt": "e", "f__png": DATA, "f__txt": b"\xe9"}
+    samples, manifest = run(files(tmp_path / "in", **names, **wide, **odd), shuffle=False)
+    assert texts(samples) == ["a", "b", "ç"]
+    assert manifest["skipped"] == {"unreadable_image": 1, "missing_file": 1, "malformed_item": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected", "skipped"),
+    [
+        ("t.CSV", "\ufeffimage,text\r\na/pet.01.png,one, two\r\n", ["one, two"], {}),
+        ("t.csv", "image,text\na/pet.01.png,one\nb/pet.02.png\n", ["one"], {"malformed_item": 1}),
+        ("t.csv", "image,text\na/pet.01.png,one\na/pet.01.png,\n", ["one"], {"empty_text": 1}),
+        ("t.csv", "image,text\na/pet.01.png,ä\n".encode("utf-16"), ["ä"], {}),
+        ("t.tsv", 'image\ttext\na/pet.01.png\t"one\nb/pet.02.png\ttwo"\n', ['"one', 'two"'], {}),
+        ("t.jsonl", "[" * 50_000 + '\n{"image": "a/pet.01.png", "text": "\\ufeffone"}', ["one"], {"malformed_item": 1}),
+        ("t.jsonl", '{"image": "a/pet.01.png", "text": "ä"}\n'.encode("utf-16"), ["ä"], {}),
+        ("t.jsonl", '{"image": "a/pet.01.png", "text": ["x", null]}', None, {"malformed_item": 1}),
+        ("t.JSON", '[{"image": "a/pet.01.png", "text": "one"}, 7]', ["one"], {"malformed_item": 1}),
+        ("t.csv", "image,text\n/dev/zero,one\nb/pet.02.png,two\n", ["two"], {"missing_file": 1}),
+    ],
+)
+def test_tables_as_people_have_them(pets, name, content, expected, skipped):
+    files(pets.parent, **{name.replace(".", "__"): content})
+    if expected is None:
+        with pytest.raises(UserError, match="nothing is left to write: skipped 1 of 1"):
+            run(pets, captions=pets.parent / name)
+        return
+    samples, manifest = run(pets, captions=pets.parent / name, shuffle=False)
+    assert texts(samples) == expected and manifest["skipped"] == skipped
+
+
+def test_what_coco_lacks_is_counted_one_by_one(pets):
+    images = [{"id": 1, "file_name": "a/pet.01.png"}, {"id": 2, "file_name": "b/pet.02.png"}, {"id": 3}, 5]
+    notes = [{"image_id": 1, "caption": "one"}, {"image_id": 1, "caption": " "}, {"image_id": 9, "caption": "lost"}]
+    notes += [{"image_id": 2, "caption": None}, {"image_id": [1], "caption": "x"}, 7]
+    (pets.parent / "c.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    samples, manifest = run(pets, captions=pets.parent / "c.json")
+    assert texts(samples) == ["one"] and manifest["skipped"] == {"malformed_item": 6, "empty_text": 1}
+
+
+def test_images_of_sixteen_bits_are_scaled_and_rotations_are_told(tmp_path, capsys):
+    ramp = Image.frombytes("I;16", (256, 2), b"".join((257 * x).to_bytes(2, "little") for x in range(256)) * 2)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = io.BytesIO()
+    Image.new("RGB", (8, 4)).save(photo, "JPEG", exif=exif)
+    source = files(tmp_path / "in", a__png=image_bytes(ramp), a__txt="a", b__jpg=photo.getvalue(), b__txt="b")
+    for exif, size in (("ignore", (8, 4)), ("apply", (4, 8))):
+        samples, _ = run(source, shuffle=False, overwrite=True, **{"image.exif": exif})
+        told = "1 images carry a rotation, ignored as published" in capsys.readouterr().out
+        image = Image.open(io.BytesIO(samples[0]["png"]))
+        assert [image.convert("L").getpixel((x, 0)) for x in (0, 100, 255)] == [0, 100, 255]
+        assert Image.open(io.BytesIO(samples[1]["jpg"])).size == size and told == (exif == "ignore")
+        assert (samples[1]["jpg"] == photo.getvalue()) == (exif == "ignore")
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    folder = os.fsencode(tmp_path / "in") + b"\xe9"
+    os.mkdir(folder)
+    for name, data in ((b"caf\xe9.png", DATA), (b"caf\xe9.txt", b"words"), (b"x\xe9.png", DATA)):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(data)
+    source = Path(os.fsdecode(folder))
+    samples, manifest = run(source, metadata=True, output=tmp_path / "out" / "train")
+    assert texts(samples) == ["words"] and manifest["settings"]["source"].endswith("in\\xe9")
+    table = pyarrow.Table.from_pylist([{"image": DATA, "text": "of parquet"}])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    (tmp_path / "hub").mkdir()
+    os.rename(tmp_path / "x.parquet", os.fsencode(tmp_path / "hub") + b"/\xe9.parquet")
+    assert texts(run(tmp_path / "hub", output=tmp_path / "out2" / "train")[0]) == ["of parquet"]
+
+
 # ---- whole or absent, the same again ----
 
 
@@ -232,6 +343,44 @@ def test_the_same_settings_write_the_same_bytes_and_others_want_to_be_told(pets)
         run(pets, shard_size=5)
     with pytest.raises(UserError, match="choose another output, or move it away"):  # whose it is nobody knows
         run(pets, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train-000000__tar": "theirs"}, "000000.tar is there already, without a manifest that lists it"),
+        ({"train-000000__tar": "theirs", "train-manifest__json": '{"a": 1}'}, "json is no manifest of shards"),
+        ({"train-manifest__json": "[" * 50_000}, "json is no valid JSON"),
+        (
+            {"train-manifest__json": '{"shards": [{"file": "../pets/a", "sha256": ""}]}'},
+            "json is no manifest of shards",
+        ),
+    ],
+)
+def test_what_somebody_else_wrote_is_not_replaced_even_if_told(pets, content, message):
+    folder = files(pets.parent / "shards", **content)
+    with pytest.raises(UserError, match=message):
+        run(pets, overwrite=True)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        name.replace("__", "."): data for name, data in content.items()
+    }
+
+
+def test_shards_beside_our_own_are_not_replaced(pets):
+    run(pets)
+    (pets.parent / "shards" / "train-000007.tar").write_bytes(b"theirs")
+    with pytest.raises(UserError, match="train-000007.tar is there already, without a manifest that lists it"):
+        run(pets, shard_size=5, overwrite=True)
+    assert (pets.parent / "shards" / "train-000007.tar").read_bytes() == b"theirs"
+
+
+def test_a_command_that_was_killed_while_it_published_can_be_repeated(pets, monkeypatch):
+    run(pets)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(pets, shard_size=5, overwrite=True)
+    assert len(run(pets, shard_size=5, overwrite=True)[1]["shards"]) == 3
 
 
 def test_an_existing_set_survives_a_run_that_fails(pets):
@@ -273,6 +422,10 @@ FILES = {
     "lfs/train.parquet": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
     "arrow/data-00000-of-00001.arrow": "",
     "empty/notes.md": "",
+    "empty.csv": "\n",
+    "header.csv": "image,caption\n",
+    "deep.json": "[" * 50_000,
+    "latin.csv": "image,caption\nx.png,caf\udce9\n",
 }
 
 
@@ -294,6 +447,15 @@ FILES = {
         ),
         ({"captions": "c.csv", "caption_column": "says"}, "no column 'says'"),
         ({"captions": "c.json"}, "no valid JSON"),
+        ({"captions": "deep.json"}, "captions=deep.json is no valid JSON .it is nested too deeply"),
+        ({"captions": "latin.csv"}, "captions=latin.csv is no UTF-8 text .*; save it as UTF-8"),
+        ({"captions": "fifo.csv"}, "captions=fifo.csv is no regular file"),
+        ({"captions": "/dev/zero"}, "captions=/dev/zero is no regular file"),
+        ({"captions": "bare"}, "captions=bare is a folder"),
+        ({"captions": "empty.csv"}, "captions=empty.csv is empty"),
+        ({"captions": "header.csv"}, "nothing is left to write: there is not a single image"),
+        ({"source": "fifo.csv"}, "fifo.csv is no folder that exists"),
+        ({"num_workers": 10**9}, "num_workers is 1000000000; it must be from 1 to 1024"),
         ({"captions": "number.json"}, "holds neither COCO captions nor a list of records"),
         ({"captions": "instances.json"}, r"lacks captions .*take COCO's captions_\*\.json"),
         ({"output": "new/"}, "is a folder; add how the shards' names begin"),
@@ -307,7 +469,8 @@ FILES = {
 def test_mistakes_are_named(tmp_path, monkeypatch, settings, message):
     for name, content in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
+    os.mkfifo(tmp_path / "fifo.csv")
     hub_data_set(tmp_path / "hub", hub_rows(CAPTIONS[:1]))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):

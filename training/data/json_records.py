@@ -5,18 +5,20 @@ Here the workers share the file and an array of byte offsets.
 """
 
 import hashlib
+import io
 import json
 import mmap
 import re
 from array import array
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from common.errors import UserError
-from common.files import check_file, parse_json
+from common.files import ENCODINGS, check_file, parse_json, read_text
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _scan = json.JSONDecoder().raw_decode
@@ -28,7 +30,7 @@ class JsonRecords:
     The list may be a member of an object, as in ``{"data": […]}``: the first that is a list.
 
     Args:
-        path: the file, UTF-8 with or without a byte order mark.
+        path: the file, of UTF-8, or of UTF-16 with its byte order mark.
         keep: which records count; called once for each that can be parsed. `left_out` is the number of the others.
 
     Raises:
@@ -86,8 +88,24 @@ def _digest(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def _read(path: str, start, stop) -> bytes:
+def is_wide(path: str) -> bool:
+    """Whether a file of text begins with the mark of UTF-16 or UTF-32."""
     with open(path, "rb") as file:
+        return file.read(4).startswith(tuple(ENCODINGS))
+
+
+def open_utf8(path: str) -> BinaryIO:
+    """A file of text as bytes of UTF-8: the file itself, or the text of a wide one encoded anew."""
+    return io.BytesIO(_encoded_anew(path)) if is_wide(path) else open(path, "rb")
+
+
+@lru_cache(maxsize=2)  # their parts are asked for one by one
+def _encoded_anew(path: str) -> bytes:
+    return read_text(path).encode()
+
+
+def _read(path: str, start, stop) -> bytes:
+    with open_utf8(path) as file:
         file.seek(int(start))
         return file.read(int(stop) - int(start))
 
@@ -107,9 +125,9 @@ def _text(path: str) -> str:
     """
     if not Path(path).stat().st_size:
         return ""
+    if is_wide(path):
+        return open_utf8(path).read().decode("latin-1")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise ValueError("it is UTF-16; save it as UTF-8")
         return str(content, "latin-1")
 
 

@@ -1,12 +1,13 @@
 """Plain texts: parquet columns, jsonl and txt files (spec §15). A sample is a text."""
 
+import io
 import random
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 
 from common.errors import UserError
-from common.files import BYTE_ORDER_MARK, ENCODINGS, kind_of, parse_json
+from common.files import BYTE_ORDER_MARK, kind_of, parse_json
+from training.data.json_records import open_utf8
 from training.data.paths import choose_column
 from training.data.sources import (
     EMPTY_TEXT,
@@ -51,13 +52,13 @@ class Documents:
 
     def __init__(self, paths: list[str], column: str):
         self.paths, self.column = paths, column
-        sizes = [Path(path).stat().st_size for path in paths]
+        sizes = [_size(path) for path in paths]
         self.units = [(file, start) for file, size in enumerate(sizes) for start in range(0, size, CHUNK)]
         if not self.units:
             raise UserError(f"{paths[0]} and {len(paths) - 1} more are empty")
         for path, size in zip(paths, sizes, strict=True):
-            if size:
-                _check(path, column)
+            if size and _is_jsonl(path):
+                _check_column(path, column)
         self.size, self._samples = sum(sizes), None
 
     @property
@@ -65,7 +66,7 @@ class Documents:
         """How many documents, guessed from how many the first part holds."""
         if self._samples is None:
             file, _ = self.units[0]
-            of_part = min(CHUNK, Path(self.paths[file]).stat().st_size)
+            of_part = min(CHUNK, _size(self.paths[file]))
             documents = sum(1 for _ in self.read(0, random.Random(0)))
             self._samples = max(1, round(documents * self.size / of_part))
         return self._samples
@@ -99,20 +100,25 @@ class Documents:
                 yield Skipped(MALFORMED_ITEM, f"{key}: {type(error).__name__} {error}")
 
 
+def _size(path: str) -> int:
+    with open_utf8(path) as file:
+        return file.seek(0, io.SEEK_END)
+
+
 def _is_jsonl(path: str) -> bool:
     return path.lower().endswith(".jsonl")
 
 
 @lru_cache(maxsize=1024)  # asked for every part of a file
 def _has_blank_lines(path: str) -> bool:
-    with open(path, "rb") as file:
+    with open_utf8(path) as file:
         lines = file.read(CHUNK).strip().splitlines()
     return any(not line.strip() for line in lines)
 
 
 def _lines(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
     """(place, line) of the lines that begin in [start, stop), without empty ones."""
-    with open(path, "rb") as file:
+    with open_utf8(path) as file:
         _to_line(file, start)
         while (place := file.tell()) < stop and (line := file.readline()):
             if line.strip():
@@ -121,7 +127,7 @@ def _lines(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
 
 def _blocks(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
     """(place, lines joined by blanks) of the blocks whose blank line before them begins in [start, stop)."""
-    with open(path, "rb") as file:
+    with open_utf8(path) as file:
         _to_line(file, start)
         begun, lines, place = start == 0, [], 0
         while True:
@@ -144,13 +150,7 @@ def _to_line(file, start: int) -> None:
         file.readline()
 
 
-def _check(path: str, column: str) -> None:
-    """Raises `UserError` if a file is in another encoding than UTF-8, or of other records."""
-    with open(path, "rb") as file:
-        if file.read(4).startswith(tuple(ENCODINGS)):
-            raise UserError(f"{path} is UTF-16 or UTF-32; texts are read in pieces: save it as UTF-8")
-    if not _is_jsonl(path):
-        return
+def _check_column(path: str, column: str) -> None:
     _, first = next(_lines(path, 0, CHUNK), (0, b"{}"))
     try:
         record = parse_json(first, path)

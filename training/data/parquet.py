@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from common.errors import UserError
+from common.errors import UserError, shown
 from training.data.paths import choose_column
 from training.data.sources import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped, mixed
 
@@ -28,9 +28,14 @@ class Footer:
     error: str = ""
 
 
+def open_parquet(path: str | Path) -> pyarrow.parquet.ParquetFile:
+    """A parquet file; pyarrow itself refuses names that are no UTF-8."""
+    return pyarrow.parquet.ParquetFile(path if shown(path) == str(path) else open(path, "rb"))
+
+
 def read_footer(path: str | Path) -> Footer:
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             groups = (file.metadata.row_group(index).num_rows for index in range(file.num_row_groups))
             return Footer(file.schema_arrow, tuple(groups))
     except (OSError, pyarrow.ArrowException) as error:
@@ -88,7 +93,7 @@ class ParquetUnits:
     def _rows(self, file: int, group: int, rows: int) -> Iterator[dict | Skipped]:
         path, names, number = self.paths[file], self.columns[file], 0
         try:
-            with pyarrow.parquet.ParquetFile(path) as content:
+            with open_parquet(path) as content:
                 batches = content.iter_batches(ROWS, [group], columns=list(names), use_threads=False)
                 for batch in batches:
                     for row in rows_of(batch):
