@@ -69,3 +69,22 @@ def test_a_folder_without_images_is_an_error(tmp_path):
     (tmp_path / "train" / "kite").mkdir(parents=True)
     with pytest.raises(UserError, match=r"train holds no \.jpeg"):
         ImageFolder(str(tmp_path))
+
+
+def test_hidden_folders_and_files_are_passed_over_and_every_image_counts(tmp_path):
+    for name in (".ipynb_checkpoints", "__MACOSX", "kite.partial"):
+        write_classes(tmp_path, name)
+    write_classes(tmp_path, "kite")
+    for name in ("._kite_0.JPEG", "b.GIF", "c.heic", "d.tif"):  # what cannot be read is skipped later, and counted
+        (tmp_path / "kite" / name).touch()
+    raws = [next(folder.read(index, random.Random(0))) for folder in [ImageFolder(str(tmp_path))] for index in range(4)]
+    assert [raw["__key__"] for raw in raws] == [f"kite/{name}" for name in ("b.GIF", "c.heic", "d.tif", "kite_0.JPEG")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["names.txt", "names.JSON"])
+def test_names_in_any_unicode(tmp_path, encoding, name):
+    write_classes(tmp_path / "data", "kite")
+    text = json.dumps({"kite": "Milan"}) if name.endswith("JSON") else "kite Milan\r\n"
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert texts(ImageFolder(str(tmp_path / "data"), str(tmp_path / name))) == {"kite": "Milan"}

@@ -38,6 +38,24 @@ def test_every_line_is_a_record_even_a_broken_one(tmp_path):
     assert json.loads(file[0]) == RECORDS[0] and file[1] == b'{"id": 2' and json.loads(file[2]) == RECORDS[1]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_wide_texts_and_marks_within(tmp_path, name):
+    lines = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
+    text = "\n".join(lines) if name == "a.jsonl" else f"[{','.join(lines)}]"
+    (tmp_path / name).write_bytes(text.encode("utf-16"))
+    wide = JsonRecords(str(tmp_path / name))
+    assert [json.loads(wide[index]) for index in range(len(wide))] == RECORDS
+    if name == "a.jsonl":
+        joined = JsonRecords(write(tmp_path, "\ufeff" + "\n\ufeff".join(lines), name))
+        assert [json.loads(joined[index]) for index in range(len(joined))] == RECORDS
+
+
+def test_a_list_within_an_object(tmp_path):
+    text = json.dumps({"info": {"data": 1}, "data": RECORDS, "more": [1]})
+    file = JsonRecords(write(tmp_path, text), keep=lambda record: isinstance(record, dict))
+    assert len(file) == file.left_out == 3 and json.loads(file[1]) == RECORDS[1]
+
+
 def test_many_records_are_small_in_memory_and_when_sent_to_a_worker(tmp_path):
     file = JsonRecords(write(tmp_path, json.dumps([{"id": n, "text": "x" * 200} for n in range(5000)])))
     assert file.places.nbytes == 5000 * 16
@@ -48,8 +66,23 @@ def test_many_records_are_small_in_memory_and_when_sent_to_a_worker(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "texts"),
     [
-        (JsonRecords, ["", "{}", '[{"id": 1}', '[{"id": 1} {"id": 2}]', '[{"id": 1,}]', '["a', "[1"]),
-        (JsonTable, ["[]", '{"a" 1}', '{"a": 1', "{1: 2}"]),
+        (
+            JsonRecords,
+            [
+                "[" * 50_000,
+                "[" + "9" * 5000 + "]",
+                '{"data": 1}',
+                "\0" * 99,
+                "",
+                "{}",
+                '[{"id": 1}',
+                '[{"id": 1} {"id": 2}]',
+                '[{"id": 1,}]',
+                '["a',
+                "[1",
+            ],
+        ),
+        (JsonTable, ['{"a":' + "[" * 50_000, "[]", '{"a" 1}', '{"a": 1', "{1: 2}"]),
     ],
 )
 def test_files_of_another_form_are_named(tmp_path, kind, texts):

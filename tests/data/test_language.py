@@ -36,6 +36,10 @@ def test_newlines_are_removed_and_long_texts_cropped():
     assert {text_sample("x" * 8000 + "y", random.Random(seed))[-1] for seed in range(20)} == {"x", "y"}
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text():
+    assert text_sample("\ufeffone\ufeff", random.Random(0)) == "one"
+
+
 @pytest.mark.parametrize(
     ("text", "kind"),
     [(text, "empty_text") for text in ("", "\n\n", "  ", None)]
@@ -55,6 +59,12 @@ WRAPPED = "One\r\nis  \r\ntext.\r\n\r\n \r\n\r\nTwo.\nAfter.\n\n\nThree."
 @pytest.mark.parametrize(
     ("name", "content", "texts", "skipped"),
     [
+        ("a.txt", "\ufeffone\n\n\ufefftwo".encode(), ["one", "two"], 0),  # files joined by `cat`
+        ("a.txt", "ä\n\nö".encode("utf-16"), ["ä", "ö"], 0),
+        ("a.jsonl", JSONL.encode("utf-16"), LINES, 0),
+        ("a.jsonl", "\ufeff" + JSONL, LINES, 0),
+        ("a.jsonl", JSONL + "\n" + "[" * 50_000, LINES, 1),
+        ("a.txt", b"one\n\n\xe9", ["one"], 1),
         ("a.jsonl", f'{JSONL}\n\n{{"content": "cut\n[]\n{{"other": 1}}', LINES, 3),
         ("a.jsonl", '{"broken\n' + JSONL, LINES, 1),
         ("a.txt", WRAPPED, ["One is text.", "Three.", "Two. After."], 0),

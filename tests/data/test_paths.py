@@ -1,9 +1,12 @@
 """Settings that name data → files."""
 
+import os
+
 import pytest
 
 from common.errors import UserError
-from training.data.paths import JSON, PARQUET, SHARDS, TEXT, existing_folder, expand_paths
+from training.data.paths import JSON, PARQUET, SHARDS, TEXT, existing_folder, expand_paths, is_address
+from training.data.shards import read_shard
 
 
 def touch(folder, *names):
@@ -38,6 +41,50 @@ def test_a_folder_means_its_files_of_the_kind(tmp_path):
     assert existing_folder("x", str(tmp_path)) == str(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", [".tar", ".parquet", ".jsonl", ".txt", ".json"])
+def test_what_is_hidden_or_half_written_is_no_data(tmp_path, suffix):
+    good = touch(tmp_path, f"a/x{suffix}", f"x{suffix.upper()}")
+    folders = (".x.partial/", "x.partial/", ".cache/", "__MACOSX/", ".")
+    hidden = [f"{folder}x{suffix}" for folder in folders] + [f"._x{suffix}"]
+    touch(tmp_path, *hidden, f".x{suffix}.123.partial")
+    for name in ("loop", "other"):
+        (tmp_path / "a" / name).symlink_to(tmp_path)
+    (tmp_path / f"itself{suffix}").symlink_to(f"itself{suffix}")
+    assert expand_paths("x", str(tmp_path), (suffix,)) == good
+    assert expand_paths("x", f"{tmp_path}/**/x{suffix}") == good[:1]
+    assert expand_paths("x", f"{tmp_path}/**/a/**/[x]*") == good[:1]
+    assert expand_paths("x", f"{tmp_path}/*/x{suffix}") == good[:1]
+    with pytest.raises(UserError, match=rf"x: folder .*partial holds no file of \{suffix}"):
+        (tmp_path / f"x.partial/x{suffix}").rename(tmp_path / f"x.partial/.x{suffix}")
+        expand_paths("x", str(tmp_path / "x.partial"), (suffix,))
+
+
+@pytest.mark.parametrize("folder", ["a [1]", "{b}", "c*d", "e?", "[!f]", "g\udce9"])
+def test_names_are_taken_as_they_are(tmp_path, folder):
+    os.mkdir(os.fsencode(tmp_path) + b"/" + os.fsencode(folder))
+    (file,) = touch(tmp_path, f"{folder}/x-0.tar")
+    for value in (file, str(tmp_path / folder), f"{tmp_path}/{folder}/*.tar"):
+        if "{" not in folder or "*" not in value:
+            assert expand_paths("x", value, SHARDS) == [file]
+
+
+def test_sets_of_letters_and_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = touch(tmp_path, "x-0.tar", "x-1.tar", "x-2.tar")
+    assert expand_paths("x", "~/x-[01]*.tar") == files[:2] and expand_paths("x", "~/x-?.tar") == files
+    assert expand_paths("x", "{~/x-0,~/x-1}.tar") == files[:2] and expand_paths("x", "~", SHARDS) == files
+
+
+@pytest.mark.parametrize("value", [".", "*.tar", ["./"], "pipe*", "{0}"])
+def test_no_name_of_a_file_is_run_as_a_command(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipe:touch run;.tar").write_bytes(b"")
+    value = value.format(tmp_path) if isinstance(value, str) else value
+    (path,) = expand_paths("x", value, SHARDS)
+    assert not is_address(path)
+    assert [lost.kind for lost in read_shard(path)] == ["truncated_shard"] and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("call", "value", "message"),
     [
@@ -47,6 +94,13 @@ def test_a_folder_means_its_files_of_the_kind(tmp_path):
         (expand_paths, None, "x is not set"),
         (expand_paths, "$A $B", "x needs environment variables that are not set: A, B"),
         (expand_paths, "a-{{0..2.tar", "braces"),
+        (expand_paths, "a-{{0..99999999}}.tar", "x is .*, which stands for over 1,000,000 names"),
+        (expand_paths, "{{0..9999999999999999999999999999999999999}}", "stands for over 1,000,000 names"),
+        (expand_paths, "{{0..9}}{{0..9}}{{0..9999}}{{0..9}}", "stands for over 1,000,000 names"),
+        (expand_paths, "{{" * 1000 + "}}" * 1000, "braces do not match"),
+        (expand_paths, "/dev/zero", "x: /dev/zero is no regular file; give files"),
+        (expand_paths, ["", "b"], "x holds an empty path"),
+        (expand_paths, "~nobody-of-this-name/x.tar", "there is no such home folder"),
         (existing_folder, "/nowhere", "x: folder /nowhere does not exist"),
         (existing_folder, "", "x is not set; give a folder"),
     ],

@@ -199,6 +199,15 @@ def test_other_codes_are_not_overwritten_unless_told(world):
         encode(world)
 
 
+def test_shards_of_somebody_else_are_not_replaced(world):
+    run(world)
+    (world / "out" / "codes-000009.tar").write_bytes(b"theirs")
+    for settings in ({}, {"resolution": 16, "overwrite": True}, {"shards": world / "in-000000.tar", "overwrite": True}):
+        with pytest.raises(UserError, match="other shards are there already; .* no manifest lists .*codes-000009.tar"):
+            encode(world, **settings)
+    assert (world / "out" / "codes-000009.tar").read_bytes() == b"theirs"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -1,9 +1,12 @@
 """LLaVA's json as WebDataset shards that the captioning and llava flows read (spec §8, §9)."""
 
+import io
 import json
+import os
 from collections import Counter
 
 import pytest
+from PIL import Image
 
 from common.errors import UserError
 from tests.training.tiny import CAPTIONS, image_bytes, picture
@@ -65,6 +68,65 @@ def test_tasks_are_repeated_and_the_seed_fixes_the_bytes(source):
     assert shards[0] == shards[1] != shards[2]
 
 
+CHAT = [{"role": "user", "content": "<image>Q?"}, {"role": "assistant", "content": "A."}]
+RECORD = RECORDS[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "count", "told"),
+    [
+        ("a.json", [RECORD, RECORD | {"image": None}], 1, ""),
+        ("a.json", [RECORD, RECORD | {"image": ["0.png"]}], 2, ""),
+        ("a.json", [RECORD, RECORD | {"image": ["0.png", "1.png"]}], 1, "record 2: 'image' is a list of 2, expected"),
+        ("a.json", {"version": 1, "data": [RECORD]}, 1, ""),
+        ("a.json", [{"image": "0.png", "messages": CHAT}], 1, ""),
+        ("a.json", [RECORD, {"image": "0.png"}], 1, "record 2: a record needs 'conversations'"),
+        ("a.json", [RECORD, {"image": "0.png", "conversations": CHAT[:1] * 2}], 1, "record 2: questions and answers"),
+        ("a.json", [RECORD, {"image": "0.png", "conversations": [{"from": "human"}]}], 1, "record 2: turn 0 is"),
+        ("a.json", [RECORD, 7, RECORD | {"image": 7}, RECORD | {"conversations": 7}], 1, "skipped 3 of 4"),
+        ("a.json", [RECORD] + [RECORD | {"image": f"{n}.jpg"} for n in range(3)], 1, "3 missing_file (such as"),
+        ("a.json", [RECORD, RECORD | {"image": "fifo.png"}, RECORD | {"task": ["x"]}], 2, "1 missing_file"),
+        ("a.jsonl", json.dumps(RECORD) + "\n{broken\n" + json.dumps(RECORD), 2, "skipped 1 of 3"),
+        ("a.JSONL", "\ufeff" + json.dumps(RECORD) + "\n\ufeff" + json.dumps(RECORD), 2, ""),
+        ("a.json", "\ufeff" + json.dumps([RECORD]), 1, ""),
+        ("a.json", json.dumps([RECORD]).encode("utf-16"), 1, ""),
+    ],
+)
+@pytest.mark.parametrize("records", [False, True])
+def test_records_are_read_as_the_flow_reads_them(source, capsys, name, content, count, told, records):
+    data = content if isinstance(content, str | bytes) else json.dumps(content)
+    (source / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    os.mkfifo(source / "images" / "fifo.png")
+    assert len(run(source, json=source / name, records=records)) == count
+    assert told in capsys.readouterr().out
+
+
+def test_images_of_any_format_become_members_that_are_read(source):
+    for name, form, mode in (
+        ("a.gif", "GIF", "P"),
+        ("b.jpg", "GIF", "P"),
+        ("c.PNG", "PNG", "I;16"),
+        ("d", "WEBP", "RGB"),
+    ):
+        Image.new(mode, (8, 8)).save(source / "images" / name, form)
+    names = ["a.gif", "b.jpg", "c.PNG", "d"]
+    (source / "qa.json").write_text(json.dumps([RECORD | {"image": name} for name in names]))
+    samples = run(source)
+    assert [next(key for key in raw if key in ("png", "webp", "jpg", "gif")) for raw in samples] == [
+        *["png"] * 3,
+        "webp",
+    ]
+    assert all(Image.open(io.BytesIO(raw["png"])).mode == "RGB" for raw in samples[:3])
+
+
+def test_shards_of_somebody_else_are_not_replaced(source):
+    (source / "out").mkdir()
+    (source / "out" / "qa-000001.tar").write_bytes(b"theirs")
+    with pytest.raises(UserError, match="qa-000001.tar is there already, without a manifest that lists it"):
+        run(source, overwrite="true")
+    assert [path.name for path in (source / "out").iterdir()] == ["qa-000001.tar"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -72,6 +134,8 @@ def test_tasks_are_repeated_and_the_seed_fixes_the_bytes(source):
         ({"json": "nowhere.json"}, r"nowhere\.json does not exist"),
         ({"json": __file__}, "no valid JSON"),
         ({"repeat": "name"}, "repeat=name is not of the form"),
+        ({"repeat": "name:-1"}, "repeat=name:-1: a record can be repeated 0 to 10,000 times"),
+        ({"repeat": "name:99999999999"}, "a record can be repeated 0 to 10,000 times"),
         ({"image_root": "none"}, r"record 'a': image .*0\.png does not exist; check image_root"),
     ],
 )

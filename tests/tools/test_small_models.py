@@ -1,5 +1,7 @@
 """The folders that take Phi-1.5's and CLIP ViT-L's places in a small Show-o."""
 
+import os
+
 import pytest
 import torch
 from PIL import Image
@@ -74,19 +76,68 @@ def test_the_defaults_make_what_the_small_stages_expect(tmp_path, capsys):
     assert load_clip(str(tmp_path), feature_size=192).num_features == 64
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_corpus_of_any_unicode_gives_the_same_tokenizer(tmp_path, encoding):
+    for name, text in (("utf-8", "größer\n" * 9), (encoding, "\ufeff".join(["größer\n"] * 9))):
+        (tmp_path / f"{name}.txt").write_bytes(text.encode(name))
+        given = {"corpus": tmp_path / f"{name}.txt", "output_dir": tmp_path / name, "vocab_size": 260}
+        small_llm.main([f"{key}={value}" for key, value in given.items()])
+    plain, other = ((tmp_path / name / "tokenizer.json").read_text() for name in ("utf-8", encoding))
+    assert plain == other
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_files_of_somebody_else_are_not_replaced(tmp_path, name):
+    (tmp_path / "corpus.txt").write_text("a b a b\n")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / name).write_text("theirs")
+    with pytest.raises(UserError, match=f"output_dir=.*{name} is there and was not written by this command"):
+        if name == "model.safetensors":
+            make_clip(tmp_path / "new")
+        else:
+            small_llm.main([f"corpus={tmp_path / 'corpus.txt'}", f"output_dir={tmp_path / 'new'}", "vocab_size=257"])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
+    assert (tmp_path / "new" / name).read_text() == "theirs"
+
+
 @pytest.mark.parametrize(
     ("main", "settings", "message"),
     [
         (small_llm.main, {"vocab_size": 5000}, r"gives 2\d\d tokens, vocab_size is 5000"),
         (small_llm.main, {"family": "bert"}, "family is 'bert'; allowed: phi"),
         (small_llm.main, {"corpus": "gone.txt"}, "corpus=gone.txt does not exist"),
+        (small_llm.main, {"corpus": "latin1.txt"}, "corpus=latin1.txt is no UTF-8 text .*; save it as UTF-8"),
+        (small_llm.main, {"corpus": "fifo.txt"}, "corpus=fifo.txt is no regular file"),
+        (small_llm.main, {"vocab_size": 200}, "vocab_size is 200; it must be at least 257"),
+        (small_llm.main, {"hidden_act": "gelo"}, "hidden_act is 'gelo'; allowed: gelu"),
+        (small_llm.main, {"hidden_size": 0}, "hidden_size is 0; it must be from 1"),
+        (small_llm.main, {"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000; it must be from 1 to 512"),
+        (
+            small_llm.main,
+            {"num_attention_heads": 5},
+            "hidden_size is 192; it must be a multiple of num_attention",
+        ),
+        (
+            small_llm.main,
+            {"num_key_value_heads": 2},
+            "num_attention_heads is 3; it must be a multiple of num_key",
+        ),
+        (small_llm.main, {"hidden_size": 6}, "that must be an even number"),
+        (
+            small_clip.main,
+            {"image_size": 8192, "patch_size": 1, "hidden_size": 8190},
+            "the tower would take 2\\d\\d\\d GiB",
+        ),
         (small_clip.main, SIZES | {"patch_size": 7}, r"image_size is 32; it must be a multiple of patch_size \(7\)"),
         (small_clip.main, SIZES | {"heads": 3}, r"hidden_size is 16; it must be a multiple of heads \(3\)"),
         (small_clip.main, {"patch_size": 0, "layers": -1}, "patch_size is 0; it must be from 1 to 1024; layers is -1"),
     ],
 )
-def test_mistakes_are_named(tmp_path, main, settings, message):
+def test_mistakes_are_named(tmp_path, monkeypatch, main, settings, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus.txt").write_text("a b a b\n")
+    (tmp_path / "latin1.txt").write_bytes("größer".encode("latin-1"))
+    os.mkfifo(tmp_path / "fifo.txt")
     given = {"corpus": tmp_path / "corpus.txt"} if main is small_llm.main else {}
     with pytest.raises(UserError, match=message):
         main([f"{key}={value}" for key, value in (given | {"output_dir": tmp_path / "new"} | settings).items()])

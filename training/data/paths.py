@@ -4,6 +4,7 @@ import glob
 import os
 import re
 from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 
@@ -140,12 +141,31 @@ def _files(setting: str, pattern: str, suffixes: tuple[str, ...]) -> list[str]:
 
 def _matches(pattern: str) -> list[str]:
     """The files that a glob stands for. Its brackets are letters of names where such files exist, else sets."""
-    fixed = next(n for n, part in enumerate(Path(pattern).parts) if any(c in part for c in "*?"))
     for one in (pattern.replace("[", "[[]"), pattern):
-        found = (name for name in glob.iglob(one, recursive=True))
-        if visible := sorted(_local(name) for name in found if not any(map(is_hidden, Path(name).parts[fixed:]))):
+        if visible := sorted(map(_local, _glob(one))):
             return visible
     return []
+
+
+def _glob(pattern: str) -> Iterator[str | Path]:
+    """What a pattern matches, without hidden files. `**` visits each folder once; Python goes round in loops of links."""
+    parts = Path(pattern).parts
+    fixed = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?["))
+    if "**" not in parts:
+        found = glob.iglob(pattern)
+        yield from (name for name in found if not any(map(is_hidden, Path(name).parts[fixed:])))
+    elif (folder := Path(*parts[:fixed])).is_dir():
+        files = visible_files(folder)
+        yield from (file for file in files if _fits(file.parts[len(folder.parts) :], parts[fixed:]))
+
+
+def _fits(names: tuple[str, ...], parts: tuple[str, ...]) -> bool:
+    if not parts:
+        return not names
+    if parts[0] == "**" and _fits(names, parts[1:]):
+        return True
+    matches = bool(names) and (parts[0] == "**" or fnmatchcase(names[0], parts[0]))
+    return matches and _fits(names[1:], parts if parts[0] == "**" else parts[1:])
 
 
 def _local(path: str | Path) -> str:
