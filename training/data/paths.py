@@ -1,6 +1,7 @@
 """Settings that name data → files, by brace lists, globs, folders and lists of them; and their columns."""
 
 import glob
+import math
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -106,7 +107,8 @@ def _patterns(setting: str, value) -> Iterator[str]:
             yield item
             continue
         try:
-            large = sum(_length(*bounds) for bounds in RANGE.findall(item)) > MOST_NAMES
+            lengths = [_length(*bounds) for bounds in RANGE.findall(item)]
+            large = (sum if "," in item else math.prod)(lengths) > MOST_NAMES  # ranges of a list are not combined
             names = [] if large else list(islice(braceexpand.braceexpand(item), MOST_NAMES + 1))
         except (ValueError, RecursionError):
             raise UserError(f"{setting} is {item!r:.200}, whose braces do not match") from None
@@ -148,7 +150,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _glob(pattern: str) -> Iterator[str | Path]:
-    """What a pattern matches, without hidden files. `**` visits each folder once; Python goes round in loops of links."""
+    """What a pattern matches, without hidden files. `**` visits each folder once; Python's goes round loops of links."""
     parts = Path(pattern).parts
     fixed = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?["))
     if "**" not in parts:
