@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import re
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from common.errors import UserError
 from models.clip_encoder import image_processor_class
-from models.images import preprocess
+from models.images import ImageOptions, preprocess
 from tests.training.tiny import CAPTIONS, image_bytes, picture, sample
 from training.data.image_text import (
     CAPTION_INSTRUCTIONS,
@@ -25,7 +26,7 @@ from training.data.image_text import (
     jittered,
 )
 from training.data.json_records import JsonTable
-from training.data.sources import SkipSample
+from training.data.sources import CUT, ROTATED, SkipSample
 from training.data.streams import unpack
 
 DATA = image_bytes(picture(CAPTIONS[0]))
@@ -138,6 +139,69 @@ def test_damaged_bytes_never_raise_anything_else(form):
     assert len(kinds) > 50 and set(kinds) == {"unreadable_image"}
 
 
+def test_the_members_of_an_unusable_sample_are_named():
+    raw = {"__key__": "v1.0/s", "__url__": "a.tar", "input.png": DATA, "outputs.txt": b"x"}
+    for members, message in (
+        (raw, "v1.0/s has no text; its members are input.png, outputs.txt; read are text, txt, caption"),
+        (
+            raw | {"txt": b"x"},
+            "v1.0/s has no image; its members are input.png, outputs.txt, txt; read are jpg, png, jpeg,",
+        ),
+    ):
+        with pytest.raises(SkipSample, match="malformed_item") as problem:
+            item_of(members)
+        assert message in problem.value.detail
+
+
+def grey(mode: str, values: list) -> bytes:
+    image = Image.new(mode, (len(values), 1))
+    image.putdata(values)
+    return image_bytes(image, "TIFF" if mode == "F" else "PNG")
+
+
+@pytest.mark.parametrize(
+    "data", [grey("I;16", [257 * x for x in range(0, 256, 5)]), grey("F", [x / 255 for x in range(0, 256, 5)])]
+)
+def test_more_than_eight_bits_are_scaled(data):
+    images = ImageTransform(1, 0, 0)
+    assert images._opened(data, "a").tobytes() == bytes(x for x in range(0, 256, 5) for _ in range(3))
+
+
+def test_rotation_is_noted_or_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (32, 32), "blue")
+    image.paste("red", (0, 0, 32, 16))  # above; to the right of what viewers show
+    for form in ("JPEG", "PNG", "WEBP"):
+        data = io.BytesIO()
+        image.save(data, form, exif=exif)
+        for options, reddest in ((ImageOptions(), (0, 0)), (ImageOptions(exif="apply"), (0, 31))):
+            sample = ImageTransform(32, 0, 0, options=options).of({"image": data.getvalue()}, random.Random(0))
+            assert sample["image"][reddest][0] > 200 > 100 > sample["image"][31, 0][0]
+            assert sample.get("notes") == ((ROTATED,) if options.exif == "ignore" else None)
+    assert "notes" not in ImageTransform(32, 0, 0).of({"image": saved(image)}, random.Random(0))
+
+
+def test_files_that_are_none_are_skipped_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    for name in ("/dev/zero", str(tmp_path / "fifo.png"), str(tmp_path), "a\0b", "x" * 5000):
+        assert kind_of(item_of, {"image": name, "text": "x"}) in ("unreadable_image", "missing_file")
+    external = ExternalCaptions(str(tmp_path))
+    os.mkfifo(tmp_path / "SA1B_1.txt")
+    assert kind_of(Captions(external), {"__key__": "SA1B_1"}, random.Random(0)) == "malformed_item"
+
+
+def test_texts_that_will_be_cut_are_noted():
+    class Words:
+        def __call__(self, text, **_):
+            return {"input_ids": text.split()}
+
+    images = ImageTransform(32, 0, 0)
+    for words, notes in ((6, None), (7, (CUT,))):
+        raw = {"__key__": "a", "png": DATA, "txt": b"word " * words}
+        assert ImageTextSample(images, Captions(), Words(), 8)(raw, random.Random(0)).get("notes") == notes
+
+
 def test_flipping_mirrors_half_of_the_images():
     plain = item_of(sample(CAPTIONS[0]))["image"]
     seen = [item_of(sample(CAPTIONS[0]), seed, flip=True)["image"] for seed in range(60)]
@@ -179,12 +243,15 @@ def test_codes_come_in_place_of_the_image(dtype):
 
 WRONG_CODES = [np.arange(15), np.arange(16).reshape(4, 4), np.arange(16) + 49, np.arange(16) - 1, np.arange(16.0)]
 WRONG_CODES += [np.array([{}] * 16, dtype=object)]
+ARCHIVE = io.BytesIO()
+np.savez(ARCHIVE, codes=np.arange(16))
+HUGE = codes_bytes(np.arange(16)).replace(b"(16,), }", b"(10**9,)")
 
 
 @pytest.mark.parametrize(
     "member",
     [{"codes.npy": codes_bytes(codes)} for codes in WRONG_CODES]
-    + [{"codes.npy": data} for data in (codes_bytes(np.arange(16))[:-5], b"", b"no numbers")]
+    + [{"codes.npy": data} for data in (codes_bytes(np.arange(16))[:-5], b"", b"no numbers", ARCHIVE.getvalue(), HUGE)]
     + [{"image": codes} for codes in ([[1, 2], [3]], [], [None] * 16, ["a"] * 16)],
 )
 def test_codes_of_another_length_or_range_are_skipped(member):
@@ -233,6 +300,8 @@ def texts(captions: Captions, sample: dict, count: int = 60) -> set[str]:
     ("members", "expected"),
     [
         ({"txt": "  ein Bär \n".encode()}, {"ein Bär"}),
+        *(({"txt": "ein Bär".encode(name)}, {"ein Bär"}) for name in ("utf-8-sig", "utf-16", "utf-32")),
+        ({"text": ["\ufeffone\ufeff"]}, {"one"}),
         ({"caption": b"c", "text": b"t", "txt": b"x"}, {"t"}),
         ({"text": ["one", "two"]}, {"one", "two"}),
         ({"txt": LONG.encode()}, {LONG}),  # only captions from elsewhere are shortened
@@ -281,6 +350,12 @@ def test_captions_from_elsewhere_replace_the_own_ones(external, key, url, expect
 @pytest.mark.parametrize(("key", "kind"), [("SA1B/sa_2", "empty_text"), ("SA1B/sa_3", "malformed_item")])
 def test_a_missing_or_unreadable_caption_is_skipped(external, key, kind):
     assert kind_of(Captions(external), raw(key), random.Random(0)) == kind
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_captions_from_elsewhere_have_no_mark(tmp_path, encoding):
+    (tmp_path / "SA1B_1.txt").write_bytes("ä street.\r\nmore".encode(encoding))
+    assert Captions(ExternalCaptions(str(tmp_path)))({"__key__": "SA1B_1"}, random.Random(0)) == "ä street."
 
 
 def test_for_generation_half_are_the_first_sentence_without_openings(external):

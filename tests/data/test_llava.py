@@ -13,7 +13,7 @@ from tests.parity.goldens import PHI
 from tests.training.tiny import CAPTIONS, image_bytes, picture, sample
 from training.data.image_text import ImageTransform
 from training.data.llava import LlavaRecords, LlavaSample
-from training.data.sources import SkipSample
+from training.data.sources import CUT, SkipSample
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red square."}]
 
@@ -82,6 +82,35 @@ def test_records_without_an_image_are_left_out(tmp_path, name):
         LlavaRecords([write(tmp_path, [{"conversations": TURNS}], name)])
 
 
+def test_other_words_and_forms_mean_the_same(tmp_path, tokenizer):
+    chat = [
+        {"role": "user", "content": "<image>\nWhat is it?"},
+        {"role": "assistant", "content": "\ufeffA red square."},
+    ]
+    (plain,) = made(LlavaRecords([write(tmp_path, [record()])]), transform(tokenizer))
+    other = {"image": ["a/0.png"], "messages": chat}
+    (tmp_path / "wrapped.json").write_bytes(json.dumps({"v": 1, "data": [other, {"messages": chat}]}).encode("utf-16"))
+    (item,) = made(LlavaRecords([str(tmp_path / "wrapped.json")]), transform(tokenizer))
+    assert all(torch.equal(item[key], plain[key]) for key in ("image", "input_ids", "labels"))
+
+
+def test_a_missing_image_names_the_setting_and_the_json(tmp_path, tokenizer):
+    path = write(tmp_path, [record(image="gone.png")])
+    raw = next(LlavaRecords([path]).read(0, random.Random(0)))
+    with pytest.raises(SkipSample) as problem:
+        transform(tokenizer, root="/pictures")(raw, random.Random(0))
+    assert problem.value.detail == (
+        f"/pictures/gone.png, named by {path}: record 0, relative to dataset.params.train_mmu_image_root=/pictures"
+    )
+
+
+def test_a_conversation_that_is_cut_is_noted(tmp_path, tokenizer):
+    length = len(encode_conversation(TURNS, tokenizer)["input_ids"])
+    for room, notes in ((length, None), (length - 1, (CUT,))):
+        (item,) = made(LlavaRecords([write(tmp_path, [record()])]), transform(tokenizer, text_length=room))
+        assert item.get("notes") == notes
+
+
 def turns(*values) -> dict:
     sides = ("human", "gpt")
     return record(conversations=[{"from": sides[n % 2], "value": value} for n, value in enumerate(values)])
@@ -92,6 +121,10 @@ def turns(*values) -> dict:
     [
         (record(image="a/broken.png"), "unreadable_image"),
         (record(image="a/none.png"), "missing_file"),
+        ("[" * 50_000, "malformed_item"),
+        (record(conversations={"0": 1}), "bad_conversation"),
+        (record(conversations=[7, []]), "bad_conversation"),
+        (record(conversations=[{"from": ["human"], "value": "x"}]), "bad_conversation"),
         *((bad, "malformed_item") for bad in ({"image": "a/0.png"}, '"text"', ["a"], '{"image": "a/0.png", "conv')),
         *((record(image=image), "malformed_item") for image in (["a/0.png", "a/1.png"], 7)),
         (turns("What?", "half of \ud83d"), "malformed_item"),

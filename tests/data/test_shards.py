@@ -1,8 +1,11 @@
 """Shards as raw samples: whole ones, broken ones, and what their manifests say."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+import pickle
 import random
 import tarfile
 from itertools import islice
@@ -11,8 +14,9 @@ import pytest
 
 from common.errors import UserError
 from tests.training.tiny import CAPTIONS, sample, write_shard
+from training.data.image_text import Captions, ImageTextSample, ImageTransform
 from training.data.shards import ShardUnits, check_codes, manifests, promised_samples, read_shard, read_shards
-from training.data.sources import Skipped
+from training.data.sources import Skipped, SkipSample
 
 SAMPLES = [sample(text) for text in CAPTIONS[:4]]
 KEYS = [f"train-000000-{i:03d}" for i in range(4)]
@@ -138,6 +142,98 @@ def test_what_is_no_shard_counts_once(tmp_path, content):
     assert list(read_shard(str(tmp_path / "gone.tar"))) == [Skipped("missing_file", str(tmp_path / "gone.tar"))]
 
 
+def test_hidden_members_are_passed_over(tmp_path):
+    """tar on macOS puts a file ``._NAME`` before each."""
+    names = [
+        f"{folder}/{index:04d}.{suffix}"
+        for folder in ("data", "./a")
+        for index in range(2)
+        for suffix in ("png", "TXT")
+    ]
+    members = [one for name in names for one in ((name.replace("/0", "/._0"), b"mac"), (name, name.encode()))]
+    members += [
+        ("__MACOSX/data/0.png", b"mac"),
+        (".cache/0.png", b"x"),
+        ("x.partial/0.png", b"x"),
+        ("data/.x/0.png", b""),
+    ]
+    raws = list(read_shard(write_tar(tmp_path / "a.tar", *members)))
+    assert keys(raws) == ["data/0000", "data/0001", "./a/0000", "./a/0001"]
+    assert all(raw.keys() == {"__key__", "__url__", "png", "txt"} for raw in raws)
+
+
+def header(name: str, size: int, kind: bytes = b"0") -> bytes:
+    """A header that promises any size."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = b"%011o\0" % size if size < 8**11 else b"\x80" + size.to_bytes(11)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(text: bytes) -> bytes:
+    return header("p", len(text), b"x") + text + bytes(-len(text) % 512)
+
+
+LINK = header("b.txt", 1) + b"y".ljust(512, b"\0")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (header("a.txt", 10**18) + LINK, "a member of 1,000,000,000,000,000,000 bytes; at most 1,073,741,824 are read"),
+        (header("a.txt", 2**30) + LINK, "cut short"),
+        (pax(b"21 size=99999999999\n") + LINK, "a member of 99,999,999,999 bytes"),
+        (pax(b"12 size=-51\n") + LINK, "a member of -51 bytes"),
+        (pax(b"0 " * 1000) + LINK, "damaged header"),
+        (pax(b"99999999999 a=b\n") + LINK, "damaged header"),
+        (header("p", 2**21, b"x") + bytes(2**21), "a member of 2,097,152 bytes; at most 1,048,576 are read"),
+        (header("p", 2**40, b"L") + LINK, "a member of 1,099,511,627,776 bytes"),
+    ],
+)
+def test_what_a_header_promises_is_not_taken_on_trust(tmp_path, content, message, pack):
+    (tmp_path / "a.tar").write_bytes(pack(content))
+    *raws, lost = read_shard(str(tmp_path / "a.tar"))
+    assert not raws and lost.kind == "truncated_shard" and message in lost.detail
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_shards_of_any_compression(tmp_path, shard, pack):
+    (tmp_path / "a.tgz").write_bytes(pack(shard.read_bytes()))
+    assert read(tmp_path / "a.tgz") == (KEYS, []) == read(f"pipe:cat {tmp_path}/a.tgz")
+
+
+def test_shards_without_a_sample_are_an_error_not_an_endless_loop(tmp_path):
+    urls = [
+        write_tar(tmp_path / f"{index}.tar", *members) for index, members in enumerate([(), [("._a.txt", b"x")]] * 3)
+    ]
+    with pytest.raises(UserError, match="there is not a single sample in 6 shards"):
+        next(read_shards(urls, 100, {}, 0))
+    urls.append(str(write_shard(tmp_path / "good.tar", SAMPLES)))
+    assert len(list(islice(read_shards(urls, 0, {}, 0), 20))) == 20
+
+
+def test_nothing_in_a_shard_is_executed(tmp_path):
+    class Pickled:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "run"), "w"))
+
+    content = pickle.dumps(Pickled())
+    names = [
+        f"a.{suffix}"
+        for suffix in ("pyd", "pkl", "pickle", "pth", "pt", "npy", "npz", "codes.npy", "json", "txt", "png")
+    ]
+    (raw,) = read_shard(write_tar(tmp_path / "a.tar", *((name, content) for name in names)))
+    images = ImageTransform(32, 16, 64)
+    for call in (images.of, Captions(), ImageTextSample(images, Captions())):
+        with pytest.raises(SkipSample):
+            call(raw, random.Random(0))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_shard_has_lost_what_its_manifest_promises_beyond_what_was_read(shard):
     urls = write_manifest(shard, shards=[{"file": shard.name, "samples": 4}, {"other": "tool"}])
     promised = promised_samples(urls)
@@ -173,8 +269,15 @@ def test_manifests_are_beside_their_shards(shard):
     urls = write_manifest(shard)
     assert list(manifests([*urls, *urls])) == [str(shard.parent / "train-manifest.json")]
     (shard.parent / "train-manifest.json").write_text("{")
-    with pytest.raises(UserError, match="train-manifest.json is no valid JSON"):
-        manifests(urls)
+    for content in ("{", "[" * 50_000, "[]", "\0"):
+        (shard.parent / "train-manifest.json").write_text(content)
+        with pytest.raises(UserError, match="train-manifest.json (is no valid JSON|holds a list)"):
+            manifests(urls)
+
+
+def test_samples_that_a_manifest_promises_beyond_reason_are_not_counted(shard):
+    entries = [{"file": shard.name, "samples": samples} for samples in (10**30, -1, "4", True, None)]
+    assert promised_samples(write_manifest(shard, shards=[*entries, 7])).get(str(shard), 0) <= 1
 
 
 def test_codes_for_another_model_are_refused(shard):

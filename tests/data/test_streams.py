@@ -17,7 +17,7 @@ import torch
 from common.errors import UserError
 from tests.data.test_sources import Parts
 from training.data import sources, streams
-from training.data.sources import Epochs, Resampled, SkipCounters, Skipped, SkipSample
+from training.data.sources import CUT, Epochs, Resampled, SkipCounters, Skipped, SkipSample
 from training.data.streams import Batch, Flow, StreamState, pack, stack, unpack
 
 
@@ -406,3 +406,19 @@ def test_there_is_one_tensor_for_each_key_not_for_each_item():
     assert torch.equal(stack(batch[:2], "image"), pixels[:2]), "a part of a batch is a plain list"
     assert torch.equal(stack(items(), "image"), pixels)
     assert Batch(["a"]).stacked == {}
+
+
+def test_what_is_noted_of_used_samples_is_counted_and_told_once(caplog):
+    def noting(raw, rng):
+        return {"key": f"number {raw}", "text": "a long text"} | ({"notes": (CUT,)} if raw % 2 else {})
+
+    flow = make_flow(using=noting, batch_size=4)
+    batches = take(flow, 5)
+    odd = sum(int(item["key"].split()[1]) % 2 for batch in batches for item in batch)
+    assert flow.counters.noted == {CUT: odd} and not flow.skipped and "notes" not in batches[0][0]
+    assert len(caplog.records) == 1 and "numbers: texts are longer than a row" in caplog.text
+    assert "a long text" in caplog.text
+    again = continued(flow.state_dict(), using=noting, batch_size=4)
+    assert again.counters.noted == {CUT: odd}
+    take(again, 1)
+    assert len(caplog.records) == 1

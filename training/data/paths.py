@@ -150,7 +150,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _glob(pattern: str) -> Iterator[str | Path]:
-    """What a pattern matches, without hidden files. `**` visits each folder once; Python's goes round loops of links."""
+    """What a pattern matches, without hidden files. `**` visits each folder once; Python's goes round loops."""
     parts = Path(pattern).parts
     fixed = next(number for number, part in enumerate(parts) if any(sign in part for sign in "*?["))
     if "**" not in parts:

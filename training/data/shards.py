@@ -229,7 +229,7 @@ def _pax_records(content: bytes) -> dict[str, str]:
     while content[place : place + 1].strip(b"\0"):
         blank = content.index(b" ", place)
         length = int(content[place:blank])
-        if length <= 0:
+        if not 0 < length <= len(content) - place:
             raise ValueError("length")
         key, _, value = content[blank + 1 : place + length].rstrip(b"\n").partition(b"=")
         found[_text(key)] = value.decode("utf-8", "surrogateescape")
