@@ -53,11 +53,11 @@ class SeedSection:
 @dataclass
 class GenerationSection(SeedSection):
     batch_size: int = setting(
-        1, "images generated, or questions answered, at once by the inference scripts", low=1, high=65536, free=True
+        1, "images generated, or questions answered, at once by the inference scripts", **ROWS, free=True
     )
-    guidance_scale: float = setting(1.5, "classifier-free guidance; 0: none", low=0, high=1000, free=True)
-    generation_timesteps: int = setting(12, "MaskGIT steps of an image", low=1, high=100_000, free=True)
-    generation_temperature: float = setting(1.0, "temperature of the choice of positions", low=0, high=1e6, free=True)
+    guidance_scale: float = setting(1.5, "classifier-free guidance; 0: none", **WEIGHT, free=True)
+    generation_timesteps: int = setting(12, "MaskGIT steps of an image", low=1, high=TOKENS, free=True)
+    generation_temperature: float = setting(1.0, "temperature of the choice of positions", **WEIGHT, free=True)
     mask_schedule: str = setting("cosine", "name of the mask schedule; the section mask_schedule takes precedence")
 
 
@@ -97,8 +97,8 @@ class ModelSection:
 
 @dataclass
 class PreprocessingSection:
-    max_seq_length: int = setting(128, "text tokens of a row", low=1, high=2**20)
-    resolution: int = setting(256, "pixels per side of an image", low=8, high=8192)
+    max_seq_length: int = setting(128, "text tokens of a row", low=1, high=TOKENS)
+    resolution: int = setting(256, "pixels per side of an image", low=8, high=PIXELS)
 
 
 @dataclass
@@ -487,8 +487,8 @@ class PipelineConfig(ShowoScript, ScriptConfig):
     guidance_scale: float = alias("training.guidance_scale")
     generation_timesteps: int = alias("training.generation_timesteps")
     generation_temperature: float = alias("training.generation_temperature")
-    max_new_tokens: int = setting(100, "longest answer, in tokens", low=1, high=2**20)
-    temperature: float = setting(1.0, "of answers; images have generation_temperature", low=0, high=1e6)
+    max_new_tokens: int = setting(100, "longest answer, in tokens", low=1, high=TOKENS)
+    temperature: float = setting(1.0, "of answers; images have generation_temperature", **WEIGHT)
     top_k: int | None = setting(1, "answers choose among this many tokens; 1: greedy; null: all", low=1, high=IDS)
     top_p: float | None = setting(None, "answers choose among the tokens of this probability", above=0, high=1)
     dtype: str | None = setting(
@@ -515,9 +515,9 @@ class InferenceConfig(PipelineConfig):
     inpainting_mask_path: str | None = setting(None, "image whose white regions are regenerated")
     extra_direction: str | None = setting(None, "left, right, up or down; ' *** ' separates several, taken in turn")
     keep_outside_mask: bool = setting(False, "inpainting keeps the pixels, not only the tokens, of black regions")
-    offset: int = setting(0, "shifts what extrapolation keeps, in tokens", low=-4096, high=4096)
+    offset: int = setting(0, "shifts what extrapolation keeps, in tokens", low=-TOKENS, high=TOKENS)
     num_images_per_prompt: int | None = setting(
-        None, "null: 1, but batch_size for inpainting and extrapolation, as published", low=1, high=2**20
+        None, "null: 1, but batch_size for inpainting and extrapolation, as published", **ROWS
     )
     seed_per_image: bool = setting(False, "a seed for each image: that of the run plus its number within the run")
     question: str | None = setting(
