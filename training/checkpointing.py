@@ -383,6 +383,8 @@ def _cause(error: BaseException) -> BaseException:
 
 def _reason(error: BaseException) -> str:
     cause = _cause(error)
+    if "Weights only load failed" in str(cause):  # torch's text goes on with how to execute it all the same
+        return "a file is damaged, or holds more than tensors and was not executed"
     return f"{type(cause).__name__}: {cause}".splitlines()[0][:160]
 
 
