@@ -5,7 +5,8 @@
     python3 inference_mmu.py config=configs/showo_demo_w_clip_vit_512x512.yaml max_new_tokens=100 \\
         mmu_image_root=./mmu_validation question='Please describe this image in detail. *** Where is it?'
 
-Every question is asked about every image of the folder `mmu_image_root`, which may also be a single file. Answers are
+Every question is asked about every image of the folder `mmu_image_root`, which may also be a single file;
+`question=null` asks for the bare caption, which models trained on captions without an instruction give. Answers are
 printed while they are generated. `output_dir` (default: `{experiment.output_dir}/mmu`) gets `results.jsonl`, the images
 as the model sees them (`0000.png` …) and `grid.png`; wandb gets the panel `multimodal understanding`.
 """
@@ -48,7 +49,7 @@ def find_images(value: str | None, resolution: int) -> list[Path]:
 
 def main(argv: list[str]) -> None:
     config = load_config(argv, InferenceConfig)
-    questions = split_pieces("question", config.question)
+    questions = [None] if config.question is None else split_pieces("question", config.question)
     output_dir = check_output_dir(config.output_dir or Path(config.experiment.output_dir) / "mmu")
 
     from models import ShowoPipeline
@@ -72,7 +73,7 @@ class Transcript:
     Words of the current answer are printed at once; words of later answers wait for their turn.
     """
 
-    def __init__(self, paths: list[Path], questions: list[str]):
+    def __init__(self, paths: list[Path], questions: list[str | None]):
         self.pairs = [(image, question) for image in range(len(paths)) for question in range(len(questions))]
         self.paths, self.questions = paths, questions
         self.waiting: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
@@ -94,7 +95,8 @@ class Transcript:
             image, question = self.pairs[self.turn]
             if question == 0:
                 print(self.paths[image].name, flush=True)
-            print(f"  User: {self.questions[question]}\n  Answer: ", end="", flush=True)
+            asked = self.questions[question]
+            print("  Caption: " if asked is None else f"  User: {asked}\n  Answer: ", end="", flush=True)
 
 
 def answer_all(pipeline, config, paths: list[Path], questions, results: ResultFolder, tracker: Tracker) -> None:
@@ -111,7 +113,8 @@ def answer_all(pipeline, config, paths: list[Path], questions, results: ResultFo
     panel, start = [], 0
     for path in paths:
         replies = [(question, next(answers)[2]) for question in questions]  # ordered by image, then question
-        image, caption = pipeline.view(path), "".join(f"User: {q}\n Answer : {a}\n" for q, a in replies)
+        image = pipeline.view(path)
+        caption = "".join(a if q is None else f"User: {q}\n Answer : {a}\n" for q, a in replies)
         record = {"file": results.save(image), "mode": "mmu", "image": path.name}
         for question, answer in replies:
             results.add(**record, question=question, answer=answer, seed=generator.initial_seed())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from omegaconf import II, DictConfig, OmegaConf
+from PIL import ImageColor
 
 from common.settings import alias, setting
 
@@ -49,11 +50,11 @@ class SeedSection:
 @dataclass
 class GenerationSection(SeedSection):
     batch_size: int = setting(
-        1, "images generated, or questions answered, at once by the inference scripts", low=1, free=True
+        1, "images generated, or questions answered, at once by the inference scripts", low=1, high=65536, free=True
     )
-    guidance_scale: float = setting(1.5, "classifier-free guidance; 0: none", low=0, free=True)
-    generation_timesteps: int = setting(12, "MaskGIT steps of an image", low=1, free=True)
-    generation_temperature: float = setting(1.0, "temperature of the choice of positions", low=0, free=True)
+    guidance_scale: float = setting(1.5, "classifier-free guidance; 0: none", low=0, high=1000, free=True)
+    generation_timesteps: int = setting(12, "MaskGIT steps of an image", low=1, high=100_000, free=True)
+    generation_temperature: float = setting(1.0, "temperature of the choice of positions", low=0, high=1e6, free=True)
     mask_schedule: str = setting("cosine", "name of the mask schedule; the section mask_schedule takes precedence")
 
 
@@ -93,8 +94,26 @@ class ModelSection:
 
 @dataclass
 class PreprocessingSection:
-    max_seq_length: int = setting(128, "text tokens of a row", low=1)
-    resolution: int = setting(256, "pixels per side of an image", low=8)
+    max_seq_length: int = setting(128, "text tokens of a row", low=1, high=2**20)
+    resolution: int = setting(256, "pixels per side of an image", low=8, high=8192)
+
+
+@dataclass
+class ImageSection:
+    exif: str = setting(
+        "ignore", "orientation that cameras note beside the pixels; ignore: as published", choices=("ignore", "apply")
+    )
+    background: str | None = setting(
+        "white", "colour under transparent pixels, a name or #rrggbb; null: their hidden colours, as published"
+    )
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        try:
+            ImageColor.getrgb(config.image.background or "white")
+        except ValueError:
+            return [f"image.background is {config.image.background!r}; it must be a colour such as white or #c0c0c0"]
+        return []
 
 
 @dataclass
@@ -113,6 +132,7 @@ class ScriptConfig:
     seed: int | None = alias("training.seed")
     device: str | None = setting(None, "cpu or cuda; null: cuda if there is one", free=True)
     compile: bool = setting(False, "run the model through torch.compile", free=True)
+    image: ImageSection = field(default_factory=ImageSection)
     wandb: WandbSection = field(default_factory=WandbSection)
 
 
@@ -464,8 +484,8 @@ class PipelineConfig(ShowoScript, ScriptConfig):
     guidance_scale: float = alias("training.guidance_scale")
     generation_timesteps: int = alias("training.generation_timesteps")
     generation_temperature: float = alias("training.generation_temperature")
-    max_new_tokens: int = setting(100, "longest answer, in tokens", low=1)
-    temperature: float = setting(1.0, "of answers; images have generation_temperature", low=0)
+    max_new_tokens: int = setting(100, "longest answer, in tokens", low=1, high=2**20)
+    temperature: float = setting(1.0, "of answers; images have generation_temperature", low=0, high=1e6)
     top_k: int | None = setting(1, "answers choose among this many tokens; 1: greedy; null: all", low=1)
     top_p: float | None = setting(None, "answers choose among the tokens of this probability", above=0, high=1)
     dtype: str | None = setting(
@@ -484,17 +504,22 @@ class InferenceConfig(PipelineConfig):
     """Settings of inference_t2i.py and inference_mmu.py, with the published command-line keys (spec §13)."""
 
     output_dir: str | None = setting(None, "null: {experiment.output_dir}/{mode}, or /mmu")
+    overwrite: bool = setting(False, "remove what earlier runs wrote into output_dir, instead of adding to it")
     mode: str | None = setting(None, "what inference_t2i.py does", choices=("t2i", "inpainting", "extrapolation"))
     prompt: str | None = setting(None, "what to generate; ' *** ' separates several", is_prose=True)
     validation_prompts_file: str = alias("dataset.params.validation_prompts_file")
     image_path: str | None = setting(None, "image to inpaint or extrapolate")
     inpainting_mask_path: str | None = setting(None, "image whose white regions are regenerated")
     extra_direction: str | None = setting(None, "left, right, up or down; ' *** ' separates several, taken in turn")
-    offset: int = setting(0, "shifts what extrapolation keeps, in tokens")
+    keep_outside_mask: bool = setting(False, "inpainting keeps the pixels, not only the tokens, of black regions")
+    offset: int = setting(0, "shifts what extrapolation keeps, in tokens", low=-4096, high=4096)
     num_images_per_prompt: int | None = setting(
-        None, "null: 1, but batch_size for inpainting and extrapolation, as published", low=1
+        None, "null: 1, but batch_size for inpainting and extrapolation, as published", low=1, high=2**20
     )
-    question: str | None = setting(None, "what to ask about every image; ' *** ' separates several", is_prose=True)
+    seed_per_image: bool = setting(False, "a seed for each image: that of the run plus its number within the run")
+    question: str | None = setting(
+        "", "what to ask about every image; ' *** ' separates several; null: the caption", is_prose=True
+    )
     mmu_image_root: str | None = setting(None, "folder of images to ask about, or one image")
     dataset: PromptedDatasetSection = field(default_factory=PromptedDatasetSection)
 

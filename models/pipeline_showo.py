@@ -325,10 +325,18 @@ class ShowoPipeline:
         answers = self.iter_answers(images, questions, **settings)
         return [[next(answers)[2] for _ in questions] for _ in images]
 
+    def caption(self, images: Sequence[ImageInput] | ImageInput, **settings) -> list[str]:
+        """The caption of every image, without a question; see `iter_answers` for the settings.
+
+        It is what a model says that was trained on captions without an instruction (`add_caption_prompt=false`, or the
+        projector's pre-training with CLIP-ViT): its rows are the image alone, and bos for models that see codes.
+        """
+        return [text for _, _, text in self.iter_answers(_as_list(images), [None], **settings)]
+
     def iter_answers(
         self,
         images: Sequence[ImageInput],
-        questions: Sequence[str],
+        questions: Sequence[str | None],
         *,
         batch_size: int | None = None,
         callback: Callable[[int, int, str], None] | None = None,
@@ -338,6 +346,7 @@ class ShowoPipeline:
 
         Args:
             images: PIL images or paths; paths are opened when their batch begins.
+            questions: None asks for the bare caption, see `caption`.
             batch_size: (image, question) pairs answered at once; default: all.
             callback: streaming: called as ``callback(image index, question index, text)`` with the next words of an
                 answer as soon as they are generated, and with "" when it is complete.
@@ -364,7 +373,7 @@ class ShowoPipeline:
     def answer_each(
         self,
         images: Sequence[ImageInput],
-        questions: Sequence[str],
+        questions: Sequence[str | None],
         *,
         max_new_tokens: int = 100,
         temperature: float = 1.0,
@@ -411,16 +420,19 @@ class ShowoPipeline:
         logits = self.model(input_ids, mask, **rows).logits[0, -ids.shape[1] - 1 : -1].float()  # (answer, vocabulary)
         return float(F.cross_entropy(logits, ids[0])), bool((logits.argmax(dim=-1) == ids[0]).all())
 
-    def _question_rows(self, images: list[ImageInput], index: list[int], questions: list[str]) -> dict:
+    def _question_rows(self, images: list[ImageInput], index: list[int], questions: list[str | None]) -> dict:
         """Inputs of `mmu_generate` for questions i about `images[index[i]]`, given as image codes or CLIP features."""
         check_texts(questions)
-        texts = [self.question_format.prompt(question) for question in questions]
+        texts = ["" if question is None else self.question_format.prompt(question) for question in questions]
         if not self.model.config.w_clip_vit:
             image_ids = self.encode(images)[index] + self.model.vocabulary.image_offset
             rows = self.prompting((image_ids, texts), "mmu_gen")
             return {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
         features = self.clip(self.clip.preprocess([_open(image) for image in images]))  # (n, F, C)
-        rows = self.prompting((texts, features.shape[1], self.question_format.system_prompt), "mmu_vit")
+        if len(bare := {question is None for question in questions}) > 1:
+            raise ValueError("with CLIP-ViT a batch holds questions, or None for bare captions, but not both")
+        system_prompt = None if bare == {True} else self.question_format.system_prompt
+        rows = self.prompting((texts, features.shape[1], system_prompt), "mmu_vit")
         return {
             "input_ids": rows.input_ids.to(self.device),
             "attention_mask": rows.attention_mask.to(self.device),
@@ -461,9 +473,9 @@ class _AnswerStreamer(TextStreamer):
 # ---- checks of user input ----
 
 
-def check_texts(texts: Sequence[str]) -> None:
+def check_texts(texts: Sequence[str | None]) -> None:
     """Raises `UserError` for a prompt or question that contains a special token such as ``<|soi|>``."""
-    for text in texts:
+    for text in filter(None, texts):
         if held := [token for token in (PAD_TOKEN, *SPECIAL_TOKENS) if token in text]:
             raise UserError(f"the text {text!r} contains the special token {held[0]}; remove it")
 

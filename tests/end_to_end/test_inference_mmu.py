@@ -79,6 +79,14 @@ def test_one_image_may_be_named(places, tmp_path):
     assert [line["image"] for line in lines] == ["c.png"] * 2
 
 
+def test_the_bare_caption(places, tmp_path, capsys):
+    lines = run(places, tmp_path, "question=null")
+    pipeline = ShowoPipeline(tiny_showo(), tiny_vq(), prompting())
+    captions = pipeline.caption([places["pictures"] / line["image"] for line in lines], max_new_tokens=8)
+    assert [line["answer"] for line in lines] == captions and {line["question"] for line in lines} == {None}
+    assert f"a.jpg\n  Caption: {captions[0]}\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_sampling_follows_its_settings_and_the_seed(places, tmp_path):
     sampled = ["top_k=null", "top_p=0.95", "temperature=3"]

@@ -1,17 +1,23 @@
 """Strings and pictures in and out; rows, draws and windows of the published rules (spec §7, §8)."""
 
+import random
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from common.errors import UserError
+from llava import encode_plain
 from models import CLIPVisionTower, Showo, ShowoConfig, ShowoPipeline, UniversalPrompting
 from models.generation.cpu import SkinnyLinear
 from models.pipeline_showo import _AnswerStreamer, mask_tokens
 from tests.parity.goldens import PHI, facts, prompting, tensors, tiny_showo
-from tests.tiny import RESOLUTION, WINDOW, clip_showo, tiny_vq, write_checkpoints, write_clip
+from tests.tiny import NUM_FEATURES, RESOLUTION, WINDOW, clip_showo, tiny_vq, write_checkpoints, write_clip
 from tests.tiny_llms import qwen_like, showo_config
+from training.data.image_text import Captions
+from training.understanding import VqUnderstanding, conversation_rows
 
 FAST = {"timesteps": 3, "guidance_scale": 2.0}
 HALF = WINDOW // 2
@@ -218,6 +224,41 @@ def test_answers_from_codes_are_those_of_the_published_row(pipeline):
     expected = pipeline.prompting.tokenizer.decode(new_ids[0], skip_special_tokens=True)
     assert pipeline.answer(noise(1), "w3 w4 w5 w6", max_new_tokens=12) == [[expected]]
     assert expected
+
+
+def test_a_bare_caption_is_asked_with_what_precedes_it_in_training(pipeline, monkeypatch):
+    """Rows of the captioning flow with `add_caption_prompt=false`: the image, bos, and then the caption."""
+    asked, generate = [], pipeline.model.mmu_generate
+    monkeypatch.setattr(
+        pipeline.model, "mmu_generate", lambda input_ids, **more: asked.append(input_ids) or generate(input_ids, **more)
+    )
+    captions = pipeline.caption([noise(0), noise(1)], max_new_tokens=4)
+    builder = SimpleNamespace(
+        prompting=pipeline.prompting,
+        image_ids=lambda samples: pipeline.encode([noise(0), noise(1)]) + facts()["text_token_offset"],
+    )
+    branch = VqUnderstanding.__new__(VqUnderstanding)
+    branch.max_mask_ratio = 0
+    texts = [{"text": Captions()({"txt": text}, random.Random(0))} for text in (b"w1", b"w2 w3")]
+    trained = branch.rows(texts, builder)[0]
+    (rows,) = asked
+    assert torch.equal(rows, trained.input_ids[:, : rows.shape[1]])
+    first = trained.input_ids[0, rows.shape[1]]
+    assert pipeline.prompting.tokenizer.decode(first) == "w1" and first == trained.labels[0, rows.shape[1]]
+    assert captions == [answers[0] for answers in pipeline.answer([noise(0), noise(1)], [None], max_new_tokens=4)]
+
+
+def test_a_bare_caption_of_a_clip_model_is_asked_as_its_projector_is_trained(clip_pipeline):
+    """Without bos and system prompt, as rows of `llava_pretrain` are."""
+    rows = clip_pipeline._question_rows([noise(0)], [0], [None])["input_ids"]
+    tokenizer = clip_pipeline.prompting.tokenizer
+    sample = encode_plain([{"from": "human", "value": "w5"}, {"from": "gpt", "value": "w1"}], tokenizer)
+    builder = SimpleNamespace(prompting=clip_pipeline.prompting, row_length=NUM_FEATURES + 10)
+    trained, start = conversation_rows([sample], torch.full((1, NUM_FEATURES), -200), [], builder)
+    assert torch.equal(rows, trained.input_ids[:, :start])
+    assert len(clip_pipeline.caption([noise(0), noise(1)], max_new_tokens=2)) == 2
+    with pytest.raises(ValueError, match="not both"):
+        clip_pipeline.answer(noise(0), ["w1", None])
 
 
 @pytest.mark.parametrize("branch", ["pipeline", "clip_pipeline"])
