@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
+from common.files import visible_files
 from common.settings import setting
 from tools.captioned import (
     NO_CAPTION,
@@ -50,7 +51,6 @@ from tools.captioned import (
     in_class_folders,
     in_table,
     is_image_file,
-    list_files,
     of_one_split,
 )
 from tools.captioned_parquet import CaptionedParquet
@@ -110,7 +110,7 @@ def open_source(config) -> CaptionedSource:
     columns = (config.image_column, config.caption_column)
     if config.captions:
         return Listing(in_table(Path(config.captions).expanduser(), folder, *columns))
-    files = list_files(folder)
+    files = visible_files(folder)
     if tables := [file for file in files if file.name in ("metadata.csv", "metadata.jsonl")]:
         tables = of_one_split(tables, folder, config.split)
         return Listing([entry for table in tables for entry in in_table(table, table.parent, *columns)])

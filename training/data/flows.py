@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from common.errors import UserError
-from common.files import resolve_path
+from common.files import resolve_path, visible_folders
 from llava import ChatFormat, encode_conversation, encode_plain
 from training.data.image_text import (
     PIXELS_ONLY,
@@ -370,7 +370,10 @@ class ImageTextReader(FlowReader):
         return ImageTransform(*sizes, root=_resolved(self.params[root]) if root else None, **settings)
 
     def transform(self, reading: Reading) -> Transform:
-        return ImageTextSample(self.images(reading), Captions(self._captions(), shorten=True))
+        return self.sample(self.images(reading), Captions(self._captions(), shorten=True), reading)
+
+    def sample(self, images: ImageTransform, captions: Captions, reading: Reading) -> Transform:
+        return ImageTextSample(images, captions, reading.tokenizer, self.config.dataset.preprocessing.max_seq_length)
 
 
 class T2IReader(ImageTextReader):
@@ -417,7 +420,7 @@ class MmuReader(ImageTextReader):
     def transform(self, reading: Reading) -> Transform:
         images = self.images(reading)
         if self.kind not in LLAVA:
-            return ImageTextSample(images, Captions(self._captions(), self.params.add_caption_prompt))
+            return self.sample(images, Captions(self._captions(), self.params.add_caption_prompt), reading)
         encode = encode_conversation
         if self.kind == "llava_pretrain" and reading.image_processor is not None:
             encode = encode_plain
@@ -431,7 +434,7 @@ class MmuReader(ImageTextReader):
 
 
 def _has_folders(path: Path) -> bool:
-    return path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
+    return path.is_dir() and bool(visible_folders(path))
 
 
 def _resolved(path: str | None) -> str | None:
