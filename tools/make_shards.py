@@ -242,10 +242,10 @@ def made_from(config) -> dict:
 def refuse_others(prefix: Path, settings: dict, overwrite: bool) -> None:
     """Raises `UserError` if another data set exists at the prefix, unless it may be overwritten."""
     old, remedy = read_manifest(prefix), "choose another output, or give overwrite=true"
-    if overwrite or old.get("settings") == settings:
+    others = {"holdout": 0.0} | (old.get("settings") or {})  # sets of before the setting held nothing out
+    if overwrite or (old and others == settings):
         return
     if old:
-        others = old.get("settings") or {}
         differing = [f"{key}={value}" for key, value in others.items() if settings.get(key) != value]
         raise UserError(f"{manifest_path(prefix)} belongs to another data set ({', '.join(differing)}); {remedy}")
     if shards := all_shards(prefix):
