@@ -273,7 +273,7 @@ def _expand_home(config: DictConfig, own: dict[str, Setting], problems: list[str
     for key, one in own.items():
         value = OmegaConf.select(config, one.path, throw_on_missing=False)
         texts = list(value) if OmegaConf.is_list(value) else [value]
-        if one.rule.is_prose or one.rule.alias or not any(str(text).startswith("~") for text in texts):
+        if one.rule.is_prose or not any(str(text).startswith("~") for text in texts):
             continue
         try:
             for text in texts:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -28,20 +30,35 @@ def run_cli(main: Callable[[list[str]], None]) -> None:
     its traceback. A terminal that goes away, as after ``| head``, does not end a command.
     """
     keep_terminal()
+    interrupts: list[str] = []
+
+    def interrupt(*_) -> None:
+        interrupts.append("")
+        raise KeyboardInterrupt
+
     try:
+        with suppress(ValueError):  # another thread than the main one
+            signal.signal(signal.SIGINT, interrupt)
         main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        line = str(error) if isinstance(error, UserError) else describe_os_error(error)
-        sys.stdout.flush()  # so that earlier output precedes the error, also through a pipe
-        print(f"error: {line}", file=sys.stderr)
-        _tell_launcher(f"error: {line}")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt as interrupt:
-        print("; ".join(("interrupted", *map(str, interrupt.args))), file=sys.stderr)
-        raise SystemExit(130) from None
+    except Exception as error:
+        if interrupts:  # libraries that were being loaded take Ctrl-C for an error of theirs
+            _end("interrupted", 130)
+        if not isinstance(error, (UserError, OSError)):
+            raise
+        line = f"error: {error if isinstance(error, UserError) else describe_os_error(error)}"
+        _tell_launcher(line)
+        _end(line, 2)
+    except KeyboardInterrupt as error:
+        _end("; ".join(("interrupted", *map(str, error.args))), 130)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _end(line: str, code: int) -> NoReturn:
+    sys.stdout.flush()  # so that earlier output precedes the error, also through a pipe
+    print(line, file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 def shown(name: str | Path) -> str:

@@ -24,6 +24,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import II, DictConfig, OmegaConf
 
 WIDTH, HELP_COLUMN = 118, 44  # of `--help`
+MOST = 2**63 - 1  # of whole numbers without a range of their own
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
@@ -56,7 +57,7 @@ class Rule:
 
     @property
     def range(self) -> str:
-        """In words, as in "from 0 to 1"; empty if there is none. Where there is one, inf and nan are refused."""
+        """In words, as in "from 0 to 1"; empty if there is none."""
         if self.above is not None:
             return f"more than {self.above}" + (f", up to {self.high}" if self.high is not None else "")
         if self.below is not None:
@@ -66,19 +67,24 @@ class Rule:
         return ""
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value that is not null and has the right type."""
+        """What is wrong with a value, or with one in a list, that is not null and has the right type."""
+        if OmegaConf.is_list(value):
+            return next((problem for one in value if (problem := self.problem(one))), None)
         if self.choices and value not in self.choices:
             return f"is {value!r}; allowed: {', '.join(map(str, self.choices))}"
-        if self.is_data and not all(isinstance(path, str) for path in (value if OmegaConf.is_list(value) else [value])):
+        if self.is_data and not isinstance(value, str):
             return f"is {value!r}; it must be one path or a list of paths"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"is {value}; it must be {self.range or 'a finite number'}"
         if self.range and not (
-            math.isfinite(value)
-            and (self.low is None or value >= self.low)
+            (self.low is None or value >= self.low)
             and (self.above is None or value > self.above)
             and (self.high is None or value <= self.high)
             and (self.below is None or value < self.below)
         ):
             return f"is {value}; it must be {self.range}"
+        if isinstance(value, int) and abs(value) > MOST:
+            return f"is {value}; whole numbers here go up to {MOST:,}"
         return None
 
 

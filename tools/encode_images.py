@@ -27,6 +27,7 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import common  # noqa: F401  Ctrl-C is one word from here on
 
 import numpy as np
 import torch

@@ -14,6 +14,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
+    import common  # noqa: F401  Ctrl-C is one word from here on
 
 import torch
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import common  # noqa: F401  Ctrl-C is one word from here on
 
 import torch
 from omegaconf import DictConfig

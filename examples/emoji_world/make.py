@@ -30,6 +30,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    import common  # noqa: F401  Ctrl-C is one word from here on
 
 import numpy as np
 from omegaconf import OmegaConf

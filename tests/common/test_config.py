@@ -343,3 +343,34 @@ def test_relative_paths_are_looked_up_here_and_in_the_repository(tmp_path, monke
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/showo_demo.yaml").write_text("")
     assert resolve_path("configs/showo_demo.yaml") == Path("configs/showo_demo.yaml")
+
+
+def test_home_in_every_setting_but_prose(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("output_dir", "experiment.init_from", "model.vq_model.vq_model_name", "experiment.resume_from_checkpoint")
+    arguments = [f"{key}=~/x" for key in keys] + ["dataset.params.train_lm_shards_path_or_url=[~/a.txt,b~.txt]"]
+    config = load_config(["config=configs/showo_tiny_train.yaml", *arguments], TrainingConfig)
+    assert [OmegaConf.select(config, key) for key in keys] == [f"{tmp_path}/x"] * len(keys)
+    assert config.experiment.output_dir == f"{tmp_path}/x"
+    assert config.dataset.params.train_lm_shards_path_or_url == [f"{tmp_path}/a.txt", "b~.txt"]
+    prompts = ["config=configs/showo_tiny_demo.yaml", "prompt=~/x", "question=~", "image_path=~/y"]
+    config = load_config(prompts, InferenceConfig)
+    assert (config.prompt, config.question, config.image_path) == ("~/x", "~", f"{tmp_path}/y")
+    with pytest.raises(UserError, match="output_dir=~no-such-user/x: there is no such home folder"):
+        load_config(["config=configs/showo_tiny_demo.yaml", "output_dir=~no-such-user/x"], InferenceConfig)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: &a [1, 1]\n" + "".join(f"b{n}: [*a, *a, *a]\n" for n in range(20)), "more than 20 aliases"),
+        ("a: " + "[" * 5000, "cannot be read as YAML"),
+        ("training: {seed: .nan}", "seed is nan; it must be"),
+        ("training: {cond_dropout_prob: .inf}", "cond_dropout_prob is inf; it must be"),
+        ("training: {eval_mask_ratios: [0.5, .nan]}", "eval_mask_ratios is nan; it must be"),
+    ],
+)
+def test_values_that_no_run_can_have(content, message, tmp_path):
+    (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_config([f"config={tmp_path}/x.yaml"], TrainingConfig)

@@ -81,3 +81,29 @@ def test_work_goes_on_when_nobody_listens(tmp_path, ending):
     result = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stderr, (tmp_path / "done").read_text()) == (0, "", "done")
     assert result.stdout == ("0 \\u2026 caf\\udce9\n" if "head" in ending else "")
+
+
+def test_ctrl_c_is_one_word_also_where_a_library_takes_it_for_an_error(tmp_path):
+    """As transformers does while it is imported."""
+    (tmp_path / "loads.py").write_text(
+        """
+import os, signal
+from common.errors import run_cli
+def main(arguments):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ImportError("are the requirements installed?")
+run_cli(main)
+"""
+    )
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    result = subprocess.run([sys.executable, tmp_path / "loads.py"], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
+
+
+def test_ctrl_c_while_a_script_of_ours_loads_its_libraries():
+    code = "import sys; sys.modules['__main__'].__file__ = 'evaluate.py'; import common, os, signal"
+    code += "; os.kill(os.getpid(), signal.SIGINT); print('went on')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")

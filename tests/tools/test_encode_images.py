@@ -121,7 +121,7 @@ def test_bad_data_is_left_out_counted_and_told(world, capsys):
     whole, damaged, cut = (entry["samples"] for entry in manifest["shards"])
     assert (whole, damaged) == (4, 2) and 1 <= cut < 4 and all("codes.npy" in raw for raw in samples)
     told = capsys.readouterr().out
-    assert "skipped 3 of" in told and "1 unreadable_image (such as in-000001-001" in told
+    assert "skipped 3 of" in told and "1 unreadable_image (such as image in-000001-001" in told
     write_shard(world / "bad-000000.tar", [{"png": b"x", "txt": b"y"}])
     with pytest.raises(UserError, match="not one image in .* can be read"):
         encode(world, shards=world / "bad-000000.tar", output=world / "bad" / "codes")
