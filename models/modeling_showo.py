@@ -17,6 +17,7 @@ from models.checkpoint_io import (
     resolve_folder,
 )
 from models.compat import PublishedGeneration
+from models.config_fields import SHOWO_FIELDS, check_fields
 from models.omni_attention import OmniMask, dense_for_attention
 from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
 
@@ -61,6 +62,7 @@ class ShowoConfig(PreTrainedConfig):
         qk_norm: bool | None = None,
         **kwargs,
     ):
+        check_fields({**locals(), **kwargs}, SHOWO_FIELDS)
         self.llm_model_path = llm_model_path
         self.vocab_size = vocab_size
         self.llm_vocab_size = llm_vocab_size
@@ -70,6 +72,8 @@ class ShowoConfig(PreTrainedConfig):
         self.w_clip_vit = w_clip_vit
         self.clip_feature_size = clip_feature_size
         self.load_from_showo = load_from_showo
+        if not isinstance(llm_config, dict | None):
+            raise ValueError(f"llm_config is a {type(llm_config).__name__}; it must be a group of keys")
         self.llm_config = llm_config if llm_config is not None else read_llm_config(llm_model_path)
         self.qk_norm = has_qk_norm(self.llm_config, qk_norm, llm_model_path)
         expected = self.vocabulary.vocab_size
@@ -209,10 +213,11 @@ class Showo(CheckpointMixin, PublishedGeneration, PreTrainedModel):
         path = llm_model_path or config.llm_model_path
         stored = load_state_dict_folder(resolve_folder(path))
         state_dict = cls._adapt_state_dict({f"showo.{key}": tensor.float() for key, tensor in stored.items()}, config)
-        model = cls._from_config(config, **kwargs)
-        fresh = (*config.backbone.qk_norm_names, "mm_projector", *model.all_tied_weights_keys)
-        expected = {k: v for k, v in model.state_dict().items() if k in state_dict or not any(f in k for f in fresh)}
+        skeleton = cls._skeleton(config)
+        fresh = (*config.backbone.qk_norm_names, "mm_projector", *skeleton.all_tied_weights_keys)
+        expected = {k: v for k, v in skeleton.state_dict().items() if k in state_dict or not any(f in k for f in fresh)}
         check_state_dict(str(path), expected, state_dict)
+        model = cls.from_config(config, **kwargs)
         model.load_state_dict(state_dict, strict=False)
         return model
 

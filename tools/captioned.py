@@ -123,7 +123,10 @@ def beside_texts(files: list[Path], root: Path, lines: bool) -> list[Captioned |
     # A text of no image is counted: its image may be a dangling link, or of a format that nobody knows.
     alone = sorted(set(texts.values()) - set(places.values()))
     entries = [_beside(image, text, root, lines) for image, text in places.items()]
-    return [*entries, *(Skipped(MISSING_FILE, f"{text}: no image beside it") for text in alone)]
+    return [
+        *entries,
+        *(Skipped(MISSING_FILE, f"{text}: no {text.stem}.png or other image beside it") for text in alone),
+    ]
 
 
 def _lower(file: Path) -> Path:

@@ -20,10 +20,10 @@ import torch
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import REPOSITORY, resolve_path
+from common.files import REPOSITORY, read_json, resolve_path
 from common.settings import setting
 from models import MAGVITv2, Showo
-from models.checkpoint_io import INDEX_NAMES, read_json, resolve_folder
+from models.checkpoint_io import INDEX_NAMES, resolve_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLASSES = {"Showo": Showo, "showo": Showo, "MAGVITv2": MAGVITv2, "magvitv2": MAGVITv2}

@@ -6,12 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
-from tools.shard_writing import shard_path, write_shard
-
-
-def heldout_prefix(prefix: Path) -> Path:
-    """``data/mine/train`` → ``data/mine/train_heldout``, which a pattern ``train-*.tar`` does not match."""
-    return prefix.with_name(f"{prefix.name}_heldout")
+from tools.shard_writing import heldout_prefix, shard_path, write_shard
 
 
 class Holdout:

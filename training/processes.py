@@ -8,14 +8,17 @@ import argparse
 import importlib.util
 import logging
 import os
+import pickle
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch.distributed.checkpoint import metadata
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -107,6 +110,57 @@ def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor | None:
     from deepspeed.utils import safe_get_full_grad
 
     return safe_get_full_grad(parameter)
+
+
+@contextmanager
+def executing_nothing(folder: Path) -> Iterator[None]:
+    """A context in which libraries read a checkpoint's pickles as tensors and plain values, whatever they ask for.
+
+    Raises:
+        pickle.UnpicklingError: the index of FSDP2's files, which torch reads by itself, holds anything else. Within
+            the context `torch.load` raises it.
+    """
+    for index in folder.rglob(".metadata"):
+        with index.open("rb") as file:
+            _IndexReader(file).load()
+    forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in forced}
+    os.environ.update(forced)
+    try:
+        with torch.serialization.safe_globals(_deepspeed_classes()):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+class _IndexReader(pickle.Unpickler):
+    """Reads the index of `torch.distributed.checkpoint`; names of anything else are refused."""
+
+    allowed = {
+        "torch.distributed.checkpoint.metadata": (*metadata.__all__, "_MEM_FORMAT_ENCODING"),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+        "torch.serialization": ("_get_layout",),
+        "collections": ("OrderedDict",),
+        "pathlib": ("Path", "PosixPath"),
+    }
+
+    def find_class(self, module: str, name: str) -> type | Callable:
+        if name not in self.allowed.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint and was not executed")
+        return super().find_class(module, name)
+
+
+def _deepspeed_classes() -> list:
+    """What DeepSpeed's own files hold besides tensors: numbers in classes of its own."""
+    if "deepspeed" not in sys.modules:
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 @contextmanager

@@ -22,7 +22,9 @@ from common.tracking import Tracker
 from training.checkpointing import (
     TrainState,
     begin_course,
+    check_restored,
     check_same_config,
+    damage_as_user_error,
     describe_decay,
     describe_last_checkpoint,
     find_start,
@@ -245,21 +247,21 @@ class Trainer:
             return
         if self.start.weights is None:
             self.state = load_checkpoint(self.accelerator, self.start.folder, self.average, self.model)
-            if counts := self.state.counts:
-                self.metrics.load_state_dict(counts["metrics"], self.accelerator.device)
-                self.finite.dropped = counts["nonfinite_batches"]
-            for name, flow in self.flows.items():
-                if name in self.state.streams:
-                    self.resume_flow(name, flow)
-            set_rate(self.schedule)
+            with damage_as_user_error(self.start.folder):
+                check_restored(self.start.folder, self.model, self.optimizer, self.schedule, self.average)
+                if counts := self.state.counts:
+                    self.metrics.load_state_dict(counts["metrics"], self.accelerator.device)
+                    self.finite.dropped = counts["nonfinite_batches"]
+                for name, flow in self.flows.items():
+                    if name in self.state.streams:
+                        self.resume_flow(name, flow)
             if line := describe_decay(self.start.folder, self.config):
                 self.accelerator.print(line)
             how = ""
         else:
-            self.state.global_step = self.start.step
-            for _ in range(self.start.step):  # resume the learning rate
-                self.schedule.step()
+            self.state.global_step = self.schedule.last_epoch = self.start.step
             how = " with its weights only: optimiser, random numbers and data start again"
+        set_rate(self.schedule)
         self.accelerator.print(f"continuing from {self.start.folder}, step {self.state.global_step}{how}")
 
     def resume_flow(self, name: str, flow) -> None:

@@ -63,6 +63,6 @@ def test_parts_that_do_not_fit(places, tmp_path):
     clip = shutil.copytree(places["clip"], tmp_path / "clip")
     (clip / "model.safetensors").unlink()
     torch.save({"x": Malicious(tmp_path / "executed")}, clip / "pytorch_model.bin")
-    with pytest.raises(UserError, match="model.clip_vit_name=.*clip holds no readable CLIP vision model"):
+    with pytest.raises(UserError, match="model.clip_vit_name=.*clip holds no usable CLIP vision model"):
         load_clip(str(clip), CLIP_WIDTH)
     assert not (tmp_path / "executed").exists()

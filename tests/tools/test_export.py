@@ -91,7 +91,7 @@ def test_exporting_an_image_tokenizer_over_another_replaces_weights_and_keeps_no
         (["from={vq}", "to={new}/x", "typo=1"], "unknown key typo"),
         (["from={vq}", "to={new}/full"], "exists and is no checkpoint folder"),
         (["from={new}/gone", "to={new}/x"], "gone.*does not exist"),
-        (["from={new}/full", "to={new}/x"], "config.json is missing"),
+        (["from={new}/full", "to={new}/x"], "config.json does not exist"),
         (["from={new}/other", "to={new}/x"], "holds a 'phi' checkpoint; only Showo and MAGVITv2"),
     ],
 )

@@ -98,6 +98,6 @@ def test_a_set_of_before_the_setting_held_nothing_out(tmp_path):
     content = json.loads(manifest.read_text())
     del content["settings"]["holdout"]
     manifest.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"another data set \(holdout=0.0\)"):
+    with pytest.raises(UserError, match="another data set"):
         run(source, output, holdout=0.5)
     run(source, output)

@@ -64,7 +64,7 @@ def test_settings(refused, world, settings, part):
         ({UND_TYPE: "captioning"}, "und_type is 'captioning'; with CLIP-ViT it must be llava_pretrain or"),
         ({"training.batch_size_mmu": 0}, "trains mm_projector alone, but training.batch_size_mmu is 0"),
         ({"model.clip_vit_name": "/nowhere/clip"}, "/nowhere/clip"),
-        ({"model.clip_vit_name": "{world}/llm"}, "no image processor"),
+        ({"model.clip_vit_name": "{world}/llm"}, "/llm holds no usable CLIP vision model (it is a 'phi' model"),
         ({ROOT: "/nowhere/images"}, "/nowhere/images"),
         # Missing data are named before CLIP is looked for.
         ({"model.clip_vit_name": "/nowhere/clip", MMU: "/nowhere/a.json"}, "do not exist: /nowhere/a.json"),

@@ -29,19 +29,21 @@ class JsonRecords:
 
     Args:
         path: the file, UTF-8 with or without a byte order mark.
-        keep: which records count; called once for each that can be parsed.
+        keep: which records count; called once for each that can be parsed. `left_out` is the number of the others.
 
     Raises:
         UserError: the file cannot be read or is no list of records.
     """
 
     def __init__(self, path: str, keep: Callable[[Any], bool] = lambda record: True):
-        self.path = path
+        self.path, self.left_out = path, 0
         read = _lines if path.lower().endswith(".jsonl") else _list
         places = array("q")
         for start, stop, record in _guarded(read, path):
             if record is BROKEN or keep(record):
                 places.extend((start, stop))
+            else:
+                self.left_out += 1
         self.places = np.array(places, dtype=np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
@@ -168,7 +170,7 @@ def _start(text: str) -> int:
 def _open(text: str, place: int, bracket: str) -> int:
     """Place after the opening bracket at `place`."""
     if text[place : place + 1] != bracket:
-        raise ValueError(f"it must begin with {bracket}; name a file of one record a line .jsonl")
+        raise ValueError(f"no valid JSON of this form, it must begin with {bracket}; name a file of lines .jsonl")
     return _blanks(text, place + 1)
 
 

@@ -1,5 +1,6 @@
 """Conversations on images in LLaVA's form: ``{"image": tensor, "input_ids", "labels"}`` (spec §9)."""
 
+import logging
 import os
 import random
 from bisect import bisect_right
@@ -23,6 +24,8 @@ from training.data.sources import (
     SkipSample,
     checked_text,
 )
+
+logger = logging.getLogger(__name__)
 
 IMAGES, TURNS = ("image", "images"), ("conversations", "conversation", "messages")  # keys of a record, first come first
 ROLES = {"human": "human", "gpt": "gpt", "user": "human", "assistant": "gpt"}  # other tools' words → LLaVA's
@@ -96,6 +99,8 @@ class LlavaRecords:
         self.files = [JsonRecords(path, keep=has_image) for path in paths]
         self.ends = list(accumulate(len(file) for file in self.files))
         self.samples = self.ends[-1]
+        if left_out := sum(file.left_out for file in self.files):
+            logger.info("%s: %d records without an image are left out", ", ".join(paths), left_out)
         if not self.samples:
             raise UserError(f"{', '.join(paths)} hold(s) no record with an image")
 

@@ -14,7 +14,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +24,7 @@ from webdataset.tariterators import group_by_keys
 
 from common.errors import UserError
 from common.files import is_hidden_member, read_json
+from models.images import DEFAULT
 from training.data.paths import is_address
 from training.data.sources import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped, mixed
 
@@ -273,6 +274,7 @@ def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") ->
     for file, manifest in manifests(urls).items():
         if "num_vq_tokens" not in manifest:
             continue
+        manifest = asdict(DEFAULT) | manifest  # of earlier releases, which had no settings of images
         if refused and manifest.get("keep_images"):
             continue
         if refused:

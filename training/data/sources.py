@@ -141,11 +141,11 @@ KINDS = (
 )
 
 # What is noted of samples that are used.
-ROTATED = "rotated"  # EXIF's rotation was not applied
+ROTATED = "rotated"  # by EXIF data that were not applied
 CUT = "cut"  # the text is longer than the row has room for
 NOTES = {
     ROTATED: "carries a rotation in its EXIF data, which is ignored as published; image.exif=apply turns such images",
-    CUT: "has a text that is longer than a row has room for, and is cut; see dataset.preprocessing.max_seq_length",
+    CUT: "has a text that is longer than a row has room for and is cut; see dataset.preprocessing.max_seq_length",
 }
 
 
@@ -255,6 +255,13 @@ class SkipCounters:
         """``12 of 200 samples (6.0%): 9 unreadable_image (such as a/b.jpg: …), 3 empty_text (such as …)``."""
         kinds = [f"{count} {kind}{self._example(kind)}" for kind, count in self.skipped.most_common()]
         return f"{self.skipped.total()} of {self.seen} samples ({self.share:.1%}): {', '.join(kinds)}"
+
+    def print(self) -> None:
+        """Says what a command has skipped, and what was noted of samples that it used."""
+        if self.skipped:
+            print(f"skipped {self.describe()}")
+        for kind, count in self.noted.items():
+            print(f"{count} of {self.seen} samples: each (such as {self.examples[kind]}) {NOTES[kind]}")
 
     def _example(self, kind: str) -> str:
         return f" (such as {self.examples[kind]})" if kind in self.examples else ""  # examples do not survive a restart
