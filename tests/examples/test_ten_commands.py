@@ -48,11 +48,14 @@ def check_shards(prefix: Path) -> None:
     assert len({text.split()[-1] for text in texts}) == NUM_SAMPLES
 
 
-def test_the_messy_folder_becomes_shards(tmp_path, capsys):
+def test_the_messy_folder_becomes_shards(repository, tmp_path, monkeypatch, capsys):
     write_messy_folder(tmp_path / "photos")
-    make_shards.main([f"source={tmp_path}/photos", f"output={tmp_path}/shards/train", "holdout=0.05"])
-    check_shards(tmp_path / "shards/train")
-    assert "skipped 6 of 60 samples" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    make_shards.main(["source=photos", "output=data/mine/train", "holdout=0.05"])
+    check_shards(tmp_path / "data/mine/train")
+    told = capsys.readouterr().out
+    for page in ("own_images", "own_data"):  # they show what the command says of this folder
+        assert told in (repository / f"docs/{page}.md").read_text()
 
 
 @pytest.mark.slow
