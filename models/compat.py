@@ -136,7 +136,7 @@ def get_config():
 
     given = OmegaConf.from_cli(sys.argv[1:])
     config = OmegaConf.merge(OmegaConf.load(resolve_path(given.config)), given)
-    if "wandb" in config and config.wandb.get("run_id") is None:
+    if config.get("wandb") is not None and config.wandb.get("run_id") is None:
         config.wandb.run_id = token_hex(4)  # scripts would ask wandb for one, by a name that it no longer has
     return config
 
