@@ -118,3 +118,17 @@ def test_every_command_has_a_script_its_files_and_known_keys(page, script, argum
             assert (ROOT / value).is_file(), f"{page}: {value}"
         elif known and key != "config":
             assert key in known or key.rpartition(".")[0] in known, f"{page}: {script} has no key {key}"
+
+
+def test_what_published_names_have_become_is_there():
+    """In the tables of docs/migrating.md: the files of the last column, and the names after a file."""
+    rows = [line for line in (ROOT / "docs/migrating.md").read_text().splitlines() if line.startswith("| ")]
+    cells = [row.replace("\\|", "/").split(" | ")[-1] for row in rows]
+    files = [file for cell in cells for file in re.findall(r"`((?:\w+/)+\w+\.py)`", cell)]
+    assert len(files) > 20 and [file for file in files if not (ROOT / file).is_file()] == []
+    named = [found for cell in cells for found in re.findall(r"`((?:\w+/)+\w+)\.py`: ((?:`\w+`[^;`]*)+)", cell)]
+    for file, names in named:
+        module = import_module(file.replace("/", "."))
+        assert [name for name in re.findall(r"`(\w+)`", names.partition("(")[0]) if not hasattr(module, name)] == [], (
+            file
+        )
