@@ -543,7 +543,7 @@ def check_texts(texts: Sequence[str | None]) -> None:
     """Raises `UserError` for a prompt or question that is no text, or contains a special token such as ``<|soi|>``."""
     for text in filter(None, texts):
         if shown(text) != text:
-            raise UserError(f"the text {shown(text)[:200]!r} is no UTF-8; give it in this encoding")
+            raise UserError(f"the text '{shown(text)[:200]}' is no UTF-8; give it in this encoding")
         if held := [token for token in (PAD_TOKEN, *SPECIAL_TOKENS) if token in text]:
             raise UserError(f"the text {text[:200]!r} contains the special token {held[0]}; remove it")
 

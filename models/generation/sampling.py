@@ -62,12 +62,18 @@ def get_mask_schedule(name: str, **params) -> Schedule:
         name: ``cosine``, ``linear``, ``sigmoid`` (params start, end, tau) or ``pow<k>``, e.g. ``pow2`` or ``pow0.5``.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or parameters that give no number.
     """
     if name == "cosine":
         return lambda t: torch.cos(t * math.pi * 0.5)
     # Faithful: all but cosine are clipped (pinned by tests/parity/test_goldens.py).
     if name == "sigmoid":
+        try:
+            values = _sigmoid_schedule(torch.linspace(0, 1, 9), **params)
+        except (ArithmeticError, TypeError) as error:
+            raise ValueError(f"params {params} of the schedule cannot be used ({error}); give numbers") from None
+        if not values.isfinite().all():
+            raise ValueError(f"params {params} of the schedule give no number; start and end must differ, tau not be 0")
         return lambda t: _sigmoid_schedule(t, **params).clamp(1e-6, 1.0)
     power = re.fullmatch(r"pow(\d*\.?\d+)", "pow1" if name == "linear" else name)
     if power is None:
@@ -203,7 +209,7 @@ def is_greedy(temperature: float = 1.0, top_k: int | None = None, top_p: float |
         raise ValueError(f"top_k is {top_k}, expected at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}, expected a number in (0, 1], or None")
-    return top_k == 1 or temperature == 0
+    return top_k == 1 or temperature < 1e-9  # the limit; logits divided by less overflow
 
 
 def sample_next(
@@ -237,5 +243,6 @@ def sample_next(
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
         beyond = probabilities.cumsum(-1) - probabilities >= top_p  # the first token that crosses p stays
+        beyond[:, 0] = False  # also where p is too small for float32
         logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]

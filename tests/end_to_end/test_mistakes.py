@@ -69,6 +69,7 @@ T2I = "mode=t2i prompt=w1 "
 INPAINT = "mode=inpainting prompt=w1 image_path={image} inpainting_mask_path={mask} "
 EXTEND = "mode=extrapolation prompt=w1 extra_direction=left image_path={image} "
 ASK = "question=w1 mmu_image_root={pictures} "
+SIGMOID = "mask_schedule.schedule=sigmoid "
 SHOWO, TOKENIZER = "model.showo.pretrained_model_path=", "model.vq_model.vq_model_name="
 
 
@@ -85,6 +86,10 @@ SHOWO, TOKENIZER = "model.showo.pretrained_model_path=", "model.vq_model.vq_mode
         (T2I + "image.exif=turn", "image.exif is 'turn'; allowed: ignore, apply"),
         (T2I + "device=tpu9", "device=tpu9 .*give cpu"),
         (T2I + "mask_schedule.schedule=sine", "mask_schedule: .*'sine'.*cosine"),
+        (T2I + SIGMOID + "mask_schedule.params.tau=0", "mask_schedule: params {'tau': 0} .*division by zero"),
+        (T2I + SIGMOID + "mask_schedule.params.end=-3", "mask_schedule: params {'end': -3} .* give no number"),
+        (T2I + SIGMOID + "mask_schedule.params.start=x", "mask_schedule: params {'start': 'x'} .*give numbers"),
+        (T2I + SIGMOID + "mask_schedule.params.no=1", "mask_schedule: params {'no': 1} .*unexpected keyword"),
         (T2I + "dataset.preprocessing.resolution=40", "resolution=40 .*num_vq_tokens=16.* 32 x 32 pixels"),
         (T2I + "model.showo.num_vq_tokens=15", "num_vq_tokens is 15.*square"),
         (T2I + "model.showo.vocab_size=200", "model.showo: vocab_size is 200.*193"),
