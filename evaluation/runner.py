@@ -14,11 +14,13 @@ from functools import cache
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from common.errors import UserError
 from common.launch import launched_processes
+from common.progress import progress
 from evaluation.answers import AnswerStore, model_settings
+from evaluation.official_files import check_images
+from evaluation.output import COUNTS, PREDICTIONS, SHEET
 from evaluation.task import Item, Task
 from models import ShowoPipeline
 
@@ -84,10 +86,13 @@ class Run:
     @classmethod
     def of(cls, task: Task, settings: dict) -> "Run":
         """Reads the task's files; `UserError` if they, or earlier answers, are unusable."""
+        task.check()
         items = task.read_items()
-        store = AnswerStore(task.folder, settings | task.settings)
+        asked = thin(items, task.config.max_items)
+        check_images(task.named_images(asked), task.images_expected)
+        store = AnswerStore(task.output, settings | task.settings)
         store.check()
-        return cls(task, thin(items, task.config.max_items), len(items), store, settings)
+        return cls(task, asked, len(items), store, settings)
 
     def missing(self) -> list[Item]:
         """The items that have no answer yet."""
@@ -128,6 +133,10 @@ def ask_all(config, tasks: Sequence[Task], processes: Processes) -> list[Run]:
     runs = [Run.of(task, settings) for task in tasks]
     model = cache(lambda: ShowoPipeline.from_config(config))
     todo = [run.missing() for run in runs]
+    for run, missing in zip(runs, todo, strict=True):
+        run.task.output.check(
+            [PREDICTIONS, COUNTS, SHEET, *(file for item in missing for file in run.task.files_of(item))]
+        )
     processes.wait()  # nobody writes before all have read
     for run, missing in zip(runs, todo, strict=True):
         if processes.is_main:
@@ -150,7 +159,7 @@ def ask(run: Run, missing: Sequence[Item], model: Callable[[], ShowoPipeline], p
         batches = [(number, wanted, wanted) for number, _, wanted in batches]
     read = read_images([batch for _, batch, _ in batches]) if task.reads_images else ([] for _ in batches)
     total = sum(len(wanted) for _, _, wanted in batches)
-    with tqdm(total=total, desc=task.name, disable=None if processes.is_main else True) as bar:
+    with progress(total=total, desc=task.name, disable=not processes.is_main) as bar:
         for (number, batch, wanted), images in zip(batches, read, strict=True):
             generator = torch.Generator(pipeline.device).manual_seed((seed * 1_000_003 + number) % 2**63)
             answers = task.predict(pipeline, batch, images, generator)

@@ -47,15 +47,24 @@ def located(name: str | Path) -> str:
 
 
 def find_folder(name: str | Path | None, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
-    """The folder of a part, of a training checkpoint its `unwrapped_model/`; `UserError` if there is none.
+    """The folder of a part: of a training checkpoint its `unwrapped_model/`, of a whole pipeline its `showo/`.
 
     Args:
         files: of a hub name, which are downloaded first.
+
+    Raises:
+        UserError: there is none, or it is a run's that has saved no final model yet.
     """
     if not name:
         raise UserError("model.showo.pretrained_model_path is not given; set it to a checkpoint folder or a hub name")
     folder = resolve_folder(located(name), files)
-    return folder / "unwrapped_model" if (folder / "unwrapped_model").is_dir() else folder
+    for part in ("unwrapped_model", "showo"):
+        if (folder / part).is_dir():
+            return folder / part
+    if not (folder / "config.json").exists() and (saved := sorted(folder.glob("checkpoint-*/unwrapped_model"))):
+        newest = max(saved, key=lambda place: (len(place.parent.name), place.parent.name)).parent
+        raise UserError(f"{folder} is the folder of a run that has not ended; give its checkpoint {newest}")
+    return folder
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
@@ -218,7 +227,7 @@ def initial_showo(
     Args:
         section: sizes, and what to start from: the weights of `llm_model_path`, those of `pretrained_model_path`, or
             (without a path) random ones.
-        start: a checkpoint that takes precedence over the section's; whatever `find_parts` finds one in.
+        start: a checkpoint that takes precedence over the section's; whatever `find_folder` finds one in.
         clip_vit_name: with `w_clip_vit`, the tower whose features the projector takes.
 
     Raises:
@@ -237,8 +246,7 @@ def initial_showo(
             # Faithful: the CLIP-ViT branch may start from a checkpoint trained on image codes, without a projector
             # (spec §12).
             allowed = ("mm_projector.",) if section.w_clip_vit else ()
-            folder = find_folder(find_parts(start)["showo"])
-            return Showo.from_pretrained(folder, config=config, allow_missing=allowed)
+            return Showo.from_pretrained(find_folder(start), config=config, allow_missing=allowed)
         return Showo.from_config(config) if section.load_from_showo else Showo.from_llm(config, located(llm))
     except ValueError as error:
         raise UserError(f"model.showo: {_reason(error)}") from error

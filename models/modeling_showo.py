@@ -229,7 +229,7 @@ class Showo(CheckpointMixin, PublishedGeneration, PreTrainedModel):
         batch_size_t2i: int = 0,
         batch_size_lm: int = 0,
         batch_size_mmu: int = 0,
-        max_seq_length: int = 128,
+        max_seq_length: int | None = None,
         image_features: torch.Tensor | None = None,
     ) -> ShowoOutput:
         """Logits without labels, losses with them.
@@ -241,7 +241,8 @@ class Showo(CheckpointMixin, PublishedGeneration, PreTrainedModel):
                 its result for (model, input_ids, attention_mask, image_features) is returned, so that a loss of any
                 kind runs inside this call, as DDP, DeepSpeed and FSDP2 need it.
             batch_size_t2i, batch_size_lm, batch_size_mmu: rows of each task; they add up to B. For tensor labels only.
-            max_seq_length: M; the t2i loss starts at position M + 1. For tensor labels only.
+            max_seq_length: M; the t2i loss starts at position M + 1, which is that of ``<soi>``. Default: where the
+                t2i rows have it. For tensor labels only.
             image_features: (images, features, clip_feature_size) raw CLIP features, spliced in order.
 
         Raises:
@@ -257,8 +258,20 @@ class Showo(CheckpointMixin, PublishedGeneration, PreTrainedModel):
             from training.loss import Objective
 
             check_image_features(input_ids, image_features)
-            labels = Objective.from_labels(labels, (batch_size_t2i, batch_size_lm, batch_size_mmu), max_seq_length)
+            rows = (batch_size_t2i, batch_size_lm, batch_size_mmu)
+            if max_seq_length is None:
+                max_seq_length = self._text_length(input_ids[:batch_size_t2i]) if sum(rows) == len(input_ids) else 0
+            labels = Objective.from_labels(labels, rows, max_seq_length)
         return labels(self, input_ids, attention_mask, image_features)
+
+    def _text_length(self, rows: torch.Tensor) -> int:
+        """M of t2i rows (B, L): their ``<soi>`` is at position M + 1; 0 without rows."""
+        starts = (rows == self.vocabulary.soi_id).nonzero()  # (B, 2), row and position
+        if len(rows) == 0:
+            return 0
+        if len(starts) != len(rows) or (starts[:, 1] != starts[0, 1]).any():
+            raise ValueError("each t2i row needs one <soi>, all at one position, or max_seq_length says where it is")
+        return int(starts[0, 1]) - 1
 
     def hidden_states(
         self,

@@ -30,7 +30,8 @@ from training.processes import executing_nothing, full_state_dict, local, univer
 
 COURSE = ".course.json"  # in the output folder while a run begins, see `begin_course`
 MOST_STEPS = 10**12  # of a run
-FINAL_MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+FINAL_MODEL = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors")
+FINAL_MODEL += ("model.safetensors.index.json",)
 
 # torch reports a full disk as a RuntimeError with one of these texts; other RuntimeErrors have other causes.
 TORCH_CANNOT_WRITE = re.compile(r"inline_container|PytorchStreamWriter|write failed")
@@ -320,7 +321,8 @@ def _publish(temporary: Path, final: Path, limit: int | None) -> None:
     temporary.rename(final)
     _flush(final.parent)  # the new name must be on the disk before an old checkpoint is removed
     (final.parent / COURSE).unlink(missing_ok=True)  # the course has a checkpoint of its own, see `begin_course`
-    others = [folder for folder in checkpoints(final.parent) if folder != final]
+    # The user has put checkpoint-0 there, see `find_start`.
+    others = [folder for folder in checkpoints(final.parent) if folder not in (final, final.parent / "checkpoint-0")]
     doomed += [hide(old) for old in others[: max(0, len(others) + 1 - limit)]] if limit else []
     for folder in doomed:
         shutil.rmtree(folder)

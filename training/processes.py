@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed.checkpoint import metadata
 from torch.distributed.tensor import DTensor
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.errors import UserError
 from common.launch import launched_processes, use_physical_cores
@@ -34,11 +33,13 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
         written_by: number of processes that wrote the checkpoint to resume from.
 
     Raises:
-        UserError: several processes were launched that are not connected, or DeepSpeed is not installed.
+        UserError: several processes were launched that are not connected, or DeepSpeed cannot be used as asked for.
     """
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise UserError("the launch file asks for DeepSpeed, which is not installed: pip install 'deepspeed>=0.19'")
+    if deepspeed and not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it has found no GPU
     launched = launched_processes()
     on_cpus = launched > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(
@@ -49,6 +50,11 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpus else None,
         step_scheduler_with_optimizer=False,
     )
+    if deepspeed and accelerator.state.deepspeed_plugin is None:
+        raise UserError(
+            "the launch file asks for DeepSpeed, but accelerate leaves it out on CPUs (ACCELERATE_USE_CPU or use_cpu "
+            "is true) and would train otherwise; leave that out, or take another launch file"
+        )
     if launched != accelerator.num_processes or (launched > 1 and accelerator.distributed_type == DistributedType.NO):
         raise UserError(
             f"{launched} processes were launched, but this one trains with {accelerator.num_processes} or alone; on "
@@ -60,6 +66,8 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if accelerator.state.deepspeed_plugin is not None:
         _configure_deepspeed(accelerator.state.deepspeed_plugin, config, rows)
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # which imports DeepSpeed
+
         # Under ZeRO-3, transformers would also shard the frozen models that it loads, and nothing gathers those.
         unset_hf_deepspeed_config()
         if written_by not in (None, launched):

@@ -213,7 +213,7 @@ def test_a_checkpoint_holds_these_files_also_in_place_of_another(tmp_path):
 
 @pytest.mark.parametrize(
     ("steps", "limit", "left"),
-    [((8, 9, 10, 11), 2, [10, 11]), ((8, 9, 10), None, [8, 9, 10]), ((200, 50), 1, [50])],
+    [((8, 9, 10, 11), 2, [10, 11]), ((8, 9, 10), None, [8, 9, 10]), ((200, 50), 1, [50]), ((0, 8, 9), 1, [0, 9])],
 )
 def test_the_limit_removes_the_oldest_by_number_but_not_what_was_just_written(tmp_path, steps, limit, left):
     run = Run()

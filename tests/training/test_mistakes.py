@@ -110,6 +110,13 @@ def test_a_launch_with_deepspeed_that_is_not_installed(refused, monkeypatch):
     assert "asks for DeepSpeed, which is not installed: pip install" in refused({})
 
 
+def test_a_launch_with_deepspeed_that_accelerate_leaves_out(refused, monkeypatch):
+    """It would run without DeepSpeed, and count the batches of an optimiser step otherwise."""
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"):
+        monkeypatch.setenv(name, "true")
+    assert "asks for DeepSpeed, but accelerate leaves it out on CPUs (ACCELERATE_USE_CPU" in refused({})
+
+
 @pytest.mark.slow
 def test_all_that_is_missing_is_listed_in_the_last_line_and_the_script_ends_with_2(world, tmp_path):
     gone = {SHARDS.format(flow): f"/gone/{flow}.tar" for flow in ("t2i", "mmu")}
