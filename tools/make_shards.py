@@ -99,7 +99,7 @@ class MakeShardsConfig:
     holdout: float = setting(0.0, "share of the images kept out for evaluation, in {output}_heldout", low=0, high=0.5)
     shuffle: bool = setting(True, "shuffle images; of parquet, row groups, and rows within each")
     seed: int = setting(0, "of the shuffled order and of what is held out")
-    num_workers: int = setting(4, "threads that read and check images", low=1)
+    num_workers: int = setting(4, "threads that read and check images", low=1, high=1024)
     overwrite: bool = setting(False, "replace another data set of this prefix")
     image: ImageSection = field(default_factory=ImageSection)
 
@@ -193,12 +193,12 @@ def image_members(image: bytes | Path, name: str, config) -> dict[str, Any]:
     try:
         data = image if isinstance(image, bytes) else check_file(image, f"image {name}", MAX_BYTES).read_bytes()
     except (UserError, OSError) as error:
-        raise SkipSample(MISSING_FILE, str(error).removeprefix("image ")) from None
+        raise SkipSample(MISSING_FILE, str(error)) from None
     try:
         options = ImageOptions(config.image.exif, config.image.background)
         suffix, data = checked_image(data, config.resize, config.quality, name, options)
     except UserError as error:
-        raise SkipSample(UNREADABLE_IMAGE, str(error).removeprefix("image ")) from None
+        raise SkipSample(UNREADABLE_IMAGE, str(error)) from None
     with Image.open(io.BytesIO(data)) as opened:
         return {suffix: data} | ({"_rotated": True} if has_rotation(opened) else {})
 

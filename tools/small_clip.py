@@ -23,6 +23,7 @@ from common.errors import run_cli
 from common.settings import setting
 from models.checkpoint_io import quietly
 from models.clip_encoder import image_processor_class, num_features
+from models.config_fields import check_memory
 from tools.owned_folder import owned_folder
 
 
@@ -40,11 +41,18 @@ class SmallClipConfig:
 
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
-        return [
+        found = [
             f"{whole} is {config[whole]}; it must be a multiple of {part} ({config[part]})"
             for whole, part in (("image_size", "patch_size"), ("hidden_size", "heads"))
             if config[part] > 0 and config[whole] % config[part]
         ]
+        numbers = 12 * config.hidden_size**2 * config.layers
+        numbers += config.hidden_size * (config.image_size // max(config.patch_size, 1)) ** 2
+        try:
+            check_memory(4 * numbers, "the tower")
+        except ValueError as error:
+            found.append(str(error))
+        return found
 
 
 def make_tower(config: DictConfig) -> CLIPVisionModel:

@@ -115,7 +115,7 @@ class ImageTransform:
         try:
             return open_image(encoded, name if isinstance(encoded, bytes) else encoded, self.options)
         except UserError as error:
-            raise SkipSample(UNREADABLE_IMAGE, str(error).removeprefix("image ")) from None
+            raise SkipSample(UNREADABLE_IMAGE, str(error)) from None
 
     def from_codes(self, codes: np.ndarray, name: str) -> dict[str, torch.Tensor]:
         """``codes`` (N,) int64."""

@@ -19,7 +19,7 @@ TEXT = (".jsonl", ".txt")
 FOLDER_SORTS = (SHARDS, PARQUET, (".jsonl",), (".json",), (".txt",))  # manifests and notes lie beside the data
 NAMED = 20  # missing files that a message names
 MOST_NAMES = 1_000_000  # that a brace list may stand for
-RANGE = re.compile(r"\{(-?\d{1,30})\.\.(-?\d{1,30})(?:\.\.-?(\d{1,30}))?\}")
+RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
 IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".tga", ".jp2")
 # Images that may not be readable: where files are images, these are counted and not passed over.
 IMAGES += (".avif", ".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr")
@@ -46,8 +46,9 @@ def expand_paths(setting: str, value, suffixes: tuple[str, ...] = ()) -> list[st
     missing = [path for path in paths if not is_address(path) and not Path(path).is_file()]
     if missing:
         named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-        strange = "; not regular files: give files" if any(map(os.path.exists, missing)) else ""
-        raise UserError(f"{setting}: {len(missing)} of {len(paths)} files do not exist: {named}{strange}")
+        if strange := next(filter(os.path.exists, missing), None):
+            raise UserError(f"{setting}: {strange} is no regular file; give files")
+        raise UserError(f"{setting}: {len(missing)} of {len(paths)} files do not exist: {named}")
     return paths
 
 
@@ -98,17 +99,23 @@ def has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
 
 def _patterns(setting: str, value) -> Iterator[str]:
     for item in [value] if isinstance(value, str) else value:
-        if not is_address(item) and resolve_path(item).exists():  # whatever signs its name is made of
+        if not item:
+            raise UserError(f"{setting} holds an empty path; leave it out")
+        if not is_address(item) and _exists(item):  # whatever signs its name is made of
             yield item
             continue
         try:
-            large = any(_length(*bounds) > MOST_NAMES for bounds in RANGE.findall(item))
+            large = sum(_length(*bounds) for bounds in RANGE.findall(item)) > MOST_NAMES
             names = [] if large else list(islice(braceexpand.braceexpand(item), MOST_NAMES + 1))
         except (ValueError, RecursionError):
             raise UserError(f"{setting} is {item!r:.200}, whose braces do not match") from None
         if large or len(names) > MOST_NAMES:
-            raise UserError(f"{setting} is {item!r}, which stands for more than {MOST_NAMES:,} names; give a folder")
+            raise UserError(f"{setting} is {item!r:.200}, which stands for over {MOST_NAMES:,} names; give a folder")
         yield from names
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(expand(path)) or os.path.exists(REPOSITORY / expand(path))
 
 
 def _length(first: str, last: str, step: str) -> int:
@@ -118,10 +125,10 @@ def _length(first: str, last: str, step: str) -> int:
 def _files(setting: str, pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     if is_address(pattern):
         return [pattern]
-    path = resolve_path(pattern)
-    if any(c in pattern for c in "*?") and not path.exists():
+    if any(c in pattern for c in "*?") and not _exists(pattern):
         pattern = str(expand(pattern))
         return _matches(pattern) or _matches(str(REPOSITORY / pattern)) or [pattern]
+    path = resolve_path(pattern)
     if not path.is_dir() or not suffixes:
         return [_local(path)]
     files = [_local(file) for file in visible_files(path) if has_suffix(file.name, suffixes)]

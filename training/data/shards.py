@@ -33,6 +33,7 @@ BLOCK = 512
 END = bytes(BLOCK)
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by magic number
 LARGEST = 2**30  # bytes of a member; what a header promises is never allocated on trust
+LARGEST_HEADER = 2**20  # of members that describe others
 PIECE = 2**24  # bytes read at once
 REGULAR, LONG_NAME, PAX, PAX_GLOBAL, SPARSE = (b"0", b"\0", b"7"), b"L", b"x", b"g", b"S"
 
@@ -170,8 +171,9 @@ def tar_members(archive: BinaryIO) -> Iterator[tuple[str, bytes]]:
             _check(header)
             kind = header[156:157]
             size = int(described.get("size") or _number(header[124:136]))
-            if not 0 <= size <= LARGEST:
-                raise tarfile.ReadError(f"a member of {size:,} bytes; at most {LARGEST:,} are read")
+            most = LARGEST if kind in REGULAR else LARGEST_HEADER
+            if not 0 <= size <= most:
+                raise tarfile.ReadError(f"a member of {size:,} bytes; at most {most:,} are read")
             content = _read(archive, -(-size // BLOCK) * BLOCK)[:size]
             if kind in REGULAR:
                 name = described.get("path") or _name(header)

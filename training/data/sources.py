@@ -144,8 +144,8 @@ KINDS = (
 ROTATED = "rotated"  # by EXIF data that were not applied
 CUT = "cut"  # the text is longer than the row has room for
 NOTES = {
-    ROTATED: "carries a rotation in its EXIF data, which is ignored as published; image.exif=apply turns such images",
-    CUT: "has a text that is longer than a row has room for and is cut; see dataset.preprocessing.max_seq_length",
+    ROTATED: "images carry a rotation, ignored as published (such as {}); image.exif=apply turns them",
+    CUT: "texts are longer than a row has room for, and cut (such as {}); see dataset.preprocessing.max_seq_length",
 }
 
 
@@ -261,7 +261,7 @@ class SkipCounters:
         if self.skipped:
             print(f"skipped {self.describe()}")
         for kind, count in self.noted.items():
-            print(f"{count} of {self.seen} samples: each (such as {self.examples[kind]}) {NOTES[kind]}")
+            print(f"{count} {NOTES[kind].format(self.examples[kind])}")
 
     def _example(self, kind: str) -> str:
         return f" (such as {self.examples[kind]})" if kind in self.examples else ""  # examples do not survive a restart

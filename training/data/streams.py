@@ -158,7 +158,7 @@ class _Batches(IterableDataset):
                 else:
                     sample = self.transform(raw, random.Random(seed))
                     for note in sample.pop("notes", ()) if isinstance(sample, dict) else ():
-                        counters.note(note, str(sample.get("key", "")))
+                        counters.note(note, f"{sample.get('key', '')}: {sample.get('text', '')!r:.80}")
                     samples.append(sample)
                     limit = max(GIVE_UP, 100 * self.batch_size)
             except SkipSample as skipped:
@@ -259,7 +259,7 @@ class Flow:
         delivery: _Delivery = next(self._iterator)
         for kind in delivery.counters.noted.keys() - self.counters.noted.keys():  # once per run
             if self.process == 0:
-                logger.warning("%s: %s %s", self.name, delivery.counters.examples[kind], NOTES[kind])
+                logger.warning("%s: %s", self.name, NOTES[kind].format(delivery.counters.examples[kind]))
         self.counters.add(delivery.counters)
         if problem := self._problem(delivery):
             self.close()
