@@ -6,6 +6,7 @@ what became of all others.
 
 import sys
 from functools import wraps
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -134,7 +135,10 @@ def get_config():
     from common.config import resolve_path
 
     given = OmegaConf.from_cli(sys.argv[1:])
-    return OmegaConf.merge(OmegaConf.load(resolve_path(given.config)), given)
+    config = OmegaConf.merge(OmegaConf.load(resolve_path(given.config)), given)
+    if config.get("wandb") is not None and config.wandb.get("run_id") is None:
+        config.wandb.run_id = token_hex(4)  # scripts would ask wandb for one, by a name that it no longer has
+    return config
 
 
 def flatten_omega_conf(cfg, resolve: bool = False) -> list[tuple[str, Any]]:

@@ -38,6 +38,7 @@ def pipeline():
     return ShowoPipeline.from_pretrained(root / "checkpoints/showo-tiny", max_seq_length=24, cpu_kernels=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [0.75, 0])
 def test_a_script_that_generates_images(run, pipeline, tmp_path, guidance_scale):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -58,6 +59,7 @@ def test_a_script_that_keeps_a_part_of_an_image(run, pipeline, tmp_path, reposit
     assert torch.equal(names["codes"].view(8, 8)[:, :4], known)
 
 
+@pytest.mark.slow
 def test_a_script_that_answers(run, pipeline, repository):
     question = " *** ".join(QUESTIONS)
     answers = run("mmu.py", DEMO, f"mmu_image_root={IMAGES}", f"question='{question}'", "max_new_tokens=12")["answers"]
@@ -66,6 +68,7 @@ def test_a_script_that_answers(run, pipeline, repository):
     assert [[answers[file.name, q].strip() for q in QUESTIONS] for file in files] == expected
 
 
+@pytest.mark.slow
 def test_a_script_that_answers_from_clip_features(run, tmp_path, repository):
     """The published mask takes 576 features for granted, so this tower has as many."""
     config = f"config={write_checkpoints(tmp_path, patch_size=2, image_size=48)['demo_clip']}"
@@ -79,6 +82,7 @@ def test_a_script_that_answers_from_clip_features(run, tmp_path, repository):
     assert [[answers[file.name, question].strip() for question in questions] for file in files] == expected
 
 
+@pytest.mark.slow
 def test_embeddings_in_place_of_ids():
     """As scripts with CLIP-ViT features call `mmu_generate`; the answer is the published one."""
     llm = {"model_type": "phi", "hidden_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 32}
@@ -166,12 +170,13 @@ def test_unknown_arguments_are_still_refused():
 
 
 def test_configurations(tmp_path, monkeypatch):
-    (tmp_path / "a.yaml").write_text("a: {b: 1, c: [x, {d: 2}]}\ne: ${a.b}\nf: {}\n")
+    (tmp_path / "a.yaml").write_text("a: {b: 1, c: [x, {d: 2}]}\ne: ${a.b}\nf: {}\nwandb: null\n")
     monkeypatch.setattr("sys.argv", ["script.py", f"config={tmp_path}/a.yaml", "a.b=5", "own_key=x *** y"])
     config = get_config()
     config.question = ["any", "type"]
     leaves = {"a.b": 5, "a.c.0": "x", "a.c.1.d": 2, "e": 5, "config": f"{tmp_path}/a.yaml", "own_key": "x *** y"}
-    assert dict(flatten_omega_conf(config, resolve=True)) == leaves | {"question.0": "any", "question.1": "type"}
+    leaves |= {"wandb": None, "question.0": "any", "question.1": "type"}
+    assert dict(flatten_omega_conf(config, resolve=True)) == leaves
     assert dict(flatten_omega_conf(OmegaConf.create({"e": "${x}", "x": 1})))["e"] == "${x}"
 
 

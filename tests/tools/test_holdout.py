@@ -89,3 +89,15 @@ def test_nothing_held_out_is_an_error(tmp_path):
         (source / f"broken{index}.txt").write_text("x")
     with pytest.raises(UserError, match="holdout=0.01 of 1 images is none; give a larger share"):
         run(source, tmp_path / "out/train", holdout=0.01, seed=2)
+
+
+def test_a_set_of_before_the_setting_held_nothing_out(tmp_path):
+    source, output = folder_of(tmp_path, 4), tmp_path / "out/train"
+    run(source, output)
+    manifest = Path(f"{output}-manifest.json")
+    content = json.loads(manifest.read_text())
+    del content["settings"]["holdout"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="another data set"):
+        run(source, output, holdout=0.5)
+    run(source, output)

@@ -15,9 +15,10 @@ SPECIAL = ("<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|
 if __name__ == "__main__":
     config = get_config()
     run_id = config.wandb.get("run_id", None)
-    wandb.init(
-        project="demo", name=config.experiment.name, id=run_id, config=dict(flatten_omega_conf(config, resolve=True))
-    )
+    if run_id is None:
+        run_id = wandb.util.generate_id()
+        config.wandb.run_id = run_id
+    wandb.init(project="demo", name=config.experiment.name, config=dict(flatten_omega_conf(config, resolve=True)))
     config.training.batch_size = config.batch_size
 
     device = torch.device("cpu")
