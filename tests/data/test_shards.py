@@ -186,7 +186,7 @@ LINK = header("b.txt", 1) + b"y".ljust(512, b"\0")
     [
         (header("a.txt", 10**18) + LINK, "a member of 1,000,000,000,000,000,000 bytes; at most 1,073,741,824 are read"),
         (header("a.txt", 2**30) + LINK, "cut short"),
-        (pax(b"21 size=99999999999\n") + LINK, "a member of 99,999,999,999 bytes"),
+        (pax(b"20 size=99999999999\n") + LINK, "a member of 99,999,999,999 bytes"),
         (pax(b"12 size=-51\n") + LINK, "a member of -51 bytes"),
         (pax(b"0 " * 1000) + LINK, "damaged header"),
         (pax(b"99999999999 a=b\n") + LINK, "damaged header"),
