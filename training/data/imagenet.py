@@ -39,7 +39,7 @@ class ImageFolder:
         classes = [entry.name for entry in visible_folders(self.root)]
         files = [f"{name}/{file}" for name in classes for file in _image_files(self.root / name)]
         if not files:
-            raise UserError(f"{self.root} holds no {', '.join(IMAGES)} in folders named after their classes")
+            raise UserError(f"{self.root} holds no {', '.join(IMAGES[:4])}, … in folders named after their classes")
         self.files = np.array([os.fsencode(file) for file in files])  # one array: loader workers share it
         self.names = _synsets(self.root) | (_read_names(names) if names else {})
         nameless = [name for name in classes if name not in self.names and re.fullmatch(r"n\d{8}", name)]

@@ -96,8 +96,12 @@ class Documents:
                     yield {"__key__": key, "text": parse_json(document, key, dict)[self.column]}
                 else:
                     yield {"__key__": key, "text": document.decode().replace(BYTE_ORDER_MARK, "")}
-            except (UserError, UnicodeDecodeError, KeyError) as error:
-                yield Skipped(MALFORMED_ITEM, f"{key}: {type(error).__name__} {error}")
+            except UserError as error:
+                yield Skipped(MALFORMED_ITEM, str(error))
+            except UnicodeDecodeError as error:
+                yield Skipped(MALFORMED_ITEM, f"{key} is no UTF-8 ({error.reason}); save the file as UTF-8")
+            except KeyError:
+                yield Skipped(MALFORMED_ITEM, f"{key} has no {self.column!r}")
 
 
 def _size(path: str) -> int:

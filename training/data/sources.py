@@ -21,6 +21,7 @@ from common.errors import shown
 from common.files import BYTE_ORDER_MARK
 
 CHUNK = 20_000  # raw samples in a chunk of an endless reader
+GIVE_UP = 10_000  # raw samples, or empty chunks, without a single batch
 
 Reader = Callable[[int], Iterator[Any]]  # seed → endless raw samples
 
@@ -37,6 +38,9 @@ class Source(Protocol):
     """
 
     samples: int | None
+
+    def patience(self, num_streams: int) -> int:
+        """Empty chunks of a stream, one after another, after which there is nothing to be expected."""
 
     def chunk(self, seed: int | str, stream: int, num_streams: int, index: int) -> Iterator[Any]:
         """The raw samples of chunk `index` of a stream; finite, may be empty."""
@@ -67,6 +71,9 @@ class Resampled:
     def __init__(self, read: Reader, samples: int | None = None):
         self.read, self.samples = read, samples
 
+    def patience(self, num_streams: int) -> int:
+        return GIVE_UP
+
     def chunk(self, seed: int | str, stream: int, num_streams: int, index: int) -> Iterator[Any]:
         length = CHUNK if self.samples is None else min(CHUNK, math.ceil(self.samples / num_streams))
         return islice(self.read(seed_of(seed, stream, "round", index)), length)  # "round": of older checkpoints
@@ -86,6 +93,10 @@ class Epochs:
     def __init__(self, units: Units, samples: int | None = None):
         self.units = units
         self.samples = samples if units.samples is None else min(samples or units.samples, units.samples)
+
+    def patience(self, num_streams: int) -> int:
+        # In a hundred epochs a stream reads every unit almost surely.
+        return min(GIVE_UP, 100 * max(num_streams, len(self.units)))
 
     def chunk(self, seed: int | str, stream: int, num_streams: int, index: int) -> Iterator[Any]:
         slices = math.ceil(num_streams / len(self.units))
@@ -260,8 +271,13 @@ class SkipCounters:
         """Says what a command has skipped, and what was noted of samples that it used."""
         if self.skipped:
             print(f"skipped {self.describe()}")
-        for kind, count in self.noted.items():
-            print(f"{count} {NOTES[kind].format(self.examples[kind])}")
+        for line in self.noted_lines():
+            print(line)
+
+    def noted_lines(self) -> list[str]:
+        """``15 images carry a rotation, …``, one line for each kind."""
+        earlier = "one before the last restart"  # which examples do not survive
+        return [f"{n} {NOTES[kind].format(self.examples.get(kind, earlier))}" for kind, n in self.noted.items()]
 
     def _example(self, kind: str) -> str:
         return f" (such as {self.examples[kind]})" if kind in self.examples else ""  # examples do not survive a restart

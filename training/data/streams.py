@@ -23,12 +23,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
 from models.images import normalized
-from training.data.sources import NOTES, SkipCounters, Skipped, SkipSample, Source, seed_of
+from training.data.sources import GIVE_UP, NOTES, SkipCounters, Skipped, SkipSample, Source, seed_of
 
 logger = logging.getLogger(__name__)
 
 ENOUGH_SEEN = 200  # raw samples after which the share of skipped ones is judged
-GIVE_UP = 10_000  # raw samples, or empty chunks, without a single batch
 
 Transform = Callable[[Any, random.Random], Any]  # (raw sample, its own generator) → sample; raises SkipSample
 
@@ -175,8 +174,8 @@ class _Batches(IterableDataset):
         """Endless: (raw sample, index of its chunk, position in the chunk, seed of its random numbers)."""
         global_stream = self.process * num_workers + stream
         index, position = self.state.chunks[stream], self.state.positions[stream]
-        empty = 0
-        while empty < GIVE_UP:
+        empty, patience = 0, self.source.patience(self.num_processes * num_workers)
+        while empty < patience:
             samples = self.source.chunk(self.seed, global_stream, self.num_processes * num_workers, index)
             empty += 1
             for raw in islice(samples, position, None):
