@@ -115,8 +115,8 @@ def beside_texts(files: list[Path], root: Path, lines: bool) -> list[Captioned |
         files: images, texts and anything else, below `root`.
         lines: each line of a text is a caption of its own, not the whole text one.
     """
-    # By names in lower case: `IMG_1.JPG` has `IMG_1.TXT`, or `img_1.txt`, beside it.
-    texts = {_lower(file): file for file in files if has_suffix(file.name, TEXT_SUFFIXES)}
+    # `IMG_1.JPG` has `IMG_1.TXT` or `IMG_1.txt` beside it.
+    texts = {file.with_suffix(file.suffix.lower()): file for file in files if has_suffix(file.name, TEXT_SUFFIXES)}
     places = {file: _text_of(file, texts) for file in files if is_image_file(file)}
     if not any(places.values()):
         return []
@@ -129,13 +129,9 @@ def beside_texts(files: list[Path], root: Path, lines: bool) -> list[Captioned |
     ]
 
 
-def _lower(file: Path) -> Path:
-    return file.with_name(file.name.lower())
-
-
 def _text_of(image: Path, texts: dict[Path, Path]) -> Path | None:
     names = (name + suffix for suffix in TEXT_SUFFIXES for name in (image.stem, image.name))
-    return next((texts[place] for name in names if (place := _lower(image.with_name(name))) in texts), None)
+    return next((texts[place] for name in names if (place := image.with_name(name)) in texts), None)
 
 
 def _beside(image: Path, text: Path | None, root: Path, lines: bool) -> Captioned | Skipped:
@@ -241,7 +237,7 @@ def _json_lines(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
 
 def _json_records(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
     try:
-        content = read_json(table, f"captions={table}", kind=None)
+        content = read_json(table, f"captions={table}", kind=None, limit=MAX_TABLE)
     except UserError as error:
         raise UserError(f"{error}; for one record a line, name it .jsonl") from None
     if isinstance(content, list):

@@ -253,12 +253,18 @@ def test_class_folders_without_the_hidden_ones(tmp_path):
 
 
 def test_texts_in_capitals_marked_or_wide_and_other_formats(tmp_path):
-    names = {"a__PNG": DATA, "A__TXT": "\ufeffa", "b__Jpg": image_bytes(picture(CAPTIONS[0]), "JPEG"), "b__Txt": "b"}
+    names = {
+        "a__PNG": DATA,
+        "a__TXT": "\ufeffa",
+        "b__Jpg": image_bytes(picture(CAPTIONS[0]), "JPEG"),
+        "b__Txt": "b",
+        "B__png": DATA,
+    }
     wide = {"c__tif": image_bytes(picture(CAPTIONS[0]), "TIFF"), "c__txt": "ç".encode("utf-16")}
     odd = {"d__heic": b"?", "d__txt": "d", "e__xyz": DATA, "e__txt": "e", "f__png": DATA, "f__txt": b"\xe9"}
     samples, manifest = run(files(tmp_path / "in", **names, **wide, **odd), shuffle=False)
     assert texts(samples) == ["a", "b", "ç"]
-    assert manifest["skipped"] == {"unreadable_image": 1, "missing_file": 1, "malformed_item": 1}
+    assert manifest["skipped"] == {"unreadable_image": 1, "missing_file": 1, "malformed_item": 1, "no_caption": 1}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Conversations on images in LLaVA's form: ``{"image": tensor, "input_ids", "labels"}`` (spec §9)."""
 
 import logging
-import os
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -164,6 +163,6 @@ class LlavaSample:
         except SkipSample as skipped:
             if skipped.kind != MISSING_FILE:
                 raise
-            folder = self.images.root or os.path.dirname(raw.get("__url__", ""))
-            where = f"{raw['__key__']}, relative to dataset.params.train_mmu_image_root={folder}"
-            raise SkipSample(MISSING_FILE, f"{skipped.detail}, named by {where}") from None
+            key, root = "dataset.params.train_mmu_image_root", self.images.root
+            where = f"relative to {key}={root}" if root else f"relative to its folder, as {key} is not set"
+            raise SkipSample(MISSING_FILE, f"{skipped.detail}, named by {raw['__key__']}, {where}") from None
