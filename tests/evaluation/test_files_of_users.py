@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from common.errors import UserError
 from tests.evaluation.official import MME, WRITERS, noise, save_image, write_text
@@ -236,3 +237,27 @@ def test_mme_judges_the_text_of_its_submission(evaluation):
     evaluation.answer("mme", dict.fromkeys(keys, "a\n\n no"))
     assert {line["parsed"] for line in evaluation.lines("mme/predictions.jsonl")} == {"no"}
     assert evaluation.text("mme/submission/color.txt").splitlines()[0].endswith("\ta no")
+
+
+def test_rotations_are_told_once(own, capsys):
+    """Of each image, however many questions ask about it; what is turned is not told."""
+    WRITERS["gqa"](own.root)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(1).save(own.root / "gqa/images/n1.jpg", exif=exif)
+    own.run("gqa", "batch_size=1")
+    assert capsys.readouterr().out.count("gqa: 1 image carries a rotation (EXIF), ignored; image.exif=apply") == 1
+    own.inside("turned").run("gqa", "image.exif=apply")
+    assert "(EXIF)" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("setting", ["bootstrap_samples=100000000000", "fid_size=100000", "max_new_tokens=99999999999"])
+def test_numbers_beyond_reason(evaluation, setting):
+    evaluation.refuses(f"{setting.partition('=')[0]} is .*; it must be", "gqa", setting)
+
+
+def test_folders_that_are_files(evaluation, tmp_path):
+    write_text(tmp_path / "file", "")
+    evaluation.refuses("data_root=.*file is a file; give a folder", "gqa", f"data_root={tmp_path}/file")
+    given = f"reconstruction_images={tmp_path}/file"
+    evaluation.refuses("reconstruction_images=.*file is a file; give a folder", "reconstruction", given)
