@@ -85,7 +85,7 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
     arguments = _read_arguments(argv, known, example)
     if (path := arguments.pop("config", None)) is None:
         raise UserError(f"no config given; add config=FILE.yaml, for example {example}")
-    path, problems, given = resolve_path(path), [], {}
+    path, problems = resolve_path(path), []
     for key in [key for key in arguments if _owner(key, known) and not _owner(key, own)]:
         instead = getattr(schema, "INSTEAD", {}).get(key)
         remedy = f"give {instead}" if instead else "leave it out"
@@ -93,8 +93,12 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
         del arguments[key]
     in_file = dict(_flatten(_read_yaml(path), known, problems))
     elsewhere = {key: in_file.pop(key) for key in list(in_file) if not _owner(key, own)}
-    for source in (in_file, dict(_flatten(arguments, own, problems))):
-        given |= _without_aliases(source, own)
+    in_file, on_line = (_without_aliases(source, own) for source in (in_file, dict(_flatten(arguments, own, problems))))
+    for key, one in own.items():
+        other = one.rule.repeats
+        if other and (key in on_line) != (other in on_line):
+            on_line |= dict.fromkeys((key, other), on_line.get(key, on_line.get(other)))
+    given = in_file | on_line
     config = _structured(schema, given, problems)
     _resolve(config, schema, others, elsewhere, problems)
     _expand_home(config, own, problems)

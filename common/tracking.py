@@ -15,6 +15,7 @@ from PIL import Image
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError
+from common.files import writing
 from common.schema import WANDB_MODES
 
 INIT_TIMEOUT = 20  # seconds; an online run that has not started by then becomes an offline one
@@ -91,7 +92,8 @@ class Tracker:
             slug = re.sub(r"[^a-z0-9]+", "-", panel.lower()).strip("-")
             path = self.output_dir / "images" / f"{slug}-{step:08d}.png"
             path.parent.mkdir(exist_ok=True)
-            contact_sheet(images, captions, title=f"{panel}, step {step}").save(path)
+            with writing(path) as temporary:
+                contact_sheet(images, captions, title=f"{panel}, step {step}").save(temporary, "PNG")
         if self.run is not None:
             import wandb
 
@@ -160,9 +162,7 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
     Raises:
         UserError: the environment variable WANDB_MODE has an unknown value.
     """
-    mode = options.get("mode") or os.environ.get("WANDB_MODE") or None
-    if mode not in (None, *WANDB_MODES):
-        raise UserError(f"WANDB_MODE is {mode!r}; allowed: {', '.join(WANDB_MODES)}")
+    mode = options.get("mode") or _mode_of_environment()
     if mode == "disabled":
         return None
     try:
@@ -191,6 +191,17 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
             reason = " ".join(str(error).split())[:200]
             print(f"wandb: no connection ({reason}); this run is recorded offline")
     return wandb.init(**arguments, mode="offline", settings=settings)
+
+
+def _mode_of_environment() -> str | None:
+    """`WANDB_MODE`, or what `WANDB_DISABLED` says, also in wandb's older words; None if neither is set."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "y", "on", "t"):
+        return "disabled"
+    given = os.environ.get("WANDB_MODE", "").lower()
+    mode = {"dryrun": "offline", "run": "online", "": None}.get(given, given)
+    if mode not in (None, *WANDB_MODES):
+        raise UserError(f"WANDB_MODE is {given!r}; allowed: {', '.join(WANDB_MODES)}")
+    return mode
 
 
 def _logged_in() -> bool:

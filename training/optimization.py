@@ -91,6 +91,7 @@ def set_rate(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
     groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
     for group, base, rate in groups:
         group["lr"] = base * rate(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # what `get_last_lr` returns
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

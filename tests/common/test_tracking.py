@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from common.tracking import Tracker
+from common.tracking import Tracker, _mode_of_environment
 
 
 def lines(folder) -> list[dict]:
@@ -138,3 +138,29 @@ def test_without_wandb_installed_the_disk_is_enough(tmp_path, nobody, monkeypatc
         tracker.log({"loss": 1}, 0)
     assert "not installed" in capsys.readouterr().out
     assert lines(tmp_path) == [{"step": 0, "loss": 1}]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "mode"),
+    [
+        ("WANDB_MODE", "dryrun", "offline"),
+        ("WANDB_MODE", "run", "online"),
+        ("WANDB_MODE", "OFFLINE", "offline"),
+        ("WANDB_MODE", "", None),
+        ("WANDB_DISABLED", "true", "disabled"),
+        ("WANDB_DISABLED", "1", "disabled"),
+        ("WANDB_DISABLED", "false", None),
+    ],
+)
+def test_wandbs_older_words_in_the_environment(nobody, monkeypatch, variable, value, mode):
+    monkeypatch.delenv("WANDB_DISABLED", raising=False)
+    monkeypatch.setenv(variable, value)
+    assert _mode_of_environment() == mode
+
+
+@pytest.mark.slow
+def test_a_dry_run_is_recorded_offline_by_wandb_itself(tmp_path, nobody, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    with Tracker("project", "name", tmp_path) as tracker:
+        tracker.log({"loss": 1.0}, step=1)
+    assert list(tmp_path.glob("wandb/offline-run-*")) and capsys.readouterr().out == ""

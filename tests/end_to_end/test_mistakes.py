@@ -124,7 +124,7 @@ SHOWO, TOKENIZER = "model.showo.pretrained_model_path=", "model.vq_model.vq_mode
         # checkpoints of another kind or size, and tokenizers
         (T2I + SHOWO + "{magvitv2}", "holds a 'MAGVITv2' checkpoint, expected 'Showo'"),
         (T2I + TOKENIZER + "{showo}", "holds a 'Showo' checkpoint, expected 'MAGVITv2'"),
-        (T2I + "config={demo_clip} model.clip_vit_name={phi}", "holds a 'phi' model, expected a CLIP"),
+        (T2I + "config={demo_clip} model.clip_vit_name={phi}", "'phi' model, expected a CLIP"),
         (T2I + SHOWO + "{showo_clip}", "model.showo.w_clip_vit is False, but the checkpoint"),
         (T2I + TOKENIZER + "{tmp}/few", "has 16 codes, but model.showo.codebook_size is 64"),
         (T2I + TOKENIZER + "{tmp}/fine", "resolution=32 does not match.*16 x 16 pixels"),

@@ -53,6 +53,21 @@ def test_names_are_looked_up_in_the_current_folder_then_in_the_repository(reposi
     assert find_parts("showlab/show-o") == {"showo": "showlab/show-o"}
 
 
+@pytest.mark.parametrize("form", ["", "unwrapped_model", "showo"])
+def test_a_model_is_found_in_what_a_run_or_a_pipeline_is_saved_as(places, tmp_path, form):
+    shutil.copytree(places["showo"], tmp_path / "x" / form, dirs_exist_ok=True)
+    assert find_folder(tmp_path / "x") == tmp_path / "x" / form
+    section = TrainedShowoSection(**SIZES, llm_model_path=str(PHI), pretrained_model_path=None)
+    assert torch.equal(initial_showo(section, tmp_path / "x").showo.lm_head.weight, tiny_showo().showo.lm_head.weight)
+
+
+def test_a_run_that_has_not_ended_names_its_newest_checkpoint(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}" / "unwrapped_model").mkdir(parents=True)
+    with pytest.raises(UserError, match="is the folder of a run that has not ended; give its checkpoint .*-10$"):
+        find_folder(tmp_path)
+
+
 def test_parts_that_do_not_fit(places, tmp_path):
     with pytest.raises(UserError, match=f"features of size {CLIP_WIDTH}, but the checkpoint expects 1024"):
         load_clip(str(places["clip"]), 1024)
@@ -63,6 +78,6 @@ def test_parts_that_do_not_fit(places, tmp_path):
     clip = shutil.copytree(places["clip"], tmp_path / "clip")
     (clip / "model.safetensors").unlink()
     torch.save({"x": Malicious(tmp_path / "executed")}, clip / "pytorch_model.bin")
-    with pytest.raises(UserError, match="model.clip_vit_name=.*clip holds no readable CLIP vision model"):
+    with pytest.raises(UserError, match="model.clip_vit_name=.*clip holds no usable CLIP vision model"):
         load_clip(str(clip), CLIP_WIDTH)
     assert not (tmp_path / "executed").exists()

@@ -64,7 +64,7 @@ def test_settings(refused, world, settings, part):
         ({UND_TYPE: "captioning"}, "und_type is 'captioning'; with CLIP-ViT it must be llava_pretrain or"),
         ({"training.batch_size_mmu": 0}, "trains mm_projector alone, but training.batch_size_mmu is 0"),
         ({"model.clip_vit_name": "/nowhere/clip"}, "/nowhere/clip"),
-        ({"model.clip_vit_name": "{world}/llm"}, "no image processor"),
+        ({"model.clip_vit_name": "{world}/llm"}, "/llm holds no usable CLIP vision model (it is a 'phi' model"),
         ({ROOT: "/nowhere/images"}, "/nowhere/images"),
         # Missing data are named before CLIP is looked for.
         ({"model.clip_vit_name": "/nowhere/clip", MMU: "/nowhere/a.json"}, "do not exist: /nowhere/a.json"),
@@ -108,6 +108,13 @@ def test_a_launch_with_deepspeed_that_is_not_installed(refused, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr("training.processes.importlib.util.find_spec", lambda name: None)
     assert "asks for DeepSpeed, which is not installed: pip install" in refused({})
+
+
+def test_a_launch_with_deepspeed_that_accelerate_leaves_out(refused, monkeypatch):
+    """It would run without DeepSpeed, and count the batches of an optimiser step otherwise."""
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"):
+        monkeypatch.setenv(name, "true")
+    assert "asks for DeepSpeed, but accelerate leaves it out on CPUs (ACCELERATE_USE_CPU" in refused({})
 
 
 @pytest.mark.slow
