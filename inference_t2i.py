@@ -11,6 +11,7 @@ Adds `0000.png` …, `results.jsonl` and `grid.png` to `output_dir` (default: `{
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -56,8 +57,6 @@ class Inpainting:
     """The image with the white regions of the mask regenerated, `batch_size` times."""
 
     def __init__(self, config):
-        from dataclasses import replace
-
         from models.images import MASK, load_image
         from models.pipeline_showo import mask_tokens
 

@@ -113,7 +113,8 @@ class ImageSection:
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
         try:
-            ImageColor.getrgb(config.image.background or "white")
+            if config.image.background is not None:
+                ImageColor.getrgb(config.image.background)
         except ValueError:
             return [f"image.background is {config.image.background!r}; it must be a colour such as white or #c0c0c0"]
         return []

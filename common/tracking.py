@@ -1,6 +1,7 @@
 """Logs metrics and images of a run, to wandb (online, offline or disabled) and always to disk."""
 
 import json
+import logging
 import math
 import netrc
 import os
@@ -15,7 +16,7 @@ from PIL import Image
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError
-from common.files import writing
+from common.files import disk_errors, writing
 from common.schema import WANDB_MODES
 
 INIT_TIMEOUT = 20  # seconds; an online run that has not started by then becomes an offline one
@@ -97,8 +98,9 @@ class Tracker:
         if self.run is not None:
             import wandb
 
-            entries = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
-            self.run.log({panel: entries}, step=step)
+            with disk_errors(self.output_dir / "wandb"):
+                entries = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
+                self.run.log({panel: entries}, step=step)
 
     def log_table(self, panel: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Logs a table to a wandb panel; cells may be PIL images. Nothing is written to disk."""
@@ -118,7 +120,8 @@ class Tracker:
     def finish(self) -> None:
         """Sends pending data; nothing can be logged to wandb afterwards."""
         if self.run is not None:
-            self.run.finish()
+            with disk_errors(self.output_dir / "wandb"):
+                self.run.finish()
             self.run = None
 
 
@@ -170,6 +173,7 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
     except ImportError:
         print(f"wandb is not installed: metrics and images go to {folder} only")
         return None
+    logging.raiseExceptions = False  # wandb's own log files on a full disk are nobody's trouble
     if mode != "offline" and not _logged_in():
         print("wandb: not logged in, so this run is recorded offline (upload it later with `wandb sync`)")
         mode = "offline"

@@ -462,7 +462,7 @@ class ShowoPipeline:
         """
         rows = self._question_rows([image], [0], [question])
         text = self.question_format.answer_gap + answer.strip()
-        ids = self.prompting.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = self.prompting.tokenizer(text, add_special_tokens=False, verbose=False, return_tensors="pt")["input_ids"]
         ids = ids.to(self.device)
         input_ids = torch.cat([rows.pop("input_ids"), ids], dim=1)
         mask = rows.pop("attention_mask").extend(ids.shape[1])

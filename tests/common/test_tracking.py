@@ -1,8 +1,10 @@
 """What a run reports: on disk always, in wandb if it is wanted. wandb itself runs here, offline."""
 
+import errno
 import json
 import os
 import sys
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -138,6 +140,20 @@ def test_without_wandb_installed_the_disk_is_enough(tmp_path, nobody, monkeypatc
         tracker.log({"loss": 1}, 0)
     assert "not installed" in capsys.readouterr().out
     assert lines(tmp_path) == [{"step": 0, "loss": 1}]
+
+
+def test_a_full_disk_under_wandb_is_one_line(tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tracker = Tracker("project", "name", tmp_path, wandb_config={"mode": "disabled"})
+    for name, use in {
+        "log": lambda: tracker.log_images("panel", [Image.new("RGB", (8, 8))], ["a"], 0, save=False),
+        "finish": tracker.finish,
+    }.items():
+        tracker.run = SimpleNamespace(**{name: full})
+        with pytest.raises(UserError, match="cannot write .*wandb .No space left on device"):
+            use()
 
 
 @pytest.mark.parametrize(

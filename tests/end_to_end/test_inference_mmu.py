@@ -96,6 +96,7 @@ def test_names_that_are_no_text_are_shown(places, tmp_path, capsys):
     assert r"caf\xe9.png" in capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_images_and_results_in_one_folder(places, tmp_path):
     """The user's own images stay and are asked about, also by a later run, which does not ask about results."""
     names = ["0000.png", "a.png", "grid.png"]

@@ -195,6 +195,13 @@ def test_wandb_holds_the_published_panel(places, tmp_path):
     assert sum(Image.open(path).tobytes() in made for path in media) == 2
 
 
+def test_wandb_can_be_disabled_by_its_older_word(places, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    run(places, tmp_path, "mode=t2i", "prompt=w1")
+    assert not (tmp_path / "wandb").exists()
+
+
 @pytest.mark.slow
 def test_from_another_folder(places, tmp_path, repository):
     """As a command, with paths relative to where the user stands."""

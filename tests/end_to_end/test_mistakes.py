@@ -83,6 +83,7 @@ SHOWO, TOKENIZER = "model.showo.pretrained_model_path=", "model.vq_model.vq_mode
         (T2I + "num_images_per_prompt=99999999", "num_images_per_prompt is 99999999; it must be from 1"),
         (T2I + "seed=-1", "seed is -1; it must be from 0"),
         (T2I + "image.background=no-colour", "image.background is 'no-colour'; it must be a colour"),
+        (T2I + "image.background=", "image.background is ''; it must be a colour"),
         (T2I + "image.exif=turn", "image.exif is 'turn'; allowed: ignore, apply"),
         (T2I + "device=tpu9", "device=tpu9 .*give cpu"),
         (T2I + "mask_schedule.schedule=sine", "mask_schedule: .*'sine'.*cosine"),
