@@ -97,9 +97,10 @@ class Run:
         return cls(task, asked, len(items), store, settings)
 
     def missing(self) -> list[Item]:
-        """The items that have no answer yet."""
-        done = self.store.read(self.items)
-        return [item for item in self.items if item.key not in done]
+        """The items that have no answer yet, or whose files are gone."""
+        done, folder = self.store.read(self.items), self.task.folder
+        kept = (all((folder / name).is_file() for name in self.task.files_of(item)) for item in self.items)
+        return [item for item, is_kept in zip(self.items, kept, strict=True) if item.key not in done or not is_kept]
 
     def complete(self) -> list[str]:
         """All answers in the items' order, once all processes are through."""

@@ -261,3 +261,19 @@ def test_folders_that_are_files(evaluation, tmp_path):
     evaluation.refuses("data_root=.*file is a file; give a folder", "gqa", f"data_root={tmp_path}/file")
     given = f"reconstruction_images={tmp_path}/file"
     evaluation.refuses("reconstruction_images=.*file is a file; give a folder", "reconstruction", given)
+
+
+def test_images_that_are_gone_are_made_again(own):
+    WRITERS["reconstruction"](own.root)
+    given = ("reconstruction", "reconstruction_fid=false", "batch_size=1")
+    before = own.run(*given)
+    for number, suffix in enumerate((".png", ".npy")):
+        sorted((own.folder / "reconstruction/images").glob(f"*{suffix}"))[number].unlink()
+    assert own.run(*given) == before
+
+
+def test_a_question_beyond_the_models_positions(own):
+    WRITERS["gqa"](own.root)
+    file = own.root / "gqa/testdev_balanced_questions.json"
+    file.write_text(file.read_text().replace("What 202?", "a " * 20_000))
+    own.refuses("take .* positions, .* is more than the .* that the model knows", "gqa")
