@@ -32,6 +32,7 @@ __all__ = [
     "mask_schedule_of",
     "read_key",
     "read_settings",
+    "read_yaml",
 ]
 
 MAX_YAML, MAX_ALIASES = 2**22, 20  # bytes; aliases of aliases of aliases would fill any memory
@@ -91,7 +92,7 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
         remedy = f"give {instead}" if instead else "leave it out"
         problems.append(f"{key} has no effect on {getattr(schema, 'PURPOSE', 'this script')}; {remedy}")
         del arguments[key]
-    in_file = dict(_flatten(_read_yaml(path), known, problems))
+    in_file = dict(_flatten(read_yaml(path), known, problems))
     elsewhere = {key: in_file.pop(key) for key in list(in_file) if not _owner(key, own)}
     in_file, on_line = (_without_aliases(source, own) for source in (in_file, dict(_flatten(arguments, own, problems))))
     for key, one in own.items():
@@ -112,7 +113,7 @@ def read_key(argv: list[str], key: str) -> Any:
     """One top-level setting, before it is known which schema the others have; None if it is not given."""
     given = dict(argument.partition("=")[::2] for argument in argv)
     if key not in given and given.get("config"):
-        given |= _read_yaml(resolve_path(given["config"]))
+        given |= read_yaml(resolve_path(given["config"]))
     return given.get(key)
 
 
@@ -156,16 +157,22 @@ def _parse(key: str, text: str, one: Setting | None) -> Any:
         raise UserError(f"{key} is {text!r}, which cannot be read as YAML; quote special characters") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    text = read_text(path, f"config={path}", MAX_YAML)
+def read_yaml(path: Path, what: str | None = None) -> dict[str, Any]:
+    """The keys and values of a YAML file; `what` names it in messages, where it is not `config=`.
+
+    Raises:
+        UserError: it is missing, no YAML, or holds anything else.
+    """
+    what = what or f"config={path}"
+    text = read_text(path, what, MAX_YAML)
     try:
         if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > MAX_ALIASES:
-            raise UserError(f"config={path} has more than {MAX_ALIASES} aliases (`*name`); write the values out")
+            raise UserError(f"{what} has more than {MAX_ALIASES} aliases (`*name`); write the values out")
         tree = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"config={path} cannot be read as YAML: {error}") from None
+        raise UserError(f"{what} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"config={path} must contain keys and values, not a {type(tree).__name__}")
+        raise UserError(f"{what} must contain keys and values, not a {type(tree).__name__}")
     return tree
 
 

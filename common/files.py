@@ -99,7 +99,10 @@ def visible_folders(folder: str | Path) -> list[Path]:
 def _entries(folder: str | Path) -> Iterator[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not is_hidden(entry.name))
+            for entry in entries:
+                # A link that leads nowhere, or to itself, is neither a file nor a folder.
+                if not is_hidden(entry.name) and not (entry.is_symlink() and not os.path.exists(entry.path)):
+                    yield entry
     except OSError as error:
         raise UserError(f"folder {shown(folder)} cannot be read ({error.strerror}); mend its permissions") from None
 

@@ -431,12 +431,13 @@ class TrainingConfig(ShowoScript, RunConfig):
 
     @staticmethod
     def unread(config: DictConfig) -> list[str]:
-        """The data paths of flows that are off, which need not exist."""
+        """The data paths of flows that are off, and of captions that no flow reads, which need not exist."""
         sizes = OmegaConf.to_container(config.training, resolve=False)
-        return data_paths(
-            config,
-            [key.removeprefix("batch_size_") for key in sizes if key.startswith("batch_size_") and sizes[key] == 0],
-        )
+        off = [key.removeprefix("batch_size_") for key in sizes if key.startswith("batch_size_") and sizes[key] == 0]
+        kinds = {"t2i": config.dataset.gen_type, "mmu": config.dataset.und_type}
+        reads_captions = any(kind in ("t2i", "captioning") for flow, kind in kinds.items() if flow not in off)
+        captions = [name for name in config.dataset.params if name.startswith("external_")]
+        return data_paths(config, off) + [f"dataset.params.{name}" for name in captions if not reads_captions]
 
 
 def data_paths(config: DictConfig, flows: Iterable[str]) -> list[str]:

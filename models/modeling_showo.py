@@ -16,9 +16,8 @@ from models.checkpoint_io import (
     resize_rows,
     resolve_folder,
 )
+from models.compat import PublishedGeneration
 from models.config_fields import SHOWO_FIELDS, check_fields
-from models.generation.image import ImageGeneration
-from models.generation.text import TextGeneration
 from models.omni_attention import OmniMask, dense_for_attention
 from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
 
@@ -129,7 +128,7 @@ class ShowoOutput(ModelOutput):
         return self.losses["mmu"]
 
 
-class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
+class Showo(CheckpointMixin, PublishedGeneration, PreTrainedModel):
     """A causal language model over one sequence of text and image tokens.
 
     State-dict names are the published ones: ``showo.model.*``, ``showo.lm_head.*`` and, with `w_clip_vit`,

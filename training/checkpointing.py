@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from common.config import leaves
+from common.config import leaves, read_yaml
 from common.errors import UserError
+from common.files import field as member
 from common.files import read_json
 from common.settings import free_keys
 from common.tracking import read_lines, write_whole
@@ -87,7 +88,13 @@ def _number(checkpoint: Path) -> int:
 
 def _read_course(output_dir: Path) -> dict:
     file = output_dir / COURSE
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    course, where = read_json(file), str(file)
+    leaving, to = member(course, "leaving", list, where), member(course, "to", str, where)
+    if not re.fullmatch(r"abandoned-\d+", to) or not isinstance(course.get("start"), str | None):
+        raise UserError(f"{file} is damaged; remove it")
+    return course | {"leaving": leaving}
 
 
 def find_resume(output_dir: str | Path, setting: str | bool | None) -> Path | None:
@@ -376,6 +383,8 @@ def _cause(error: BaseException) -> BaseException:
 
 def _reason(error: BaseException) -> str:
     cause = _cause(error)
+    if "Weights only load failed" in str(cause):  # torch's text goes on with how to execute it all the same
+        return "a file is damaged, or holds more than tensors and was not executed"
     return f"{type(cause).__name__}: {cause}".splitlines()[0][:160]
 
 
@@ -453,6 +462,12 @@ def _settings(tree: dict) -> dict:
     return dict(leaves(tree)) | {"mask_schedule.params": params}
 
 
+def _config_of(folder: Path) -> dict | None:
+    """The configuration of the run that wrote a checkpoint, if it is there."""
+    file = folder / "config.yaml"
+    return read_yaml(file, str(file)) if file.exists() else None
+
+
 def check_same_config(folder: Path, config) -> None:
     """Compares the configuration with that of the checkpoint to resume from, except for its `free_keys`.
 
@@ -462,11 +477,10 @@ def check_same_config(folder: Path, config) -> None:
     Raises:
         UserError: settings that affect training differ; the message lists them.
     """
-    file = folder / "config.yaml"
-    if not file.is_file():
+    if (tree := _config_of(folder)) is None:
         return
     free = free_keys(OmegaConf.get_type(config))
-    before, now = (_settings(OmegaConf.to_container(c)) for c in (OmegaConf.load(file), config))
+    before, now = (_settings(tree) for tree in (tree, OmegaConf.to_container(config)))
     changed = [
         f"{key} {before.get(key, 'unset')} → {now[key]}"
         for key in sorted(now)
@@ -482,11 +496,12 @@ def check_same_config(folder: Path, config) -> None:
 
 def describe_decay(folder: Path, config) -> str | None:
     """One line about the learning rate if the run to resume now has another number of steps; else None."""
-    file = folder / "config.yaml"
-    before = OmegaConf.load(file) if file.is_file() else None
-    if before is None or config.lr_scheduler.scheduler.startswith("constant"):
+    tree = _config_of(folder)
+    if tree is None or config.lr_scheduler.scheduler.startswith("constant"):
         return None
-    old, new = decay_steps(before), decay_steps(config)
+    with damage_as_user_error(folder):
+        before = OmegaConf.create(tree)
+        old, new = decay_steps(before), decay_steps(config)
     if before.training.max_train_steps == config.training.max_train_steps and old == new:
         return None
     steps = f"training.max_train_steps {before.training.max_train_steps} → {config.training.max_train_steps}"

@@ -171,8 +171,12 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        self.updates = state["updates"]
-        for name, tensor in state["shadow"].items():
+        """Raises `ValueError` if it is the average of another model."""
+        shadow = state["shadow"]
+        if {name: t.shape for name, t in shadow.items()} != {name: t.shape for name, t in self.shadow.items()}:
+            raise ValueError("the weight average is that of another model")
+        self.updates = int(state["updates"])
+        for name, tensor in shadow.items():
             place = self.shadow[name]
             if isinstance(place, DTensor):
                 tensor = distribute_tensor(tensor.to(place.device), place.device_mesh, place.placements)

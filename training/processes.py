@@ -12,7 +12,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -38,8 +38,8 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise UserError("the launch file asks for DeepSpeed, which is not installed: pip install 'deepspeed>=0.19'")
-    if deepspeed and not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it has found no GPU
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it finds no GPU
     launched = launched_processes()
     on_cpus = launched > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(
@@ -188,7 +188,7 @@ def universal_checkpoint(accelerator: Accelerator, folder: Path) -> Iterator[Pat
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("pytorch_model", "unwrapped_model"))
         paths = {"input_folder": str(folder / "pytorch_model"), "output_folder": str(copy / "pytorch_model")}
         workers = {"num_extract_workers": 1, "num_merge_workers": 1}
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             ds_to_universal.main(
                 argparse.Namespace(**paths, **workers, keep_temp_folder=False, strict=True, inject_missing_state=True)
             )

@@ -35,7 +35,7 @@ from training.checkpointing import (
     save_final_model,
 )
 from training.data.flows import open_flows
-from training.data.sources import KINDS
+from training.data.sources import KINDS, NOTES
 from training.data.streams import StreamState
 from training.evaluation import evaluate, own_random_numbers
 from training.guards import LOCK, FiniteLosses, StopSignals, check_output_dir, disk_errors_as_user_errors, only_run_in
@@ -330,11 +330,13 @@ class Trainer:
         return values
 
     def skipped_data(self) -> dict[str, int]:
-        """``data/skipped/{flow}/{kind}``: samples that all processes have skipped since the run began."""
-        names = [(name, kind) for name in self.flows for kind in KINDS]
-        counts = torch.tensor([self.flows[name].skipped[kind] for name, kind in names], device=self.accelerator.device)
-        summed = zip(names, self.sum_over_processes(counts).tolist(), strict=True)
-        return {f"data/skipped/{name}/{kind}": count for (name, kind), count in summed if count}
+        """``data/skipped/{flow}/{kind}`` and ``data/used/{flow}/{kind}``: samples of all processes since the run began,
+        which were left out, or used although something was noted of them."""
+        flows = {name: {"skipped": flow.skipped, "used": flow.counters.noted} for name, flow in self.flows.items()}
+        kinds = [("skipped", kind) for kind in KINDS] + [("used", kind) for kind in NOTES]
+        counts = {f"data/{how}/{name}/{kind}": flow[how][kind] for name, flow in flows.items() for how, kind in kinds}
+        summed = self.sum_over_processes(torch.tensor(list(counts.values()), device=self.accelerator.device))
+        return {name: count for name, count in zip(counts, summed.tolist(), strict=True) if count}
 
     def take_gradient_norms(self) -> dict[str, float]:
         norms, self.gradient_norms = self.gradient_norms, {}

@@ -15,7 +15,7 @@ from models.vocabulary import Vocabulary
 
 EXPORTS = {
     models: """Showo ShowoConfig MAGVITv2 MAGVITv2Config CLIPVisionTower UniversalPrompting OmniMask ShowoPipeline
-        SamplingParameters get_mask_schedule""",
+        SamplingParameters get_mask_schedule get_mask_chedule""",
     llava: "encode_conversation encode_plain collate",
     models.ShowoPipeline: "from_pretrained from_config text_to_image inpaint extrapolate answer",
     models.OmniMask: "lm t2i mmu mmu_vit from_ids cat rows select dense block_mask",

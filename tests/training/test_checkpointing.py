@@ -15,8 +15,10 @@ import torch
 import torch.distributed.checkpoint
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
+from common.config import TrainingConfig
 from common.errors import UserError
 from models import Showo
 from tests.training.tiny import same, smallest_showo
@@ -471,3 +473,48 @@ def test_a_library_that_asks_for_more_than_tensors_does_not_get_it(tmp_path, mon
         torch.load(content, weights_only=False)
     assert not (tmp_path / "executed").exists()
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1" and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (COURSE, "[1"),
+        (COURSE, json.dumps({"leaving": [], "to": "../elsewhere", "start": None})),
+        (COURSE, json.dumps({"leaving": 3, "to": "abandoned-1", "start": None})),
+        ("checkpoint-4/config.yaml", "a: [1"),
+        ("checkpoint-4/config.yaml", "- 1"),
+        ("checkpoint-4/metadata.json", '{"global_step": 1e99}'),
+        ("checkpoint-4/metadata.json", json.dumps({"global_step": 10**30, "num_processes": 1})),
+        ("checkpoint-4/metadata.json", json.dumps({"global_step": 4, "num_processes": "2"})),
+    ],
+)
+def test_damaged_notes_of_a_run_are_named(tmp_path, name, content):
+    write_course(tmp_path, [4], "old")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=name) as error:
+        begin(tmp_path, "latest")
+        checkpointing.check_same_config(tmp_path / "checkpoint-4", OmegaConf.structured(TrainingConfig))
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_trained_on_is_refused(tmp_path):
+    """Files that can be read, with the numbers of another run or none at all."""
+    run = Run()
+    run.step()
+    parts = {"model": run.model, "optimizer": run.optimizer, "schedule": run.schedule, "average": run.average}
+    checkpointing.check_restored(tmp_path, **parts)
+    run.schedule.base_lrs = [float("nan")]
+    with pytest.raises(ValueError, match="schedule of the learning rate holds nan"):
+        checkpointing.check_restored(tmp_path, **parts)
+    run.schedule.base_lrs = [0.1]
+    moments = next(iter(run.optimizer.state.values()))
+    moments["exp_avg"] = moments["exp_avg"][:0]
+    with pytest.raises(ValueError, match="exp_avg of the optimiser has shape"):
+        checkpointing.check_restored(tmp_path, **parts)
+    run.optimizer.state.clear()
+    name = next(iter(run.average.shadow))
+    run.average.shadow[name][0] = float("inf")
+    with pytest.raises(UserError, match="holds weights that are NaN or infinite: 1 .showo"):
+        checkpointing.check_restored(tmp_path, **parts)
+    with pytest.raises(ValueError, match="that of another model"):
+        run.average.load_state_dict({"updates": 1, "shadow": {name: torch.zeros(1)}})
