@@ -75,6 +75,7 @@ def test_names_that_are_no_utf_8(own):
     assert line["image"] == "caf\\xe9.png"
 
 
+@pytest.mark.slow
 def test_reconstruction_reads_no_data_root(own):
     """Neither does it read what it wrote itself."""
     save_image(own.root / "images/a.png", 9)
@@ -239,6 +240,7 @@ def test_mme_judges_the_text_of_its_submission(evaluation):
     assert evaluation.text("mme/submission/color.txt").splitlines()[0].endswith("\ta no")
 
 
+@pytest.mark.slow
 def test_rotations_are_told_once(own, capsys):
     """Of each image, however many questions ask about it; what is turned is not told."""
     WRITERS["gqa"](own.root)
@@ -263,6 +265,7 @@ def test_folders_that_are_files(evaluation, tmp_path):
     evaluation.refuses("reconstruction_images=.*file is a file; give a folder", "reconstruction", given)
 
 
+@pytest.mark.slow
 def test_images_that_are_gone_are_made_again(own):
     WRITERS["reconstruction"](own.root)
     given = ("reconstruction", "reconstruction_fid=false", "batch_size=1")
