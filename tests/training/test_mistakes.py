@@ -50,6 +50,8 @@ def filled(settings: dict, world) -> dict:
         ({"validation_prompts_file": "/nowhere.txt"}, "/nowhere.txt does not exist"),
         ({f"training.batch_size_{flow}": 0 for flow in ("t2i", "lm", "mmu")}, "all 0; nothing to train on"),
         ({"experiment.init_from": "/nowhere/stage"}, "/nowhere/stage"),
+        ({"training.mask_schedule": "pow"}, "training.mask_schedule: unknown mask schedule 'pow'; known: cosine"),
+        ({"mask_schedule.schedule": "sigmoid", "mask_schedule.params.x": 1}, "mask_schedule.schedule or"),
         ({"experiment.resume_from_checkpoint": "checkpoint-77"}, "'checkpoint-77': no such folder"),
         ({"dataset.packing": True, "dataset.packing_length": ROW - 1}, f"but a sample may have {ROW} positions"),
         (SYSTEM, f"max_seq_length is {MAX_TEXT}: {NUM_TOKENS} image positions and"),
