@@ -16,7 +16,7 @@ from pathlib import Path
 from common.config import load_config
 from common.errors import UserError, run_cli, shown
 from common.files import resolve_path
-from common.inputs import required_path
+from common.inputs import required_folder
 from common.results import check_output_dir
 from common.tracking import Tracker
 from evaluation.schema import EvaluationConfig
@@ -45,7 +45,7 @@ def evaluate(config, output_dir: Path, processes) -> None:
     check_sizes(config.model.showo, config.dataset.preprocessing.resolution, config.model.vq_model.vq_model_name)
     tasks, root, output = choose_tasks(config), Path(config.data_root), Output(output_dir)
     if any(task.reads_root for task in tasks):
-        root = required_path("data_root", config.data_root)
+        root = required_folder("data_root", config.data_root)
     output.check([RESULTS, TABLE, METRICS])
     runs = ask_all(config, [task(config, root, output_dir / task.name) for task in tasks], processes)
     if not processes.is_main:

@@ -35,6 +35,14 @@ def required_path(key: str, value: str | None) -> Path:
     return path
 
 
+def required_folder(key: str, value: str | None) -> Path:
+    """`required_path` of a folder; `UserError` if it is a file."""
+    path = required_path(key, value)
+    if not path.is_dir():
+        raise UserError(f"{key}={value} is a file; give a folder")
+    return path
+
+
 def read_prompts(value: str) -> list[str]:
     """The lines of `validation_prompts_file`, unstripped; used during training and by inference.
 

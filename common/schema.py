@@ -184,7 +184,9 @@ class RunExperimentSection(ExperimentSection):
         False, "resume a run although settings that affect training have changed", free=True
     )
     checkpoints_total_limit: int | None = setting(None, "checkpoints that are kept; null: all", **STEPS, free=True)
-    eval_batches: int = setting(8, "batches of each held-out data set that an evaluation reads", **STEPS, free=True)
+    eval_batches: int = setting(
+        8, "batches of each held-out data set that an evaluation reads", low=1, high=10**6, free=True
+    )
 
 
 @dataclass

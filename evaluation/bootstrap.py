@@ -18,6 +18,8 @@ from evaluation.output import COMPARED, COUNTS, RESULTS, Output
 from evaluation.task import Task
 
 CHUNK = 50  # resamples at once
+SUMMARY = {"headline": str, "unit": str, "differs": str, "settings": dict, "figures": dict, "ceilings": list}
+SUMMARY |= {"paper": (dict, NoneType)}  # of a task in `results.json`
 Figures = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
@@ -222,20 +224,14 @@ def _compare_task(
 def read_summaries(file: Path) -> dict[str, dict]:
     """The tasks in a `results.json` by name; `UserError` if they are not as `evaluation/report.py` writes them."""
     tasks = field(read_json(file), "tasks", dict, str(file))
-    for name, one in tasks.items():
-        where = f"{file}, {name}"
-        for key in ("headline", "unit", "differs"):
-            field(one, key, str, where)
+    for name in tasks:
+        one, where = field(tasks, name, dict, str(file)), f"{file}, {name}"
         one.setdefault("ceilings", [])  # older files do not say
-        if (paper := field(one, "paper", (dict, NoneType), where)) is not None:
-            for key in ("vq", "clip_vit"):
-                field(paper, key, (float, NoneType), where)
-        for key, kind in (("settings", dict), ("figures", dict), ("ceilings", list)):
+        for key, kind in SUMMARY.items():
             field(one, key, kind, where)
         for figure in one["figures"].values():
-            field(figure, "value", float, where)
-            for key in ("low", "high"):
-                field(figure, key, (float, NoneType), where)
+            for key in ("value", "low", "high"):
+                field(figure, key, float if key == "value" else (float, NoneType), where)
     return tasks
 
 

@@ -116,10 +116,12 @@ class ShowoLmms(lmms):
     def _answer(self, requests) -> list[str]:
         decoding = dict(requests[0].args[1])
         temperature = float(decoding.get("temperature") or 0)
+        questions = [question_of(request.args[0]) for request in requests]
+        self.pipeline.check_questions(questions, max_new_tokens=1)
         answers = self.pipeline.answer_each(
             [self._image(*request.args[2:6]) for request in requests],
-            [question_of(request.args[0]) for request in requests],
-            max_new_tokens=int(decoding.get("max_new_tokens") or MAX_NEW_TOKENS),
+            questions,
+            max_new_tokens=min(int(decoding.get("max_new_tokens") or MAX_NEW_TOKENS), self.pipeline.num_positions),
             temperature=temperature or 1.0,
             top_k=None if temperature else 1,
             top_p=decoding.get("top_p") if temperature else None,
@@ -142,7 +144,9 @@ class ShowoLmms(lmms):
             if not where:
                 raise UserError("acc_mutual_info asks without the image, which Show-o does not answer; leave it out")
             continuation = target if isinstance(target, str) else target(self._doc(*where))
-            loss = Loss(self.pipeline.answer_loss(self._image(*where), question_of(context), continuation))
+            question = question_of(context)
+            self.pipeline.check_questions([question + continuation], max_new_tokens=1)
+            loss = Loss(self.pipeline.answer_loss(self._image(*where), question, continuation))
             found.append(GenerationResult(loss))
         return found
 

@@ -1,6 +1,7 @@
 """The files that an evaluation writes: each completely or not at all, and never over somebody else's."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,9 @@ class Output(Owned):
 
     def check(self, names: Iterable[str]) -> None:
         """`UserError` if one of the files is there and no evaluation wrote it."""
-        self.written |= Owned(self.folder).written  # other processes add to it
-        self.claim(names, "output_dir")
+        if there := [name for name in names if os.path.lexists(self.folder / name)]:
+            self.written |= Owned(self.folder).written  # after that look: other processes note files, then write them
+            self.claim(there, "output_dir")
 
     def note(self, name: str) -> Path:
         """The path of a file that is about to be written or added to; its folder is made."""
@@ -36,12 +38,12 @@ class Output(Owned):
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A path to write to, which then becomes the file `name`."""
+        """A path to write to, which then becomes the file `name`; `UserError` if that is somebody else's."""
+        self.check([name])
         with writing(self.note(name)) as temporary:
             yield temporary
 
     def write_text(self, name: str, text: str) -> None:
-        self.check([name])
         with self.writing(name) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="")
 

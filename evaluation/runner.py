@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
+from common.inputs import rotation_note
 from common.launch import launched_processes
 from common.progress import progress
 from evaluation.answers import AnswerStore, model_settings
@@ -23,6 +24,7 @@ from evaluation.official_files import check_images
 from evaluation.output import COUNTS, PREDICTIONS, SHEET
 from evaluation.task import Item, Task
 from models import ShowoPipeline
+from models.images import has_rotation
 
 READERS = 4  # threads that decode images
 TIMEOUT = timedelta(days=7)  # for the slowest process
@@ -95,9 +97,10 @@ class Run:
         return cls(task, asked, len(items), store, settings)
 
     def missing(self) -> list[Item]:
-        """The items that have no answer yet."""
-        done = self.store.read(self.items)
-        return [item for item in self.items if item.key not in done]
+        """The items that have no answer yet, or whose files are gone."""
+        done, folder = self.store.read(self.items), self.task.folder
+        kept = (all((folder / name).is_file() for name in self.task.files_of(item)) for item in self.items)
+        return [item for item, is_kept in zip(self.items, kept, strict=True) if item.key not in done or not is_kept]
 
     def complete(self) -> list[str]:
         """All answers in the items' order, once all processes are through."""
@@ -158,14 +161,17 @@ def ask(run: Run, missing: Sequence[Item], model: Callable[[], ShowoPipeline], p
     if not task.is_random:
         batches = [(number, wanted, wanted) for number, _, wanted in batches]
     read = read_images([batch for _, batch, _ in batches]) if task.reads_images else ([] for _ in batches)
-    total = sum(len(wanted) for _, _, wanted in batches)
+    total, rotated = sum(len(wanted) for _, _, wanted in batches), set()
     with progress(total=total, desc=task.name, disable=not processes.is_main) as bar:
         for (number, batch, wanted), images in zip(batches, read, strict=True):
+            rotated |= {item.image for item, image in zip(batch, images, strict=False) if has_rotation(image)}
             generator = torch.Generator(pipeline.device).manual_seed((seed * 1_000_003 + number) % 2**63)
             answers = task.predict(pipeline, batch, images, generator)
             by_key = {item.key: answer for item, answer in zip(batch, answers, strict=True)}
             run.store.add(processes.rank, wanted, [by_key[item.key] for item in wanted])
             bar.update(len(wanted))
+    if note := rotation_note(len(rotated)):
+        print(f"{task.name}: {note}", flush=True)
 
 
 def share(items: Sequence[Item], missing: Sequence[Item], size: int, processes: Processes) -> Iterator[Batch]:

@@ -203,11 +203,13 @@ class QuestionTask(Task):
         return super().settings | found | {name: config[name] for name in sampled}
 
     def predict(self, model, items, images, generator) -> list[str]:
-        config = self.config
+        config, questions = self.config, [item.prompt for item in items]
+        max_new_tokens = config.max_new_tokens or self.max_new_tokens
+        model.check_questions(questions, max_new_tokens)
         return model.answer_each(
             images,
-            [item.prompt for item in items],
-            max_new_tokens=config.max_new_tokens or self.max_new_tokens,
+            questions,
+            max_new_tokens=max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,

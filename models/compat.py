@@ -1,16 +1,19 @@
-"""Doors for scripts that were written against the published code: its names and call forms over ours.
+"""Doors for scripts written against the published code: its names and call forms over ours (docs/migrating.md).
 
-`training/prompting_utils.py` and `training/utils.py` have them under the published module names; docs/migrating.md says
-what became of all others.
+Modules of the published names pass them on: training/prompting_utils.py, training/utils.py, llava/llava.py.
 """
 
 import sys
+from collections import defaultdict
+from copy import copy
 from functools import wraps
 from secrets import token_hex
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from common.files import resolve_path
 from models import prompting
 from models.generation.image import ImageGeneration
 from models.generation.sampling import get_mask_schedule
@@ -26,7 +29,7 @@ get_mask_chedule = get_mask_schedule  # the published spelling
 
 
 class PublishedGeneration(ImageGeneration, TextGeneration):
-    """`t2i_generate` and `mmu_generate`, which also take the published arguments and dense masks."""
+    """`t2i_generate` and `mmu_generate` that also take the published arguments and dense masks."""
 
     @wraps(ImageGeneration.t2i_generate)
     def t2i_generate(self, *args, attention_mask: OmniMask | torch.Tensor | None = None, **settings) -> torch.Tensor:
@@ -41,28 +44,13 @@ class PublishedGeneration(ImageGeneration, TextGeneration):
         input_ids = idx if input_ids is None else input_ids
         if not isinstance(attention_mask, torch.Tensor):
             return super().mmu_generate(input_ids, attention_mask=attention_mask, **settings)
-        model: Any = self
+        model = copy(self)
         if input_embeddings is not None:
-            model, settings["image_features"] = Embedded(self), input_embeddings
+            model.embed = lambda input_ids, image_features: image_features
+            settings["image_features"] = input_embeddings
             input_ids = torch.full_like(input_embeddings[..., 0], IMAGE_FEATURE_ID, dtype=torch.long)
         mask = OmniMask.from_dense(attention_mask)
         return list(TextGeneration.mmu_generate(model, input_ids, attention_mask=mask, **settings)[0])
-
-
-class Embedded:
-    """A model whose image features are embeddings already."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __getattr__(self, name: str):
-        return getattr(self.model, name)
-
-    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
-        return image_features
-
-
-# ---- training/prompting_utils.py ----
 
 
 class UniversalPrompting:
@@ -74,8 +62,8 @@ class UniversalPrompting:
         self.rows = prompting.UniversalPrompting(text_tokenizer, max_text_len, **settings)
         self.text_tokenizer, self.max_text_len = text_tokenizer, max_text_len + 1  # as published, with the task token
         self.ignore_id, self.cond_dropout_prob = self.rows.ignore_id, self.rows.cond_dropout_prob
-        ids = {token.replace("[PAD]", "<|pad|>"): number for token, number in self.rows.special_token_ids.items()}
-        ids |= {"<|sot|>": self.rows.bos_id, "<|eot|>": self.rows.eos_id}
+        ids = {"<|sot|>": self.rows.bos_id, "<|eot|>": self.rows.eos_id}
+        ids |= {token.replace("[PAD]", "<|pad|>"): number for token, number in self.rows.special_token_ids.items()}
         self.sptids_dict = {token: torch.tensor([number]) for token, number in ids.items()}
         self.pad_id = ids["<|pad|>"]
 
@@ -99,29 +87,27 @@ def create_attention_mask_predict_next(
 
 def create_attention_mask_for_mmu(sequence, eoi_id=128258, return_inverse_mask=True) -> torch.Tensor:
     """(B, 1, L, L) of rows (B, L): causal; all see what lies before and at `<eoi>`, where the first row has it."""
-    allowed = _causal(sequence)
-    allowed[:, :, : int((sequence == eoi_id).nonzero()[0, 1]) + 1] = True
-    return _published(allowed, return_inverse_mask)
+    return _seeing(sequence, 0, int((sequence == eoi_id).nonzero()[0, 1]) + 1, return_inverse_mask)
 
 
 def create_attention_mask_for_mmu_vit(sequence, return_inverse_mask=True, system_prompt_len=0) -> torch.Tensor:
     """(B, 1, L, L) of embeddings (B, L, H): causal; all see the 576 image features."""
-    allowed, first = _causal(sequence), 1 + system_prompt_len + 1
-    allowed[:, :, first : first + 576] = True
-    return _published(allowed, return_inverse_mask)
+    return _seeing(sequence, system_prompt_len + 2, system_prompt_len + 578, return_inverse_mask)
+
+
+def _seeing(sequence: torch.Tensor, first: int, end: int, inverse: bool) -> torch.Tensor:
+    allowed = _causal(sequence).repeat(len(sequence), 1, 1)
+    allowed[:, :, first:end] = True
+    return _published(allowed, inverse)
 
 
 def _causal(sequence: torch.Tensor) -> torch.Tensor:
-    batch_size, length = sequence.shape[:2]
-    return torch.ones(length, length, dtype=torch.bool, device=sequence.device).tril().repeat(batch_size, 1, 1)
+    return torch.ones(1, sequence.shape[1], sequence.shape[1], dtype=torch.bool, device=sequence.device).tril()
 
 
 def _published(allowed: torch.Tensor, inverse: bool) -> torch.Tensor:
     dense = allowed[:, None]
     return torch.zeros(dense.shape, device=dense.device).masked_fill(~dense, HIDDEN) if inverse else dense
-
-
-# ---- training/utils.py ----
 
 
 def image_transform(image, resolution: int = 256, normalize: bool = True) -> torch.Tensor:
@@ -131,8 +117,6 @@ def image_transform(image, resolution: int = 256, normalize: bool = True) -> tor
 def get_config():
     """The YAML file of `config=` on the command line, then the command line; as published, no key is checked."""
     from omegaconf import OmegaConf  # which the networks do without
-
-    from common.config import resolve_path
 
     given = OmegaConf.from_cli(sys.argv[1:])
     config = OmegaConf.merge(OmegaConf.load(resolve_path(given.config)), given)
@@ -151,3 +135,22 @@ def flatten_omega_conf(cfg, resolve: bool = False) -> list[tuple[str, Any]]:
         inner = flatten_omega_conf(value) if isinstance(value, dict | list) else [("", value)]
         leaves += [(f"{key}.{name}".rstrip("."), leaf) for name, leaf in inner]
     return leaves
+
+
+class Conversation:
+    """Messages (role, text or None) as one text, without the system prompt; None is where the answer begins."""
+
+    roles = ("USER", "ASSISTANT")
+
+    def __init__(self, messages=()):
+        self.messages = list(messages)
+        self.append_message = lambda role, message: self.messages.append((role, message))
+        self.copy = lambda: Conversation(self.messages)
+
+    def get_prompt(self) -> str:
+        ends = dict(zip(self.roles, (" ", "<|endoftext|>"), strict=True))
+        return "".join(f"{role}: {text}{ends[role]}" if text else f"{role}:" for role, text in self.messages)
+
+
+# Scripts choose a template by the name of their language model; there is one format.
+conversation = SimpleNamespace(conv_templates=defaultdict(Conversation), default_conversation=Conversation())

@@ -333,4 +333,4 @@ def _check_section(section: ShowoSection, folder: Path, config: ShowoConfig) -> 
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]

@@ -43,7 +43,7 @@ def check_output_dir(folder: Path) -> None:
             f"experiment.output_dir {folder} cannot be written to ({error.strerror or error}); give another folder"
         ) from None
     owned = Owned(folder)
-    if not owned.names() and not any(True for pattern in SIGNS_OF_A_RUN for _ in folder.glob(pattern)):
+    if not owned.is_ours("config.yaml") and not any(True for pattern in SIGNS_OF_A_RUN for _ in folder.glob(pattern)):
         found = sorted(str(file.relative_to(folder)) for pattern in WRITTEN for file in folder.glob(pattern))
         owned.claim(found, f"experiment.output_dir={folder}")
 

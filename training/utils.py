@@ -1,3 +1,3 @@
-"""The published module of this name, for scripts that import it: docs/migrating.md."""
+"""The published module of this name: docs/migrating.md."""
 
-from models.compat import flatten_omega_conf, get_config, image_transform  # noqa: F401
+from models.compat import *  # noqa: F403

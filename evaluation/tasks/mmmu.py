@@ -88,6 +88,8 @@ class MMMU(QuestionTask):
         kind = choice(row, "question_type", (CHOICE, OPEN), place)
         options = read_list(place, "options", field(row, "options", str, place))
         letters = {chr(ord("A") + index): text for index, text in enumerate(options)}
+        if kind == CHOICE and not letters:
+            raise UserError(f"{place}: field 'options' is empty; expected the answers to choose from")
         if self.has_answers and kind == CHOICE and answer not in letters:
             raise UserError(f"{place}: field 'answer' is {answer!r}; expected one of the letters {list(letters)}")
         subject = shown(file.parent.name)

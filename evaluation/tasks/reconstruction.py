@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.errors import UserError, shown
 from common.files import check_file, field, read_json, visible_files
-from common.inputs import required_path
+from common.inputs import required_folder
 from evaluation.images import FID, check_fid, fid_metric, need, psnr_and_ssim, side_by_side, square
 from evaluation.task import Item, Task, Verdict, ratio
 from models.images import load_image
@@ -34,7 +34,7 @@ class Reconstruction(Task):
 
     @property
     def _folder(self) -> Path:
-        return required_path("reconstruction_images", self.config.reconstruction_images)
+        return required_folder("reconstruction_images", self.config.reconstruction_images)
 
     @property
     def settings(self):

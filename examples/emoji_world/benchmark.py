@@ -5,6 +5,7 @@ a held-out image's name was seen in other styles only. The questions are those o
 """
 
 import hashlib
+import io
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -168,8 +169,9 @@ class EmojiDrawing(EmojiTask, GenerationTask):
         }
         ranks = self._ranks(items, vectors)  # also reduces the real images to those of the items
         splits = [item.facts["image"].split for item in items]
-        with self.output.writing(FEATURES) as temporary, temporary.open("wb") as file:
-            torch.save(vectors["features"] | {"splits": splits}, file)
+        torch.save(vectors["features"] | {"splits": splits}, stored := io.BytesIO())
+        with self.output.writing(FEATURES) as temporary:
+            temporary.write_bytes(stored.getvalue())
         near = torch.cosine_similarity(vectors["features"][GENERATED], vectors["features"][REAL]).tolist()
         quality = psnr(vectors["pixels"][RECONSTRUCTED], vectors["pixels"][REAL]).tolist()
         verdicts = []

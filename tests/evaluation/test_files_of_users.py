@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from common.errors import UserError
 from tests.evaluation.official import MME, WRITERS, noise, save_image, write_text
@@ -74,6 +75,7 @@ def test_names_that_are_no_utf_8(own):
     assert line["image"] == "caf\\xe9.png"
 
 
+@pytest.mark.slow
 def test_reconstruction_reads_no_data_root(own):
     """Neither does it read what it wrote itself."""
     save_image(own.root / "images/a.png", 9)
@@ -236,3 +238,45 @@ def test_mme_judges_the_text_of_its_submission(evaluation):
     evaluation.answer("mme", dict.fromkeys(keys, "a\n\n no"))
     assert {line["parsed"] for line in evaluation.lines("mme/predictions.jsonl")} == {"no"}
     assert evaluation.text("mme/submission/color.txt").splitlines()[0].endswith("\ta no")
+
+
+@pytest.mark.slow
+def test_rotations_are_told_once(own, capsys):
+    """Of each image, however many questions ask about it; what is turned is not told."""
+    WRITERS["gqa"](own.root)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(1).save(own.root / "gqa/images/n1.jpg", exif=exif)
+    own.run("gqa", "batch_size=1")
+    assert capsys.readouterr().out.count("gqa: 1 image carries a rotation (EXIF), ignored; image.exif=apply") == 1
+    own.inside("turned").run("gqa", "image.exif=apply")
+    assert "(EXIF)" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("setting", ["bootstrap_samples=100000000000", "fid_size=100000", "max_new_tokens=99999999999"])
+def test_numbers_beyond_reason(evaluation, setting):
+    evaluation.refuses(f"{setting.partition('=')[0]} is .*; it must be", "gqa", setting)
+
+
+def test_folders_that_are_files(evaluation, tmp_path):
+    write_text(tmp_path / "file", "")
+    evaluation.refuses("data_root=.*file is a file; give a folder", "gqa", f"data_root={tmp_path}/file")
+    given = f"reconstruction_images={tmp_path}/file"
+    evaluation.refuses("reconstruction_images=.*file is a file; give a folder", "reconstruction", given)
+
+
+@pytest.mark.slow
+def test_images_that_are_gone_are_made_again(own):
+    WRITERS["reconstruction"](own.root)
+    given = ("reconstruction", "reconstruction_fid=false", "batch_size=1")
+    before = own.run(*given)
+    for number, suffix in enumerate((".png", ".npy")):
+        sorted((own.folder / "reconstruction/images").glob(f"*{suffix}"))[number].unlink()
+    assert own.run(*given) == before
+
+
+def test_a_question_beyond_the_models_positions(own):
+    WRITERS["gqa"](own.root)
+    file = own.root / "gqa/testdev_balanced_questions.json"
+    file.write_text(file.read_text().replace("What 202?", "a " * 20_000))
+    own.refuses("take .* positions, .* is more than the .* that the model knows", "gqa")

@@ -10,10 +10,12 @@ from signal import SIGINT, SIGTERM, SIGUSR1
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 
 from common.errors import UserError
 from models import Showo
+from tests.training.test_checkpointing import pickles
 from tests.training.tiny import config_of, make_trainer, metrics_of, poison, same, steps_of, weights
 from tests.training.tiny import train as run
 from training import guards
@@ -457,3 +459,24 @@ def test_a_checkpoint_of_another_shape_is_refused(world, tmp_path, copied):
     with pytest.raises(UserError, match="checkpoint-6 cannot be continued from") as error:
         run(world, copied, changes | {"training.max_train_steps": 7})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", ["pickle", "[]", "{}", '{"global_step": 6, "model": [1]}', ""])
+def test_whatever_is_in_a_file_of_a_run_it_goes_on_or_ends_in_one_line(world, tmp_path, copied, content):
+    """A malicious pickle, or JSON of another kind, in the place of each file; nothing is executed."""
+    executed = tmp_path / "executed"
+    data = pickles(executed)["inside-True"] if content == "pickle" else content.encode()
+    shutil.rmtree(copied / "checkpoint-3")
+    files = [file for file in copied.rglob("*") if file.is_file() and file.suffix != ".png"]
+    assert {"metadata.json", "streams_0.json", "random_states_0.pkl", "metrics.jsonl"} <= {file.name for file in files}
+    for index, file in enumerate(files):
+        folder = shutil.copytree(copied, tmp_path / str(index))
+        (folder / file.relative_to(copied)).write_bytes(data)
+        try:
+            AcceleratorState._reset_state(True)
+            trainer = make_trainer(world, folder, {STEPS: 7, "experiment.save_every": 99})
+            trainer.train()
+        except UserError as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error), file
+        assert not executed.exists(), file

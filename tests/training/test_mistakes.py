@@ -1,6 +1,8 @@
 """Users' mistakes, all found before a step is taken: one line, exit code 2, nothing written."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -48,6 +50,8 @@ def filled(settings: dict, world) -> dict:
         ({"validation_prompts_file": "/nowhere.txt"}, "/nowhere.txt does not exist"),
         ({f"training.batch_size_{flow}": 0 for flow in ("t2i", "lm", "mmu")}, "all 0; nothing to train on"),
         ({"experiment.init_from": "/nowhere/stage"}, "/nowhere/stage"),
+        ({"training.mask_schedule": "pow"}, "training.mask_schedule: unknown mask schedule 'pow'; known: cosine"),
+        ({"mask_schedule.schedule": "sigmoid", "mask_schedule.params.x": 1}, "mask_schedule.schedule or"),
         ({"experiment.resume_from_checkpoint": "checkpoint-77"}, "'checkpoint-77': no such folder"),
         ({"dataset.packing": True, "dataset.packing_length": ROW - 1}, f"but a sample may have {ROW} positions"),
         (SYSTEM, f"max_seq_length is {MAX_TEXT}: {NUM_TOKENS} image positions and"),
@@ -96,6 +100,36 @@ def test_shards_of_codes_train_no_tokenizer(world, tmp_path):
     settings = {"dataset.params.train_shards": file}
     with pytest.raises(UserError, match="an image tokenizer is trained on pixels; give it the shards with the images"):
         train_magvitv2.main(arguments(world, tmp_path / "out", settings, "tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("hidden_act", "gelo", "hidden_act is 'gelo'; it must be one of "),
+        ("hidden_size", 0, "hidden_size is 0; it must be a whole number from 1"),
+        ("num_attention_heads", 5, "hidden_size is 32; it must be a multiple of num_attention_heads (5)"),
+        ("num_hidden_layers", 10**7, "num_hidden_layers is 10000000; it must be "),
+        ("auto_map", {"AutoConfig": "evil.Config"}, "llm_vocab_size is 291"),  # without effect, so the next one is told
+    ],
+)
+def test_sizes_of_a_language_models_folder(refused, world, tmp_path, key, value, part):
+    llm = shutil.copytree(world / "llm", tmp_path / "llm")
+    (llm / "config.json").write_text(json.dumps(json.loads((llm / "config.json").read_text()) | {key: value}))
+    settings = {"model.showo.llm_model_path": llm}
+    if key == "auto_map":
+        (llm / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Config: pass\n")
+        settings |= {"model.showo.llm_vocab_size": 291, "model.showo.vocab_size": 366}
+    assert part in refused(settings) and not (tmp_path / "executed").exists()
+
+
+def test_code_beside_a_tokenizer_is_not_run(refused, world, tmp_path):
+    llm = shutil.copytree(world / "llm", tmp_path / "llm")
+    content = json.loads((llm / "tokenizer_config.json").read_text())
+    content |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (llm / "tokenizer_config.json").write_text(json.dumps(content))
+    (llm / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Evil: pass\n")
+    settings = {"model.showo.llm_model_path": llm, "model.showo.llm_vocab_size": 291, "model.showo.vocab_size": 366}
+    assert "llm_model_path" in refused(settings) and not (tmp_path / "executed").exists()
 
 
 def test_a_launch_that_fell_apart(refused, monkeypatch):
