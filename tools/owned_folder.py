@@ -1,12 +1,14 @@
 """Folders that commands make, such as a tokenizer's, without replacing anything that is somebody else's."""
 
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common.errors import UserError, describe_os_error
 from common.files import Owned, disk_errors, make_folder
+
+RUST = "(os error "  # in the messages of tokenizers and safetensors, whose errors are no `OSError`
 
 
 @contextmanager
@@ -19,15 +21,17 @@ def owned_folder(folder: str, setting: str) -> Iterator[Path]:
     Raises:
         UserError: a file of that name is somebody else's, or the disk is full. What was there stays.
     """
+    was_there = os.path.lexists(folder)
     goal = make_folder(folder)
     aside = make_folder(goal.with_name(f".{goal.name}.partial"))
     try:
-        try:
-            yield aside
-        except UserError:
-            raise
-        except OSError as error:
-            raise UserError(f"cannot write {goal} ({describe_os_error(error)}); make room there") from None
+        with disk_errors(goal):
+            try:
+                yield aside
+            except Exception as error:
+                if RUST not in str(error):
+                    raise
+                raise OSError(str(error)) from None
         owned, names = Owned(goal), sorted(file.name for file in aside.iterdir())
         owned.claim(names, f"{setting}={folder}")
         with disk_errors(goal / names[0]):
@@ -36,3 +40,6 @@ def owned_folder(folder: str, setting: str) -> Iterator[Path]:
                 owned.record(name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if not was_there:
+            with suppress(OSError):
+                goal.rmdir()  # if nothing came of it

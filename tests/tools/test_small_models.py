@@ -12,6 +12,7 @@ from models import Showo, ShowoConfig, UniversalPrompting
 from models.loading import load_clip
 from tests.training.tiny import CAPTIONS, LLM_VOCAB_SIZE, write_llm
 from tools import small_clip, small_llm
+from tools.owned_folder import owned_folder
 
 SIZES = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "layers": 2, "heads": 2}
 
@@ -98,6 +99,19 @@ def test_files_of_somebody_else_are_not_replaced(tmp_path, name):
             small_llm.main([f"corpus={tmp_path / 'corpus.txt'}", f"output_dir={tmp_path / 'new'}", "vocab_size=257"])
     assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
     assert (tmp_path / "new" / name).read_text() == "theirs"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), Exception("I/O error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path, error):
+    with (
+        pytest.raises(UserError, match="cannot write .*new .*No space left on device.*; make room"),
+        owned_folder(str(tmp_path / "new"), "output_dir") as folder,
+    ):
+        (folder / "config.json").write_text("{}")
+        raise error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
