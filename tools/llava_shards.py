@@ -16,6 +16,7 @@ until the new one is complete.
 
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import common  # noqa: F401  Ctrl-C is one word from here on
+
+from PIL import Image
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
@@ -134,6 +137,7 @@ def read_repeat(setting: str) -> dict[str, int]:
 
 def main(argv: list[str]) -> None:
     config = read_settings(argv, LlavaShardsConfig, "json=… image_root=… output=data/shards/qa")
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit, which is allowed
     repeat, records, counters = read_repeat(config.repeat), JsonRecords(config.json), SkipCounters()
     chosen = list(planned(records, config, repeat, counters))
     if not chosen:

@@ -23,6 +23,7 @@ import io
 import json
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -282,6 +283,7 @@ def numbered(entries: Iterator[Captioned | Skipped], config, counters: SkipCount
 
 def main(argv: list[str]) -> None:
     config = read_settings(argv, MakeShardsConfig, "source=~/pets output=data/pets/train")
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit, which is allowed
     manifest, counters = make_shards(open_source(config), config)
     print(f"{config.output}: {manifest['samples']} samples in {len(manifest['shards'])} shards")
     if heldout := manifest["heldout"]:

@@ -21,6 +21,7 @@ from common.errors import shown
 from common.files import BYTE_ORDER_MARK
 
 CHUNK = 20_000  # raw samples in a chunk of an endless reader
+MAX_EXAMPLE = 1000  # characters
 GIVE_UP = 10_000  # raw samples, or empty chunks, without a single batch
 
 Reader = Callable[[int], Iterator[Any]]  # seed → endless raw samples
@@ -213,14 +214,18 @@ class SkipCounters:
     def note(self, kind: str, detail: str) -> None:
         """Counts a sample that is used; `kind` of `NOTES`."""
         self.noted[kind] += 1
-        self.examples.setdefault(kind, shown(detail))
+        self._show(kind, detail)
+
+    def _show(self, kind: str, detail: str) -> None:
+        """Keeps the first example of a kind, as one line; names of files may hold anything."""
+        self.examples.setdefault(kind, " ".join(shown(detail).split())[:MAX_EXAMPLE])
 
     def skip(self, kind: str, detail: str, count: int = 1) -> None:
         """Counts `count` samples as skipped, one of which is already in `seen`."""
         self.skipped[kind] += count
         self.seen += count - 1
         self.largest = max(self.largest, count)
-        self.examples.setdefault(kind, shown(detail))
+        self._show(kind, detail)
 
     def skip_file(self, lost: Skipped, deferred: Counter) -> None:
         """Counts one sample of a lost file as skipped; the rest goes to `deferred`, for `add_deferred`."""
