@@ -1,6 +1,7 @@
 """Reads checkpoints by hub name or folder, published and our own; every key is checked, no code is run (spec §12)."""
 
 import logging
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -164,9 +165,16 @@ def _some(names: list[str], limit: int = 6) -> str:
     return f"{len(names)} ({', '.join(names[:limit])}{more})"
 
 
+def silence_deepspeed() -> None:
+    """Keeps DeepSpeed, which other libraries import where it is installed, from warning that there is no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Hides transformers' report on keys, which `check_state_dict` replaces, and its bars over copies within memory."""
+    silence_deepspeed()
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

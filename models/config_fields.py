@@ -98,6 +98,7 @@ SHOWO_FIELDS = {
     "w_clip_vit": SWITCH,
     "qk_norm": Field(bool, null=True),
 }
+TOKENIZER_FIELDS = {"model_max_length": Field(float, 1)}
 LEVELS = size(2**8, most=12)
 MAGVIT_FIELDS = {
     "ch": size(2**14),

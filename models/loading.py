@@ -22,6 +22,7 @@ from llava import QuestionFormat
 from models.backbones import DEFAULT_LLM
 from models.checkpoint_io import CHECKPOINT_FILES, TOKENIZER_FILES, resolve_folder
 from models.clip_encoder import CLIP_VIT_L_336, CLIPVisionTower, read_clip_config, read_image_processor
+from models.config_fields import TOKENIZER_FIELDS, check_fields
 from models.generation import cpu
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
 from models.modeling_showo import Showo, ShowoConfig
@@ -160,6 +161,7 @@ def load_text_tokenizer(
     folder = find_folder(name, TOKENIZER_FILES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        check_fields({"model_max_length": tokenizer.model_max_length}, TOKENIZER_FIELDS)
         prompting = UniversalPrompting(tokenizer, max_text_len, cond_dropout_prob=cond_dropout_prob)
     except Exception as error:  # missing files and broken JSON raise a dozen unrelated classes
         raise UserError(

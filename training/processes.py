@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from common.errors import UserError
 from common.launch import launched_processes, use_physical_cores
+from models.checkpoint_io import silence_deepspeed
 
 
 def make_accelerator(config, rows: int, written_by: int | None = None) -> Accelerator:
@@ -38,8 +39,7 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise UserError("the launch file asks for DeepSpeed, which is not installed: pip install 'deepspeed>=0.19'")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where installed, warns that it finds no GPU
+    silence_deepspeed()
     launched = launched_processes()
     on_cpus = launched > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(

@@ -1,5 +1,6 @@
 """What a training starts from, where names are looked up, parts that do not fit (most: end_to_end/test_mistakes.py)."""
 
+import json
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from common.errors import UserError
 from common.schema import TrainedShowoSection
 from models import Showo
-from models.loading import find_folder, find_parts, initial_showo, load_clip, load_parts
+from models.loading import find_folder, find_parts, initial_showo, load_clip, load_parts, load_text_tokenizer
 from tests.models.test_checkpoint_io import Malicious
 from tests.parity.goldens import PHI, facts, tiny_showo
 from tests.tiny import CLIP_WIDTH, write_checkpoints
@@ -66,6 +67,15 @@ def test_a_run_that_has_not_ended_names_its_newest_checkpoint(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "unwrapped_model").mkdir(parents=True)
     with pytest.raises(UserError, match="is the folder of a run that has not ended; give its checkpoint .*-10$"):
         find_folder(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["x", [], {"a": 1}, 0])
+def test_a_tokenizers_own_limit_is_a_number(tmp_path, value):
+    llm = shutil.copytree(PHI, tmp_path / "llm")
+    content = json.loads((llm / "tokenizer_config.json").read_text()) | {"model_max_length": value}
+    (llm / "tokenizer_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="llm_model_path=.* holds no usable tokenizer .model_max_length is"):
+        load_text_tokenizer(str(llm), SIZES["llm_vocab_size"])
 
 
 def test_parts_that_do_not_fit(places, tmp_path):
