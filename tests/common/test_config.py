@@ -252,7 +252,10 @@ REFUSALS = {
         "training: {batch_size_t2i: x, top: 1}\nmodle: {}\nseed: -1": "modle.*batch_size_t2i is 'x'.*seed is -1",
         SHARDS: "SHOWO_UNSET_A, SHOWO_UNSET_B; set them or give experiment.name=… dataset.params.train_mmu_sha",
     },
-    EvaluationConfig: {"prompt=x": "prompt has no effect on evaluation", "fid_size=7": "fid_size is 7; it must be 8"},
+    EvaluationConfig: {
+        "prompt=x": "prompt has no effect on evaluation",
+        "fid_size=7": "fid_size is 7; it must be from 8",
+    },
     TokenizerTrainingConfig: {
         "dtype=bf16": "unknown key dtype",
         "training.ema_decay=1": "it must be from 0, less than 1",
