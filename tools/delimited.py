@@ -6,6 +6,7 @@ Python's csv module drops what is beyond the last column, and an unbalanced quot
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from training.data.paths import IMAGES, has_suffix
 
@@ -54,7 +55,7 @@ class Delimited:
         self._in_marks = re.compile(rf' *"([^"]*(?:""[^"]*)*)" *(?={mark}|[\r\n]|\Z)')
         self._plain = re.compile(rf"[^{mark}\r\n]*")
         self.has_quotes = '"' in text and (self.delimiter in ",;" or self._was_quoted())
-        self.header = next((row.cells for row in self._rows(self.has_quotes)), [])
+        self.header = [cell.strip() for row in islice(self._rows(self.has_quotes), 1) for cell in row.cells]
 
     def rows(self, text_is_last: bool) -> Iterator[Row]:
         """The rows after the header, without blank ones.

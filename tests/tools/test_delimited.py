@@ -69,3 +69,4 @@ def test_an_unbalanced_mark_does_not_make_long_tables_slow():
     text = "image,caption\n" + "".join(f'{number}.jpg,"open {number}\n' for number in range(20_000))
     assert len(rows_of(text)) == 20_000
     assert Delimited("").header == Delimited("\n\n").header == []
+    assert Delimited("image , caption \n0.png,x").header == ["image", "caption"]
