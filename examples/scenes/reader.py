@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageFilter
 
 from common.config import read_settings
@@ -53,6 +54,7 @@ FAINTEST = 0.55  # a blurred thing's colour is this part of the way from the gro
 BLURS = (0.0, 0.6, 1.0, 1.5)  # radii
 SEEN = 0.3  # share of a shape that must be in view
 ROUNDS = 2
+SETTLED = 0.1  # share of a thing's energy that may be left in its square without looking again
 PROPOSALS = 3
 CROWDED = 0.8  # most of the smaller square that two things can share
 PALETTE = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
@@ -125,6 +127,8 @@ class Reader:
                 if error == 0:
                     return scene
                 old = scene.things[index] if index < len(scene.things) else None
+                if self._is_settled(target, directions, scene, old):
+                    continue
                 rest = replace(scene, things=scene.things[:index] + scene.things[index + 1 :])
                 alone = target.misfit(rest)
                 choices = dict(self._proposals(target.pixels, directions, rest, old)) | ({scene: old} if old else {})
@@ -136,6 +140,20 @@ class Reader:
             if scene == before:
                 break
         return scene
+
+    def _is_settled(self, target: "_Target", directions: torch.Tensor, scene: Scene, thing: Thing | None) -> bool:
+        """Whether too little is left unexplained to look again: around a thing, or anywhere for one more."""
+        left = np.square(target.values - target.draw(scene)).sum(2)
+        colours = directions.square().sum(1)  # (8,): squared distances to the ground
+        if thing:
+            level = self.levels[SIZES.index(thing.size)]
+            y, x = CELL * thing.y, CELL * thing.x
+            energy = level.energy[ICONS.index(thing.icon)] * colours[tuple(COLOURS).index(thing.colour)]
+            return bool(left[y : y + level.side, x : x + level.side].sum() < SETTLED * energy)
+        cells = left.reshape(self.cells, CELL, self.cells, CELL).sum((1, 3))
+        small = self.levels[0]
+        most = sliding_window_view(cells, (small.cells_along,) * 2).sum((2, 3)).max()
+        return bool(most < ENOUGH * small.energy.min() * colours.min())
 
     def _proposals(
         self, pixels: torch.Tensor, directions: torch.Tensor, rest: Scene, old: Thing | None
