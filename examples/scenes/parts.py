@@ -160,7 +160,7 @@ def _remove(scene: Scene, rng: random.Random):
     if len(scene.things) == 1 or not (found := _any_named(scene, rng)):
         return None
     thing, name = found
-    return _exchange(scene, thing), f"remove the {name}", f"the {name} leaves", f"the {name} is gone"
+    return _exchange(scene, thing), f"remove the {name}", f"the {name} goes away", f"the {name} is gone"
 
 
 def _add(scene: Scene, rng: random.Random):

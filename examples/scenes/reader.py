@@ -139,6 +139,8 @@ class Reader:
                 scene, error = new, errors.get(new, alone)
             if scene == before:
                 break
+            scene = self._in_order(scene, target)
+            error = target.misfit(scene)
         return scene
 
     def _is_settled(self, target: "_Target", directions: torch.Tensor, scene: Scene, thing: Thing | None) -> bool:
@@ -196,12 +198,12 @@ class Reader:
 
     def _in_order(self, scene: Scene, target: "_Target") -> Scene:
         """The scene with overlapping things in the order that fits the image best."""
-        for one in range(len(scene.things)):
-            for other in range(one + 1, len(scene.things)):
-                if scene.overlap(scene.things[one], scene.things[other]):
-                    things = list(scene.things)
-                    things[one], things[other] = things[other], things[one]
-                    scene = min(scene, replace(scene, things=tuple(things)), key=target.misfit)
+        for thing in scene.things:
+            rest = tuple(other for other in scene.things if other != thing)
+            if any(scene.overlap(thing, other) for other in rest):
+                depths = range(len(rest) + 1)
+                orders = [replace(scene, things=(*rest[:depth], thing, *rest[depth:])) for depth in depths]
+                scene = min(scene, *orders, key=target.misfit)
         return scene
 
 
