@@ -45,16 +45,16 @@ NAMES = {
         bolt=lightning-bolt bomb bone book bottle=bottle-wine bulb=lightbulb burger=hamburger bus butterfly cactus
         cake=cake-variant camera candle candy car carrot castle cat cherry=fruit-cherries clock cloud clover
         cocktail=glass-cocktail cookie cow crown cup=coffee diamond=diamond-stone dice=dice-5
-        dinosaur=google-downasaur dog=dog-side dolphin drop=water drumstick=food-drumstick duck elephant
-        envelope=email eye feather fish flag flame=fire flashlight flower gear=cog ghost gift guitar=guitar-acoustic
-        hammer hand=hand-back-right hat=hat-fedora heart helicopter horse house=home ice_cream=ice-cream jellyfish
-        kangaroo key kite lamp leaf lock magnet melon=fruit-watermelon microphone moon=moon-waning-crescent
-        mouse=rodent mushroom owl paw pear=fruit-pear pencil penguin phone piano pig=pig-variant pine=pine-tree
+        dinosaur=google-downasaur dog=dog-side dolphin drumstick=food-drumstick duck elephant envelope=email eye
+        feather fish flag flame=fire flashlight flower gear=cog ghost gift guitar=guitar-acoustic hammer
+        hand=hand-back-right hat=hat-fedora heart helicopter horse house=home ice_cream=ice-cream jellyfish kangaroo
+        key kite lamp leaf lock magnet melon=fruit-watermelon microphone moon=moon-waning-crescent mouse=rodent
+        mushroom owl paw pear=fruit-pear pencil penguin phone piano pig=pig-variant pine=pine-tree
         pineapple=fruit-pineapple pizza plane=airplane pumpkin puzzle rabbit ring robot rocket sailboat=sail-boat
         saxophone shark sheep ship=ferry shirt=tshirt-crew shoe=shoe-sneaker skateboard skull snail snake snowflake
         snowman sock=stocking spade=shovel spider star sun=white-balance-sunny sword teddy=teddy-bear
         television=television-classic tie tractor train tree trophy truck turtle=tortoise umbrella
-        watering_can=watering-can
+        watering_can=watering-can wrench
         """.split()
     )
 }

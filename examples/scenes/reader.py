@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -436,6 +437,7 @@ class ReaderConfig:
     scenes: int = setting(1000, "scenes of each size", low=1)
     degraded: int = setting(300, "of them that are read degraded in each way", low=0)
     split: str = setting("train", "which scenes", choices=("train", "seen", "colours", "pairs", "counts"))
+    tokenizer: str = setting("", "folder of an image tokenizer, whose reconstructions are read, too")
     seed: int = setting(0, "of the scenes")
 
     @staticmethod
@@ -465,12 +467,34 @@ def error_table(config: ReaderConfig) -> Iterator[str]:
                 name = f"true, {count} thing{'s' * (count > 1)}"
                 yield _row(size, name, "", [compare(scenes[index], found[index]) for index in chosen])
         yield _row(size, f"true, all ({len(scenes) / seconds:.0f} a second)", "", list(map(compare, scenes, found)))
-        for name, degrade in DEGRADED.items() if config.degraded else ():
-            true = images[: config.degraded]
-            worse = np.stack([degrade(image) for image in true])
+        true = images[: config.degraded]
+        ways = {name: partial(_each, degrade) for name, degrade in DEGRADED.items()}
+        if config.tokenizer:
+            ways["reconstructed"] = partial(_reconstructed, config.tokenizer)
+        for name, degrade in ways.items() if config.degraded else ():
+            worse = degrade(true)
             error = np.square(worse.astype(float) - true).mean((1, 2, 3)).clip(min=1e-9)
             quality = f"{(10 * np.log10(255**2 / error)).mean():.1f}"
             yield _row(size, name, quality, list(map(compare, scenes, reader.read(worse))))
+
+
+def _each(degrade: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
+    return np.stack([degrade(image) for image in images])
+
+
+@torch.inference_mode()
+def _reconstructed(folder: str, images: np.ndarray, batch: int = 16) -> np.ndarray:
+    """Images through the codes of an image tokenizer."""
+    from models import MAGVITv2
+
+    model, parts = MAGVITv2.from_pretrained(folder).eval(), []
+    for start in range(0, len(images), batch):
+        pixels = torch.from_numpy(images[start : start + batch]).movedim(3, 1) / 127.5 - 1
+        codes = model.get_code(pixels)
+        side = int(codes.shape[1] ** 0.5)
+        decoded = model.decode_code(codes, shape=(side, side))
+        parts.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, 3).numpy())
+    return np.concatenate(parts)
 
 
 def _row(size: int, name: str, quality: str, counts: Sequence[Counter]) -> str:
