@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -198,14 +199,36 @@ class Reader:
         maps[:, rows, columns] = maps[:, rows, columns].masked_fill(hidden, 0)
 
     def _in_order(self, scene: Scene, target: "_Target") -> Scene:
-        """The scene with overlapping things in the order that fits the image best."""
-        for thing in scene.things:
-            rest = tuple(other for other in scene.things if other != thing)
-            if any(scene.overlap(thing, other) for other in rest):
-                depths = range(len(rest) + 1)
-                orders = [replace(scene, things=(*rest[:depth], thing, *rest[depth:])) for depth in depths]
-                scene = min(scene, *orders, key=target.misfit)
-        return scene
+        """The scene with overlapping things in the order that fits the image best.
+
+        Each pair is judged by itself, where nothing else is; then the things are laid down, those first that cover none
+        of the rest.
+        """
+        shapes = {thing: self._shape(thing) for thing in scene.things}
+        covers: dict[Thing, set[Thing]] = {thing: set() for thing in scene.things}
+        for one, other in combinations(scene.things, 2):
+            if scene.overlap(one, other):
+                alone = shapes[one] & shapes[other]
+                for third in scene.things:
+                    if third not in (one, other):
+                        alone = alone & ~shapes[third]
+                orders = ((one, other), (other, one)) if alone.any() else ()
+                errors = [target.misfit(replace(scene, things=order), alone) for order in orders]
+                if orders and errors[0] != errors[1]:
+                    back, front = orders[errors[1] < errors[0]]
+                    covers[front].add(back)
+        things: list[Thing] = []
+        while len(things) < len(scene.things):
+            rest = [thing for thing in scene.things if thing not in things]
+            things.append(min(rest, key=lambda thing: len(covers[thing] - set(things))))
+        return replace(scene, things=tuple(things))
+
+    def _shape(self, thing: Thing) -> np.ndarray:
+        """The pixels of the image that a thing covers a part of: (H, W) bool."""
+        mask = np.zeros((CELL * self.cells,) * 2, bool)
+        covered = sprite(thing.icon, thing.size, self.cells) > 0
+        mask[CELL * thing.y :, CELL * thing.x :][: len(covered), : len(covered)] = covered
+        return mask
 
 
 class _Target:
@@ -227,9 +250,9 @@ class _Target:
         image = render(scene)
         return blurred(image, self.radius) if self.radius else image
 
-    def misfit(self, scene: Scene) -> float:
-        """Squared distance of the image to the drawing of a scene."""
-        return float(np.square(self.values - self.draw(scene)).sum())
+    def misfit(self, scene: Scene, where: np.ndarray | slice = slice(None)) -> float:
+        """Squared distance of the image to the drawing of a scene, of the pixels that are asked for."""
+        return float(np.square(self.values - self.draw(scene))[where].sum())
 
     def visible_energy(self, scene: Scene, thing: Thing) -> float:
         """What a thing explains of a true image of a scene."""

@@ -241,12 +241,13 @@ def _sample_colours(rng: random.Random, icons: list[str], unseen: bool) -> list[
 
 def arrange(rng: random.Random, kinds: list[tuple[str, str]], cells: int, tries: int = 20) -> tuple[Thing, ...] | None:
     """Places and sizes for things of these icons and colours, back to front; None where none were found."""
-    overlapping = rng.random() < 0.5
+    manner = rng.random()  # often apart; otherwise overlaps may come about, or are looked for
     for attempt in range(tries):
         things: list[Thing] = []
         for icon, colour in kinds:
             size = SIZES[rng.random() < (0.4 if attempt < tries // 2 else 0.1)]
-            new = add_thing(rng, things, icon, colour, size, cells, overlapping)
+            near = rng.choice(things) if things and manner < 0.3 else None
+            new = add_thing(rng, things, icon, colour, size, cells, manner < 0.6, near)
             if new is None:
                 break
             things.append(new)
@@ -256,12 +257,28 @@ def arrange(rng: random.Random, kinds: list[tuple[str, str]], cells: int, tries:
 
 
 def add_thing(
-    rng: random.Random, things: Sequence[Thing], icon: str, colour: str, size: str, cells: int, overlapping: bool = True
+    rng: random.Random,
+    things: Sequence[Thing],
+    icon: str,
+    colour: str,
+    size: str,
+    cells: int,
+    overlapping: bool = True,
+    near: Thing | None = None,
 ) -> Thing | None:
-    """One more thing at a place where it can stand in front of the others; None if none is found soon."""
-    span = cells - side_of(size, cells) + 1
+    """One more thing, at a place where it can stand in front of the others; None if none is found soon.
+
+    Args:
+        overlapping: it may hide a part of others.
+        near: one that its square touches.
+    """
+    side = side_of(size, cells)
+    ranges = [(0, cells - side)] * 2
+    if near is not None:
+        reach = side_of(near.size, cells)
+        ranges = [(max(0, at - side + 1), min(cells - side, at + reach - 1)) for at in (near.x, near.y)]
     for _ in range(12):
-        new = Thing(icon, colour, size, rng.randrange(span), rng.randrange(span))
+        new = Thing(icon, colour, size, *(rng.randint(*limits) for limits in ranges))
         if can_stand_before(things, new, cells, overlapping):
             return new
     return None
