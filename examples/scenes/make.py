@@ -11,11 +11,13 @@
     stories/{split}.jsonl, images/               documents: text, image, text, image, …
     texts/{split}.jsonl, train.txt               sentences (`content`); all texts of training, for a BPE tokenizer
     pairs/{split}.jsonl, images/                 two images for a caption, or two answers; the better one is `chosen`
+    sheet.png                                    the first samples, to look at
     manifest.json                                settings, icons, rules, counts, checksums
 
-The split `train` keeps the rules of what is held out; `seen` keeps them, too, in scenes of its own; `colours`, `pairs`
-and `counts` hold nothing but scenes that break that one rule. The same seed gives the same bytes, with the versions of
-the libraries in the manifest. A folder that was made before is replaced when the new one is complete.
+The split `train` keeps the rules of what is held out; `seen` keeps them, too, in scenes that training never shows;
+`colours`, `pairs` and `counts` hold nothing but scenes that break that one rule. The same seed gives the same bytes,
+with the versions of the libraries in the manifest. A folder that was made before is replaced when the new one is
+complete.
 """
 
 import hashlib
@@ -34,8 +36,10 @@ if __name__ == "__main__":
     import common  # noqa: F401  Ctrl-C is one word from here on
 
 from omegaconf import OmegaConf
+from PIL import Image
 
 from common.config import read_settings
+from common.contact_sheet import contact_sheet
 from common.errors import UserError, run_cli
 from common.files import disk_errors, make_folder, read_json, write_json
 from common.progress import progress
@@ -46,7 +50,7 @@ from llava import question_prompt_vq
 from tools.shard_writing import manifest_path, shard_path, write_shard
 
 HELD_OUT = {"captions": SPLITS[1:], "questions": SPLITS[1:], "classes": ()}  # splits beside train; else the first
-MANIFEST, WORLD = "manifest.json", "scenes"
+MANIFEST, WORLD, SHEET = "manifest.json", "scenes", "sheet.png"
 
 
 @dataclass
@@ -242,7 +246,7 @@ def write_world(config: ScenesConfig) -> dict:
         UserError: the folder holds files that this command did not write, or cannot be written to.
     """
     folder = make_folder(config.output_dir)
-    known = [folder / name for name in (*PARTS, MANIFEST)]
+    known = [folder / name for name in (*PARTS, SHEET, MANIFEST)]
     if any(path.exists() for path in known) and not _is_ours(known[-1]):
         raise UserError(f"output_dir={config.output_dir} holds files that no scene world wrote; choose another folder")
     partial = folder / ".partial"
@@ -276,6 +280,7 @@ def _write_parts(config: ScenesConfig, folder: Path) -> dict:
         (make_folder(folder / "texts") / "train.txt").write_text(
             "".join(text.replace("\n", "") + "\n" for text in texts), encoding="utf-8"
         )
+    make_sheet(config.seed, config.size // CELL).save(folder / SHEET)
     manifest = {
         "world": WORLD,
         "arguments": {key: value for key, value in vars(config).items() if key != "output_dir"},
@@ -289,6 +294,24 @@ def _write_parts(config: ScenesConfig, folder: Path) -> dict:
     }
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def make_sheet(seed: int, cells: int) -> Image.Image:
+    """Captions with their images, edits, stories and pairs, a row of eight images each or two."""
+    images, texts = [], []
+    for part, rows in (("captions", 2), ("edits", 1), ("stories", 1), ("pairs", 1)):
+        end = len(images) + 8 * rows
+        for one in stream(part, seed, cells=cells):
+            left, said = end - len(images), one.said
+            if not left:
+                break
+            if len(one.scenes) > left or (part == "stories" and len(one.scenes) < 4) or said.get("kind") == "answer":
+                continue
+            images += [Image.fromarray(render(scene)) for scene in one.scenes]
+            texts += said.get("texts") or [said.get("caption") or "", f"wrong: {said.get('wrong')}"][: len(one.scenes)]
+            if part == "edits":
+                texts[-2:] = ["before", said["instruction"]]
+    return contact_sheet(images, texts, columns=8, cell=max(128, CELL * cells))
 
 
 def _counting(samples: Iterator[Sample], bar) -> Iterator[Sample]:

@@ -36,6 +36,7 @@ from examples.scenes.world import (
     held_out,
     holds,
     is_possible,
+    is_reserved,
     sample_scene,
     side_of,
 )
@@ -70,9 +71,12 @@ def stream(part: str, seed: int = 0, split: str = "train", cells: int = 12, star
 def _class(rng: random.Random, split: str, cells: int, number: int):
     """One large icon; `class` is its name. The classes come in turn."""
     icon = ICONS[number % len(ICONS)]
-    colour = rng.choice([colour for colour in COLOURS if not colour_held_out(icon, colour)])
-    thing = add_thing(rng, (), icon, colour, "large", cells)
-    return [Scene(rng.choice(tuple(GROUNDS)), (thing,), cells)], {"class": icon}
+    while True:
+        colour = rng.choice([colour for colour in COLOURS if not colour_held_out(icon, colour)])
+        thing = add_thing(rng, (), icon, colour, "large", cells)
+        scene = Scene(rng.choice(tuple(GROUNDS)), (thing,), cells)
+        if is_reserved(scene) == (split == "seen"):
+            return [scene], {"class": icon}
 
 
 def _caption(rng: random.Random, split: str, cells: int, number: int):
@@ -118,7 +122,9 @@ def change(scene: Scene, rng: random.Random, split: str = "train", kinds: tuple[
     while True:
         kind = rng.choice(kinds or tuple(CHANGES))
         found = CHANGES[kind](scene, rng)
-        if found and found[0] != scene and is_possible(found[0]) and held_out(found[0].things) <= allowed:
+        if not found or found[0] == scene or (split == "train" and is_reserved(found[0])):
+            continue
+        if is_possible(found[0]) and held_out(found[0].things) <= allowed:
             return Change(kind, *found)
 
 

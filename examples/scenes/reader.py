@@ -81,7 +81,13 @@ class Reader:
 
         Args:
             images: (N, size, size, 3) uint8.
+
+        Raises:
+            ValueError: they are of another size or type.
         """
+        size = CELL * self.cells
+        if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
+            raise ValueError(f"expected images of (N, {size}, {size}, 3) uint8, got {images.shape} {images.dtype}")
         scenes = []
         for start in range(0, len(images), self.batch):
             scenes += self._read_batch(torch.from_numpy(np.ascontiguousarray(images[start : start + self.batch])))

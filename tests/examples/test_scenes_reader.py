@@ -27,7 +27,7 @@ def images_of(scenes: list[Scene]) -> np.ndarray:
     ("size", "split"), [(64, "train"), (96, "train"), (96, "pairs"), (96, "counts"), (128, "train")]
 )
 def test_true_images_are_read_as_what_they_show(readers, size, split):
-    scenes = scenes_of(size, 100 if size == 96 else 60, split)
+    scenes = scenes_of(size, 40 if size == 128 else 60, split)
     found = readers[size].read(images_of(scenes))
     counts = sum(map(compare, scenes, found), start=compare(scenes[0], scenes[0]))
     assert counts["right"] >= 0.995 * counts["things"] and counts["ground"] == counts["scenes"]
@@ -40,6 +40,11 @@ def test_an_empty_ground_shows_nothing(readers):
     for ground in ("white", "grey", "sky", "sand"):
         (read,) = readers[64].read(render(Scene(ground, (), 8))[None])
         assert read == Scene(ground, (), 8)
+
+
+def test_images_of_another_size_are_refused(readers):
+    with pytest.raises(ValueError, match=r"expected images of \(N, 96, 96, 3\) uint8, got \(1, 64, 64, 3\)"):
+        readers[96].read(np.zeros((1, 64, 64, 3), np.uint8))
 
 
 def test_what_is_in_front_is_told_from_what_is_behind(readers):
