@@ -34,7 +34,7 @@ $(READY): requirements.txt requirements-dev.txt
 	@touch $(READY)
 
 demo: export WANDB_MODE := disabled
-demo: TINY := config=configs/showo_tiny_demo.yaml
+demo: TINY := config=configs/showo_tiny_demo.yaml overwrite=true
 demo: $(READY) ## text to image, inpainting, extrapolation and answers with the small default (checkpoints/showo-tiny)
 	$(PY) inference_t2i.py $(TINY) mode=t2i output_dir=$(DEMO)/t2i validation_prompts_file=validation_prompts/emoji_prompts.txt
 	$(PY) inference_t2i.py $(TINY) mode=inpainting output_dir=$(DEMO)/inpainting batch_size=4 prompt='$(INPAINTING)' \

@@ -14,8 +14,9 @@ checkpoint is evaluated first.
 from pathlib import Path
 
 from common.config import load_config
-from common.errors import UserError, run_cli
-from common.inputs import required_path
+from common.errors import UserError, run_cli, shown
+from common.files import resolve_path
+from common.inputs import required_folder
 from common.results import check_output_dir
 from common.tracking import Tracker
 from evaluation.schema import EvaluationConfig
@@ -36,32 +37,42 @@ def choose_tasks(config) -> list[type]:
 
 def evaluate(config, output_dir: Path, processes) -> None:
     """Asks, scores and reports one checkpoint."""
+    from evaluation.output import METRICS, RESULTS, TABLE, Output
     from evaluation.report import report, score
     from evaluation.runner import ask_all
     from models.loading import check_sizes
 
     check_sizes(config.model.showo, config.dataset.preprocessing.resolution, config.model.vq_model.vq_model_name)
-    tasks, root = choose_tasks(config), required_path("data_root", config.data_root)
+    tasks, root, output = choose_tasks(config), Path(config.data_root), Output(output_dir)
+    if any(task.reads_root for task in tasks):
+        root = required_folder("data_root", config.data_root)
+    output.check([RESULTS, TABLE, METRICS])
     runs = ask_all(config, [task(config, root, output_dir / task.name) for task in tasks], processes)
     if not processes.is_main:
         return
     scored = [score(run, config.bootstrap_samples, config.seed or 0) for run in runs]
+    output.note(METRICS)
     name = f"{config.experiment.name}_evaluation"
     with Tracker(config.experiment.project, name, output_dir, config=config, wandb_config=config.wandb) as tracker:
-        print(report(scored, output_dir, tracker))
-    print(f"all results: {output_dir}")
+        print(report(scored, output, tracker))
+    print(f"all results: {shown(output_dir)}")
 
 
 def evaluate_two(config, output_dir: Path, processes) -> None:
     """Compares two folders of results; a checkpoint among them is evaluated first."""
-    from evaluation.bootstrap import RESULTS, compare
+    from evaluation.bootstrap import compare
+    from evaluation.output import COMPARED, RESULTS, Output
 
     names = [name.strip() for name in config.compare.split(",") if name.strip()]
     if len(names) != 2:
         raise UserError(f"compare is {config.compare!r}; give two output folders or checkpoints, separated by a comma")
-    folders = []
+    folders, output = [], Output(output_dir)
+    output.check(COMPARED)
+    for name in names:
+        if not (resolve_path(name) / RESULTS).is_file():
+            check_checkpoint(name)
     for number, name in enumerate(names, 1):
-        folder = Path(name).expanduser()
+        folder = resolve_path(name)
         if not (folder / RESULTS).is_file():
             folder = output_dir / f"{number}-{Path(name).name}"
             config.model.showo.pretrained_model_path = name
@@ -69,7 +80,20 @@ def evaluate_two(config, output_dir: Path, processes) -> None:
         folders.append(folder)
     if processes.is_main:
         tasks = [task(config, Path(config.data_root), output_dir / task.name) for task in choose_tasks(config)]
-        print(compare(*folders, tasks, output_dir, config.bootstrap_samples, config.seed or 0))
+        print(compare(*folders, tasks, output, config.bootstrap_samples, config.seed or 0))
+
+
+def check_checkpoint(name: str) -> None:
+    """`UserError` if what `compare` names is neither a finished evaluation nor a checkpoint."""
+    from evaluation.output import RESULTS
+    from models.loading import find_folder
+
+    try:
+        folder = find_folder(name)
+    except UserError as error:
+        raise UserError(f"compare: {name} holds no {RESULTS} of an evaluation, and as a checkpoint: {error}") from None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"compare: {name} holds neither an evaluation's {RESULTS} nor a checkpoint's config.json")
 
 
 def main(argv: list[str]) -> None:

@@ -42,10 +42,10 @@ from webdataset.tariterators import tar_file_iterator
 
 from benchmarks import report
 from common.config import TrainingConfig
-from models.images import normalized
+from models.images import normalized, open_image
 from training.batches import flow_readers
 from training.data.flows import Reading, open_flows
-from training.data.image_text import decode_jpeg, read_image
+from training.data.image_text import decode_jpeg
 from training.data.json_records import JsonRecords
 from training.data.shards import tar_members
 from training.data.streams import Flow, _Batches, pack, unpack
@@ -266,7 +266,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)
     images = encoded_images(args.images, args.side)
-    assert read_image(images[0], "").size == (args.side, args.side)
+    assert open_image(images[0], "the first").size == (args.side, args.side)
     parts = measure_parts(images, args.samples, args.records, args.rounds)
     found = measure(images, args.samples, args.rounds)
     for name, rate in found.items():

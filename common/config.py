@@ -32,6 +32,7 @@ __all__ = [
     "mask_schedule_of",
     "read_key",
     "read_settings",
+    "read_yaml",
 ]
 
 MAX_YAML, MAX_ALIASES = 2**22, 20  # bytes; aliases of aliases of aliases would fill any memory
@@ -85,16 +86,20 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
     arguments = _read_arguments(argv, known, example)
     if (path := arguments.pop("config", None)) is None:
         raise UserError(f"no config given; add config=FILE.yaml, for example {example}")
-    path, problems, given = resolve_path(path), [], {}
+    path, problems = resolve_path(path), []
     for key in [key for key in arguments if _owner(key, known) and not _owner(key, own)]:
         instead = getattr(schema, "INSTEAD", {}).get(key)
         remedy = f"give {instead}" if instead else "leave it out"
         problems.append(f"{key} has no effect on {getattr(schema, 'PURPOSE', 'this script')}; {remedy}")
         del arguments[key]
-    in_file = dict(_flatten(_read_yaml(path), known, problems))
+    in_file = dict(_flatten(read_yaml(path), known, problems))
     elsewhere = {key: in_file.pop(key) for key in list(in_file) if not _owner(key, own)}
-    for source in (in_file, dict(_flatten(arguments, own, problems))):
-        given |= _without_aliases(source, own)
+    in_file, on_line = (_without_aliases(source, own) for source in (in_file, dict(_flatten(arguments, own, problems))))
+    for key, one in own.items():
+        other = one.rule.repeats
+        if other and (key in on_line) != (other in on_line):
+            on_line |= dict.fromkeys((key, other), on_line.get(key, on_line.get(other)))
+    given = in_file | on_line
     config = _structured(schema, given, problems)
     _resolve(config, schema, others, elsewhere, problems)
     _expand_home(config, own, problems)
@@ -108,7 +113,7 @@ def read_key(argv: list[str], key: str) -> Any:
     """One top-level setting, before it is known which schema the others have; None if it is not given."""
     given = dict(argument.partition("=")[::2] for argument in argv)
     if key not in given and given.get("config"):
-        given |= _read_yaml(resolve_path(given["config"]))
+        given |= read_yaml(resolve_path(given["config"]))
     return given.get(key)
 
 
@@ -152,16 +157,22 @@ def _parse(key: str, text: str, one: Setting | None) -> Any:
         raise UserError(f"{key} is {text!r}, which cannot be read as YAML; quote special characters") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    text = read_text(path, f"config={path}", MAX_YAML)
+def read_yaml(path: Path, what: str | None = None) -> dict[str, Any]:
+    """The keys and values of a YAML file; `what` names it in messages, where it is not `config=`.
+
+    Raises:
+        UserError: it is missing, no YAML, or holds anything else.
+    """
+    what = what or f"config={path}"
+    text = read_text(path, what, MAX_YAML)
     try:
         if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > MAX_ALIASES:
-            raise UserError(f"config={path} has more than {MAX_ALIASES} aliases (`*name`); write the values out")
+            raise UserError(f"{what} has more than {MAX_ALIASES} aliases (`*name`); write the values out")
         tree = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"config={path} cannot be read as YAML: {error}") from None
+        raise UserError(f"{what} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"config={path} must contain keys and values, not a {type(tree).__name__}")
+        raise UserError(f"{what} must contain keys and values, not a {type(tree).__name__}")
     return tree
 
 

@@ -63,7 +63,11 @@ def _end(line: str, code: int) -> NoReturn:
 
 def shown(name: str | Path) -> str:
     """A path, name or message as text that can be printed and stored; bytes that are no UTF-8 become ``\\xe9``."""
-    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        data = str(name).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # halves of pairs, as JSON may hold them
+        data = str(name).encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
 
 
 def describe_os_error(error: OSError) -> str:

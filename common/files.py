@@ -6,6 +6,7 @@ goal and then renamed, and only over what a command of this project wrote itself
 
 import json
 import os
+import re
 import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ MAX_TEXT = 2**31  # bytes of a file that is read into memory at once
 MAX_JSON = 2**30
 MAX_DEPTH = 200  # of nested JSON
 JUNK = ("__MACOSX", "lost+found")
+HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 BYTE_ORDER_MARK = "\ufeff"
 ENCODINGS = {  # by the byte order mark that a file begins with; the longer marks first
     b"\xff\xfe\0\0": "utf-32",
@@ -34,6 +36,7 @@ KINDS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
+    type(None): "null",
 }
 
 
@@ -96,7 +99,10 @@ def visible_folders(folder: str | Path) -> list[Path]:
 def _entries(folder: str | Path) -> Iterator[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not is_hidden(entry.name))
+            for entry in entries:
+                # A link that leads nowhere, or to itself, is neither a file nor a folder.
+                if not is_hidden(entry.name) and not (entry.is_symlink() and not os.path.exists(entry.path)):
+                    yield entry
     except OSError as error:
         raise UserError(f"folder {shown(folder)} cannot be read ({error.strerror}); mend its permissions") from None
 
@@ -162,8 +168,11 @@ def parse_json(text: str | bytes, where: str, kind: type | None = None) -> Any:
         UserError: it is no JSON, nested too deeply, or of another type.
     """
     try:
-        value = json.loads(decode_text(text) if isinstance(text, bytes) else text)
+        text = decode_text(text) if isinstance(text, bytes) else text
+        value = json.loads(text)
         _check_depth(value)
+        if HALF_PAIR.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could not be stored
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one of them
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{where} is no valid JSON ({reason}); mend or fetch it again") from None
@@ -179,10 +188,13 @@ def read_json(path: str | Path, what: str | None = None, kind: type | None = dic
 
 
 def field(record: dict, name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """A member of a JSON object; `UserError` if it is missing or of another type (true is no number)."""
+    """A member of a JSON object; `UserError` if there is no object, or it is missing or of another type (true is no
+    number)."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     kinds += (int,) * (float in kinds)
     wanted = " or ".join(KINDS[one] for one in dict.fromkeys(kinds))
+    if not isinstance(record, dict):
+        raise UserError(f"{where} holds {kind_of(record)}, expected {KINDS[dict]} with the field {name!r}")
     if name not in record:
         raise UserError(f"{where}: field {name!r} is missing, expected {wanted}")
     value = record[name]

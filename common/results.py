@@ -1,17 +1,23 @@
-"""Files of an inference run: `{0000…}.png`, `results.jsonl` and one captioned `grid.png`."""
+"""Files of inference runs: `{0000…}.png`, `results.jsonl` and captioned overviews, added to those of earlier runs."""
 
 import json
 import os
+import re
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from common.contact_sheet import contact_sheet
-from common.errors import UserError
+from common.errors import UserError, shown
+from common.files import Owned, disk_errors, expand, make_folder, writing
 
-MAX_CELLS = 64  # of the grid, so that it can be looked at after thousands of prompts too
+MAX_CELLS = 64  # of the overview, so that it can be looked at after thousands of prompts too
 CELL_SIDE = 384
+MAX_LINE = 2**24  # bytes of a line of results
+LINES = "results.jsonl"
+NUMBERED, OVERVIEW = re.compile(r"(\d{4,9})\.png"), re.compile(r"grid(-\d+)*\.png")
 
 
 def check_output_dir(folder: str | Path) -> Path:
@@ -20,44 +26,77 @@ def check_output_dir(folder: str | Path) -> Path:
     Raises:
         UserError: it is a file, or cannot be written to.
     """
-    folder = Path(folder).expanduser()
+    folder = expand(folder)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "cannot be written to" if nearest.is_dir() else f"is not a folder ({nearest} is a file)"
         raise UserError(f"output_dir={folder} {reason}; give another output_dir")
     return folder
 
 
 class ResultFolder:
-    """Writes the results of one run. Its first image replaces the previous run in this folder, whose files are removed.
+    """Writes the results of one run, from its first image on.
+
+    What is there stays: numbering goes on after the images of earlier runs, numbers that are taken are skipped, lines
+    are appended, and the overview gets a name of its own.
 
     Args:
-        folder: created if missing. Files that no earlier run has written are left alone.
+        folder: created if missing.
+        overwrite: remove what earlier runs wrote, and only that, once the first image is there.
+
+    Attributes:
+        note: what becomes of the images that are there, for the user to know; empty if there are none.
+
+    Raises:
+        UserError: see `check_output_dir`; or the folder's `results.jsonl` is somebody else's.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.lines = self.folder / "results.jsonl"
+    def __init__(self, folder: str | Path, overwrite: bool = False) -> None:
+        self.folder, self.overwrite = check_output_dir(folder), overwrite
+        self.lines = self.folder / LINES
+        self.owned = Owned(self.folder)
+        self.earlier = [name for name in read_results(self.lines) if os.path.lexists(self.folder / name)]
+        self.first = self.number = 1 + max((int(NUMBERED.fullmatch(name)[1]) for name in self.earlier), default=-1)
+        self.note = self._note()
         self.count = 0  # images saved
         self.cells: list[tuple[Image.Image, str]] = []
         self.num_shown = 0
 
+    def _note(self) -> str:
+        found = [name for name in self.earlier if not self.overwrite or self.owned.is_ours(name)]
+        images = "1 image" if len(found) == 1 else f"{len(found)} images"
+        fate = "which are replaced" if self.overwrite else "which stay; overwrite=true replaces them"
+        return f"{self.folder} holds {images} of earlier runs, {fate}" if found else ""
+
     def save(self, image: Image.Image) -> str:
         """Writes the next numbered image; returns its file name."""
+        make_folder(self.folder)
+        name = self._free_number()
+        self._write(image, name)
         if self.count == 0:
-            self._replace_last_run()
-        name = f"{self.count:04d}.png"
-        image.save(self.folder / name)
+            name = self._replace_earlier(name) if self.overwrite else name
+            self.first = self.number
         self.count += 1
         return name
 
     def add(self, **record: Any) -> None:
-        """Appends one line to `results.jsonl`."""
-        with self.lines.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Appends one line to `results.jsonl`, completely or not at all."""
+        record = {key: shown(value) if isinstance(value, str) else value for key, value in record.items()}
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        with disk_errors(self.lines), self.lines.open("a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            if file.read() not in (b"", b"\n"):  # a line that a crash has cut off
+                line = b"\n" + line
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                file.truncate(size)
+                raise
 
     def show(self, image: Image.Image, caption: str) -> None:
-        """Adds an image to the grid, which holds the first 64."""
+        """Adds an image to the overview, which holds the first 64."""
         self.num_shown += 1
         if len(self.cells) < MAX_CELLS:
             image = image.copy()
@@ -65,27 +104,79 @@ class ResultFolder:
             self.cells.append((image, caption))
 
     def write_grid(self) -> Path:
-        """Writes `grid.png`; returns its path."""
+        """Writes the overview, `grid.png` or with the number of this run's first image; returns its path."""
         images, captions = zip(*self.cells, strict=True)
         title = f"first {len(images)} of {self.num_shown}" if self.num_shown > len(images) else None
-        contact_sheet(images, captions, title=title).save(self.folder / "grid.png")
-        return self.folder / "grid.png"
+        ends = [] if self.earlier else [""]
+        ends = chain(ends, [f"-{self.first:04d}"], (f"-{self.first:04d}-{more}" for more in count(2)))
+        name = next(name for end in ends if not os.path.lexists(self.folder / (name := f"grid{end}.png")))
+        self._write(contact_sheet(images, captions, title=title), name)
+        return self.folder / name
 
-    def _replace_last_run(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in _files_of(self.lines) | {"grid.png"}:
-            (self.folder / name).unlink(missing_ok=True)
-        self.lines.write_text("")
+    def _free_number(self, own: str = "") -> str:
+        """The next name that is not taken; `own`: one that may be."""
+        while os.path.lexists(self.folder / (name := f"{self.number:04d}.png")) and name != own:
+            self.number += 1
+        return name
+
+    def _replace_earlier(self, written: str) -> str:
+        """Removes what earlier runs wrote, now that an image could be written; returns that image's new name."""
+        with disk_errors(self.lines):
+            for name in self.owned.names():
+                if name != written and (NUMBERED.fullmatch(name) or OVERVIEW.fullmatch(name)):
+                    (self.folder / name).unlink()
+            self.earlier = [name for name in self.earlier if os.path.lexists(self.folder / name)]
+            if self.lines.exists():
+                lines, kept = self.lines.read_bytes().splitlines(), set(self.earlier)
+                lines = [line + b"\n" for line in lines if kept.intersection(_image_of(line)[:1])]
+                with writing(self.lines) as temporary:
+                    temporary.write_bytes(b"".join(lines))
+            self.number = 0
+            name = self._free_number(written)
+            (self.folder / written).rename(self.folder / name)
+        self.owned.record(name)
+        return name
+
+    def _write(self, image: Image.Image, name: str) -> None:
+        with writing(self.folder / name) as temporary:
+            image.save(temporary, "PNG")
+        self.owned.record(name)
 
 
-def _files_of(lines: Path) -> set[str]:
-    """Image files that an earlier run's `results.jsonl` names; names that point outside its folder are ignored."""
-    names = set()
-    for line in lines.read_text(encoding="utf-8", errors="replace").split("\n") if lines.is_file() else ():
-        try:
-            name = json.loads(line).get("file")
-        except (json.JSONDecodeError, AttributeError):
-            continue
-        if isinstance(name, str) and Path(name).name == name and name.endswith(".png"):
-            names.add(name)
-    return names
+def read_results(lines: Path) -> dict[str, str]:
+    """{image: mode} of a `results.jsonl`.
+
+    Raises:
+        UserError: it is a link or no regular file, or holds lines that no run has written.
+    """
+    found: dict[str, str] = {}
+    if not os.path.lexists(lines):
+        return found
+    foreign = f"{lines} was not written by this command; move it away or give another output_dir"
+    if lines.is_symlink() or not lines.is_file():
+        raise UserError(foreign)
+    with lines.open("rb") as file:
+        for line in iter(lambda: file.readline(MAX_LINE), b""):
+            image = _image_of(line)
+            if not image and line.strip() and not line.startswith(b'{"file": "'):  # which a crash has cut off
+                raise UserError(foreign)
+            found.update([image] if image else [])
+    return found
+
+
+def copies_in(folder: Path) -> set[str]:
+    """The files in a folder that runs wrote for people to look at: overviews, and images that were asked about."""
+    try:
+        asked = {name for name, mode in read_results(folder / LINES).items() if mode == "mmu"}
+    except UserError:
+        asked = set()
+    return {name for name in Owned(folder).names() if name in asked or OVERVIEW.fullmatch(name)}
+
+
+def _image_of(line: bytes) -> tuple[str, str] | tuple[()]:
+    """(image, mode) of a line of results; nothing of any other line."""
+    try:
+        record = json.loads(line)
+        return (record["file"], str(record["mode"])) if NUMBERED.fullmatch(record["file"]) else ()
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return ()

@@ -9,11 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from omegaconf import II, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from PIL import ImageColor
 
-from common.settings import alias, setting
+from common.settings import alias, repeats, setting
 
 WANDB_MODES = ("online", "offline", "disabled")
+# Upper ends: beyond them nothing is meant, and memory or time would have none.
+MOST_STEPS, TOKENS, IDS, PIXELS = 10**12, 2**16, 2**23, 2**13
+STEPS, ROWS, WEIGHT = {"low": 1, "high": MOST_STEPS}, {"low": 1, "high": TOKENS}, {"low": 0, "high": 10**6}
 # Scripts that read the same YAML files: in a file, each skips the keys that only the others know.
 SHOWO_SCHEMAS = (
     "common.schema:TrainingConfig",
@@ -49,11 +53,11 @@ class SeedSection:
 @dataclass
 class GenerationSection(SeedSection):
     batch_size: int = setting(
-        1, "images generated, or questions answered, at once by the inference scripts", low=1, free=True
+        1, "images generated, or questions answered, at once by the inference scripts", **ROWS, free=True
     )
-    guidance_scale: float = setting(1.5, "classifier-free guidance; 0: none", low=0, free=True)
-    generation_timesteps: int = setting(12, "MaskGIT steps of an image", low=1, free=True)
-    generation_temperature: float = setting(1.0, "temperature of the choice of positions", low=0, free=True)
+    guidance_scale: float = setting(1.5, "classifier-free guidance; 0: none", **WEIGHT, free=True)
+    generation_timesteps: int = setting(12, "MaskGIT steps of an image", low=1, high=TOKENS, free=True)
+    generation_temperature: float = setting(1.0, "temperature of the choice of positions", **WEIGHT, free=True)
     mask_schedule: str = setting("cosine", "name of the mask schedule; the section mask_schedule takes precedence")
 
 
@@ -74,12 +78,12 @@ class VqModelSection:
 class ShowoSection:
     pretrained_model_path: str | None = setting("showlab/show-o", "weights: a folder or hub name")
     w_clip_vit: bool = setting(False, "understanding from CLIP-ViT features instead of image codes")
-    vocab_size: int = setting(58498, "llm_vocab_size + num_new_special_tokens + codebook_size + 1")
-    llm_vocab_size: int = setting(50295, "entries of the text tokenizer")
+    vocab_size: int = setting(58498, "llm_vocab_size + num_new_special_tokens + codebook_size + 1", low=1, high=IDS)
+    llm_vocab_size: int = setting(50295, "entries of the text tokenizer", low=1, high=IDS)
     llm_model_path: str | None = setting(None, "language model: a folder or hub name; null: the published one")
-    codebook_size: int = setting(8192, "image codes")
-    num_vq_tokens: int = setting(256, "image tokens of an image, a square number")
-    num_new_special_tokens: int = setting(10, "special tokens that Show-o adds")
+    codebook_size: int = setting(8192, "image codes", low=1, high=IDS)
+    num_vq_tokens: int = setting(256, "image tokens of an image, a square number", low=1, high=TOKENS)
+    num_new_special_tokens: int = setting(10, "special tokens that Show-o adds", low=1, high=TOKENS)
 
 
 @dataclass
@@ -93,8 +97,27 @@ class ModelSection:
 
 @dataclass
 class PreprocessingSection:
-    max_seq_length: int = setting(128, "text tokens of a row", low=1)
-    resolution: int = setting(256, "pixels per side of an image", low=8)
+    max_seq_length: int = setting(128, "text tokens of a row", low=1, high=TOKENS)
+    resolution: int = setting(256, "pixels per side of an image", low=8, high=PIXELS)
+
+
+@dataclass
+class ImageSection:
+    exif: str = setting(
+        "ignore", "orientation that cameras note beside the pixels; ignore: as published", choices=("ignore", "apply")
+    )
+    background: str | None = setting(
+        "white", "colour under transparent pixels, a name or #rrggbb; null: their hidden colours, as published"
+    )
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        try:
+            if config.image.background is not None:
+                ImageColor.getrgb(config.image.background)
+        except ValueError:
+            return [f"image.background is {config.image.background!r}; it must be a colour such as white or #c0c0c0"]
+        return []
 
 
 @dataclass
@@ -113,6 +136,7 @@ class ScriptConfig:
     seed: int | None = alias("training.seed")
     device: str | None = setting(None, "cpu or cuda; null: cuda if there is one", free=True)
     compile: bool = setting(False, "run the model through torch.compile", free=True)
+    image: ImageSection = field(default_factory=ImageSection)
     wandb: WandbSection = field(default_factory=WandbSection)
 
 
@@ -132,17 +156,24 @@ class ShowoScript:
     )
     mask_schedule: MaskScheduleSection = field(default_factory=MaskScheduleSection)
 
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        steps, tokens = config.training.generation_timesteps, config.model.showo.num_vq_tokens
+        if steps <= tokens:
+            return []
+        return [f"training.generation_timesteps is {steps}; an image has {tokens} tokens, so it must be at most that"]
+
 
 # ---- whatever is trained ----
 
 
 @dataclass
 class RunExperimentSection(ExperimentSection):
-    save_every: int = setting(10000, "steps from one checkpoint to the next", low=1, free=True)
-    eval_every: int = setting(2500, "steps from one evaluation on held-out data to the next", low=1, free=True)
-    generate_every: int = setting(1000, "steps from one panel of sample images to the next", low=1, free=True)
-    log_every: int = setting(50, "steps from one logged line to the next", low=1, free=True)
-    log_grad_norm_every: int = setting(500, "steps from one log of gradient norms to the next", low=1, free=True)
+    save_every: int = setting(10000, "steps from one checkpoint to the next", **STEPS, free=True)
+    eval_every: int = setting(2500, "steps from one evaluation on held-out data to the next", **STEPS, free=True)
+    generate_every: int = setting(1000, "steps from one panel of sample images to the next", **STEPS, free=True)
+    log_every: int = setting(50, "steps from one logged line to the next", **STEPS, free=True)
+    log_grad_norm_every: int = setting(500, "steps from one log of gradient norms to the next", **STEPS, free=True)
     init_from: str | None = setting(
         None, "weights that a new run starts from: a folder (as of the previous stage) or a hub name", free=True
     )
@@ -152,14 +183,16 @@ class RunExperimentSection(ExperimentSection):
     accept_config_changes: bool = setting(
         False, "resume a run although settings that affect training have changed", free=True
     )
-    checkpoints_total_limit: int | None = setting(None, "checkpoints that are kept; null: all", low=1, free=True)
-    eval_batches: int = setting(8, "batches of each held-out data set that an evaluation reads", low=1, free=True)
+    checkpoints_total_limit: int | None = setting(None, "checkpoints that are kept; null: all", **STEPS, free=True)
+    eval_batches: int = setting(
+        8, "batches of each held-out data set that an evaluation reads", low=1, high=10**6, free=True
+    )
 
 
 @dataclass
 class LoaderParams:
-    shuffle_buffer_size: int = setting(1000, "samples that each worker shuffles among", low=0)
-    num_workers: int = setting(32, "processes that read each data set", low=0)
+    shuffle_buffer_size: int = setting(1000, "samples that each worker shuffles among", low=0, high=10**7)
+    num_workers: int = setting(32, "processes that read each data set", low=0, high=1024)
     max_skipped_fraction: float = setting(
         0.1, "the run ends when a larger share of a data set's samples cannot be read", low=0, high=1, free=True
     )
@@ -174,12 +207,12 @@ class RunDatasetSection:
 
 @dataclass
 class OptimizerParams:
-    learning_rate: float = setting(1e-4, "peak learning rate", low=0)
+    learning_rate: float = setting(1e-4, "peak learning rate", **WEIGHT)
     scale_lr: bool = setting(False, "multiply the rate by the rows of an optimiser step, over all processes")
-    beta1: float = setting(0.9, "decay of the first moment")
-    beta2: float = setting(0.999, "decay of the second moment")
-    weight_decay: float = setting(0.01, "of weight matrices; biases and norms have none")
-    epsilon: float = setting(1e-8, "added to the root of the second moment")
+    beta1: float = setting(0.9, "decay of the first moment", low=0, below=1)
+    beta2: float = setting(0.999, "decay of the second moment", low=0, below=1)
+    weight_decay: float = setting(0.01, "of weight matrices; biases and norms have none", **WEIGHT)
+    epsilon: float = setting(1e-8, "added to the root of the second moment", above=0, high=1)
 
 
 @dataclass
@@ -190,10 +223,10 @@ class OptimizerSection:
 
 @dataclass
 class SchedulerParams:
-    learning_rate: float = setting(II("optimizer.params.learning_rate"), "published key; must agree", free=True)
-    warmup_steps: int = setting(5000, "steps in which the rate rises from 0", low=0)
+    learning_rate: float = repeats("optimizer.params.learning_rate")
+    warmup_steps: int = setting(5000, "steps in which the rate rises from 0", low=0, high=MOST_STEPS)
     num_training_steps: int | None = setting(
-        None, "steps over which the rate decays; null: training.max_train_steps", low=1, free=True
+        None, "steps over which the rate decays; null: training.max_train_steps", **STEPS, free=True
     )
 
 
@@ -209,15 +242,21 @@ class SchedulerSection:
 
 @dataclass
 class LoopSection(SeedSection):
-    gradient_accumulation_steps: int = setting(1, "batches of an optimiser step", low=1)
+    # The random numbers of a training include numpy's, whose seeds are shorter.
+    seed: int | None = setting(10086, "fixes every random choice; null: others every time", low=0, high=2**31 - 1)
+    gradient_accumulation_steps: int = setting(1, "batches of an optimiser step", low=1, high=2**20)
     mixed_precision: str = setting("bf16", "precision of the forward pass", choices=("no", "bf16", "fp16"))
     enable_tf32: bool = setting(True, "TF32 for fp32 matrix products on GPUs", free=True)
     # Free: it says how long the run is, and the log says what becomes of the rate.
-    max_train_steps: int = setting(500000, "optimiser steps of the run", low=0, free=True)
+    max_train_steps: int = setting(500000, "optimiser steps of the run", low=0, high=MOST_STEPS, free=True)
     overfit_one_batch: bool = setting(False, "repeat the first batch for ever, to see that the loss falls")
-    max_grad_norm: float | None = setting(None, "clip gradients to this norm; null: do not", low=0)
+    max_grad_norm: float | None = setting(None, "clip gradients to this norm; null: do not", **WEIGHT)
     max_nonfinite_batches: int | None = setting(
-        10, "skipped batches with NaN or Inf losses before the run ends; null: no check", low=0, free=True
+        10,
+        "skipped batches with NaN or Inf losses before the run ends; null: no check",
+        low=0,
+        high=MOST_STEPS,
+        free=True,
     )
     ema_decay: float | None = setting(
         None, "keep a moving average of the weights, which is saved and sampled from; null: none", low=0, below=1
@@ -242,23 +281,12 @@ class RunConfig(ScriptConfig):
 
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
-        found = disagreements(config, {"lr_scheduler.params.learning_rate": "optimizer.params.learning_rate"})
-        if config.device not in (None, "cpu", "cuda"):
-            found.append(
-                f"device is {config.device!r}, but the launcher gives each process its GPU; omit it and set "
-                "CUDA_VISIBLE_DEVICES"
-            )
-        return found
-
-
-def disagreements(config: DictConfig, same: dict[str, str]) -> list[str]:
-    """Messages about published keys that repeat another one, with another value."""
-    values = {key: (OmegaConf.select(config, key), OmegaConf.select(config, other)) for key, other in same.items()}
-    return [
-        f"{key} is {value} and {same[key]} is {expected}; they must agree (omit the first one)"
-        for key, (value, expected) in values.items()
-        if value != expected
-    ]
+        if config.device in (None, "cpu", "cuda"):
+            return []
+        return [
+            f"device is {config.device!r}, but the launcher gives each process its GPU; omit it and set "
+            "CUDA_VISIBLE_DEVICES"
+        ]
 
 
 # ---- training of Show-o ----
@@ -266,8 +294,8 @@ def disagreements(config: DictConfig, same: dict[str, str]) -> list[str]:
 
 @dataclass
 class ShowoExperimentSection(RunExperimentSection):
-    max_train_examples_t2i: int | None = setting(None, "samples of an epoch of the t2i flow; null: all", low=1)
-    max_train_examples_mmu: int | None = setting(None, "samples of an epoch of the mmu flow; null: all", low=1)
+    max_train_examples_t2i: int | None = setting(None, "samples of an epoch of the t2i flow; null: all", **STEPS)
+    max_train_examples_mmu: int | None = setting(None, "samples of an epoch of the mmu flow; null: all", **STEPS)
 
 
 @dataclass
@@ -315,8 +343,8 @@ class DataParams(LoaderParams, PromptParams):
     external_journeydb_caption_path: str | None = setting(None, "JourneyDB's JSON of captions")
     external_laion12m_caption_path: str | None = setting(None, "folder of captions for LAION shards")
     external_cc12m_caption_path: str | None = setting(None, "folder of captions for CC12M shards")
-    resolution: int = setting(II("dataset.preprocessing.resolution"), "published key; must agree")
-    batch_size: int | None = setting(II("training.batch_size"), "published key; must agree", free=True)
+    resolution: int = repeats("dataset.preprocessing.resolution")
+    batch_size: int | None = repeats("training.batch_size")
 
 
 @dataclass
@@ -333,7 +361,7 @@ class DatasetSection(RunDatasetSection):
     add_system_prompt: bool = setting(False, "begin conversations with LLaVA's system prompt")
     packing: bool = setting(False, "several samples in a row, so that no padding is computed; same losses")
     packing_length: int | None = setting(
-        None, "maximum length of a packed row; null: four times an ordinary row's", low=1
+        None, "maximum length of a packed row; null: four times an ordinary row's", low=1, high=2**20
     )
     params: DataParams = field(default_factory=DataParams)
     preprocessing: AugmentationSection = field(default_factory=AugmentationSection)
@@ -360,23 +388,25 @@ class DatasetSection(RunDatasetSection):
 class TrainingSection(LoopSection, GenerationSection):
     noise_type: str = setting("mask", "noise on image tokens", choices=("mask", "random_replace"))
     predict_all_tokens: bool = setting(False, "t2i loss at all image tokens, not at masked ones only")
-    eval_mask_ratios: list[float] | None = setting(None, "evaluate t2i at these too; null: as in training", free=True)
+    eval_mask_ratios: list[float] | None = setting(
+        None, "evaluate t2i at these too; null: as in training", low=0, high=1, free=True
+    )
     mask_contiguous_region_prob: float | None = setting(
         None, "share of images whose masked tokens are one rectangle", low=0, high=1
     )
     pre_encode: bool = setting(False, "no effect; tools/encode_images.py encodes shards", choices=(False,))
-    batch_size_t2i: int = setting(10, "rows of the t2i flow in a batch; 0: off", low=0)
-    batch_size_lm: int = setting(4, "rows of the lm flow in a batch; 0: off", low=0)
-    batch_size_mmu: int = setting(10, "rows of the mmu flow in a batch; 0: off", low=0)
+    batch_size_t2i: int = setting(10, "rows of the t2i flow in a batch; 0: off", low=0, high=TOKENS)
+    batch_size_lm: int = setting(4, "rows of the lm flow in a batch; 0: off", low=0, high=TOKENS)
+    batch_size_mmu: int = setting(10, "rows of the mmu flow in a batch; 0: off", low=0, high=TOKENS)
     trainable: str = setting(
         "all", "new: only what the language model did not have (docs/backbones.md)", choices=("all", "new", "lora")
     )
     cond_dropout_prob: float = setting(0.1, "share of prompts that are left out, for guidance", low=0, high=1)
     min_masking_rate: float = setting(0.0, "least share of masked image tokens", low=0, high=1)
     label_smoothing: float = setting(0.0, "of the t2i loss", low=0, high=1)
-    t2i_coeff: float = setting(1.0, "weight of the t2i loss")
-    lm_coeff: float = setting(0.1, "weight of the lm loss")
-    mmu_coeff: float = setting(1.0, "weight of the mmu loss")
+    t2i_coeff: float = setting(1.0, "weight of the t2i loss", **WEIGHT)
+    lm_coeff: float = setting(0.1, "weight of the lm loss", **WEIGHT)
+    mmu_coeff: float = setting(1.0, "weight of the mmu loss", **WEIGHT)
     und_mask_ratio: float = setting(
         0.0, "mask a random share, up to this one, of the image tokens of mmu rows", low=0, high=1
     )
@@ -402,18 +432,14 @@ class TrainingConfig(ShowoScript, RunConfig):
     training: TrainingSection = field(default_factory=TrainingSection)
 
     @staticmethod
-    def problems(config: DictConfig) -> list[str]:
-        same = {"dataset.params.resolution": "dataset.preprocessing.resolution"}
-        return disagreements(config, same | {"dataset.params.batch_size": "training.batch_size"})
-
-    @staticmethod
     def unread(config: DictConfig) -> list[str]:
-        """The data paths of flows that are off, which need not exist."""
+        """The data paths of flows that are off, and of captions that no flow reads, which need not exist."""
         sizes = OmegaConf.to_container(config.training, resolve=False)
-        return data_paths(
-            config,
-            [key.removeprefix("batch_size_") for key in sizes if key.startswith("batch_size_") and sizes[key] == 0],
-        )
+        off = [key.removeprefix("batch_size_") for key in sizes if key.startswith("batch_size_") and sizes[key] == 0]
+        kinds = {"t2i": config.dataset.gen_type, "mmu": config.dataset.und_type}
+        reads_captions = any(kind in ("t2i", "captioning") for flow, kind in kinds.items() if flow not in off)
+        captions = [name for name in config.dataset.params if name.startswith("external_")]
+        return data_paths(config, off) + [f"dataset.params.{name}" for name in captions if not reads_captions]
 
 
 def data_paths(config: DictConfig, flows: Iterable[str]) -> list[str]:
@@ -438,7 +464,7 @@ class PromptedDatasetSection(InferenceDatasetSection):
 @dataclass
 class SamplingSection:
     refresh_every: int = setting(
-        1, "compute all keys and values every so many steps; in between, known tokens keep theirs", low=1
+        1, "compute all keys and values every so many steps; in between, known tokens keep theirs", low=1, high=TOKENS
     )
     guidance_start: float = setting(0.0, "guidance from this share of the steps on", low=0, high=1)
     guidance_stop: float = setting(1.0, "guidance up to this share of the steps", low=0, high=1)
@@ -464,9 +490,9 @@ class PipelineConfig(ShowoScript, ScriptConfig):
     guidance_scale: float = alias("training.guidance_scale")
     generation_timesteps: int = alias("training.generation_timesteps")
     generation_temperature: float = alias("training.generation_temperature")
-    max_new_tokens: int = setting(100, "longest answer, in tokens", low=1)
-    temperature: float = setting(1.0, "of answers; images have generation_temperature", low=0)
-    top_k: int | None = setting(1, "answers choose among this many tokens; 1: greedy; null: all", low=1)
+    max_new_tokens: int = setting(100, "longest answer, in tokens", low=1, high=TOKENS)
+    temperature: float = setting(1.0, "of answers; images have generation_temperature", **WEIGHT)
+    top_k: int | None = setting(1, "answers choose among this many tokens; 1: greedy; null: all", low=1, high=IDS)
     top_p: float | None = setting(None, "answers choose among the tokens of this probability", above=0, high=1)
     dtype: str | None = setting(
         None, "precision of the weights; null: bf16 on a GPU, fp32 on a CPU", choices=("fp32", "bf16", "fp16")
@@ -484,17 +510,22 @@ class InferenceConfig(PipelineConfig):
     """Settings of inference_t2i.py and inference_mmu.py, with the published command-line keys (spec §13)."""
 
     output_dir: str | None = setting(None, "null: {experiment.output_dir}/{mode}, or /mmu")
+    overwrite: bool = setting(False, "remove what earlier runs wrote into output_dir, instead of adding to it")
     mode: str | None = setting(None, "what inference_t2i.py does", choices=("t2i", "inpainting", "extrapolation"))
     prompt: str | None = setting(None, "what to generate; ' *** ' separates several", is_prose=True)
     validation_prompts_file: str = alias("dataset.params.validation_prompts_file")
     image_path: str | None = setting(None, "image to inpaint or extrapolate")
     inpainting_mask_path: str | None = setting(None, "image whose white regions are regenerated")
     extra_direction: str | None = setting(None, "left, right, up or down; ' *** ' separates several, taken in turn")
-    offset: int = setting(0, "shifts what extrapolation keeps, in tokens")
+    keep_outside_mask: bool = setting(False, "inpainting keeps the pixels, not only the tokens, of black regions")
+    offset: int = setting(0, "shifts what extrapolation keeps, in tokens", low=-TOKENS, high=TOKENS)
     num_images_per_prompt: int | None = setting(
-        None, "null: 1, but batch_size for inpainting and extrapolation, as published", low=1
+        None, "null: 1, but batch_size for inpainting and extrapolation, as published", **ROWS
     )
-    question: str | None = setting(None, "what to ask about every image; ' *** ' separates several", is_prose=True)
+    seed_per_image: bool = setting(False, "a seed for each image: that of the run plus its number within the run")
+    question: str | None = setting(
+        "", "what to ask about every image; ' *** ' separates several; null: the caption", is_prose=True
+    )
     mmu_image_root: str | None = setting(None, "folder of images to ask about, or one image")
     dataset: PromptedDatasetSection = field(default_factory=PromptedDatasetSection)
 

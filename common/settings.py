@@ -41,6 +41,8 @@ class Rule:
         is_data: a path, or a list of paths, to data: an unset environment variable in it is left as ``$NAME``, so that
             `training/data/paths.py` can list it together with files that are missing.
         alias: the dotted key that this short name sets.
+        repeats: the dotted key that this published key repeats; both must have one value, and a command line that
+            overrides one of them overrides both.
         is_prose: text for a model; elsewhere `~` at the beginning is the home folder.
     """
 
@@ -53,6 +55,7 @@ class Rule:
     free: bool = False
     is_data: bool = False
     alias: str | None = None
+    repeats: str | None = None
     is_prose: bool = False
 
     @property
@@ -135,6 +138,11 @@ def setting(default: Any, help: str, **rule) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def repeats(key: str) -> Any:
+    """A published key that says again what `key` says."""
+    return setting(II(key), f"published key, as {key}", repeats=key, free=True)
+
+
 def alias(key: str) -> Any:
     """A short name at the top of a schema: setting it sets `key`, and both read the same value."""
     return setting(II(key), f"short for {key}", alias=key, free=True)
@@ -165,6 +173,8 @@ def find_problems(schema: type, config: DictConfig) -> list[str]:
         value = OmegaConf.select(config, one.path, throw_on_missing=False)
         if value is not None and (problem := one.rule.problem(value)):
             found.append(f"{key} {problem}")
+        if (other := one.rule.repeats) and value != (expected := OmegaConf.select(config, other)):
+            found.append(f"{key} is {value} and {other} is {expected}; they must agree (omit the first one)")
     if OmegaConf.missing_keys(config):
         return found  # what holds between settings needs them all
     classes = (base for cls in _classes(schema) for base in cls.__mro__ if "problems" in vars(base))

@@ -1,6 +1,7 @@
 """Logs metrics and images of a run, to wandb (online, offline or disabled) and always to disk."""
 
 import json
+import logging
 import math
 import netrc
 import os
@@ -15,6 +16,7 @@ from PIL import Image
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError
+from common.files import disk_errors, writing
 from common.schema import WANDB_MODES
 
 INIT_TIMEOUT = 20  # seconds; an online run that has not started by then becomes an offline one
@@ -91,12 +93,14 @@ class Tracker:
             slug = re.sub(r"[^a-z0-9]+", "-", panel.lower()).strip("-")
             path = self.output_dir / "images" / f"{slug}-{step:08d}.png"
             path.parent.mkdir(exist_ok=True)
-            contact_sheet(images, captions, title=f"{panel}, step {step}").save(path)
+            with writing(path) as temporary:
+                contact_sheet(images, captions, title=f"{panel}, step {step}").save(temporary, "PNG")
         if self.run is not None:
             import wandb
 
-            entries = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
-            self.run.log({panel: entries}, step=step)
+            with disk_errors(self.output_dir / "wandb"):
+                entries = [wandb.Image(image, caption=text) for image, text in zip(images, captions, strict=True)]
+                self.run.log({panel: entries}, step=step)
 
     def log_table(self, panel: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Logs a table to a wandb panel; cells may be PIL images. Nothing is written to disk."""
@@ -116,7 +120,8 @@ class Tracker:
     def finish(self) -> None:
         """Sends pending data; nothing can be logged to wandb afterwards."""
         if self.run is not None:
-            self.run.finish()
+            with disk_errors(self.output_dir / "wandb"):
+                self.run.finish()
             self.run = None
 
 
@@ -160,9 +165,7 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
     Raises:
         UserError: the environment variable WANDB_MODE has an unknown value.
     """
-    mode = options.get("mode") or os.environ.get("WANDB_MODE") or None
-    if mode not in (None, *WANDB_MODES):
-        raise UserError(f"WANDB_MODE is {mode!r}; allowed: {', '.join(WANDB_MODES)}")
+    mode = options.get("mode") or _mode_of_environment()
     if mode == "disabled":
         return None
     try:
@@ -170,6 +173,7 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
     except ImportError:
         print(f"wandb is not installed: metrics and images go to {folder} only")
         return None
+    logging.raiseExceptions = False  # wandb's own log files on a full disk are nobody's trouble
     if mode != "offline" and not _logged_in():
         print("wandb: not logged in, so this run is recorded offline (upload it later with `wandb sync`)")
         mode = "offline"
@@ -191,6 +195,17 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
             reason = " ".join(str(error).split())[:200]
             print(f"wandb: no connection ({reason}); this run is recorded offline")
     return wandb.init(**arguments, mode="offline", settings=settings)
+
+
+def _mode_of_environment() -> str | None:
+    """`WANDB_MODE`, or what `WANDB_DISABLED` says, also in wandb's older words; None if neither is set."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "y", "on", "t"):
+        return "disabled"
+    given = os.environ.get("WANDB_MODE", "").lower()
+    mode = {"dryrun": "offline", "run": "online", "": None}.get(given, given)
+    if mode not in (None, *WANDB_MODES):
+        raise UserError(f"WANDB_MODE is {given!r}; allowed: {', '.join(WANDB_MODES)}")
+    return mode
 
 
 def _logged_in() -> bool:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from evaluation.official_files import write_json
+from common.errors import UserError, shown
+from common.files import MAX_TEXT, check_file, disk_errors, field, parse_json, read_json, visible_in
+from evaluation.output import Output
 from evaluation.task import Item
 from models.backbones import DEFAULT_LLM
 from models.loading import choose_device, choose_dtype, find_folder
@@ -26,26 +27,24 @@ class AnswerStore:
     """The answers of one task in one output folder.
 
     Args:
-        folder: created if it does not exist.
+        output: created if it does not exist.
         settings: everything that an answer depends on besides its item; it is written beside the answers.
     """
 
-    def __init__(self, folder: Path, settings: dict) -> None:
-        self.folder, self.settings = folder, settings
+    def __init__(self, output: Output, settings: dict) -> None:
+        self.output, self.folder, self.settings = output, output.folder, settings
 
     def check(self) -> None:
-        """Refuses a folder with answers that were given under other settings.
+        """Refuses a folder with answers that were given under other settings, or that are somebody else's.
 
         Raises:
-            UserError: names the setting.
+            UserError: names the setting or the file.
         """
+        self.output.check([SETTINGS, *(file.name for file in self._files())])
         file = self.folder / SETTINGS
         if not file.exists():
             return
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{file} is broken; remove {self.folder} or give another output_dir") from None
+        before = read_json(file)
         for key in dict.fromkeys([*self.settings, *before]):
             if before.get(key) != self.settings.get(key):
                 was, now = (settings.get(key, "not set") for settings in (before, self.settings))
@@ -56,23 +55,22 @@ class AnswerStore:
 
     def begin(self) -> None:
         """Writes the settings. The main process calls it before any answer is added."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / SETTINGS, self.settings)
+        self.output.write_json(SETTINGS, self.settings)
 
     def read(self, items: Sequence[Item]) -> dict[str, str]:
-        """Answers that are there, by key; a last line that was cut off does not count.
+        """Answers that are there, by key; lines that were cut off, or hold none, do not count.
 
         Raises:
             UserError: an item was asked with another question than now.
         """
         prompts = {item.key: item.prompt for item in items}
         answers = {}
-        for file in sorted(self.folder.glob("answers-*.jsonl")):
-            for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # answers may hold U+2028
+        for file in self._files():
+            for line in check_file(file, limit=MAX_TEXT).read_bytes().split(b"\n"):  # answers may hold U+2028
                 try:
-                    record = json.loads(line)
-                    key, prompt, answer = record["key"], record["prompt"], record["answer"]
-                except (ValueError, TypeError, KeyError):
+                    record = parse_json(line, "", dict)
+                    key, prompt, answer = (field(record, name, str, "") for name in ("key", "prompt", "answer"))
+                except UserError:
                     continue
                 if prompts.get(key, prompt) != prompt:
                     raise UserError(
@@ -84,18 +82,21 @@ class AnswerStore:
 
     def add(self, rank: int, items: Sequence[Item], answers: Sequence[str]) -> None:
         """Appends a batch; it is on the disk when this returns."""
-        path = self.folder / f"answers-{rank:03d}.jsonl"
+        path = self.output.note(f"answers-{rank:03d}.jsonl")
         records = (
             {"key": item.key, "image": item.image, "prompt": item.prompt, "answer": answer}
             for item, answer in zip(items, answers, strict=True)
         )
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        with path.open("ab+") as file:
+        with disk_errors(path), path.open("ab+") as file:
             if file.tell() and file.seek(-1, os.SEEK_END) + 1 and file.read(1) != b"\n":
                 text = "\n" + text  # after a line that was cut off
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("answers-*.jsonl"))
 
 
 def model_settings(config) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def model_settings(config) -> dict[str, Any]:
     if showo.w_clip_vit:
         names["clip"] = config.model.clip_vit_name
     folders = {part: find_folder(name) for part, name in names.items()}
-    parts = {part: f"{Path(name).name} ({fingerprint(folders[part])})" for part, name in names.items()}
+    parts = {part: f"{shown(Path(name).name)} ({fingerprint(folders[part])})" for part, name in names.items()}
     if vq.pretrained_model_path:
         parts["image_tokenizer"] += f" with {Path(vq.pretrained_model_path).name}"
     dtype = choose_dtype(config.dtype, choose_device(config.device))
@@ -121,7 +122,7 @@ def model_settings(config) -> dict[str, Any]:
 def fingerprint(folder: Path) -> str:
     """Twelve digits from names, sizes and samples of the content of a checkpoint's files."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES):
+    for path in (path for path in visible_in(folder) if path.suffix in SUFFIXES):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

@@ -8,15 +8,18 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 
-from common.errors import UserError
-from evaluation.official_files import field, read_json, write_json
+from common.errors import UserError, shown
+from common.files import field, read_json
+from evaluation.output import COMPARED, COUNTS, RESULTS, Output
 from evaluation.task import Task
 
 CHUNK = 50  # resamples at once
-COUNTS, RESULTS = "counts.json", "results.json"
+SUMMARY = {"headline": str, "unit": str, "differs": str, "settings": dict, "figures": dict, "ceilings": list}
+SUMMARY |= {"paper": (dict, NoneType)}  # of a task in `results.json`
 Figures = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
@@ -40,18 +43,28 @@ class Counts:
         columns = {name: np.array([row.get(name, 0) for row in rows], dtype=float) for name in names}
         return cls(list(groups), list(strata), columns)
 
-    def save(self, path: Path) -> None:
+    def tree(self) -> dict:
+        """As stored in `counts.json`."""
         columns = {name: values.tolist() for name, values in self.columns.items()}
-        write_json(path, {"groups": self.groups, "strata": self.strata, "columns": columns})
+        return {"groups": self.groups, "strata": self.strata, "columns": columns}
 
     @classmethod
     def load(cls, path: Path) -> "Counts":
-        tree = read_json(path, dict, "the counts that evaluate.py writes for each task")
-        groups, strata = (field(str(path), tree, name, list) for name in ("groups", "strata"))
-        columns = field(str(path), tree, "columns", dict)
-        if any(len(values) != len(groups) for values in (strata, *columns.values())):
-            raise UserError(f"{path}: its fields differ in length; expected one value for each group")
-        return cls(groups, strata, {name: np.array(values, dtype=float) for name, values in columns.items()})
+        """Of a finished evaluation; `UserError` if they are none."""
+        tree, where = read_json(path), str(path)
+        groups, strata = (field(tree, name, list, where) for name in ("groups", "strata"))
+        columns = field(tree, "columns", dict, where)
+        try:
+            columns = {name: np.array(values, dtype=float) for name, values in columns.items()}
+        except (ValueError, TypeError, OverflowError):
+            raise UserError(f"{where}: field 'columns' holds other things than numbers; evaluate it again") from None
+        if any(values.shape != (len(groups),) for values in (np.array(strata), *columns.values())):
+            raise UserError(f"{where}: its fields differ in length; expected one value for each group")
+        if not all(isinstance(name, str) for name in (*groups, *strata)) or len(set(groups)) < len(groups):
+            raise UserError(f"{where}: groups and strata must be names, each group once; evaluate it again")
+        if not columns or not all(np.isfinite(values).all() for values in columns.values()):
+            raise UserError(f"{where}: its counts are missing, NaN or infinite; evaluate it again")
+        return cls(groups, strata, columns)
 
     def in_order_of(self, groups: Sequence[str]) -> "Counts":
         """The same counts, rows in the order of `groups`."""
@@ -162,7 +175,7 @@ def set_difference(first: np.ndarray, second: np.ndarray) -> Difference:
     return Difference(float(first[0]), float(second[0]), difference, p)
 
 
-def compare(first: Path, second: Path, tasks: Sequence[Task], folder: Path, samples: int, seed: int) -> str:
+def compare(first: Path, second: Path, tasks: Sequence[Task], output: Output, samples: int, seed: int) -> str:
     """Writes `compare.json` and `compare.md`; returns the table.
 
     Args:
@@ -177,10 +190,9 @@ def compare(first: Path, second: Path, tasks: Sequence[Task], folder: Path, samp
             found[task.name], alone = _compare_task(task, first, second, samples, seed)
             left_out += [f"{task.name} {name}" for name in alone]
     tree = {name: {key: asdict(value) for key, value in figures.items()} for name, figures in found.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "compare.json", {"first": str(first), "second": str(second), "tasks": tree})
     text = _comparison_table(first, second, found, left_out)
-    (folder / "compare.md").write_text(text, encoding="utf-8")
+    output.write_json(COMPARED[0], {"first": shown(first), "second": shown(second), "tasks": tree})
+    output.write_text(COMPARED[1], text)
     return text
 
 
@@ -188,7 +200,7 @@ def _compare_task(
     task: Task, first: Path, second: Path, samples: int, seed: int
 ) -> tuple[dict[str, Difference], list[str]]:
     """The figures that both runs have, and the names of those that only one has."""
-    summaries = [_read_summary(folder, task) for folder in (first, second)]
+    summaries = [_summary_of(folder, task) for folder in (first, second)]
     refusal = f"compare: {first} and {second} did not ask the same of {task.name}"
     for key in task.asked_by:  # items may have the same names and yet be others
         one, two = (summary["settings"].get(key, "not set") for summary in summaries)
@@ -199,17 +211,33 @@ def _compare_task(
     one, two = (Counts.load(folder / task.name / COUNTS) for folder in (first, second))
     if differ := len(set(one.groups) ^ set(two.groups)):
         raise UserError(f"{refusal}: {differ} groups are in one only")
-    figures = differences(one, two.in_order_of(one.groups), task.figures, samples, seed)
+    two = two.in_order_of(one.groups)
+    if one.strata != two.strata:
+        raise UserError(f"{refusal}: the groups' strata differ")
+    figures = differences(one, two, task.figures, samples, seed)
     sets = [task.set_figures(folder / task.name, samples, seed) for folder in (first, second)]
     figures |= {name: set_difference(sets[0][name], sets[1][name]) for name in sets[0] if name in sets[1]}
     own, others = (set(summary["figures"]) for summary in summaries)
     return {name: value for name, value in figures.items() if name in own & others}, sorted(own ^ others)
 
 
-def _read_summary(folder: Path, task: Task) -> dict:
+def read_summaries(file: Path) -> dict[str, dict]:
+    """The tasks in a `results.json` by name; `UserError` if they are not as `evaluation/report.py` writes them."""
+    tasks = field(read_json(file), "tasks", dict, str(file))
+    for name in tasks:
+        one, where = field(tasks, name, dict, str(file)), f"{file}, {name}"
+        one.setdefault("ceilings", [])  # older files do not say
+        for key, kind in SUMMARY.items():
+            field(one, key, kind, where)
+        for figure in one["figures"].values():
+            for key in ("value", "low", "high"):
+                field(figure, key, float if key == "value" else (float, NoneType), where)
+    return tasks
+
+
+def _summary_of(folder: Path, task: Task) -> dict:
     """One task of a finished evaluation in its `results.json`."""
-    results = read_json(folder / RESULTS, dict, "the results of a finished evaluation")
-    done = field(str(folder / RESULTS), results, "tasks", dict)
+    done = read_summaries(folder / RESULTS)
     if task.name not in done:
         raise UserError(
             f"compare: {folder} has no {task.name}, only {', '.join(done) or 'nothing'}; evaluate it there first, or "
@@ -222,7 +250,7 @@ def _comparison_table(
     first: Path, second: Path, found: Mapping[str, Mapping[str, Difference]], left_out: Sequence[str]
 ) -> str:
     lines = [
-        f"First: `{first}`, second: `{second}`. p: two-sided, paired bootstrap.",
+        f"First: `{shown(first)}`, second: `{shown(second)}`. p: two-sided, paired bootstrap.",
         "",
         "| task | figure | first | second | second − first [95 % interval] | p |",
         "|---|---|---|---|---|---|",

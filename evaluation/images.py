@@ -1,29 +1,22 @@
-"""Images saved and compared: PSNR and SSIM, FID and CLIPScore by torchmetrics, with networks from files or the hub."""
+"""Images compared: PSNR and SSIM, FID and CLIPScore by torchmetrics, with networks from files or the hub."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import resolve_path
+from common.files import check_file, resolve_path
+from common.progress import progress
 from models.images import preprocess
 from models.loading import choose_device
 
 BATCH = 50
 ALONE = {"sync_on_compute": False}  # only the main process judges; the others do not answer
 INCEPTION = "torch-fidelity's Inception (FID's own weights)"
-
-
-def save(folder: Path, name: str, image: Image.Image) -> str:
-    """Writes an image to `folder / name`; returns the name."""
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-    return name
 
 
 def as_bytes(image: Image.Image, size: int) -> torch.Tensor:
@@ -33,7 +26,7 @@ def as_bytes(image: Image.Image, size: int) -> torch.Tensor:
 
 def square(image: Image.Image, size: int) -> Image.Image:
     """`as_bytes` as a PIL image."""
-    return Image.fromarray(as_bytes(image.convert("RGB"), size).permute(1, 2, 0).numpy())
+    return Image.fromarray(as_bytes(image, size).permute(1, 2, 0).numpy())
 
 
 def psnr(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -71,8 +64,8 @@ def check_fid(config) -> str:
     """Which network FID will look through; `UserError` where that cannot work."""
     need("torchmetrics", "FID", "pip install 'torchmetrics>=1.4'")
     for key in ("fid_features", "fid_weights"):
-        if config[key] and not resolve_path(config[key]).is_file():
-            raise UserError(f"{key}={config[key]} does not exist; give a file (docs/evaluation.md says which)")
+        if config[key]:
+            check_file(resolve_path(config[key]), f"{key}={config[key]}")
     if config.fid_features:
         return f"the network in {Path(config.fid_features).name}"
     need(
@@ -103,7 +96,11 @@ class FID:
             self.metric.update(pixels.to(self.metric.device), real=real)
 
     def value(self) -> float:
-        return float(self.metric.compute())
+        """`UserError` if it is not finite."""
+        found = float(self.metric.compute())
+        if not math.isfinite(found):
+            raise UserError("FID is not finite: its network gives NaN or infinite features; give another fid_features")
+        return found
 
 
 def fid_metric(config):
@@ -168,10 +165,12 @@ def clip_scores(config, images: Iterator[Image.Image], texts: Sequence[str]) -> 
     metric = metric.to(choose_device(config.device))
     found = []
     with torch.inference_mode():
-        for image, text in tqdm(zip(images, texts, strict=True), total=len(texts), desc="CLIPScore", disable=None):
+        for image, text in progress(zip(images, texts, strict=True), total=len(texts), desc="CLIPScore"):
             metric.update(as_bytes(image, min(image.size)).to(metric.device), text)
             found.append(float(metric.compute()))
             metric.reset()
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"CLIPScore is not finite: clip_score_model={config.clip_score_model} has broken weights")
     return found
 
 
@@ -214,4 +213,4 @@ def _pooled(output) -> torch.Tensor:
 
 def _batches(numbers: range, what: str) -> Iterator[range]:
     starts = range(0, len(numbers), BATCH)
-    return (numbers[start : start + BATCH] for start in tqdm(starts, desc=what, leave=False, disable=None))
+    return (numbers[start : start + BATCH] for start in progress(starts, desc=what, leave=False))

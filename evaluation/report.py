@@ -5,15 +5,15 @@ sheet `best_worst.png`.
 """
 
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.contact_sheet import contact_sheet
+from common.errors import shown
 from common.tracking import Tracker
-from evaluation.bootstrap import COUNTS, RESULTS, Counts, Estimate, estimates, set_estimate
-from evaluation.official_files import field, read_json, write_json, write_json_lines
+from evaluation.bootstrap import Counts, Estimate, estimates, read_summaries, set_estimate
+from evaluation.output import COUNTS, PREDICTIONS, RESULTS, SHEET, TABLE, Output
 from evaluation.runner import Run
 from evaluation.task import Item, Verdict
 
@@ -45,21 +45,18 @@ class Scored:
 
 def score(run: Run, samples: int, seed: int) -> Scored:
     """Judges a finished run and writes its folder."""
-    task, folder, answers = run.task, run.store.folder, run.complete()
+    task, output, answers = run.task, run.task.output, run.complete()
     verdicts = task.judge(run.items, answers) if task.has_answers else []
     figures = {}
     if verdicts:
         counts = count(run, verdicts)
-        counts.save(folder / COUNTS)
+        output.write_json(COUNTS, counts.tree())
         figures = estimates(counts, task.figures, samples, seed)
-        figures |= {name: set_estimate(values) for name, values in task.set_figures(folder, samples, seed).items()}
-    write_json_lines(folder / "predictions.jsonl", records(run.items, answers, verdicts))
-    submission = folder / "submission"
-    shutil.rmtree(submission, ignore_errors=True)
-    submission.mkdir()
-    task.write_submission(submission, run.items, answers)
-    if not any(submission.iterdir()):
-        submission.rmdir()
+        figures |= {
+            name: set_estimate(values) for name, values in task.set_figures(output.folder, samples, seed).items()
+        }
+    output.write_json_lines(PREDICTIONS, records(run.items, answers, verdicts))
+    task.write_submission(run.items, answers)
     return Scored(run, answers, verdicts, figures)
 
 
@@ -90,12 +87,13 @@ def records(items: Sequence[Item], answers: Sequence[str], verdicts: Sequence[Ve
     return lines
 
 
-def report(scored: Sequence[Scored], folder: Path, tracker: Tracker) -> str:
+def report(scored: Sequence[Scored], output: Output, tracker: Tracker) -> str:
     """Writes the results of all tasks, those of earlier commands included; returns the Markdown table."""
-    tasks = earlier(folder / RESULTS, scored[0].run.model) | {one.run.task.name: summary(one) for one in scored}
-    write_json(folder / RESULTS, {"tasks": tasks})
+    model = scored[0].run.model
+    tasks = earlier(output.folder / RESULTS, model) | {one.run.task.name: summary(one) for one in scored}
+    output.write_json(RESULTS, {"tasks": tasks})
     text = markdown(tasks)
-    (folder / "results.md").write_text(text, encoding="utf-8")
+    output.write_text(TABLE, text)
     for one in scored:
         show(one, tracker)
     return text
@@ -105,15 +103,10 @@ def earlier(file: Path, model: dict) -> dict[str, dict]:
     """The summaries of earlier commands about the same model; says which others are dropped."""
     if not file.exists():
         return {}
-    tasks = field(str(file), read_json(file, dict, "the results of an earlier command"), "tasks", dict)
-    kept = {}
-    for name, one in tasks.items():
-        settings = field(f"{file}, {name}", one, "settings", dict)
-        if model == {key: settings.get(key) for key in model}:
-            one.setdefault("ceilings", [])  # older files do not say
-            kept[name] = one
+    tasks = read_summaries(file)
+    kept = {k: one for k, one in tasks.items() if model == {key: one["settings"].get(key) for key in model}}
     if dropped := [name for name in tasks if name not in kept]:
-        print(f"{file} loses {', '.join(dropped)}: evaluated with another checkpoint, precision or resolution")
+        print(f"{shown(file)} loses {', '.join(dropped)}: evaluated with another checkpoint, precision or resolution")
     return kept
 
 
@@ -144,7 +137,8 @@ def markdown(tasks: Mapping[str, dict]) -> str:
         "|---|---|---|---|---|---|",
     ]
     figures = {
-        name: {figure: Estimate(**value) for figure, value in one["figures"].items()} for name, one in tasks.items()
+        name: {figure: Estimate(one["value"], one["low"], one["high"]) for figure, one in task["figures"].items()}
+        for name, task in tasks.items()
     }
     for name, one in tasks.items():
         both = (one["paper"]["vq"], one["paper"]["clip_vit"]) if one["paper"] else (None, None)
@@ -191,7 +185,7 @@ def show(one: Scored, tracker: Tracker) -> None:
     lines = records(run.items, one.answers, one.verdicts)
     captions = [caption(which, lines[index]) for which, index in chosen]
     sheet = contact_sheet(images, captions, columns=4, title=f"{task.name}: the best items, then the worst")
-    sheet.save(run.store.folder / "best_worst.png")
+    task.output.save(SHEET, sheet)
     columns = ["picture", "which", "prompt", "answer", "expected", "parsed", "score"]
     rows = [
         [image, which, *(lines[index][name] for name in columns[2:])]

@@ -14,13 +14,17 @@ from functools import cache
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from common.errors import UserError
+from common.inputs import rotation_note
 from common.launch import launched_processes
+from common.progress import progress
 from evaluation.answers import AnswerStore, model_settings
+from evaluation.official_files import check_images
+from evaluation.output import COUNTS, PREDICTIONS, SHEET
 from evaluation.task import Item, Task
 from models import ShowoPipeline
+from models.images import has_rotation
 
 READERS = 4  # threads that decode images
 TIMEOUT = timedelta(days=7)  # for the slowest process
@@ -84,15 +88,19 @@ class Run:
     @classmethod
     def of(cls, task: Task, settings: dict) -> "Run":
         """Reads the task's files; `UserError` if they, or earlier answers, are unusable."""
+        task.check()
         items = task.read_items()
-        store = AnswerStore(task.folder, settings | task.settings)
+        asked = thin(items, task.config.max_items)
+        check_images(task.named_images(asked), task.images_expected)
+        store = AnswerStore(task.output, settings | task.settings)
         store.check()
-        return cls(task, thin(items, task.config.max_items), len(items), store, settings)
+        return cls(task, asked, len(items), store, settings)
 
     def missing(self) -> list[Item]:
-        """The items that have no answer yet."""
-        done = self.store.read(self.items)
-        return [item for item in self.items if item.key not in done]
+        """The items that have no answer yet, or whose files are gone."""
+        done, folder = self.store.read(self.items), self.task.folder
+        kept = (all((folder / name).is_file() for name in self.task.files_of(item)) for item in self.items)
+        return [item for item, is_kept in zip(self.items, kept, strict=True) if item.key not in done or not is_kept]
 
     def complete(self) -> list[str]:
         """All answers in the items' order, once all processes are through."""
@@ -128,6 +136,10 @@ def ask_all(config, tasks: Sequence[Task], processes: Processes) -> list[Run]:
     runs = [Run.of(task, settings) for task in tasks]
     model = cache(lambda: ShowoPipeline.from_config(config))
     todo = [run.missing() for run in runs]
+    for run, missing in zip(runs, todo, strict=True):
+        run.task.output.check(
+            [PREDICTIONS, COUNTS, SHEET, *(file for item in missing for file in run.task.files_of(item))]
+        )
     processes.wait()  # nobody writes before all have read
     for run, missing in zip(runs, todo, strict=True):
         if processes.is_main:
@@ -149,14 +161,17 @@ def ask(run: Run, missing: Sequence[Item], model: Callable[[], ShowoPipeline], p
     if not task.is_random:
         batches = [(number, wanted, wanted) for number, _, wanted in batches]
     read = read_images([batch for _, batch, _ in batches]) if task.reads_images else ([] for _ in batches)
-    total = sum(len(wanted) for _, _, wanted in batches)
-    with tqdm(total=total, desc=task.name, disable=None if processes.is_main else True) as bar:
+    total, rotated = sum(len(wanted) for _, _, wanted in batches), set()
+    with progress(total=total, desc=task.name, disable=not processes.is_main) as bar:
         for (number, batch, wanted), images in zip(batches, read, strict=True):
+            rotated |= {item.image for item, image in zip(batch, images, strict=False) if has_rotation(image)}
             generator = torch.Generator(pipeline.device).manual_seed((seed * 1_000_003 + number) % 2**63)
             answers = task.predict(pipeline, batch, images, generator)
             by_key = {item.key: answer for item, answer in zip(batch, answers, strict=True)}
             run.store.add(processes.rank, wanted, [by_key[item.key] for item in wanted])
             bar.update(len(wanted))
+    if note := rotation_note(len(rotated)):
+        print(f"{task.name}: {note}", flush=True)
 
 
 def share(items: Sequence[Item], missing: Sequence[Item], size: int, processes: Processes) -> Iterator[Batch]:

@@ -14,12 +14,12 @@ class EvaluationConfig(PipelineConfig):
     PURPOSE: ClassVar[str] = "evaluation"
 
     output_dir: str | None = setting(None, "null: {experiment.output_dir}/evaluation")
-    max_new_tokens: int | None = setting(None, "longest answer, in tokens; null: each task's own", low=1)
+    max_new_tokens: int | None = setting(None, "longest answer, in tokens; null: each task's own", low=1, high=2**20)
     tasks: str | None = setting(None, "names, separated by commas")
     data_root: str = setting("data/benchmarks", "holds the official files, laid out as docs/evaluation.md says")
     max_items: int | None = setting(None, "at most so many of each task, spread evenly; null: all", low=1)
     compare: str | None = setting(None, "two finished output folders or two checkpoints, separated by a comma")
-    bootstrap_samples: int = setting(1000, "resamplings for confidence intervals", low=100)
+    bootstrap_samples: int = setting(1000, "resamplings for confidence intervals", low=100, high=100_000)
     vqav2_split: str = setting(
         "val",
         "test-dev and test have no public answers: predictions for the server only",
@@ -37,12 +37,12 @@ class EvaluationConfig(PipelineConfig):
     clip_score_model: str = setting("openai/clip-vit-large-patch14", "CLIP of the CLIPScore: a folder or hub name")
     fid_features: str | None = setting(None, "a TorchScript network in place of torchmetrics' Inception")
     fid_weights: str | None = setting(None, "a file with that Inception's weights; null: from the hub")
-    fid_size: int = setting(256, "pixels per side of the images that FID and rFID compare", low=8)
+    fid_size: int = setting(256, "pixels per side of the images that FID and rFID compare", low=8, high=4096)
     reconstruction_images: str | None = setting(None, "a folder of images")
     reconstruction_fid: bool = setting(True, "rFID too")
     emoji_world: str = setting("emoji_world", "the folder in data_root that `make data-emoji` wrote")
     flickr30k_prompt: str = setting(
-        "Provide a one-sentence caption for the provided image.", "question asked about every image"
+        "Provide a one-sentence caption for the provided image.", "question asked about every image", is_prose=True
     )
 
     @staticmethod

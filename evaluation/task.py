@@ -5,8 +5,9 @@ image generation `GenerationTask`; any other task writes its own `predict`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,9 +16,9 @@ import torch
 from PIL import Image
 
 from common.config import mask_schedule_of
-from evaluation.images import save
+from evaluation.output import Output
 from models import SamplingParameters, ShowoPipeline
-from models.images import load_image
+from models.images import DEFAULT, ImageOptions, load_image
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # as LLaVA's evaluation files have it
 
@@ -95,11 +96,18 @@ class Task(ABC):
     official_size: ClassVar[int | None] = None  # items in the official files
     paper: ClassVar[Paper | None] = None
     asked_by: ClassVar[tuple[str, ...]] = ()  # settings that select items: runs that differ are not compared
+    reads_root: ClassVar[bool] = True  # whether its files are in `data_root`
     reads_images: ClassVar[bool] = True  # whether the model is given `Item.open_image()`
+    images_expected: ClassVar[str] = "the benchmark's images"  # where they are, for the message when some are missing
     ceilings: ClassVar[tuple[str, ...]] = ()  # columns for figures "x: ceiling" beside each figure "x"
 
     def __init__(self, config, root: Path, folder: Path) -> None:
         self.config, self.root, self.folder = config, root, folder
+        self.output = Output(folder)
+        self.image_options = ImageOptions(**config.image)
+
+    def check(self) -> None:  # noqa: B027
+        """`UserError` where something is missing that asking and scoring needs besides the benchmark's files."""
 
     @property
     def has_answers(self) -> bool:
@@ -109,7 +117,8 @@ class Task(ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that answers depend on, besides checkpoints and items."""
-        return {}
+        options = {"exif": self.image_options.exif, "background": self.image_options.background}
+        return {f"image.{key}": value for key, value in options.items() if value != getattr(DEFAULT, key)}
 
     @property
     def is_random(self) -> bool:
@@ -123,6 +132,14 @@ class Task(ABC):
         Raises:
             UserError: a file or field is missing or wrong.
         """
+
+    def named_images(self, items: Sequence[Item]) -> Iterable[tuple[Path, str]]:
+        """(path, which file and field names it) of each image that these items need, see `check_images`."""
+        return ()
+
+    def files_of(self, item: Item) -> list[str]:
+        """The files in the task's folder that `predict` writes for an item."""
+        return []
 
     @abstractmethod
     def predict(
@@ -153,8 +170,8 @@ class Task(ABC):
         """
         return {}
 
-    def write_submission(self, folder: Path, items: Sequence[Item], answers: Sequence[str]) -> None:  # noqa: B027
-        """Writes the predictions in the benchmark's own form into an empty folder; by default there is none."""
+    def write_submission(self, items: Sequence[Item], answers: Sequence[str]) -> None:  # noqa: B027
+        """Writes the predictions in the benchmark's own form, as files ``submission/…``; by default there is none."""
 
     def sheet_image(self, item: Item, answer: str) -> Image.Image | None:
         """The image of an item on the contact sheet `best_worst.png`."""
@@ -164,11 +181,15 @@ class Task(ABC):
         """What a reader of this run's figures must know beside `paper.differs`."""
         return []
 
+    def image(self, path: Path) -> Callable[[], Image.Image]:
+        """Reads an image of the benchmark when its turn comes."""
+        return partial(load_image, path, self.image_options)
+
 
 class QuestionTask(Task):
     """A benchmark that asks about images."""
 
-    max_new_tokens: ClassVar[int] = 16
+    max_new_tokens: ClassVar[int] = 128  # as in LLaVA-1.5's loader of these benchmarks
 
     @property
     def is_random(self) -> bool:
@@ -179,14 +200,16 @@ class QuestionTask(Task):
         config = self.config
         found = {"max_new_tokens": config.max_new_tokens or self.max_new_tokens, "top_k": config.top_k}
         sampled = ("top_p", "temperature", "seed", "batch_size") if self.is_random else ()
-        return found | {name: config[name] for name in sampled}
+        return super().settings | found | {name: config[name] for name in sampled}
 
     def predict(self, model, items, images, generator) -> list[str]:
-        config = self.config
+        config, questions = self.config, [item.prompt for item in items]
+        max_new_tokens = config.max_new_tokens or self.max_new_tokens
+        model.check_questions(questions, max_new_tokens)
         return model.answer_each(
             images,
-            [item.prompt for item in items],
-            max_new_tokens=config.max_new_tokens or self.max_new_tokens,
+            questions,
+            max_new_tokens=max_new_tokens,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
@@ -225,6 +248,9 @@ class GenerationTask(Task):
     def file_of(self, item: Item) -> str:
         """File of an item's image, relative to the task's folder."""
 
+    def files_of(self, item) -> list[str]:
+        return [self.file_of(item)]
+
     def predict(self, model, items, images, generator) -> list[str]:
         generated = model.text_to_image(
             [item.prompt for item in items],
@@ -234,7 +260,7 @@ class GenerationTask(Task):
             generator=generator,
             sampling=SamplingParameters(**self.config.sampling),
         )
-        return [save(self.folder, self.file_of(item), image) for item, image in zip(items, generated, strict=True)]
+        return [self.output.save(self.file_of(item), image) for item, image in zip(items, generated, strict=True)]
 
     def sheet_image(self, item, answer) -> Image.Image:
         return load_image(self.folder / answer)

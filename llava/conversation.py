@@ -121,9 +121,11 @@ class ChatFormat:
         ]
 
         def render(turns: list[dict]) -> str:
-            return tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
+            options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+            try:
+                return tokenizer.apply_chat_template(turns, **options)
+            except Exception as error:  # a template is a program, in a sandbox, that may fail in any way
+                raise ValueError(f"the chat template fails ({error}); give conversation=vicuna") from None
 
         opening, _, to_answer = render(turns[:1]).partition(marks[0])
         between = render(turns).partition(marks[1])[2].partition(marks[2])[0]

@@ -14,9 +14,11 @@ Three rules hold for all families, so that no other module needs to know which o
 - Tied embeddings stay tied: a new row is both the embedding and the output weight of its id.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     LlamaForCausalLM,
@@ -28,7 +30,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from models.checkpoint_io import read_json
+from common.files import read_json
+from models.checkpoint_io import CALLERS_KEYS
+from models.config_fields import LLM_FIELDS, check_divides, check_fields
 
 DEFAULT_LLM = "microsoft/phi-1_5"  # as published; `PhiConfig()` is its configuration
 DEFAULT_MODEL_TYPE = "phi"  # of an `llm_config` without `model_type`
@@ -81,7 +85,15 @@ FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
 
 # Keys of a language model's configuration that Show-o sets itself or does not need. `pad_token_id` must go because
 # `nn.Embedding` does not train the row of that id, and Show-o's pad has another id.
-LEFT_OUT = ("model_type", "architectures", "vocab_size", "pad_token_id", "dtype", "torch_dtype", "transformers_version")
+LEFT_OUT = (
+    "architectures",
+    "vocab_size",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    *CALLERS_KEYS,
+)
 
 # Chat templates for the tokenizers of base models, which have a format's special tokens but no template. Keyed by the
 # token that opens a turn.
@@ -114,7 +126,7 @@ def read_llm_config(llm_model_path: str) -> dict:
     elif llm_model_path == DEFAULT_LLM:
         return {"model_type": DEFAULT_MODEL_TYPE}
     else:
-        settings = AutoConfig.from_pretrained(llm_model_path).to_dict()
+        settings = AutoConfig.from_pretrained(llm_model_path, trust_remote_code=False).to_dict()
     find_backbone(settings, llm_model_path)
     return {key: value for key, value in settings.items() if not key.startswith("_")}  # no `_name_or_path`
 
@@ -126,7 +138,7 @@ def find_backbone(llm_config: dict, llm_model_path: str = "llm_config") -> Backb
         ValueError: it is not supported.
     """
     family = llm_config.get("model_type", DEFAULT_MODEL_TYPE)
-    if family not in BACKBONES:
+    if not isinstance(family, str) or family not in BACKBONES:
         raise ValueError(
             f"llm_model_path {llm_model_path!r} is a {family!r} model, which is not supported: its layers may restrict "
             f"attention further than the mask, or cap the logits; use one of {', '.join(BACKBONES)}"
@@ -157,6 +169,37 @@ def has_qk_norm(llm_config: dict, wanted: bool | None, llm_model_path: str = "ll
     return own
 
 
+def make_llm_config(settings: dict, family: str) -> PreTrainedConfig:
+    """The `transformers` configuration of a language model, whose sizes are compared before they are used.
+
+    Raises:
+        ValueError: a setting of a wrong type or out of range, or sizes that do not divide each other.
+    """
+    check_fields(settings, LLM_FIELDS)
+    if not settings.get("head_dim"):
+        check_divides(settings, "hidden_size", "num_attention_heads")
+    try:
+        config = BACKBONES[family].model_class.config_class(**settings)
+    except (StrictDataclassError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(" ".join(str(error).split())[:160]) from error
+    sizes = config.to_dict()
+    check_fields(sizes, LLM_FIELDS)
+    rope = sizes.get("rope_parameters") or {}
+    for key, value in rope.items():
+        if isinstance(value, float | int) and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{key} of the rotary embeddings is {value}; it must be a number above 0")
+    check_fields(rope, LLM_FIELDS)
+    check_divides(sizes, "num_attention_heads", "num_key_value_heads")
+    head_dim = sizes.get("head_dim") or config.hidden_size // config.num_attention_heads
+    rotated = int(head_dim * (rope.get("partial_rotary_factor") or 1))
+    if rotated < 2 or rotated % 2:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} with num_attention_heads {config.num_attention_heads} gives heads of "
+            f"{head_dim} numbers, of which {rotated} are rotated by position; that must be an even number"
+        )
+    return config
+
+
 def backbone_config(
     llm_config: dict, vocab_size: int, qk_norm: bool, llm_model_path: str = "llm_config"
 ) -> PreTrainedConfig:
@@ -166,13 +209,18 @@ def backbone_config(
         qk_norm: as `has_qk_norm` says.
 
     Raises:
-        ValueError: an unsupported family, sliding-window attention, or RoPE that depends on the sequence length.
+        ValueError: an unsupported family, sizes that cannot be, sliding-window attention, or RoPE that depends on the
+            sequence length.
     """
     backbone = find_backbone(llm_config, llm_model_path)
     settings = {key: value for key, value in llm_config.items() if key not in LEFT_OUT}
     if backbone.qk_norm == "switch":
         settings[backbone.qk_norm_setting] = qk_norm
-    config = backbone.model_class.config_class(**settings, vocab_size=vocab_size, pad_token_id=None)
+    settings |= {"vocab_size": vocab_size, "pad_token_id": None}
+    try:
+        config = make_llm_config(settings, llm_config.get("model_type", DEFAULT_MODEL_TYPE))
+    except ValueError as error:
+        raise ValueError(f"the settings of llm_model_path {llm_model_path!r} do not work: {error}") from error
     config.hidden_act = FUSED_ACTIVATIONS.get(config.hidden_act, config.hidden_act)
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if getattr(config, "sliding_window", None) is not None or layer_types != {"full_attention"}:

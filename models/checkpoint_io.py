@@ -1,7 +1,7 @@
 """Reads checkpoints by hub name or folder, published and our own; every key is checked, no code is run (spec §12)."""
 
-import json
 import logging
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
+from common.files import check_file, expand, read_json
+from models.config_fields import check_memory
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ WEIGHT_NAMES = (
 INDEX_NAMES = tuple(f"{name}.index.json" for name in WEIGHT_NAMES)  # of sharded checkpoints
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+# Keys of a stored configuration that are the caller's to choose: some would fetch and run code from the hub.
+CALLERS_KEYS = ("model_type", "attn_implementation", "experts_implementation", "quantization_config", "auto_map")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
@@ -38,7 +42,7 @@ def resolve_folder(name_or_path: str | Path, files: Sequence[str] = CHECKPOINT_F
     Raises:
         UserError: neither an existing folder nor a hub name, or the download failed.
     """
-    folder = Path(name_or_path).expanduser()
+    folder = expand(name_or_path)
     if folder.is_dir():
         return folder
     if folder.is_file():
@@ -59,23 +63,6 @@ def resolve_folder(name_or_path: str | Path, files: Sequence[str] = CHECKPOINT_F
         ) from error
 
 
-def read_json(file: Path) -> dict:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: the file is missing, damaged, or holds anything but an object.
-    """
-    if not file.is_file():
-        raise UserError(f"{file} is missing; a checkpoint folder holds config.json and weights")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}); copy the file again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__}, expected an object")
-    return content
-
-
 def load_weights_file(file: str | Path) -> dict[str, torch.Tensor]:
     """The state dict in one file, `.safetensors` or pickled (read with `weights_only=True`, so no code in it runs).
 
@@ -84,13 +71,12 @@ def load_weights_file(file: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the file is missing, truncated, or holds anything but tensors.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise UserError(f"weight file {file} is missing; copy it again or give another checkpoint")
+    file = check_file(file, f"weight file {file}")
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{file} is damaged, or holds more than tensors and was not executed; get a clean copy"
@@ -102,7 +88,17 @@ def load_weights_file(file: str | Path) -> dict[str, torch.Tensor]:
         content = content["model"]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{file} is not a state dict (a dictionary of tensors); give a file of weights")
+    check_finite(file, content)
     return content
+
+
+def check_finite(source: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises `UserError` if one of the tensors, which were read from `source`, holds NaN or an infinite number."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    # The sum costs no memory; only where it overflows or is NaN each number is looked at.
+    suspects = [name for name, tensor in floats.items() if not tensor.sum(dtype=torch.float32).isfinite()]
+    if bad := [name for name in suspects if not floats[name].isfinite().all()]:
+        raise UserError(f"{source} holds weights that are NaN or infinite: {_some(bad)}; take another checkpoint")
 
 
 def load_state_dict_folder(folder: Path) -> dict[str, torch.Tensor]:
@@ -169,9 +165,16 @@ def _some(names: list[str], limit: int = 6) -> str:
     return f"{len(names)} ({', '.join(names[:limit])}{more})"
 
 
+def silence_deepspeed() -> None:
+    """Keeps DeepSpeed, which other libraries import where it is installed, from warning that there is no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Hides transformers' report on keys, which `check_state_dict` replaces, and its bars over copies within memory."""
+    silence_deepspeed()
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -187,6 +190,7 @@ def resize_rows(tensor: torch.Tensor, rows: int, std: float) -> torch.Tensor:
     """An embedding, head or head bias cut or extended to `rows` rows; new ones are normal with `std` (0 for a bias)."""
     if len(tensor) >= rows:
         return tensor[:rows].clone()
+    check_memory(4 * rows * tensor[:1].numel(), f"a matrix of {rows} rows")
     new = torch.randn(rows - len(tensor), *tensor.shape[1:], dtype=torch.float32) * std
     return torch.cat([tensor, new.to(tensor.dtype)])
 
@@ -231,8 +235,7 @@ class CheckpointMixin:
             config = cls._read_config(folder, kwargs)
         state_dict = load_weights_file(weights_file) if weights_file else load_state_dict_folder(folder)
         state_dict = cls._adapt_state_dict(state_dict, config)
-        with torch.device("meta"):
-            skeleton = cls(config)
+        skeleton = cls._skeleton(config)
         expected = skeleton.state_dict()
         tied = {k for k in skeleton.all_tied_weights_keys if k not in state_dict}
         needed = {k: v for k, v in expected.items() if k not in tied}
@@ -245,13 +248,26 @@ class CheckpointMixin:
         return model
 
     @classmethod
+    def from_config(cls, config, **kwargs):
+        """A model with random weights; `ValueError` if this machine has not the memory for them."""
+        num_bytes = 4 * sum(parameter.numel() for parameter in cls._skeleton(config).parameters())
+        check_memory(num_bytes, f"a {cls.published_class_name} of these sizes")
+        return cls._from_config(config, **kwargs)
+
+    @classmethod
+    def _skeleton(cls, config):
+        """A model without memory for its weights."""
+        with torch.device("meta"):
+            return cls(config)
+
+    @classmethod
     def _read_config(cls, folder: Path, kwargs: dict):
         """The folder's configuration, with the keys of it that are in `kwargs` overridden (and removed there)."""
         content = read_json(folder / "config.json")
         kind = content.get("_class_name") or content.get("model_type")
         if kind not in (cls.published_class_name, cls.config_class.model_type):
             raise UserError(f"{folder} holds a {kind!r} checkpoint, expected {cls.published_class_name!r}")
-        content = {k: v for k, v in content.items() if not k.startswith("_") and k != "model_type"}
+        content = {k: v for k, v in content.items() if not k.startswith("_") and k not in CALLERS_KEYS}
         defaults = cls.config_class().to_dict()
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in defaults}
         if "vocab_size" in overrides:  # the stored one was the last id of the old vocabulary
@@ -259,8 +275,10 @@ class CheckpointMixin:
         content |= overrides
         try:
             return cls.config_class(**content)
-        except (ValueError, TypeError, OSError) as error:  # OSError: the language model that it names cannot be fetched
-            raise UserError(f"{folder / 'config.json'}: {error}") from error
+        except UserError:
+            raise
+        except Exception as error:  # keys of the library's own raise unrelated classes, its downloads OSErrors
+            raise UserError(f"{folder / 'config.json'}: {str(error)[:300]}") from error
 
     @classmethod
     def _adapt_state_dict(cls, state_dict: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:

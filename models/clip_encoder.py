@@ -7,7 +7,9 @@ import transformers
 from torch import nn
 from transformers.utils import is_torchvision_available
 
-from models.checkpoint_io import quietly
+from common.files import field, read_json
+from models.checkpoint_io import check_finite, quietly, resolve_folder
+from models.config_fields import CLIP_FIELDS, check_divides, check_fields
 
 CLIP_VIT_L_336 = "openai/clip-vit-large-patch14-336"
 
@@ -20,8 +22,33 @@ def image_processor_class() -> type:
 
 
 def read_clip_config(folder: str | Path) -> transformers.CLIPVisionConfig:
-    """Configuration of the vision tower in a CLIP folder; reads no weights."""
-    return transformers.CLIPVisionConfig.from_pretrained(folder)
+    """Configuration of the vision tower in a CLIP folder; reads no weights.
+
+    Raises:
+        UserError: the file is missing or damaged.
+        ValueError: it is no CLIP (vision) model's, or its sizes cannot be.
+    """
+    content = read_json(Path(folder) / "config.json")
+    if (kind := content.get("model_type")) not in ("clip", "clip_vision_model"):
+        raise ValueError(f"it is a {kind!r} model, expected a CLIP (vision) model")
+    vision = field(content, "vision_config", dict, str(folder)) if "vision_config" in content else content
+    sizes = transformers.CLIPVisionConfig().to_dict() | vision
+    check_fields(sizes, CLIP_FIELDS)
+    check_divides(sizes, "hidden_size", "num_attention_heads")
+    if sizes["patch_size"] > sizes["image_size"]:
+        raise ValueError(f"patch_size is {sizes['patch_size']}; it must be at most image_size ({sizes['image_size']})")
+    config = transformers.CLIPVisionConfig.from_pretrained(folder)
+    config._attn_implementation = "sdpa"  # the default; another could be code from the hub
+    return config
+
+
+def read_image_processor(folder: str | Path, config: transformers.CLIPVisionConfig):
+    """The image processor in a CLIP folder; `ValueError` if its images are not of the size that the tower reads."""
+    processor = image_processor_class().from_pretrained(folder)
+    sides = dict(processor.crop_size if processor.do_center_crop else processor.size)
+    if set(sides.values()) != {config.image_size} or max(dict(processor.size).values()) > 2 * config.image_size:
+        raise ValueError(f"its preprocessor gives images of size {sides}, its tower reads {config.image_size}")
+    return processor
 
 
 def num_features(config: transformers.CLIPVisionConfig) -> int:
@@ -43,13 +70,16 @@ class CLIPVisionTower(nn.Module):
     def __init__(self, name_or_path: str = CLIP_VIT_L_336, layer: int = -2):
         super().__init__()
         self.layer = layer
-        self.image_processor = image_processor_class().from_pretrained(name_or_path)
+        folder = resolve_folder(name_or_path)
+        config = read_clip_config(folder)
+        self.image_processor = read_image_processor(folder, config)
         with quietly():
             self.vision_tower, report = transformers.CLIPVisionModel.from_pretrained(
-                name_or_path, dtype=torch.float32, output_loading_info=True
+                folder, config=config, dtype=torch.float32, output_loading_info=True
             )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{name_or_path} lacks {len(missing)} weights of the vision tower, first {missing[0]}")
+        check_finite(name_or_path, self.vision_tower.state_dict())
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "CLIPVisionTower":

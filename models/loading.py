@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CLIPVisionConfig
 
 from common.errors import UserError
 from common.files import resolve_path
 from llava import QuestionFormat
 from models.backbones import DEFAULT_LLM
-from models.checkpoint_io import CHECKPOINT_FILES, TOKENIZER_FILES, read_json, resolve_folder
-from models.clip_encoder import CLIP_VIT_L_336, CLIPVisionTower, read_clip_config
+from models.checkpoint_io import CHECKPOINT_FILES, TOKENIZER_FILES, resolve_folder
+from models.clip_encoder import CLIP_VIT_L_336, CLIPVisionTower, read_clip_config, read_image_processor
+from models.config_fields import TOKENIZER_FIELDS, check_fields
 from models.generation import cpu
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
 from models.modeling_showo import Showo, ShowoConfig
@@ -46,15 +48,24 @@ def located(name: str | Path) -> str:
 
 
 def find_folder(name: str | Path | None, files: Sequence[str] = CHECKPOINT_FILES) -> Path:
-    """The folder of a part, of a training checkpoint its `unwrapped_model/`; `UserError` if there is none.
+    """The folder of a part: of a training checkpoint its `unwrapped_model/`, of a whole pipeline its `showo/`.
 
     Args:
         files: of a hub name, which are downloaded first.
+
+    Raises:
+        UserError: there is none, or it is a run's that has saved no final model yet.
     """
     if not name:
         raise UserError("model.showo.pretrained_model_path is not given; set it to a checkpoint folder or a hub name")
     folder = resolve_folder(located(name), files)
-    return folder / "unwrapped_model" if (folder / "unwrapped_model").is_dir() else folder
+    for part in ("unwrapped_model", "showo"):
+        if (folder / part).is_dir():
+            return folder / part
+    if not (folder / "config.json").exists() and (saved := sorted(folder.glob("checkpoint-*/unwrapped_model"))):
+        newest = max(saved, key=lambda place: (len(place.parent.name), place.parent.name)).parent
+        raise UserError(f"{folder} is the folder of a run that has not ended; give its checkpoint {newest}")
+    return folder
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
@@ -150,6 +161,7 @@ def load_text_tokenizer(
     folder = find_folder(name, TOKENIZER_FILES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        check_fields({"model_max_length": tokenizer.model_max_length}, TOKENIZER_FIELDS)
         prompting = UniversalPrompting(tokenizer, max_text_len, cond_dropout_prob=cond_dropout_prob)
     except Exception as error:  # missing files and broken JSON raise a dozen unrelated classes
         raise UserError(
@@ -177,24 +189,32 @@ def load_image_tokenizer(name: str, weights_file: str | None = None) -> MAGVITv2
 
 def load_clip(name: str, feature_size: int) -> CLIPVisionTower:
     """The CLIP vision tower in fp32; `UserError` if it is unusable, or its features are not as wide as they must be."""
-    width = clip_feature_size(name)
+    width = read_clip(name)[0].hidden_size
     if width != feature_size:
         raise UserError(
             f"model.clip_vit_name={name} has features of size {width}, but the checkpoint expects {feature_size}; "
             f"the published one is {CLIP_VIT_L_336}"
         )
-    try:
+    with _clip_errors(name):
         return CLIPVisionTower(find_folder(name))
+
+
+def read_clip(name: str) -> tuple[CLIPVisionConfig, Any]:
+    """The settings of a CLIP vision tower and its image processor; `UserError` if they are unusable."""
+    with _clip_errors(name):
+        folder = find_folder(name)
+        config = read_clip_config(folder)
+        return config, read_image_processor(folder, config)
+
+
+@contextmanager
+def _clip_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as error:  # damaged files raise a dozen unrelated classes
-        raise UserError(f"model.clip_vit_name={name} holds no readable CLIP vision model ({_reason(error)})") from error
-
-
-def clip_feature_size(name: str) -> int:
-    """Width of the features, from the configuration alone; `UserError` if there is no CLIP (vision) model."""
-    folder = find_folder(name)
-    if (kind := read_json(folder / "config.json").get("model_type")) not in ("clip", "clip_vision_model"):
-        raise UserError(f"model.clip_vit_name={name} holds a {kind!r} model, expected a CLIP (vision) model")
-    return read_clip_config(folder).hidden_size
+        raise UserError(f"model.clip_vit_name={name} holds no usable CLIP vision model ({_reason(error)})") from error
 
 
 def initial_showo(
@@ -209,7 +229,7 @@ def initial_showo(
     Args:
         section: sizes, and what to start from: the weights of `llm_model_path`, those of `pretrained_model_path`, or
             (without a path) random ones.
-        start: a checkpoint that takes precedence over the section's; also a folder whose `unwrapped_model/` is one.
+        start: a checkpoint that takes precedence over the section's; whatever `find_folder` finds one in.
         clip_vit_name: with `w_clip_vit`, the tower whose features the projector takes.
 
     Raises:
@@ -218,18 +238,20 @@ def initial_showo(
     llm = section.llm_model_path or DEFAULT_LLM
     settings: dict[str, Any] = {"attn_implementation": attn_implementation}
     if section.w_clip_vit:
-        settings["clip_feature_size"] = clip_feature_size(clip_vit_name)
+        settings["clip_feature_size"] = read_clip(clip_vit_name)[0].hidden_size
     keys = (*VOCABULARY_SIZES, "num_vq_tokens", "w_clip_vit", "qk_norm")
     config = _new_config(section, keys, llm_model_path=located(llm), **settings)
     config.llm_model_path = llm  # as given, so that no absolute path is saved
-    if start is None and not section.load_from_showo:
-        return Showo.from_llm(config, located(llm))
-    start = start or section.pretrained_model_path
-    if start is None:
-        return Showo(config)
-    # Faithful: the CLIP-ViT branch may start from a checkpoint trained on image codes, without a projector (spec §12).
-    allowed = ("mm_projector.",) if section.w_clip_vit else ()
-    return Showo.from_pretrained(find_folder(start), config=config, allow_missing=allowed)
+    start = start or (section.pretrained_model_path if section.load_from_showo else None)
+    try:
+        if start is not None:
+            # Faithful: the CLIP-ViT branch may start from a checkpoint trained on image codes, without a projector
+            # (spec §12).
+            allowed = ("mm_projector.",) if section.w_clip_vit else ()
+            return Showo.from_pretrained(find_folder(start), config=config, allow_missing=allowed)
+        return Showo.from_config(config) if section.load_from_showo else Showo.from_llm(config, located(llm))
+    except ValueError as error:
+        raise UserError(f"model.showo: {_reason(error)}") from error
 
 
 # ---- the parts of a pipeline ----
@@ -237,7 +259,7 @@ def initial_showo(
 
 def find_parts(name_or_path: str | Path) -> dict[str, str]:
     """Names for `load_parts`: of a Showo checkpoint, or of the sub-folders `showo/`, `magvitv2/`, `llm/`, `clip/`."""
-    folder = Path(located(name_or_path)).expanduser()
+    folder = Path(located(name_or_path))
     if not (folder / "showo").is_dir():
         return {"showo": str(name_or_path)}
     parts = {"showo": "showo", "vq_model": "magvitv2", "llm": "llm", "clip": "clip"}
@@ -313,4 +335,4 @@ def _check_section(section: ShowoSection, folder: Path, config: ShowoConfig) -> 
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from models.checkpoint_io import CheckpointMixin
+from models.config_fields import MAGVIT_FIELDS, check_fields
 
 
 class MAGVITv2Config(PretrainedConfig):
@@ -56,6 +57,7 @@ class MAGVITv2Config(PretrainedConfig):
         decoder_mid: bool = True,
         **kwargs,
     ):
+        check_fields({**locals(), **kwargs}, MAGVIT_FIELDS)
         self.ch = ch
         self.encoder_ch_mult = list(encoder_ch_mult)
         self.decoder_ch_mult = list(decoder_ch_mult)
@@ -72,8 +74,6 @@ class MAGVITv2Config(PretrainedConfig):
                 "encoder_ch_mult, decoder_ch_mult, encoder_num_res_blocks and decoder_num_res_blocks must be equally "
                 f"long, got lengths {[len(values) for values in per_level]}"
             )
-        if min(self.encoder_num_res_blocks + self.decoder_num_res_blocks) < 1:
-            raise ValueError("every resolution needs at least one residual block")
         widths = {ch * mult for mult in self.encoder_ch_mult + self.decoder_ch_mult}
         if bad := sorted(width for width in widths if width % num_groups):
             raise ValueError(f"num_groups={num_groups} must divide every width, but does not divide {bad}")

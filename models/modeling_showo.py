@@ -16,8 +16,8 @@ from models.checkpoint_io import (
     resize_rows,
     resolve_folder,
 )
-from models.generation.image import ImageGeneration
-from models.generation.text import TextGeneration
+from models.compat import PublishedGeneration
+from models.config_fields import SHOWO_FIELDS, check_fields
 from models.omni_attention import OmniMask, dense_for_attention
 from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
 
@@ -62,6 +62,7 @@ class ShowoConfig(PreTrainedConfig):
         qk_norm: bool | None = None,
         **kwargs,
     ):
+        check_fields({**locals(), **kwargs}, SHOWO_FIELDS)
         self.llm_model_path = llm_model_path
         self.vocab_size = vocab_size
         self.llm_vocab_size = llm_vocab_size
@@ -71,6 +72,8 @@ class ShowoConfig(PreTrainedConfig):
         self.w_clip_vit = w_clip_vit
         self.clip_feature_size = clip_feature_size
         self.load_from_showo = load_from_showo
+        if not isinstance(llm_config, dict | None):
+            raise ValueError(f"llm_config is a {type(llm_config).__name__}; it must be a group of keys")
         self.llm_config = llm_config if llm_config is not None else read_llm_config(llm_model_path)
         self.qk_norm = has_qk_norm(self.llm_config, qk_norm, llm_model_path)
         expected = self.vocabulary.vocab_size
@@ -125,7 +128,7 @@ class ShowoOutput(ModelOutput):
         return self.losses["mmu"]
 
 
-class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
+class Showo(CheckpointMixin, PublishedGeneration, PreTrainedModel):
     """A causal language model over one sequence of text and image tokens.
 
     State-dict names are the published ones: ``showo.model.*``, ``showo.lm_head.*`` and, with `w_clip_vit`,
@@ -210,10 +213,11 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
         path = llm_model_path or config.llm_model_path
         stored = load_state_dict_folder(resolve_folder(path))
         state_dict = cls._adapt_state_dict({f"showo.{key}": tensor.float() for key, tensor in stored.items()}, config)
-        model = cls._from_config(config, **kwargs)
-        fresh = (*config.backbone.qk_norm_names, "mm_projector", *model.all_tied_weights_keys)
-        expected = {k: v for k, v in model.state_dict().items() if k in state_dict or not any(f in k for f in fresh)}
+        skeleton = cls._skeleton(config)
+        fresh = (*config.backbone.qk_norm_names, "mm_projector", *skeleton.all_tied_weights_keys)
+        expected = {k: v for k, v in skeleton.state_dict().items() if k in state_dict or not any(f in k for f in fresh)}
         check_state_dict(str(path), expected, state_dict)
+        model = cls.from_config(config, **kwargs)
         model.load_state_dict(state_dict, strict=False)
         return model
 
@@ -225,7 +229,7 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
         batch_size_t2i: int = 0,
         batch_size_lm: int = 0,
         batch_size_mmu: int = 0,
-        max_seq_length: int = 128,
+        max_seq_length: int | None = None,
         image_features: torch.Tensor | None = None,
     ) -> ShowoOutput:
         """Logits without labels, losses with them.
@@ -237,7 +241,8 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
                 its result for (model, input_ids, attention_mask, image_features) is returned, so that a loss of any
                 kind runs inside this call, as DDP, DeepSpeed and FSDP2 need it.
             batch_size_t2i, batch_size_lm, batch_size_mmu: rows of each task; they add up to B. For tensor labels only.
-            max_seq_length: M; the t2i loss starts at position M + 1. For tensor labels only.
+            max_seq_length: M; the t2i loss starts at position M + 1, which is that of ``<soi>``. Default: where the
+                t2i rows have it. For tensor labels only.
             image_features: (images, features, clip_feature_size) raw CLIP features, spliced in order.
 
         Raises:
@@ -253,8 +258,20 @@ class Showo(CheckpointMixin, ImageGeneration, TextGeneration, PreTrainedModel):
             from training.loss import Objective
 
             check_image_features(input_ids, image_features)
-            labels = Objective.from_labels(labels, (batch_size_t2i, batch_size_lm, batch_size_mmu), max_seq_length)
+            rows = (batch_size_t2i, batch_size_lm, batch_size_mmu)
+            if max_seq_length is None:
+                max_seq_length = self._text_length(input_ids[:batch_size_t2i]) if sum(rows) == len(input_ids) else 0
+            labels = Objective.from_labels(labels, rows, max_seq_length)
         return labels(self, input_ids, attention_mask, image_features)
+
+    def _text_length(self, rows: torch.Tensor) -> int:
+        """M of t2i rows (B, L): their ``<soi>`` is at position M + 1; 0 without rows."""
+        starts = (rows == self.vocabulary.soi_id).nonzero()  # (B, 2), row and position
+        if len(rows) == 0:
+            return 0
+        if len(starts) != len(rows) or (starts[:, 1] != starts[0, 1]).any():
+            raise ValueError("each t2i row needs one <soi>, all at one position, or max_seq_length says where it is")
+        return int(starts[0, 1]) - 1
 
     def hidden_states(
         self,

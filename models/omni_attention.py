@@ -101,6 +101,25 @@ class OmniMask:
         return cls(visible_from, _hide_left_pads(mask.visible_until, num_pads))
 
     @classmethod
+    def from_dense(cls, dense: torch.Tensor) -> "OmniMask":
+        """The mask that a dense one says: bool, True = may attend, or of numbers that are added to the scores.
+
+        Args:
+            dense: (B, 1, L, L).
+
+        Raises:
+            ValueError: another shape, or a key that is hidden between rows that see it.
+        """
+        if dense.ndim != 4 or dense.shape[1] != 1 or dense.shape[2] != dense.shape[3]:
+            raise ValueError(f"a dense attention_mask must be (B, 1, L, L); got {tuple(dense.shape)}")
+        allowed = (dense if dense.dtype == torch.bool else dense >= 0)[:, 0]  # (B, L, L)
+        count, first = allowed.sum(1), allowed.int().argmax(1)  # (B, L), of each key
+        mask = cls(first, first + count)
+        if (mask.dense()[:, 0] != allowed).any():
+            raise ValueError("a dense attention_mask must not hide a key between two rows that see it")
+        return mask
+
+    @classmethod
     def cat(cls, masks: Sequence["OmniMask"]) -> "OmniMask":
         """Joins the rows of whole batches (no `queries`) of one length."""
         assert all(mask.queries is None for mask in masks), "masks of chosen queries cannot be joined"

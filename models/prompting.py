@@ -91,8 +91,13 @@ class UniversalPrompting:
 
     def text_ids(self, text: str, truncation: bool = False) -> list[int]:
         """Ids of a text, starting with exactly one bos."""
-        ids = self.tokenizer(text, truncation=truncation, add_special_tokens=False)["input_ids"]
+        # `verbose=False`: what is too long is cut or refused here, with words of our own.
+        ids = self.tokenizer(text, truncation=truncation, add_special_tokens=False, verbose=False)["input_ids"]
         return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def fits(self, prompt: str) -> bool:
+        """Whether a prompt has room in a row of text to image; a longer one is cut."""
+        return len(self.text_ids(prompt)) < self.max_text_len
 
     def _pad_right(self, ids: list[int], length: int) -> list[int]:
         return ids + [self.vocabulary.pad_id] * (length - len(ids))
@@ -168,7 +173,7 @@ class UniversalPrompting:
         """``<mmu>`` system prompt ``<soi>`` features ``<eoi>`` text. No bos, as in LLaVA (spec §2)."""
 
         def ids_of(text):
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+            return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
         features = [IMAGE_FEATURE_ID] * num_features
         prefix = [self.vocabulary.mmu_id, *ids_of(system_prompt), self.vocabulary.soi_id, *features]

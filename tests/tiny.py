@@ -66,22 +66,22 @@ def write_published(folder: Path, config: dict, state_dict: dict, form: str = "b
     return folder
 
 
-def write_clip(folder: Path) -> Path:
+def write_clip(folder: Path, image_size: int = 24, patch_size: int = 8) -> Path:
     config = CLIPVisionConfig(
         hidden_size=CLIP_WIDTH,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=24,
-        patch_size=8,
+        image_size=image_size,
+        patch_size=patch_size,
     )
     fill_(CLIPVisionModel(config)).save_pretrained(folder)
-    side = {"height": 24, "width": 24}
-    image_processor_class()(size={"shortest_edge": 24}, crop_size=side).save_pretrained(folder)
+    side = {"height": image_size, "width": image_size}
+    image_processor_class()(size={"shortest_edge": image_size}, crop_size=side).save_pretrained(folder)
     return folder
 
 
-def write_checkpoints(root: Path, form: str = "bin") -> dict[str, Path]:
+def write_checkpoints(root: Path, form: str = "bin", **clip_sizes) -> dict[str, Path]:
     """Folders `showo`, `magvitv2`, `showo_clip`, `clip` below `root`; the YAMLs `demo` and `demo_clip` name them."""
     vq_config = {"_class_name": "MAGVITv2"} | VQ_SIZES
     places = {
@@ -93,7 +93,7 @@ def write_checkpoints(root: Path, form: str = "bin") -> dict[str, Path]:
             clip_showo().state_dict(),
             form,
         ),
-        "clip": write_clip(root / "clip"),
+        "clip": write_clip(root / "clip", **clip_sizes),
     }
     places["demo"] = write_yaml(root / "demo.yaml", places["showo"], places)
     places["demo_clip"] = write_yaml(root / "demo_clip.yaml", places["showo_clip"], places)

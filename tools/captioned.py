@@ -4,30 +4,30 @@ A source yields blocks: lists of `Captioned` images, and of `Skipped` for entrie
 memory: a whole listing, or one row group of a parquet file.
 """
 
-import csv
-import json
-import os
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError
+from common.files import ENCODINGS, check_file, kind_of, parse_json, read_json, read_text
+from common.files import field as member
+from tools.delimited import Delimited
 from training.data.imagenet import ImageFolder
-from training.data.paths import choose_column
-from training.data.sources import MALFORMED_ITEM, Skipped
+from training.data.paths import IMAGES, choose_column, has_suffix
+from training.data.sources import EMPTY_TEXT, MALFORMED_ITEM, MISSING_FILE, Skipped
 
 NO_CAPTION = "no_caption"  # an image without a caption; `empty_text` is an empty caption
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_path", "path", "file", "filepath", "image_name", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "description", "sentences", "sentence", "comment", "title")
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
 SPLITS |= {"training": "train", "test": "test"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TEXT_SUFFIXES = (".txt", ".text", ".caption")
 TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".json")
-DELIMITERS = ("\t", "|", ";", ",")
+MAX_CAPTIONS, MAX_TABLE = 2**24, 2**36  # bytes of a text beside an image, and of a table
+Choose = Callable[[list[str] | dict], tuple[str, str]]  # the columns of a table → those of images and captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +101,8 @@ def split_of(path: str) -> str:
     return next((SPLITS[word[0]] for word in words if word and word[0] in SPLITS), "")
 
 
-# ---- files ----
-
-
-def list_files(folder: Path) -> list[Path]:
-    """All files at any depth, sorted, without hidden ones; links to folders are followed."""
-    files = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
 def is_image_file(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES
+    return has_suffix(file.name, IMAGES)
 
 
 # ---- texts beside the images ----
@@ -127,25 +115,38 @@ def beside_texts(files: list[Path], root: Path, lines: bool) -> list[Captioned |
         files: images, texts and anything else, below `root`.
         lines: each line of a text is a caption of its own, not the whole text one.
     """
-    texts = {file for file in files if file.suffix in TEXT_SUFFIXES}
-    image_files = [file for file in files if is_image_file(file)]
-    entries = [_beside(file, texts, root, lines) for file in image_files]
-    nothing = all(isinstance(entry, Skipped) and entry.kind == NO_CAPTION for entry in entries)
-    return [] if nothing else entries
+    # By names in lower case: `IMG_1.JPG` has `IMG_1.TXT`, or `img_1.txt`, beside it.
+    texts = {_lower(file): file for file in files if has_suffix(file.name, TEXT_SUFFIXES)}
+    places = {file: _text_of(file, texts) for file in files if is_image_file(file)}
+    if not any(places.values()):
+        return []
+    # A text of no image is counted: its image may be a dangling link, or of a format that nobody knows.
+    alone = sorted(set(texts.values()) - set(places.values()))
+    entries = [_beside(image, text, root, lines) for image, text in places.items()]
+    return [
+        *entries,
+        *(Skipped(MISSING_FILE, f"{text}: no {text.stem}.png or other image beside it") for text in alone),
+    ]
 
 
-def _beside(image_file: Path, texts: set[Path], root: Path, lines: bool) -> Captioned | Skipped:
-    names = [name for suffix in TEXT_SUFFIXES for name in (image_file.stem + suffix, image_file.name + suffix)]
-    text = next((image_file.with_name(name) for name in names if image_file.with_name(name) in texts), None)
+def _lower(file: Path) -> Path:
+    return file.with_name(file.name.lower())
+
+
+def _text_of(image: Path, texts: dict[Path, Path]) -> Path | None:
+    names = (name + suffix for suffix in TEXT_SUFFIXES for name in (image.stem, image.name))
+    return next((texts[place] for name in names if (place := _lower(image.with_name(name))) in texts), None)
+
+
+def _beside(image: Path, text: Path | None, root: Path, lines: bool) -> Captioned | Skipped:
     if text is None:
-        return Skipped(NO_CAPTION, f"{image_file}: no {names[0]} beside it")
+        return Skipped(NO_CAPTION, f"{image}: no {image.stem}{TEXT_SUFFIXES[0]} beside it")
     try:
-        content = text.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        return Skipped(MALFORMED_ITEM, f"{text}: {error}")
+        content = read_text(text, limit=MAX_CAPTIONS)
+    except UserError as error:
+        return Skipped(MALFORMED_ITEM, str(error))
     captions = [line for line in content.splitlines() if line.strip()] if lines else []
-    extra = {"file_name": image_file.relative_to(root).as_posix()}
-    return Captioned(image_file, str(image_file), captions or [content], extra)
+    return Captioned(image, str(image), captions or [content], {"file_name": image.relative_to(root).as_posix()})
 
 
 def in_class_folders(folder: Path) -> list[Captioned]:
@@ -170,26 +171,34 @@ def in_table(table: Path, folder: Path, image_column: str = "", caption_column: 
     Raises:
         UserError: the table cannot be read, or has not these columns.
     """
+
+    def choose(names: list[str] | dict) -> tuple[str, str]:
+        images, captions = (
+            [image_column] if image_column else IMAGE_COLUMNS,
+            [caption_column] if caption_column else CAPTION_COLUMNS,
+        )
+        image = choose_column(table, names, images, "image_column=…")
+        return image, choose_column(table, names, captions, "caption_column=…")
+
     entries: dict[str, Captioned | Skipped] = {}
     columns: tuple[str, str] | None = None
-    for number, row in enumerate(_rows(table), 1):
+    for number, row in enumerate(_rows(table, choose), 1):
         where = f"{table}: record {number}"
         if isinstance(row, Skipped):
             entries[where] = row
             continue
-        columns = columns or (
-            choose_column(table, row, [image_column] if image_column else IMAGE_COLUMNS, "image_column=…"),
-            choose_column(table, row, [caption_column] if caption_column else CAPTION_COLUMNS, "caption_column=…"),
-        )
+        columns = columns or choose(row)
         file = row.get(columns[0])
         try:
-            if not isinstance(file, str):
-                raise TypeError(f"the image is {file!r}, not the name of a file")
+            if not isinstance(file, str) or not file.strip():
+                raise TypeError(f"the image is {kind_of(file)}, not the name of a file")
             captions = captions_of(row.get(columns[1]))
         except TypeError as error:
             entries[where] = Skipped(MALFORMED_ITEM, f"{where}: {error}")
             continue
-        if file in entries:
+        if not any(map(str.strip, captions)):  # counted even if the image has a caption in another row
+            entries[where] = Skipped(EMPTY_TEXT if captions else NO_CAPTION, f"{where}: {file}")
+        elif file in entries:
             entries[file].captions.extend(captions)
         else:
             extra = {key: value for key, value in row.items() if key and key != columns[1]}
@@ -197,67 +206,79 @@ def in_table(table: Path, folder: Path, image_column: str = "", caption_column: 
     return list(entries.values())
 
 
-def _rows(table: Path) -> Iterator[dict | Skipped]:
+def _rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
     """Records of a table, each a dictionary by column."""
-    if not table.is_file():
-        raise UserError(f"captions={table} does not exist (or is no file)")
-    readers = {".jsonl": _json_lines, ".json": _json_records}
-    if table.suffix.lower() not in TABLES:
+    check_file(table, f"captions={table}")
+    if not has_suffix(table.name, TABLES):
         raise UserError(f"captions={table} must be a file of {', '.join(TABLES)}")
-    try:
-        yield from readers.get(table.suffix.lower(), _csv_rows)(table)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"captions={table} cannot be read: {error}") from None
+    readers = {".jsonl": _json_lines, ".json": _json_records}
+    yield from readers.get(table.suffix.lower(), _delimited_rows)(table, choose)
 
 
-def _csv_rows(table: Path) -> Iterator[dict]:
-    """The first line names the columns; the separator is the one of tab, | ; , that occurs most often in it."""
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
+def _delimited_rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
+    content = Delimited(read_text(table, f"captions={table}", limit=MAX_TABLE))
+    header = content.header
+    _, caption = choose(header)
+    for row in content.rows(text_is_last=caption == header[-1]):
+        if row.problem:
+            yield Skipped(MALFORMED_ITEM, f"{table}: {row.problem}")
+        else:
+            yield dict(zip(header, row.cells, strict=True))
+
+
+def _json_lines(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
+    with table.open("rb") as file:
+        is_wide = file.read(4).startswith(tuple(ENCODINGS))  # UTF-16, whose lines do not end with a byte
         file.seek(0)
-        delimiter = max(DELIMITERS, key=header.count)
-        yield from csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
-
-
-def _json_lines(table: Path) -> Iterator[dict | Skipped]:
-    with table.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(read_text(table).split("\n") if is_wide else file, 1):
             try:
                 if line.strip():
-                    yield _record(json.loads(line), table)
-            except ValueError as error:
-                yield Skipped(MALFORMED_ITEM, f"{table}: line {number}: {error}")
+                    yield parse_json(line, f"{table}: line {number}", dict)
+            except UserError as error:
+                yield Skipped(MALFORMED_ITEM, str(error))
 
 
-def _json_records(table: Path) -> Iterable[dict | Skipped]:
+def _json_records(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
     try:
-        content = json.loads(table.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"captions={table} is no valid JSON ({error}); for one record a line, name it .jsonl") from None
+        content = read_json(table, f"captions={table}", kind=None)
+    except UserError as error:
+        raise UserError(f"{error}; for one record a line, name it .jsonl") from None
     if isinstance(content, list):
-        return [_record(item, table) for item in content]
-    if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        return _coco(content, table)
-    if isinstance(content, dict):
-        return [{"file_name": file, "caption": caption} for file, caption in content.items()]
-    raise UserError(f"captions={table} holds neither COCO captions nor a list of records nor file names with captions")
-
-
-def _record(item, table: Path) -> dict | Skipped:
-    return item if isinstance(item, dict) else Skipped(MALFORMED_ITEM, f"{table}: {str(item)[:60]!r} is no record")
+        for number, item in enumerate(content, 1):
+            where = f"{table}: record {number} is {kind_of(item)}, no object"
+            yield item if isinstance(item, dict) else Skipped(MALFORMED_ITEM, where)
+    elif isinstance(content, dict) and {"images", "annotations"} <= content.keys():
+        yield from _coco(content, table)
+    elif isinstance(content, dict):
+        yield from ({"file_name": file, "caption": caption} for file, caption in content.items())
+    else:
+        wanted = "neither COCO captions nor a list of records nor file names with captions"
+        raise UserError(f"captions={table} holds {wanted}")
 
 
 def _coco(content: dict, table: Path) -> Iterator[dict | Skipped]:
     """One record for each image of COCO's captions (``images`` by ``id``, ``annotations`` by ``image_id``)."""
-    captions: dict[int, list[str]] = {}
-    try:
-        for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-        for image in content["images"]:
-            if image["id"] in captions:
-                yield {"file_name": image["file_name"], "caption": captions[image["id"]], "image_id": image["id"]}
-            else:
-                yield Skipped(NO_CAPTION, f"{table}: image {image['id']} ({image['file_name']})")
-    except (KeyError, TypeError) as error:
+    images, notes = (member(content, key, list, f"captions={table}") for key in ("images", "annotations"))
+    if notes and not any(isinstance(note, dict) and "caption" in note for note in notes):
         wanted = "take COCO's captions_*.json, not its instances or keypoints"
-        raise UserError(f"captions={table} is like COCO but lacks captions ({error!r} is missing); {wanted}") from None
+        raise UserError(f"captions={table} is like COCO but lacks captions ('caption' is missing); {wanted}")
+    files, captions = {}, {}  # by the image's id; no captions where all are unusable
+    for number, image in enumerate(images, 1):
+        if isinstance(image, dict) and isinstance(image.get("file_name"), str) and "id" in image:
+            files[str(image["id"])] = image
+        else:
+            yield Skipped(MALFORMED_ITEM, f"{table}: image {number} lacks 'id' or 'file_name'")
+    for number, note in enumerate(notes, 1):
+        where, note = f"{table}: annotation {number}", note if isinstance(note, dict) else {}
+        text, key = note.get("caption"), str(note.get("image_id"))
+        if not isinstance(text, str) or key not in files:
+            yield Skipped(MALFORMED_ITEM, f"{where} has no caption, or names no image of the list: {str(note)[:60]}")
+            text = ""
+        elif not text.strip():
+            yield Skipped(EMPTY_TEXT, where)
+        captions.setdefault(key, []).extend([text] if text.strip() else ())
+    for key, image in files.items():
+        if captions.get(key):
+            yield {"file_name": image["file_name"], "caption": captions[key], "image_id": image["id"]}
+        elif key not in captions:
+            yield Skipped(NO_CAPTION, f"{table}: image {key} ({image['file_name']})")

@@ -34,7 +34,8 @@ class CaptionedParquet:
         for file in files:
             footer = read_footer(file)
             if footer.error:
-                pointer = file.is_file() and file.read_bytes()[:24].startswith(b"version https://git-lfs")
+                with file.open("rb") as content:
+                    pointer = content.read(24).startswith(b"version https://git-lfs")
                 remedy = "it is a pointer of Git LFS: run `git lfs pull`" if pointer else "fetch the file again"
                 raise UserError(f"{footer.error}; {remedy}")
             self.columns[file] = self._choose(file, footer.schema, image_column, caption_column, extra)
@@ -72,10 +73,10 @@ class CaptionedParquet:
                 raise UserError(f"{file}, row group {group}, is damaged ({error}); fetch the file again") from None
             yield [self._entry(file, first + number, row) for number, row in enumerate(rows_of(rows))]
 
-    def _entry(self, file: Path, number: int, row: dict | UnicodeDecodeError) -> Captioned | Skipped:
+    def _entry(self, file: Path, number: int, row: dict | ValueError) -> Captioned | Skipped:
         image, caption, *others = self.columns[file]
         name = f"{file}, record {number}"
-        if isinstance(row, UnicodeDecodeError):
+        if isinstance(row, ValueError):
             return Skipped(MALFORMED_ITEM, f"{name}: {row}")
         try:
             extra = {other: row[other] for other in others}

@@ -19,7 +19,7 @@ import os
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,9 +35,11 @@ from tqdm import tqdm
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
+from common.progress import progress
+from common.schema import ImageSection
 from common.settings import setting
 from models import MAGVITv2
-from models.images import normalized
+from models.images import ImageOptions, normalized
 from models.loading import PUBLISHED_VQ, choose_device, load_image_tokenizer
 from tools.encoding_records import Encoding, Plan
 from tools.shard_writing import in_order, read_prefix, shard_path, write_shard
@@ -56,12 +58,13 @@ class EncodeImagesConfig:
     shards: Any = setting("???", "path, brace list, glob or folder, or a list of them", is_data=True)
     output: str = setting("???", "prefix of the new shards: {output}-000000.tar")
     vq_model_name: str = setting(PUBLISHED_VQ, "image tokenizer: a folder or hub name")
-    resolution: int = setting(256, "pixels per side of the images that are encoded", low=1)
-    batch_size: int = setting(32, "images that are encoded at once", low=1)
+    resolution: int = setting(256, "pixels per side of the images that are encoded", low=1, high=8192)
+    batch_size: int = setting(32, "images that are encoded at once", low=1, high=65536)
     device: str = setting("", "empty: the process's own GPU if there is one")
-    num_workers: int = setting(4, "threads that decode images", low=1)
+    num_workers: int = setting(4, "threads that decode images", low=1, high=1024)
     keep_images: bool = setting(False, "keep the images beside their codes")
     overwrite: bool = setting(False, "replace another data set of this prefix")
+    image: ImageSection = field(default_factory=ImageSection)
 
 
 # ---- images to codes ----
@@ -97,7 +100,8 @@ def decode(raw: dict | Skipped, images: ImageTransform) -> tuple[dict, torch.Ten
         return raw
     try:
         old = {key: value for key, value in raw.items() if key != CODES}  # which may be another tokenizer's
-        return raw, normalized(images.of(old, random.Random(0))["image"])
+        found = images.of(old, random.Random(0))
+        return raw | {"_notes": found.get("notes", ())}, normalized(found["image"])
     except SkipSample as problem:
         return Skipped(problem.kind, problem.detail)
 
@@ -106,7 +110,8 @@ def encoded_samples(
     raws: Iterable[dict | Skipped], encoder: ImageEncoder, config, counters: SkipCounters, bar: tqdm
 ) -> Iterator[dict]:
     """Samples with codes, in order; unreadable ones are counted and left out."""
-    images = ImageTransform(config.resolution, num_codes=0, codebook_size=0)
+    options = ImageOptions(config.image.exif, config.image.background)
+    images = ImageTransform(config.resolution, num_codes=0, codebook_size=0, options=options)
     decoded = in_order(partial(decode, images=images), raws, config.num_workers, ahead=2 * config.batch_size)
     good = _only_good(decoded, counters)
     while batch := list(islice(good, config.batch_size)):
@@ -121,8 +126,10 @@ def _only_good(decoded: Iterable[tuple | Skipped], counters: SkipCounters) -> It
         counters.seen += 1
         if isinstance(result, Skipped):
             counters.skip(result.kind, result.detail, result.count)
-        else:
-            yield result
+            continue
+        for note in result[0].pop("_notes"):
+            counters.note(note, result[0]["__key__"])
+        yield result
 
 
 def with_codes(raw: dict, codes: np.ndarray, keep_image: bool) -> dict:
@@ -145,12 +152,11 @@ def encode_shards(plan: Plan, encoder: ImageEncoder, config, rank: int, world_si
     share, total = plan.unfinished(rank, world_size), SkipCounters()
     promised = promised_samples(plan.sources)
     known = [promised.get(plan.sources[index]) for index in share]
-    bar = tqdm(
+    bar = progress(
         total=None if None in known else sum(known),
         unit=" images",
         desc="encoding" if world_size == 1 else f"encoding (process 1 of {world_size})",
         disable=rank > 0 or not share,
-        dynamic_ncols=True,
     )
     with bar:
         for index in share:
@@ -203,6 +209,8 @@ def encoding_of(config, vq_model: MAGVITv2) -> Encoding:
         num_vq_tokens=(config.resolution // vq_model.downsampling_factor) ** 2,
         codebook_size=vq_model.config.codebook_size,
         keep_images=config.keep_images,
+        exif=config.image.exif,
+        background=config.image.background,
     )
 
 
@@ -214,8 +222,7 @@ def main(argv: list[str]) -> None:
     plan = Plan(sources, read_prefix(config.output), encoding_of(config, vq_model), config.overwrite)
     plan.begin(is_main=rank == 0)
     counters = encode_shards(plan, ImageEncoder(vq_model), config, rank, world_size)
-    if counters.skipped:
-        print(f"skipped {counters.describe()}")
+    counters.print()
     if manifest := plan.finish():
         print(f"{config.output}: {manifest['samples']} samples in {len(manifest['shards'])} shards")
 

@@ -4,21 +4,14 @@ While the work goes on, ``.{prefix}.parts/`` holds one record for each finished 
 them there joins them into the manifest and removes the folder.
 """
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.errors import UserError
-from tools.shard_writing import (
-    find_shards,
-    make_folder,
-    manifest_path,
-    read_manifest,
-    sha256,
-    shard_path,
-    write_json,
-)
+from common.errors import UserError, shown
+from common.files import make_folder, read_json, write_json
+from models.images import DEFAULT
+from tools.shard_writing import find_shards, foreign_shards, leftovers, manifest_path, read_manifest, sha256, shard_path
 from training.data.sources import SkipCounters
 
 
@@ -32,8 +25,11 @@ class Encoding:
     num_vq_tokens: int
     codebook_size: int
     keep_images: bool
+    exif: str = DEFAULT.exif
+    background: str | None = DEFAULT.background
 
     def agrees(self, record: dict) -> bool:
+        record = asdict(DEFAULT) | record  # of earlier releases, which had no such settings
         return all(record.get(key) == value for key, value in asdict(self).items() if key != "tokenizer")
 
 
@@ -60,20 +56,24 @@ class Plan:
         Raises:
             UserError: other shards are there.
         """
-        outputs = {shard_path(self.prefix, index).resolve() for index in range(len(self.sources))}
-        if outputs & {Path(source).resolve() for source in self.sources}:
+        outputs = [*find_shards(self.prefix), *(shard_path(self.prefix, index) for index in range(len(self.sources)))]
+        if {output.resolve() for output in outputs} & {Path(source).resolve() for source in self.sources}:
             raise UserError(f"output={self.prefix} would replace the very shards that are read; choose another output")
         manifest, begun = read_manifest(self.prefix), _read(self.parts / "encoding.json")
         known = begun or manifest
+        # What is there once work has begun was checked then, or written since.
+        if not begun and (others := foreign_shards(find_shards(self.prefix), manifest)):
+            why = "other shards are there already; choose another output, or move them away"
+            raise UserError(f"output={self.prefix}: {why}: no manifest lists {others[0]}")
         if not self.overwrite and (known or find_shards(self.prefix)):
             if not self.encoding.agrees(known):
                 self._refuse("other shards are there already" + self._differences(known))
             if len(manifest.get("shards", ())) > len(self.sources):
                 self._refuse(f"{len(manifest['shards'])} shards are there already, of more sources than these")
-        if is_main and not self.encoding.agrees(manifest):
-            manifest_path(self.prefix).unlink(missing_ok=True)  # before the first shard that it lists is replaced
         make_folder(self.parts)
         write_json(self.parts / "encoding.json", asdict(self.encoding))
+        if is_main and not self.encoding.agrees(manifest):
+            manifest_path(self.prefix).unlink(missing_ok=True)  # before the first shard that it lists is replaced
 
     def _refuse(self, why: str) -> None:
         raise UserError(f"output={self.prefix}: {why}; choose another output, or give overwrite=true")
@@ -130,7 +130,7 @@ class Plan:
             skipped.skipped.update(shard["skipped"])
         counts = {"samples": sum(shard["samples"] for shard in shards), "skipped": dict(skipped.skipped)}
         surplus = find_shards(self.prefix) if not counts["samples"] else find_shards(self.prefix)[len(shards) :]
-        for path in surplus:
+        for path in [*surplus, *leftovers(self.prefix)]:
             path.unlink(missing_ok=True)
         if counts["samples"]:
             write_json(manifest_path(self.prefix), {"shards": shards, **counts, **asdict(self.encoding)})
@@ -141,11 +141,13 @@ class Plan:
 
 
 def _identity(source: str) -> dict[str, str]:
-    return {"file": Path(source).name, "sha256": sha256(source)}
+    return {"file": shown(Path(source).name), "sha256": sha256(source)}
 
 
 def _read(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
+        return read_json(file)
+    except UserError:
+        if file.exists():
+            raise
         return {}  # missing, or merged into the manifest and removed

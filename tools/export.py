@@ -7,8 +7,11 @@ The new folder is whole or absent. Where `to` is a checkpoint already, its weigh
 (a model card) stay. No path of this machine is written.
 """
 
+import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +20,15 @@ if __name__ == "__main__":
     import common  # noqa: F401  Ctrl-C is one word from here on
 
 import torch
+from safetensors import SafetensorError
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import REPOSITORY, resolve_path
+from common.files import REPOSITORY, disk_errors, expand, read_json
 from common.settings import setting
 from models import MAGVITv2, Showo
-from models.checkpoint_io import INDEX_NAMES, read_json, resolve_folder
+from models.checkpoint_io import INDEX_NAMES, quietly
+from models.loading import find_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLASSES = {"Showo": Showo, "showo": Showo, "MAGVITv2": MAGVITv2, "magvitv2": MAGVITv2}
@@ -37,11 +42,15 @@ class ExportConfig:
     dtype: str = setting("bf16", "precision of the weights", choices=tuple(DTYPES))
 
 
+def kind_of(folder: Path) -> str:
+    """What the folder's config.json says that it holds."""
+    content = read_json(folder / "config.json")
+    return str(content.get("_class_name") or content.get("model_type"))
+
+
 def load(folder: Path, dtype: torch.dtype) -> Showo | MAGVITv2:
     """The model of a folder, of whichever class its config.json names."""
-    content = read_json(folder / "config.json")
-    kind = content.get("_class_name") or content.get("model_type")
-    if kind not in CLASSES:
+    if (kind := kind_of(folder)) not in CLASSES:
         raise UserError(f"{folder} holds a {kind!r} checkpoint; only Showo and MAGVITv2 can be exported")
     model = CLASSES[kind].from_pretrained(str(folder), dtype=dtype)
     path = getattr(model.config, "llm_model_path", None)
@@ -55,39 +64,71 @@ def portable(path: Path) -> str:
     return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else path.name
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Puts `new` in the place of `folder`, taking along the files there that are no weights."""
-    if not folder.exists():
-        new.rename(folder)
+def check_goal(goal: Path, source: Path) -> None:
+    """Raises `UserError` if `goal` is anything but a new or empty folder, or another checkpoint of the same class."""
+    if goal.is_symlink():
+        raise UserError(f"to={goal} is a link, which would be replaced; give the folder that it leads to")
+    if not goal.exists() or (goal.is_dir() and not any(goal.iterdir())):
         return
-    for file in folder.iterdir():
-        if file.suffix not in WEIGHT_SUFFIXES and file.name not in (*INDEX_NAMES, "config.json"):
-            copy = shutil.copytree if file.is_dir() else shutil.copy2
-            copy(file, new / file.name)
-    old = folder.rename(folder.with_name(f".{folder.name}.old"))
-    new.rename(folder)
-    shutil.rmtree(old)
+    same = (goal / "config.json").is_file() and CLASSES.get(kind_of(goal)) is CLASSES.get(kind_of(source))
+    if not same:
+        raise UserError(f"to={goal} exists and is no checkpoint folder of the same kind of model; give a new one")
+    here, there = goal.resolve(), source.resolve()
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise UserError(f"to={goal} and from={source} are one folder, or one is in the other; give a new one")
+
+
+@contextmanager
+def replacing(goal: Path) -> Iterator[Path]:
+    """A folder to write to that then takes the place of `goal`, along with the files there that are no weights.
+
+    Raises:
+        UserError: it cannot be written; what was there stays.
+    """
+    new, old = (goal.with_name(f".{goal.name}.{what}") for what in ("new", "old"))
+    with disk_errors(goal):
+        if old.exists() and not goal.exists():
+            old.rename(goal)  # an export was killed between the last two renames
+        for left_over in (new, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        try:
+            yield new
+            for file in goal.iterdir() if goal.exists() else ():
+                if file.is_dir() and not file.is_symlink():
+                    shutil.copytree(file, new / file.name, symlinks=True)
+                elif file.suffix not in WEIGHT_SUFFIXES and file.name not in (*INDEX_NAMES, *os.listdir(new)):
+                    shutil.copy2(file, new / file.name, follow_symlinks=False)
+            if goal.exists():
+                goal.rename(old)
+            try:
+                new.rename(goal)
+            except OSError:
+                old.rename(goal)
+                raise
+        except SafetensorError as error:  # how a full disk reaches us from its writer
+            raise UserError(f"cannot write {goal} ({error}); make room, or give another place") from None
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def export(source: str, target: str, dtype: str) -> str:
     """Writes the folder; returns a one-line summary.
 
     Raises:
-        UserError: `source` is no checkpoint, or `target` is something else than a checkpoint or a new folder.
+        UserError: `source` is no checkpoint, or `target` is something else than a checkpoint or a new folder, or
+            cannot be written.
     """
-    folder = Path(target)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
-        raise UserError(f"to={target} exists and is no checkpoint folder; give a new one")
-    model = load(resolve_folder(resolve_path(source)), DTYPES[dtype])
-    temporary = folder.with_name(f".{folder.name}.new")
-    for left_over in (temporary, folder.with_name(f".{folder.name}.old")):
-        shutil.rmtree(left_over, ignore_errors=True)
-    model.save_pretrained(temporary)
-    files = list(temporary.iterdir())
-    for file in files:
-        file.chmod(0o644)
-    size = sum(file.stat().st_size for file in files)
-    replace_folder(temporary, folder)
+    folder, goal = find_folder(source), expand(target)
+    check_goal(goal, folder)
+    model = load(folder, DTYPES[dtype])
+    with replacing(goal) as new:
+        with quietly():
+            model.save_pretrained(new)
+        files = list(new.iterdir())
+        for file in files:
+            file.chmod(0o644)
+        size = sum(file.stat().st_size for file in files)
     return f"{target}: {type(model).__name__}, {model.num_parameters():,} parameters, {dtype}, {size / 1e6:.1f} MB"
 
 

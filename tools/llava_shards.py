@@ -9,26 +9,36 @@ Every question with its answer becomes one sample: the image and ``USER: \\n{que
 very text that `inference_mmu.py` asks with, so train on it with `dataset.params.add_caption_prompt: False`. With
 `records=true` a sample is the image and the whole record as `json`, which the flows llava_pretrain and llava_tuning
 read, also when `encode_images.py` has encoded the images. `repeat` weighs the values of the records' key `task`.
-Records without an image are left out (spec §9).
+Records without an image are left out (spec §9). Like the flows, it reads json (a list, or one in ``{"data": […]}``) and
+jsonl; what they skip, and images that are missing or cannot be read, are left out and counted. An existing set is kept
+until the new one is complete.
 """
 
-import json
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import common  # noqa: F401  Ctrl-C is one word from here on
 
-import webdataset
-
 from common.config import read_settings
 from common.errors import UserError, run_cli
+from common.files import write_json
+from common.progress import progress
+from common.schema import ImageSection
 from common.settings import setting
 from llava import question_prompt_vq
+from tools.make_shards import image_members
+from tools.shard_writing import in_order, made_from, manifest_path, new_set, read_prefix, refuse_others, write_shards
+from training.data.json_records import JsonRecords
+from training.data.llava import LlavaRecord
+from training.data.sources import BAD_CONVERSATION, MISSING_FILE, ROTATED, SkipCounters, Skipped, SkipSample
+
+MOST_REPEATS = 10_000
 
 
 @dataclass
@@ -40,32 +50,68 @@ class LlavaShardsConfig:
     records: bool = setting(False, "whole records for the llava flows, instead of questions for the captioning flow")
     shard_size: int = setting(2000, "samples in a shard", low=1)
     seed: int = setting(0, "of the shuffled order")
+    resize: int = setting(0, "scale larger images until their shorter side is this; 0 keeps every byte", low=0)
+    quality: int = setting(95, "of the JPEG and WebP images that were scaled", low=1, high=100)
+    num_workers: int = setting(4, "threads that read and check images", low=1, high=1024)
+    overwrite: bool = setting(False, "replace another data set of this prefix")
+    image: ImageSection = field(default_factory=ImageSection)
 
 
-def samples(records: list[dict], image_root: Path, repeat: dict[str, int], whole: bool) -> Iterator[dict]:
-    """One sample per question, or record if `whole`, and repetition; its image is the path, yet to be read.
+@dataclass(frozen=True)
+class Planned:
+    """A sample that is to be written: a question of a record, or a whole one, where `text` is None."""
 
-    Raises:
-        UserError: a record's image is missing.
-    """
-    for index, record in enumerate(records):
-        if "image" not in record:
+    key: str
+    record: int
+    image: Path
+    text: str | None
+
+
+def planned(records: JsonRecords, config, repeat: dict[str, int], counters: SkipCounters) -> Iterator[Planned]:
+    """One sample per question, or record with `records`, and repetition; records that are unusable are counted."""
+    for index in range(len(records)):
+        try:
+            record = LlavaRecord.parse(records[index], f"{records.path}: record {index + 1}")
+            if record.image is None:
+                continue
+            image = Path(config.image_root) / record.image
+            if not image.is_file():
+                name = f"record {record.content.get('id', index)!r}"
+                raise SkipSample(MISSING_FILE, f"{name}: image {image} does not exist; check image_root")
+            pairs = questions_and_answers(record.turns)
+            if not pairs:
+                raise SkipSample(BAD_CONVERSATION, f"{records.path}: record {index + 1} has no question with an answer")
+        except SkipSample as skipped:
+            counters.seen += 1
+            counters.skip(skipped.kind, skipped.detail)
             continue
-        image = image_root / record["image"]
-        if not image.is_file():
-            raise UserError(f"record {record.get('id', index)!r}: image {image} does not exist; check image_root")
-        questions = () if whole else questions_and_answers(record["conversations"])
-        texts = [{"txt": f"{question_prompt_vq(question)} {answer}"} for question, answer in questions]
-        for number, text in enumerate([{"json": record}] if whole else texts):
-            for time in range(repeat.get(record.get("task"), 1)):
-                key = f"{index:06d}-{number}-{time}"
-                yield {"__key__": key, image.suffix.lstrip(".").lower(): image, **text}
+        task = record.content.get("task")
+        texts = [f"{question_prompt_vq(question)} {answer}" for question, answer in pairs]
+        for number, text in enumerate([None] if config.records else texts):
+            for time in range(repeat.get(task, 1) if isinstance(task, str) else 1):
+                yield Planned(f"{index:06d}-{number}-{time}", index, image, text)
+
+
+def make_sample(one: Planned, records: JsonRecords, config) -> dict | Skipped:
+    """The members of a sample, its image read and checked."""
+    try:
+        image = image_members(one.image, str(one.image), config)
+    except SkipSample as skipped:
+        return Skipped(skipped.kind, skipped.detail)
+    text = {"json": records[one.record]} if one.text is None else {"txt": one.text.encode()}
+    return {"__key__": one.key, **image, **text}
 
 
 def questions_and_answers(turns: list[dict]) -> list[tuple[str, str]]:
-    """Pairs of a conversation without their image tags; a leading answer and a trailing question are dropped."""
+    """Pairs of a conversation without their image tags; a leading answer and a trailing question are dropped.
+
+    Raises:
+        SkipSample: questions and answers do not alternate.
+    """
     if turns and turns[0]["from"] == "gpt":
         turns = turns[1:]
+    if any(turn["from"] != ("human", "gpt")[number % 2] for number, turn in enumerate(turns)):
+        raise SkipSample(BAD_CONVERSATION, f"questions and answers do not alternate: {turns!r:.80}")
     texts = [turn["value"].replace("<image>", "").strip() for turn in turns]
     return list(zip(texts[::2], texts[1::2], strict=False))
 
@@ -77,29 +123,46 @@ def read_repeat(setting: str) -> dict[str, int]:
         UserError: it is not of that form.
     """
     try:
-        return {task: int(times) for task, times in (part.split(":") for part in setting.split(",") if part)}
+        repeat = {task: int(times) for task, times in (part.split(":") for part in setting.split(",") if part)}
     except ValueError:
         raise UserError(f"repeat={setting} is not of the form task:times,task:times, for example name:3") from None
+    if not all(0 <= times <= MOST_REPEATS for times in repeat.values()):
+        raise UserError(f"repeat={setting}: a record can be repeated 0 to {MOST_REPEATS:,} times")
+    return repeat
 
 
 def main(argv: list[str]) -> None:
     config = read_settings(argv, LlavaShardsConfig, "json=… image_root=… output=data/shards/qa")
-    file = Path(config.json)
-    if not file.is_file():
-        raise UserError(f"json={file} does not exist")
-    try:
-        records = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"json={file} is no valid JSON ({error})") from None
-    chosen = list(samples(records, Path(config.image_root), read_repeat(config.repeat), config.records))
+    repeat, records, counters = read_repeat(config.repeat), JsonRecords(config.json), SkipCounters()
+    chosen = list(planned(records, config, repeat, counters))
+    if not chosen:
+        what = f"skipped {counters.describe()}" if counters.seen else "no record has an image"
+        raise UserError(f"json={config.json}: no sample is left to write: {what}")
     random.Random(config.seed).shuffle(chosen)
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    with webdataset.ShardWriter(f"{config.output}-%06d.tar", maxcount=config.shard_size, verbose=0, mtime=0) as writer:
-        for sample in chosen:
-            writer.write(
-                {key: value.read_bytes() if isinstance(value, Path) else value for key, value in sample.items()}
-            )
-    print(f"{config.output}: {len(chosen)} samples")
+    prefix = read_prefix(config.output)
+    refuse_others(prefix, config)
+    with new_set(prefix) as new, progress(total=len(chosen), unit=" samples", desc="writing shards") as bar:
+        entries = write_shards(new, _counted(chosen, records, config, counters, bar), config.shard_size)
+        if not entries:
+            raise UserError(f"json={config.json}: no sample is left to write: skipped {counters.describe()}")
+        counts = {"samples": sum(entry["samples"] for entry in entries), "skipped": dict(counters.skipped)}
+        write_json(manifest_path(new), {"shards": entries, **counts, "settings": made_from(config)})
+    counters.print()
+    print(f"{config.output}: {counts['samples']} samples")
+
+
+def _counted(chosen: list[Planned], records: JsonRecords, config, counters: SkipCounters, bar) -> Iterator[dict]:
+    """The samples that could be read; everything is counted."""
+    make = partial(make_sample, records=records, config=config)
+    for sample in in_order(make, chosen, config.num_workers, ahead=8 * config.num_workers):
+        bar.update()
+        counters.seen += 1
+        if isinstance(sample, Skipped):
+            counters.skip(sample.kind, sample.detail)
+            continue
+        if sample.pop("_rotated", False):
+            counters.note(ROTATED, sample["__key__"])
+        yield sample
 
 
 if __name__ == "__main__":

@@ -14,33 +14,35 @@ a table names the images, with `captions=folders` the folders they lie in (Image
 
 Each sample is the image's own bytes and ``txt``. An image with several captions (COCO has five) becomes several
 samples, so that an epoch sees all; `captions_per_image=join` or `first` makes one. Images that cannot be read, files
-that are missing and empty captions are left out and counted. `{output}-manifest.json` lists the shards. The same source
-and settings give the same bytes; an existing set is kept until the new one is complete.
+that are missing and empty captions are left out and counted. `holdout=0.05` keeps a twentieth of the images for
+evaluation, in ``{output}_heldout-000000.tar``. `{output}-manifest.json` lists the shards. The same source and settings
+give the same bytes; an existing set is kept until the new one is complete.
 """
 
 import io
-import itertools
 import json
 import random
-import shutil
 import sys
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import common  # noqa: F401  Ctrl-C is one word from here on
 
-from omegaconf import OmegaConf
 from PIL import Image
 from tqdm import tqdm
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
+from common.files import check_file, visible_files, write_json
+from common.progress import progress
+from common.schema import ImageSection
 from common.settings import setting
+from models.images import DEEP, DEFAULT, MAX_BYTES, ImageOptions, has_rotation, open_image
 from tools.captioned import (
     NO_CAPTION,
     Captioned,
@@ -50,22 +52,31 @@ from tools.captioned import (
     in_class_folders,
     in_table,
     is_image_file,
-    list_files,
     of_one_split,
 )
 from tools.captioned_parquet import CaptionedParquet
+from tools.holdout import Holdout
 from tools.shard_writing import (
-    find_shards,
+    heldout_prefix,
     in_order,
-    make_folder,
+    made_from,
     manifest_path,
-    read_manifest,
+    new_set,
     read_prefix,
-    shard_path,
-    write_json,
-    write_shard,
+    refuse_others,
+    write_shards,
 )
-from training.data.sources import EMPTY_TEXT, MALFORMED_ITEM, MISSING_FILE, UNREADABLE_IMAGE, SkipCounters, Skipped
+from training.data.paths import PARQUET, has_suffix
+from training.data.sources import (
+    EMPTY_TEXT,
+    MISSING_FILE,
+    ROTATED,
+    UNREADABLE_IMAGE,
+    SkipCounters,
+    Skipped,
+    SkipSample,
+    checked_text,
+)
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # PIL's name → member; others become PNG
 CLASS_FOLDERS = "folders"  # in place of a table
@@ -85,10 +96,12 @@ class MakeShardsConfig:
     resize: int = setting(0, "scale larger images until their shorter side is this; 0 keeps every byte", low=0)
     quality: int = setting(95, "of the JPEG and WebP images that were scaled", low=1, high=100)
     shard_size: int = setting(1000, "samples in a shard", low=1)
+    holdout: float = setting(0.0, "share of the images kept out for evaluation, in {output}_heldout", low=0, high=0.5)
     shuffle: bool = setting(True, "shuffle images; of parquet, row groups, and rows within each")
-    seed: int = setting(0, "of the shuffled order")
-    num_workers: int = setting(4, "threads that read and check images", low=1)
+    seed: int = setting(0, "of the shuffled order and of what is held out")
+    num_workers: int = setting(4, "threads that read and check images", low=1, high=1024)
     overwrite: bool = setting(False, "replace another data set of this prefix")
+    image: ImageSection = field(default_factory=ImageSection)
 
 
 # ---- where images and captions are ----
@@ -100,21 +113,21 @@ def open_source(config) -> CaptionedSource:
     Raises:
         UserError: there are none, or none with a caption, or a table or column is missing.
     """
-    folder = Path(config.source).expanduser()
+    folder = Path(config.source)
     if not folder.is_dir():
         raise UserError(f"source={config.source} is no folder that exists; give the one that holds the images")
     if config.captions == CLASS_FOLDERS:
         return Listing(in_class_folders(folder))
     columns = (config.image_column, config.caption_column)
     if config.captions:
-        return Listing(in_table(Path(config.captions).expanduser(), folder, *columns))
-    files = list_files(folder)
-    if tables := [file for file in files if file.name in ("metadata.csv", "metadata.jsonl")]:
+        return Listing(in_table(Path(config.captions), folder, *columns))
+    files = visible_files(folder)
+    if tables := [file for file in files if file.name.lower() in ("metadata.csv", "metadata.jsonl")]:
         tables = of_one_split(tables, folder, config.split)
         return Listing([entry for table in tables for entry in in_table(table, table.parent, *columns)])
     if entries := beside_texts(files, folder, config.txt_lines):
         return Listing(entries)
-    if parquet := [file for file in files if file.suffix == ".parquet"]:
+    if parquet := [file for file in files if has_suffix(file.name, PARQUET)]:
         return CaptionedParquet(of_one_split(parquet, folder, config.split), *columns, config.metadata)
     raise UserError(f"source={config.source}: no captions found; {_advice(files)}")
 
@@ -157,44 +170,63 @@ def make_sample(entry: Captioned | Skipped, config) -> dict[str, bytes] | Skippe
     """Members of a sample by suffix, read and checked."""
     if isinstance(entry, Skipped):
         return entry
-    if not entry.captions[0]:
-        return Skipped(EMPTY_TEXT, entry.name)
     try:
-        text = entry.captions[0].encode()
-    except UnicodeEncodeError as error:  # half a character, as broken JSON escapes have it
-        return Skipped(MALFORMED_ITEM, f"{entry.name}: {error}")
-    try:
-        data = entry.image if isinstance(entry.image, bytes) else entry.image.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        return Skipped(MISSING_FILE, f"{entry.name}: {getattr(error, 'strerror', error)}")
-    try:
-        suffix, data = checked_image(data, config.resize, config.quality)
-    except Exception as error:  # decoders of broken files raise almost anything, even SyntaxError
-        return Skipped(UNREADABLE_IMAGE, f"{entry.name}: {error}")
+        text = checked_text(entry.captions[0], entry.name).strip()
+        if not text:
+            return Skipped(EMPTY_TEXT, entry.name)
+        image = image_members(entry.image, entry.name, config)
+    except SkipSample as skipped:
+        return Skipped(skipped.kind, skipped.detail)
     extra = {"json": json.dumps(entry.extra, default=str).encode()} if config.metadata else {}
-    return {suffix: data, "txt": text, **extra}
+    return {**image, "txt": text.encode(), **extra}
 
 
-def checked_image(data: bytes, resize: int, quality: int) -> tuple[str, bytes]:
-    """Decode an image to its end; keep its bytes unless it is to be scaled or of a format that no flow reads.
+def image_members(image: bytes | Path, name: str, config) -> dict[str, Any]:
+    """The member of an image by its suffix; with `_rotated` if EXIF data say that it is to be turned.
+
+    Args:
+        config: settings `resize`, `quality` and `image`.
+
+    Raises:
+        SkipSample: it does not exist or cannot be read.
+    """
+    try:
+        data = image if isinstance(image, bytes) else check_file(image, f"image {name}", MAX_BYTES).read_bytes()
+    except (UserError, OSError) as error:
+        raise SkipSample(MISSING_FILE, str(error)) from None
+    try:
+        options = ImageOptions(config.image.exif, config.image.background)
+        suffix, data = checked_image(data, config.resize, config.quality, name, options)
+    except UserError as error:
+        raise SkipSample(UNREADABLE_IMAGE, str(error)) from None
+    with Image.open(io.BytesIO(data)) as opened:
+        return {suffix: data} | ({"_rotated": True} if has_rotation(opened) else {})
+
+
+def checked_image(
+    data: bytes, resize: int, quality: int, name: str = "", options: ImageOptions = DEFAULT
+) -> tuple[str, bytes]:
+    """Decode an image to its end; keep its bytes unless it is to be scaled or rotated, or no flow reads its format.
 
     Returns:
         member suffix, bytes.
 
     Raises:
-        Exception: whatever PIL says of a broken image.
+        UserError: it cannot be decoded.
     """
+    rgb = open_image(data, name, options)
     with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        short, long = min(image.size), max(image.size)
-        suffix, scaled = SUFFIXES.get(image.format), resize and short > resize
-        if suffix and not scaled:
-            return suffix, data
-        rgb = image.convert("RGB")  # as the flows read it; without EXIF, whose rotation they do not apply
-        if scaled:
-            new_long = int(resize * long / short)  # spec §11
-            size = (resize, new_long) if image.width == short else (new_long, resize)
-            rgb = rgb.resize(size, Image.Resampling.BICUBIC)
+        suffix = SUFFIXES.get(image.format)
+        is_deep = image.mode in DEEP or image.mode.startswith("I;16")
+        is_turned = options.exif == "apply" and has_rotation(image)
+    short, long = min(rgb.size), max(rgb.size)
+    scaled = resize and short > resize
+    if suffix and not (scaled or is_deep or is_turned):
+        return suffix, data
+    if scaled:
+        new_long = int(resize * long / short)  # spec §11
+        size = (resize, new_long) if rgb.width == short else (new_long, resize)
+        rgb = rgb.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     rgb.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}.get(suffix, "PNG"), quality=quality)
     return suffix or "png", buffer.getvalue()
@@ -213,54 +245,23 @@ def make_shards(source: CaptionedSource, config) -> tuple[dict, SkipCounters]:
         UserError: another data set is there, nothing could be read, or the disk is full.
     """
     prefix, counters = read_prefix(config.output), SkipCounters()
-    settings = made_from(config)
-    refuse_others(prefix, settings, config.overwrite)
-    temporary = prefix.with_name(f".{prefix.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    make_folder(temporary)
-    try:
-        entries = write_all(temporary / prefix.name, source, config, counters)
+    refuse_others(prefix, config)
+    with new_set(prefix) as new:
+        entries, heldout = write_all(new, source, config, counters)
         if not entries:
             raise UserError(f"source={config.source}: nothing is left to write: skipped {counters.describe()}")
         counts = {"samples": sum(entry["samples"] for entry in entries), "skipped": dict(counters.skipped)}
-        manifest = {"shards": entries, **counts, "settings": settings}
-        write_json(manifest_path(temporary / prefix.name), manifest)
-        publish(temporary / prefix.name, prefix)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        manifest = {"shards": entries, **counts, "heldout": heldout, "settings": made_from(config)}
+        write_json(manifest_path(new), manifest)
     return manifest, counters
 
 
-def made_from(config) -> dict:
-    """The settings that the bytes depend on."""
-    settings = OmegaConf.to_container(config)
-    return {key: value for key, value in settings.items() if key not in ("output", "num_workers", "overwrite")}
-
-
-def refuse_others(prefix: Path, settings: dict, overwrite: bool) -> None:
-    """Raises `UserError` if another data set exists at the prefix, unless it may be overwritten."""
-    old, remedy = read_manifest(prefix), "choose another output, or give overwrite=true"
-    if overwrite or old.get("settings") == settings:
-        return
-    if old:
-        others = old.get("settings") or {}
-        differing = [f"{key}={value}" for key, value in others.items() if settings.get(key) != value]
-        raise UserError(f"{manifest_path(prefix)} belongs to another data set ({', '.join(differing)}); {remedy}")
-    if shards := find_shards(prefix):
-        raise UserError(f"{shards[0]} is there already, without a manifest; {remedy}")
-
-
-def write_all(prefix: Path, source: CaptionedSource, config, counters: SkipCounters) -> list[dict]:
-    """All shards of a source, one after another; their entries of the manifest."""
-    with tqdm(total=source.num_images, unit=" samples", desc="writing shards", dynamic_ncols=True) as bar:
-        samples = numbered(entries_of(source, config), config, counters, bar)
-        entries = []
-        for index in itertools.count():
-            first = next(samples, None)
-            if first is None:
-                return entries
-            rest = itertools.islice(samples, config.shard_size - 1)
-            entries.append(write_shard(shard_path(prefix, index), itertools.chain([first], rest)))
+def write_all(prefix: Path, source: CaptionedSource, config, counters: SkipCounters) -> tuple[list[dict], list[dict]]:
+    """All shards of a source, one after another; their entries of the manifest, and those of what is held out."""
+    heldout = Holdout(prefix, config, source.num_images)
+    with progress(total=source.num_images, unit=" samples", desc="writing shards") as bar:
+        samples = heldout.divert(numbered(entries_of(source, config), config, counters, bar))
+        return write_shards(prefix, samples, config.shard_size), heldout.entries
 
 
 def numbered(entries: Iterator[Captioned | Skipped], config, counters: SkipCounters, bar: tqdm) -> Iterator[dict]:
@@ -272,27 +273,20 @@ def numbered(entries: Iterator[Captioned | Skipped], config, counters: SkipCount
         counters.seen += 1
         if isinstance(sample, Skipped):
             counters.skip(sample.kind, sample.detail)
-        else:
-            yield {"__key__": f"{number:08d}", **sample}
-
-
-def publish(new: Path, prefix: Path) -> None:
-    """Put finished shards in the place of old ones; while it lasts there is no manifest."""
-    manifest_path(prefix).unlink(missing_ok=True)
-    for old in find_shards(prefix):
-        old.unlink()
-    for shard in find_shards(new):
-        shard.rename(prefix.with_name(shard.name))
-    manifest_path(new).rename(manifest_path(prefix))
+            continue
+        if sample.pop("_rotated", False):
+            counters.note(ROTATED, f"number {number}")
+        yield {"__key__": f"{number:08d}", **sample}
 
 
 def main(argv: list[str]) -> None:
     config = read_settings(argv, MakeShardsConfig, "source=~/pets output=data/pets/train")
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit, which is allowed
     manifest, counters = make_shards(open_source(config), config)
     print(f"{config.output}: {manifest['samples']} samples in {len(manifest['shards'])} shards")
-    if counters.skipped:
-        print(f"skipped {counters.describe()}")
+    if heldout := manifest["heldout"]:
+        held = sum(entry["samples"] for entry in heldout)
+        print(f"{heldout_prefix(Path(config.output))}: {held} samples held out in {len(heldout)} shards")
+    counters.print()
 
 
 if __name__ == "__main__":

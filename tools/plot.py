@@ -7,12 +7,12 @@ to compare runs of one stage. Thin lines are logged values, thick lines a runnin
 of `output` sets the format (png, svg, pdf).
 """
 
-import json
-import math
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -29,12 +29,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from common.config import read_settings
-from common.errors import UserError, run_cli
+from common.errors import UserError, run_cli, shown
+from common.files import Owned, expand, field, make_folder, parse_json, read_text, writing
 from common.settings import setting
 
-FLOWS = {"t2i": "text to image", "mmu": "image to text", "lm": "text"}
+TITLES = {"t2i": "text to image", "mmu": "image to text", "lm": "text"}  # of the published flows; others by name
+LOSS = "step_loss_"  # and the flow's name
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#444444")  # told apart by all eyes
 ROWS = {"loss": "loss", "accuracy": "token accuracy", "lr": "learning rate"}
+LARGEST = 1e30  # greater numbers are no figures, and cannot be drawn
 WINDOWS = 40  # the running mean looks back over this share of a run
 STYLE = {
     "axes.grid": True,
@@ -44,6 +47,7 @@ STYLE = {
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
     "savefig.facecolor": "white",
+    "text.parse_math": False,  # names may hold any sign
 }
 
 Series = list[tuple[int, float]]  # (step, value), steps rising
@@ -67,16 +71,16 @@ class Run:
     metrics: dict[str, Series]
 
     def flows(self) -> list[str]:
-        return [flow for flow in FLOWS if f"step_loss_{flow}" in self.metrics]
+        return flows_of(self.metrics)
 
     def train(self, row: str, flow: str) -> Series:
-        names = {"loss": f"step_loss_{flow}", "accuracy": f"accuracy/{flow}", "lr": "lr"}
+        names = {"loss": LOSS + flow, "accuracy": f"accuracy/{flow}", "lr": "lr"}
         return self.metrics.get(names[row], [])
 
     def held_out(self, row: str, flow: str) -> dict[str, Series]:
         """Mask ratio (empty: as in training) → series."""
         pattern = re.compile(
-            {"loss": "eval_loss_", "accuracy": "eval_accuracy/"}.get(row, "$") + flow + r"(?:[/_](.*))?"
+            {"loss": "eval_loss_", "accuracy": "eval_accuracy/"}.get(row, "$") + re.escape(flow) + r"(?:[/_](.*))?"
         )
         found = {pattern.fullmatch(name): series for name, series in self.metrics.items()}
         return {(match[1] or "").replace("mask_", "mask "): series for match, series in found.items() if match}
@@ -95,27 +99,32 @@ def read_run(path: Path, label: str) -> Run:
         UserError: there is no such file, or no loss in it.
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"runs: {file} does not exist; give the output_dir of a run, or its metrics.jsonl")
     metrics: dict[str, dict[int, float]] = defaultdict(dict)
     last = 0
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(file, f"runs: {shown(file)}").splitlines():
         try:
-            values = dict(json.loads(line))
-            step = int(values.pop("step"))
-        except (ValueError, TypeError, KeyError):
+            values = parse_json(line, str(file), dict)
+            step = field(values, "step", int, str(file))
+        except UserError:
+            continue
+        if not 0 <= step < LARGEST:
             continue
         if step < last:  # the run was continued from an earlier checkpoint
             metrics = defaultdict(dict, {name: _before(series, step) for name, series in metrics.items()})
         last = step
         for name, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if name != "step" and isinstance(value, int | float) and abs(value) < LARGEST:
                 metrics[name][step] = value
     run = Run(label, {name: list(series.items()) for name, series in metrics.items() if series})
     if not run.flows():
-        names = ", ".join(f"step_loss_{flow}" for flow in FLOWS)
-        raise UserError(f"runs: {file} holds no {names}; only runs of Show-o are plotted")
+        raise UserError(f"runs: {shown(file)} holds no {LOSS}…, the loss of a flow; only runs of Show-o are plotted")
     return run
+
+
+def flows_of(names: Iterable[str]) -> list[str]:
+    """The flows that have a loss, the published ones first."""
+    found = [name.removeprefix(LOSS) for name in names if name.startswith(LOSS)]
+    return [flow for flow in TITLES if flow in found] + [flow for flow in dict.fromkeys(found) if flow not in TITLES]
 
 
 def _before(series: dict[int, float], step: int) -> dict[int, float]:
@@ -154,17 +163,16 @@ def draw_held_out(axes: Axes, found: dict[str, Series], colour: str) -> None:
 
 def columns_of_runs(runs: list[Run]) -> tuple[list[Column], dict[str, str]]:
     """A column for each run, a colour for each flow; and the legend."""
-    flows = [flow for flow in FLOWS if any(flow in run.flows() for run in runs)]
-    colours = dict(zip(flows, COLOURS, strict=False))
+    colours = dict(zip(flows_of(name for run in runs for name in run.metrics), cycle(COLOURS), strict=False))
     columns = [(run.label, [(run, flow, colours[flow]) for flow in run.flows()]) for run in runs]
-    return columns, {FLOWS[flow]: colour for flow, colour in colours.items()}
+    return columns, {TITLES.get(flow, flow): colour for flow, colour in colours.items()}
 
 
 def columns_of_flows(runs: list[Run]) -> tuple[list[Column], dict[str, str]]:
     """A column for each flow, a colour for each run; and the legend."""
     coloured = [(run, COLOURS[index % len(COLOURS)]) for index, run in enumerate(runs)]
-    flows = [flow for flow in FLOWS if any(flow in run.flows() for run in runs)]
-    columns = [(FLOWS[flow], [(run, flow, colour) for run, colour in coloured]) for flow in flows]
+    flows = flows_of(name for run in runs for name in run.metrics)
+    columns = [(TITLES.get(flow, flow), [(run, flow, colour) for run, colour in coloured]) for flow in flows]
     return columns, {run.label: colour for run, colour in coloured}
 
 
@@ -228,7 +236,7 @@ def _legend(figure: Figure, colours: dict[str, str], held_out: bool) -> None:
 
 def read_runs(config) -> list[Run]:
     """Raises `UserError` for a run that cannot be read, or labels that do not fit the runs."""
-    paths = [Path(part.strip()).expanduser() for part in config.runs.split(",") if part.strip()]
+    paths = [expand(part.strip()) for part in config.runs.split(",") if part.strip()]
     if not paths:
         raise UserError("runs is empty; give the output_dir of a run, or several with commas between them")
     labels = [label.strip() for label in config.labels.split(",")] if config.labels else [_label(p) for p in paths]
@@ -239,23 +247,24 @@ def read_runs(config) -> list[Run]:
 
 def _label(path: Path) -> str:
     path = path.resolve()
-    return path.parent.name if path.suffix == ".jsonl" else path.name
+    return shown(path.parent.name if path.suffix == ".jsonl" else path.name)
 
 
 def main(argv: list[str]) -> None:
     config = read_settings(argv, PlotConfig, "runs=outputs/stage1,outputs/stage2 output=curves.png")
-    output = Path(config.output).expanduser()
+    output = Path(config.output)
     formats = sorted(Figure().canvas.get_supported_filetypes())
-    if output.suffix.lstrip(".") not in formats:
+    if output.suffix.lstrip(".").lower() not in formats:
         raise UserError(f"output={config.output} must end in one of .{', .'.join(formats)}")
+    owned = Owned(output.parent)
+    owned.claim([output.name], f"output={config.output}")
     runs = read_runs(config)
+    make_folder(output.parent)
     with plt.rc_context(STYLE):
         figure = plot(runs, config.layout, config.title)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=130)
-    except OSError as error:
-        raise UserError(f"output={config.output} cannot be written ({error.strerror})") from None
+        with writing(output) as temporary:
+            figure.savefig(temporary, dpi=130, format=output.suffix[1:].lower())
+    owned.record(output.name)
     plt.close(figure)
     print(f"{output}: {', '.join(run.label for run in runs)}")
 

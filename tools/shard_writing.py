@@ -5,19 +5,23 @@ written last: ``{"shards": [{"file", "samples", "sha256"}, …], "samples": n, "
 """
 
 import hashlib
-import json
-import os
+import itertools
 import re
-import socket
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import webdataset
+from omegaconf import OmegaConf
 
-from common.errors import UserError
+from common.errors import UserError, shown
+from common.files import make_folder, read_json, write_json, writing
+
+SETS = ("shards", "heldout", "unfinished")  # the entries of a manifest, all of them shards of ours
 
 
 def read_prefix(output: str) -> Path:
@@ -26,17 +30,11 @@ def read_prefix(output: str) -> Path:
     Raises:
         UserError: it names a folder, or the folder cannot be made.
     """
-    prefix = Path(output).expanduser()
+    prefix = Path(output)
     if output.endswith("/") or prefix.is_dir():
         raise UserError(f"output={output} is a folder; add how the shards' names begin, as in output={prefix}/train")
     make_folder(prefix.parent)
     return prefix
-
-
-def make_folder(folder: Path) -> None:
-    """Creates a folder and its parents; `UserError` if that is impossible."""
-    with _disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
 
 
 def shard_path(prefix: Path, index: int) -> Path:
@@ -47,10 +45,103 @@ def manifest_path(prefix: Path) -> Path:
     return prefix.with_name(f"{prefix.name}-manifest.json")
 
 
+def heldout_prefix(prefix: Path) -> Path:
+    """``data/mine/train`` → ``data/mine/train_heldout``, which a pattern ``train-*.tar`` does not match."""
+    return prefix.with_name(f"{prefix.name}_heldout")
+
+
 def find_shards(prefix: Path) -> list[Path]:
     """All existing shards of a prefix, in order."""
     name = re.compile(re.escape(prefix.name) + r"-\d{6,}\.tar")
     return sorted(path for path in prefix.parent.iterdir() if name.fullmatch(path.name))
+
+
+def leftovers(prefix: Path) -> list[Path]:
+    """What killed commands have begun to write."""
+    name = re.compile(re.escape(f".{prefix.name}") + r"-\d{6,}\.tar\.\d+\.partial")
+    return [path for path in prefix.parent.iterdir() if name.fullmatch(path.name)]
+
+
+# ---- what may be replaced ----
+
+
+def made_from(config) -> dict:
+    """The settings that the bytes depend on."""
+    settings = OmegaConf.to_container(config)
+    kept = {key: value for key, value in settings.items() if key not in ("output", "num_workers", "overwrite")}
+    return {key: shown(value) if isinstance(value, str) else value for key, value in kept.items()}
+
+
+def refuse_others(prefix: Path, config) -> None:
+    """Makes sure that what is at the prefix may be replaced by the data set of a command's settings.
+
+    Raises:
+        UserError: it is another data set and `overwrite` is not given, or shards that no command of ours wrote.
+    """
+    old, settings = read_manifest(prefix), made_from(config)
+    heldout = find_shards(heldout_prefix(prefix)) if config.get("holdout") else []
+    if others := foreign_shards([*find_shards(prefix), *heldout], old):
+        remedy = "choose another output, or move it away"
+        raise UserError(f"{others[0]} is there already, without a manifest that lists it; {remedy}")
+    others = old.get("settings") if isinstance(old.get("settings"), dict) else {}
+    if not old or config.overwrite or made_from(OmegaConf.structured(OmegaConf.get_type(config))) | others == settings:
+        return
+    differing = [f"{key}={value}" for key, value in others.items() if settings.get(key) != value]
+    of = f" ({', '.join(differing)})" if differing else ""
+    remedy = "choose another output, or give overwrite=true"
+    raise UserError(f"{manifest_path(prefix)} belongs to another data set{of}; {remedy}")
+
+
+def foreign_shards(shards: Iterable[Path], manifest: dict) -> list[Path]:
+    """The shards that a manifest does not list: no command of ours wrote them, and none replaces them."""
+    return [shard for shard in shards if shard.name not in _listed(manifest)]
+
+
+def _listed(manifest: dict) -> set[str]:
+    return {entry["file"] for key in SETS for entry in manifest.get(key, ())}
+
+
+# ---- writing ----
+
+
+@contextmanager
+def new_set(prefix: Path) -> Iterator[Path]:
+    """A prefix in a folder aside, for the shards and the manifest of a new data set; at the end they take the place of
+    the old ones at `prefix`. If anything fails, the old ones stay."""
+    temporary = prefix.with_name(f".{prefix.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    make_folder(temporary)
+    try:
+        yield temporary / prefix.name
+        _publish(temporary / prefix.name, prefix)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(new: Path, prefix: Path) -> None:
+    """Puts finished shards in the place of old ones; while it lasts the manifest promises none, but says they are ours.
+
+    A command that is killed here can be repeated with overwrite=true.
+    """
+    manifest, old, fresh = manifest_path(prefix), read_manifest(prefix), read_manifest(new)
+    entries = [entry for content in (old, fresh) for key in SETS for entry in content.get(key, ())]
+    write_json(manifest, {"shards": [], "unfinished": entries})
+    for name in _listed(old):
+        prefix.with_name(name).unlink(missing_ok=True)
+    for name in _listed(fresh):
+        new.with_name(name).rename(prefix.with_name(name))
+    manifest_path(new).rename(manifest)
+
+
+def write_shards(prefix: Path, samples: Iterator[dict], shard_size: int) -> list[dict]:
+    """Writes samples as shards, one after another; returns their entries of the manifest."""
+    entries = []
+    for index in itertools.count():
+        first = next(samples, None)
+        if first is None:
+            return entries
+        rest = itertools.islice(samples, shard_size - 1)
+        entries.append(write_shard(shard_path(prefix, index), itertools.chain([first], rest)))
 
 
 def write_shard(path: Path, samples: Iterable[dict]) -> dict:
@@ -66,9 +157,9 @@ def write_shard(path: Path, samples: Iterable[dict]) -> dict:
     Raises:
         UserError: the disk is full, or the folder cannot be written to.
     """
-    temporary, count = path.with_name(path.name + ".partial"), 0
-    with _disk_errors(path):
-        # GNU's format: the default refuses names over 100 characters.
+    count = 0
+    # GNU's format: the default refuses names over 100 characters.
+    with writing(path) as temporary:
         with (
             temporary.open("wb") as file,
             webdataset.TarWriter(file, encoder=False, mtime=0, format="GNU_FORMAT") as tar,
@@ -77,16 +168,7 @@ def write_shard(path: Path, samples: Iterable[dict]) -> dict:
                 tar.write(sample)
                 count += 1
         checksum = sha256(temporary)
-        temporary.rename(path)
     return {"file": path.name, "samples": count, "sha256": checksum}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a file completely or not at all; several processes may write the same one."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    with _disk_errors(path):
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.rename(path)
 
 
 def read_manifest(prefix: Path) -> dict:
@@ -98,11 +180,17 @@ def read_manifest(prefix: Path) -> dict:
     path = manifest_path(prefix)
     if not path.exists():
         return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return {**manifest, "shards": list(manifest["shards"])}
-    except (ValueError, TypeError, KeyError, OSError):
-        raise UserError(f"{path} is no manifest of shards; remove it, or choose another output") from None
+    manifest = read_json(path)
+    entries = [manifest.get("shards"), *(manifest.get(key, []) for key in SETS[1:])]
+    if not all(isinstance(one, list) and all(map(_is_entry, one)) for one in entries):
+        raise UserError(f"{path} is no manifest of shards; remove it, or choose another output")
+    return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("file", "sha256")):
+        return False
+    return Path(entry["file"]).name == entry["file"]
 
 
 def sha256(path: str | Path) -> str:
@@ -120,11 +208,3 @@ def in_order(function: Callable, items: Iterable, threads: int, ahead: int) -> I
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); free or choose another place") from None

@@ -23,25 +23,36 @@ from common.errors import run_cli
 from common.settings import setting
 from models.checkpoint_io import quietly
 from models.clip_encoder import image_processor_class, num_features
+from models.config_fields import check_memory
+from tools.owned_folder import owned_folder
 
 
 @dataclass
 class SmallClipConfig:
     output_dir: str = setting("???", "the folder to make")
-    image_size: int = setting(64, "pixels per side", low=1)
-    patch_size: int = setting(8, "pixels per side of a feature: 64 features for an image of 64 x 64", low=1)
-    hidden_size: int = setting(192, "width", low=1)
-    layers: int = setting(3, "layers; the last one is not used: features are the hidden state before it", low=1)
-    heads: int = setting(3, "attention heads", low=1)
-    seed: int = setting(0, "of the random weights", low=0)
+    image_size: int = setting(64, "pixels per side", low=1, high=2**13)
+    patch_size: int = setting(8, "pixels per side of a feature: 64 features for an image of 64 x 64", low=1, high=2**10)
+    hidden_size: int = setting(192, "width", low=1, high=2**13)
+    layers: int = setting(
+        3, "layers; the last one is not used: features are the hidden state before it", low=1, high=64
+    )
+    heads: int = setting(3, "attention heads", low=1, high=2**12)
+    seed: int = setting(0, "of the random weights", low=0, high=2**63 - 1)
 
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
-        return [
+        found = [
             f"{whole} is {config[whole]}; it must be a multiple of {part} ({config[part]})"
             for whole, part in (("image_size", "patch_size"), ("hidden_size", "heads"))
             if config[part] > 0 and config[whole] % config[part]
         ]
+        numbers = 12 * config.hidden_size**2 * config.layers
+        numbers += config.hidden_size * (config.image_size // max(config.patch_size, 1)) ** 2
+        try:
+            check_memory(4 * numbers, "the tower")
+        except ValueError as error:
+            found.append(str(error))
+        return found
 
 
 def make_tower(config: DictConfig) -> CLIPVisionModel:
@@ -58,10 +69,10 @@ def make_tower(config: DictConfig) -> CLIPVisionModel:
 def main(argv: list[str]) -> None:
     config = read_settings(argv, SmallClipConfig, "output_dir=outputs/tiny-clip")
     side = {"height": config.image_size, "width": config.image_size}
-    with quietly():
-        make_tower(config).save_pretrained(config.output_dir)
     processor = image_processor_class()(size={"shortest_edge": config.image_size}, crop_size=side)
-    processor.save_pretrained(config.output_dir)
+    with quietly(), owned_folder(config.output_dir, "output_dir") as folder:
+        make_tower(config).save_pretrained(folder)
+        processor.save_pretrained(folder)
     print(f"{config.output_dir}: {num_features(config)} features of {config.hidden_size} numbers")
 
 

@@ -2,8 +2,8 @@
 
 import errno
 import json
+import math
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,17 +18,21 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from common.config import leaves
+from common.config import leaves, read_yaml
 from common.errors import UserError
+from common.files import field as member
+from common.files import read_json
 from common.settings import free_keys
 from common.tracking import read_lines, write_whole
-from models.checkpoint_io import quietly, read_json
+from models.checkpoint_io import check_finite, quietly
 from training.data.streams import StreamState
 from training.optimization import decay_steps
-from training.processes import full_state_dict, universal_checkpoint
+from training.processes import executing_nothing, full_state_dict, local, universal_checkpoint
 
 COURSE = ".course.json"  # in the output folder while a run begins, see `begin_course`
-FINAL_MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+MOST_STEPS = 10**12  # of a run
+FINAL_MODEL = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors")
+FINAL_MODEL += ("model.safetensors.index.json",)
 
 # torch reports a full disk as a RuntimeError with one of these texts; other RuntimeErrors have other causes.
 TORCH_CANNOT_WRITE = re.compile(r"inline_container|PytorchStreamWriter|write failed")
@@ -84,7 +88,13 @@ def _number(checkpoint: Path) -> int:
 
 def _read_course(output_dir: Path) -> dict:
     file = output_dir / COURSE
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    course, where = read_json(file), str(file)
+    leaving, to = member(course, "leaving", list, where), member(course, "to", str, where)
+    if not re.fullmatch(r"abandoned-\d+", to) or not isinstance(course.get("start"), str | None):
+        raise UserError(f"{file} is damaged; remove it")
+    return course | {"leaving": leaving}
 
 
 def find_resume(output_dir: str | Path, setting: str | bool | None) -> Path | None:
@@ -124,13 +134,13 @@ def find_start(output_dir: str | Path, setting: str | bool | None) -> Start | No
     if folder.name == "checkpoint-0":
         return Start(folder, 0, weights if weights.is_dir() else folder)
     metadata = read_json(folder / "metadata.json")
-    step = metadata.get("global_step")
-    if not isinstance(step, int) or step < 0:
+    step, written_by = metadata.get("global_step"), metadata.get("num_processes")
+    if type(step) is not int or not 0 <= step <= MOST_STEPS or not (written_by is None or type(written_by) is int):
         raise UserError(
             f"{folder / 'metadata.json'} has no global_step; the checkpoint is damaged: remove or replace it"
         )
-    if "num_processes" in metadata:  # ours; the published code writes the step alone
-        return Start(folder, step, written_by=metadata["num_processes"])
+    if written_by is not None:  # ours; the published code writes the step alone
+        return Start(folder, step, written_by=written_by)
     if not weights.is_dir():
         raise UserError(f"{folder} is incomplete (it holds no unwrapped_model); remove it or copy it again")
     return Start(folder, step, weights)
@@ -318,7 +328,8 @@ def _publish(temporary: Path, final: Path, limit: int | None) -> None:
     temporary.rename(final)
     _flush(final.parent)  # the new name must be on the disk before an old checkpoint is removed
     (final.parent / COURSE).unlink(missing_ok=True)  # the course has a checkpoint of its own, see `begin_course`
-    others = [folder for folder in checkpoints(final.parent) if folder != final]
+    # The user has put checkpoint-0 there, see `find_start`.
+    others = [folder for folder in checkpoints(final.parent) if folder not in (final, final.parent / "checkpoint-0")]
     doomed += [hide(old) for old in others[: max(0, len(others) + 1 - limit)]] if limit else []
     for folder in doomed:
         shutil.rmtree(folder)
@@ -365,10 +376,6 @@ def save_model(accelerator: Accelerator, model, folder: Path, *, wrapped=None, a
                 model.save_pretrained(folder, state_dict=weights)
 
 
-DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, EOFError)
-DAMAGED += (pickle.PickleError, SafetensorError, CheckpointException)  # CheckpointException: from FSDP2's sharded files
-
-
 def _cause(error: BaseException) -> BaseException:
     """The first process's error inside a `CheckpointException` (of sharded files); other errors are returned as is."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
@@ -376,11 +383,26 @@ def _cause(error: BaseException) -> BaseException:
 
 def _reason(error: BaseException) -> str:
     cause = _cause(error)
+    if "Weights only load failed" in str(cause):  # torch's text goes on with how to execute it all the same
+        return "a file is damaged, or holds more than tensors and was not executed"
     return f"{type(cause).__name__}: {cause}".splitlines()[0][:160]
+
+
+@contextmanager
+def damage_as_user_error(folder: Path) -> Iterator[None]:
+    """Raises `UserError` where the content of a checkpoint is not what a run writes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as error:  # damaged files raise a dozen unrelated classes
+        raise UserError(f"{folder} cannot be continued from ({_reason(error)}); remove or replace it") from error
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=None) -> TrainState:
     """Restores everything that `save_checkpoint` wrote, and prints what is lost if the number of processes changed.
+
+    Nothing in the files is executed.
 
     Args:
         model: if the checkpoint has no weight average, the average restarts from this model's loaded weights.
@@ -389,18 +411,19 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
         UserError: the folder is damaged or contains weights only.
     """
     content = read_json(folder / "metadata.json")
-    try:
+    with damage_as_user_error(folder):
         state = TrainState(int(content["global_step"]))
         before = content.get("num_processes", 1)
         same = before == accelerator.num_processes
-        if same:  # accelerate skips random states that it cannot read
-            load(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
-        with nullcontext(folder) if same else universal_checkpoint(accelerator, folder) as readable:
-            accelerator.load_state(str(readable))
+        with executing_nothing(folder):
+            if same:  # accelerate skips random states that it cannot read
+                load(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
+            with nullcontext(folder) if same else universal_checkpoint(accelerator, folder) as readable:
+                accelerator.load_state(str(readable))
         if same:
-            streams = json.loads((folder / _process_file("streams", accelerator)).read_text())
+            streams = read_json(folder / _process_file("streams", accelerator))
             state.streams = {name: StreamState.from_dict(stream) for name, stream in streams.items()}
-            state.counts = json.loads((folder / _process_file("counts", accelerator)).read_text())
+            state.counts = read_json(folder / _process_file("counts", accelerator))
         else:
             accelerator.print(
                 f"{folder} was written by {before} processes, now there are {accelerator.num_processes}: weights, "
@@ -411,15 +434,38 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
             average.load_state_dict(torch.load(folder / "average.pt", map_location="cpu", weights_only=True))
         elif average is not None and model is not None:
             average.restart(model)
-    except DAMAGED as error:
-        raise UserError(f"{folder} cannot be continued from ({_reason(error)}); remove or replace it") from error
     return state
+
+
+def check_restored(folder: Path, model, optimizer, schedule, average=None) -> None:
+    """Checks that a run can train on what it has loaded from a checkpoint.
+
+    Raises:
+        ValueError: the optimiser or the schedule is not this model's.
+        UserError: weights are not finite.
+    """
+    for value in (schedule.last_epoch, *schedule.base_lrs):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"the schedule of the learning rate holds {value!r}")
+    for parameter, moments in getattr(optimizer, "state", {}).items():
+        for name, moment in moments.items():
+            if torch.is_tensor(moment) and moment.shape not in (parameter.shape, ()):
+                raise ValueError(f"{name} of the optimiser has shape {tuple(moment.shape)}")
+    averaged = average.shadow if average is not None else {}
+    for tensors in (dict(model.named_parameters()), averaged):
+        check_finite(folder, {name: local(tensor.detach()) for name, tensor in tensors.items()})
 
 
 def _settings(tree: dict) -> dict:
     """Every dotted key with its value. `mask_schedule.params`, which may have any keys, is a single value."""
     params = tree.get("mask_schedule", {}).pop("params", {})
     return dict(leaves(tree)) | {"mask_schedule.params": params}
+
+
+def _config_of(folder: Path) -> dict | None:
+    """The configuration of the run that wrote a checkpoint, if it is there."""
+    file = folder / "config.yaml"
+    return read_yaml(file, str(file)) if file.exists() else None
 
 
 def check_same_config(folder: Path, config) -> None:
@@ -431,11 +477,10 @@ def check_same_config(folder: Path, config) -> None:
     Raises:
         UserError: settings that affect training differ; the message lists them.
     """
-    file = folder / "config.yaml"
-    if not file.is_file():
+    if (tree := _config_of(folder)) is None:
         return
     free = free_keys(OmegaConf.get_type(config))
-    before, now = (_settings(OmegaConf.to_container(c)) for c in (OmegaConf.load(file), config))
+    before, now = (_settings(tree) for tree in (tree, OmegaConf.to_container(config)))
     changed = [
         f"{key} {before.get(key, 'unset')} → {now[key]}"
         for key in sorted(now)
@@ -451,11 +496,12 @@ def check_same_config(folder: Path, config) -> None:
 
 def describe_decay(folder: Path, config) -> str | None:
     """One line about the learning rate if the run to resume now has another number of steps; else None."""
-    file = folder / "config.yaml"
-    before = OmegaConf.load(file) if file.is_file() else None
-    if before is None or config.lr_scheduler.scheduler.startswith("constant"):
+    tree = _config_of(folder)
+    if tree is None or config.lr_scheduler.scheduler.startswith("constant"):
         return None
-    old, new = decay_steps(before), decay_steps(config)
+    with damage_as_user_error(folder):
+        before = OmegaConf.create(tree)
+        old, new = decay_steps(before), decay_steps(config)
     if before.training.max_train_steps == config.training.max_train_steps and old == new:
         return None
     steps = f"training.max_train_steps {before.training.max_train_steps} → {config.training.max_train_steps}"

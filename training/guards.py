@@ -14,17 +14,25 @@ import torch
 from filelock import FileLock, Timeout
 
 from common.errors import UserError
+from common.files import Owned
 from common.launch import find_launcher
 
 LOCK = ".lock"  # in the output folder
+SIGNS_OF_A_RUN = (LOCK, ".course.json", "checkpoint-0", "checkpoint-*/metadata.json")
+WRITTEN = ("config.yaml", "metrics.jsonl", "config.json", "generation_config.json", "model*.safetensors")
+WRITTEN += ("model*.index.json", "images/*.png")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
-def check_writable(folder: Path) -> None:
-    """Checks that the folder, or the one in which it will be created, is writable.
+def check_output_dir(folder: Path) -> None:
+    """Checks that a run may write into the folder, which need not exist yet.
+
+    A folder is a run's if one has begun there, or if it holds checkpoints of ours or of the published code. In any
+    other folder, whatever has the name of something that a run writes is somebody else's.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: nothing can be written there, or somebody else's files would be replaced.
     """
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     try:
@@ -34,6 +42,10 @@ def check_writable(folder: Path) -> None:
         raise UserError(
             f"experiment.output_dir {folder} cannot be written to ({error.strerror or error}); give another folder"
         ) from None
+    owned = Owned(folder)
+    if not owned.is_ours("config.yaml") and not any(True for pattern in SIGNS_OF_A_RUN for _ in folder.glob(pattern)):
+        found = sorted(str(file.relative_to(folder)) for pattern in WRITTEN for file in folder.glob(pattern))
+        owned.claim(found, f"experiment.output_dir={folder}")
 
 
 @contextmanager
@@ -57,23 +69,23 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def full_disk_as_user_error(remains: Callable[[], str]) -> Iterator[None]:
-    """Ends the run with one line when any write finds the disk full.
+def disk_errors_as_user_errors(remains: Callable[[], str]) -> Iterator[None]:
+    """Ends the run with one line when any write finds the disk full or gone.
 
     Args:
         remains: returns the part of the message that names the last good checkpoint.
 
     Raises:
-        UserError: the disk is full.
+        UserError: nothing can be written any more.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_ERRORS:
             raise
         raise UserError(
-            f"experiment.output_dir is full ({error.strerror}: {error.filename or 'a file'}); {remains()}. Make room "
-            "on the disk and start again"
+            f"experiment.output_dir cannot be written to ({error.strerror}: {error.filename or 'a file'}); "
+            f"{remains()}. Make room on the disk, or mend it, and start again"
         ) from error
 
 

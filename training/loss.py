@@ -94,10 +94,12 @@ class Objective:
             settings: of `from_targets`.
 
         Raises:
-            ValueError: the rows do not add up to B.
+            ValueError: the rows do not add up to B, or t2i rows end before that position.
         """
         if sum(rows) != len(labels):
             raise ValueError(f"batch_size_t2i, _lm, _mmu are {tuple(rows)}, but there are {len(labels)} rows")
+        if rows[0] and not 0 <= max_seq_length < labels.shape[1] - 1:
+            raise ValueError(f"max_seq_length is {max_seq_length}, but the rows have {labels.shape[1]} positions")
         t2i, text = labels.split((rows[0], rows[1] + rows[2]))
         targets = torch.cat([in_place(t2i, max_seq_length + 1), next_token(text)])
         return cls.from_targets(targets, dict(zip(("t2i", "lm", "mmu"), rows, strict=True)), **settings)

@@ -5,10 +5,22 @@ from dataclasses import dataclass
 
 import torch
 
+from common.errors import UserError
 from models.generation.sampling import Schedule, get_mask_schedule
 from models.vocabulary import IGNORE_ID, Vocabulary
 
 # B images, N = w * w tokens each
+
+
+def schedule_of(config) -> Schedule:
+    """The mask schedule that a `TrainingConfig` names; `UserError` if there is none, or its parameters do not fit."""
+    from common.config import mask_schedule_of  # needs OmegaConf, which a step does without (`make gpu-check`)
+
+    name, params = mask_schedule_of(config)
+    try:
+        return get_mask_schedule(name, **params)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"mask_schedule.schedule or training.mask_schedule: {error}") from None
 
 
 @dataclass
@@ -47,12 +59,9 @@ class MaskingNoise:
     @classmethod
     def of(cls, config, vocabulary: Vocabulary) -> "MaskingNoise":
         """The rule that a `TrainingConfig` names."""
-        from common.config import mask_schedule_of  # needs OmegaConf, which a step does without (`make gpu-check`)
-
         training = config.training
-        name, params = mask_schedule_of(config)
         return cls(
-            get_mask_schedule(name, **params),
+            schedule_of(config),
             vocabulary.mask_token_id,
             vocabulary.image_offset,
             vocabulary.codebook_size,

@@ -41,7 +41,7 @@ class StepMetrics:
         """Continues the sums of `state` on a device."""
         self.steps, self.data_time, self.batch_time = (state[key] for key in ("steps", "data_time", "batch_time"))
         tensors = set(state["tensors"])
-        self.sums = {k: torch.tensor(v, device=device) if k in tensors else v for k, v in state["sums"].items()}
+        self.sums = {k: torch.tensor(v, device=device) if k in tensors else v + 0 for k, v in state["sums"].items()}
 
     def times(self, device) -> dict[str, float]:
         """Seconds per step, speed and memory of this process. The sums ``samples`` and ``tokens`` give the speed."""

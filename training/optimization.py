@@ -91,6 +91,7 @@ def set_rate(schedule: torch.optim.lr_scheduler.LambdaLR) -> None:
     groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
     for group, base, rate in groups:
         group["lr"] = base * rate(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # what `get_last_lr` returns
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
@@ -170,8 +171,12 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        self.updates = state["updates"]
-        for name, tensor in state["shadow"].items():
+        """Raises `ValueError` if it is the average of another model."""
+        shadow = state["shadow"]
+        if {name: t.shape for name, t in shadow.items()} != {name: t.shape for name, t in self.shadow.items()}:
+            raise ValueError("the weight average is that of another model")
+        self.updates = int(state["updates"])
+        for name, tensor in shadow.items():
             place = self.shadow[name]
             if isinstance(place, DTensor):
                 tensor = distribute_tensor(tensor.to(place.device), place.device_mesh, place.placements)

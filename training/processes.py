@@ -8,19 +8,22 @@ import argparse
 import importlib.util
 import logging
 import os
+import pickle
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch.distributed.checkpoint import metadata
 from torch.distributed.tensor import DTensor
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.errors import UserError
 from common.launch import launched_processes, use_physical_cores
+from models.checkpoint_io import silence_deepspeed
 
 
 def make_accelerator(config, rows: int, written_by: int | None = None) -> Accelerator:
@@ -31,11 +34,12 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
         written_by: number of processes that wrote the checkpoint to resume from.
 
     Raises:
-        UserError: several processes were launched that are not connected, or DeepSpeed is not installed.
+        UserError: several processes were launched that are not connected, or DeepSpeed cannot be used as asked for.
     """
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise UserError("the launch file asks for DeepSpeed, which is not installed: pip install 'deepspeed>=0.19'")
+    silence_deepspeed()
     launched = launched_processes()
     on_cpus = launched > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(
@@ -46,6 +50,11 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpus else None,
         step_scheduler_with_optimizer=False,
     )
+    if deepspeed and accelerator.state.deepspeed_plugin is None:
+        raise UserError(
+            "the launch file asks for DeepSpeed, but accelerate leaves it out on CPUs (ACCELERATE_USE_CPU or use_cpu "
+            "is true) and would train otherwise; leave that out, or take another launch file"
+        )
     if launched != accelerator.num_processes or (launched > 1 and accelerator.distributed_type == DistributedType.NO):
         raise UserError(
             f"{launched} processes were launched, but this one trains with {accelerator.num_processes} or alone; on "
@@ -57,6 +66,8 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if accelerator.state.deepspeed_plugin is not None:
         _configure_deepspeed(accelerator.state.deepspeed_plugin, config, rows)
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # which imports DeepSpeed
+
         # Under ZeRO-3, transformers would also shard the frozen models that it loads, and nothing gathers those.
         unset_hf_deepspeed_config()
         if written_by not in (None, launched):
@@ -110,6 +121,57 @@ def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor | None:
 
 
 @contextmanager
+def executing_nothing(folder: Path) -> Iterator[None]:
+    """A context in which libraries read a checkpoint's pickles as tensors and plain values, whatever they ask for.
+
+    Raises:
+        pickle.UnpicklingError: the index of FSDP2's files, which torch reads by itself, holds anything else. Within
+            the context `torch.load` raises it.
+    """
+    for index in folder.rglob(".metadata"):
+        with index.open("rb") as file:
+            _IndexReader(file).load()
+    forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in forced}
+    os.environ.update(forced)
+    try:
+        with torch.serialization.safe_globals(_deepspeed_classes()):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+class _IndexReader(pickle.Unpickler):
+    """Reads the index of `torch.distributed.checkpoint`; names of anything else are refused."""
+
+    allowed = {
+        "torch.distributed.checkpoint.metadata": (*metadata.__all__, "_MEM_FORMAT_ENCODING"),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+        "torch.serialization": ("_get_layout",),
+        "collections": ("OrderedDict",),
+        "pathlib": ("Path", "PosixPath"),
+    }
+
+    def find_class(self, module: str, name: str) -> type | Callable:
+        if name not in self.allowed.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint and was not executed")
+        return super().find_class(module, name)
+
+
+def _deepspeed_classes() -> list:
+    """What DeepSpeed's own files hold besides tensors: numbers in classes of its own."""
+    if "deepspeed" not in sys.modules:
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+@contextmanager
 def universal_checkpoint(accelerator: Accelerator, folder: Path) -> Iterator[Path]:
     """A temporary copy of a DeepSpeed checkpoint that any number of processes can read (a "universal checkpoint").
 
@@ -126,7 +188,7 @@ def universal_checkpoint(accelerator: Accelerator, folder: Path) -> Iterator[Pat
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("pytorch_model", "unwrapped_model"))
         paths = {"input_folder": str(folder / "pytorch_model"), "output_folder": str(copy / "pytorch_model")}
         workers = {"num_extract_workers": 1, "num_merge_workers": 1}
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             ds_to_universal.main(
                 argparse.Namespace(**paths, **workers, keep_temp_folder=False, strict=True, inject_missing_state=True)
             )

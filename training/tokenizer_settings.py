@@ -6,6 +6,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from common.schema import (
+    PIXELS,
+    ROWS,
+    WEIGHT,
     LoaderParams,
     LoopSection,
     OptimizerParams,
@@ -26,7 +29,7 @@ class Experiment(RunExperimentSection):
     eval_every: int = 500
     save_every: int = 1000
     checkpoints_total_limit: int | None = 2
-    num_sheet_pictures: int = setting(24, "held-out images in the panel of reconstructions", low=1, free=True)
+    num_sheet_pictures: int = setting(24, "held-out images in the panel", low=1, high=10**4, free=True)
 
 
 @dataclass
@@ -34,14 +37,14 @@ class Model:
     """Fields of `MAGVITv2Config`; `pretrained_model_path` starts from a folder instead and ignores them."""
 
     pretrained_model_path: str | None = setting(None, "folder of a tokenizer to start from; its sizes are used")
-    ch: int = setting(128, "channels of the first level", low=1)
-    encoder_ch_mult: list[int] = setting([1, 2, 2, 4, 4], "channels of each level, as multiples of ch")
-    decoder_ch_mult: list[int] = setting([1, 1, 2, 2, 4], "the same for the decoder")
-    encoder_num_res_blocks: list[int] = setting([4, 3, 4, 3, 4], "residual blocks of each level")
-    decoder_num_res_blocks: list[int] = setting([4, 4, 3, 4, 3], "the same for the decoder")
-    code_bits: int = setting(13, "bits of a code: 2^code_bits codes", low=1)
-    num_groups: int = setting(32, "groups of the group norms", low=1)
-    stem_patch_size: int = setting(1, "pixels per side that the first layer makes one position of", low=1)
+    ch: int = setting(128, "channels of the first level", low=1, high=2**14)
+    encoder_ch_mult: list[int] = setting([1, 2, 2, 4, 4], "channels of each level, as multiples of ch", low=1, high=256)
+    decoder_ch_mult: list[int] = setting([1, 1, 2, 2, 4], "the same for the decoder", low=1, high=256)
+    encoder_num_res_blocks: list[int] = setting([4, 3, 4, 3, 4], "residual blocks of each level", low=1, high=256)
+    decoder_num_res_blocks: list[int] = setting([4, 4, 3, 4, 3], "the same for the decoder", low=1, high=256)
+    code_bits: int = setting(13, "bits of a code: 2^code_bits codes", low=1, high=22)
+    num_groups: int = setting(32, "groups of the group norms", low=1, high=2**14)
+    stem_patch_size: int = setting(1, "pixels per side that the first layer makes one position of", low=1, high=64)
     encoder_mid: bool = setting(True, "blocks between encoder and codes")
     decoder_mid: bool = setting(True, "blocks between codes and decoder")
 
@@ -52,9 +55,9 @@ class DatasetParams(LoaderParams):
     train_shards: Any = setting(None, "images: shards or parquet files", is_data=True)
     eval_shards: Any = setting(None, "held-out images", is_data=True, free=True)
     image_column: str | None = setting(None, "of parquet files; null: the first with a usual name")
-    resolution: int = setting(256, "pixels per side of an image", low=1)
+    resolution: int = setting(256, "pixels per side of an image", low=1, high=PIXELS)
     random_flip: bool = setting(True, "mirror images at random")
-    max_shift: int = setting(0, "shift images by up to so many pixels; the border is repeated", low=0)
+    max_shift: int = setting(0, "shift images by up to so many pixels; the border is repeated", low=0, high=PIXELS)
 
 
 @dataclass
@@ -74,19 +77,19 @@ class Dataset:
 class Losses:
     """Entropies are in nats, summed over the bits of a code."""
 
-    l1: float = setting(1.0, "weight of the absolute error", low=0)
-    mse: float = setting(0.0, "weight of the squared error", low=0)
-    edge: float = setting(0.5, "weight of the error of image gradients", low=0)
-    perceptual: float = setting(0.0, "weight of the distance in a network's features", low=0)
-    commit: float = setting(0.1, "weight of the distance from latents to codes", low=0)
-    sample_entropy: float = setting(0.02, "weight of the entropy of each position, which is made small", low=0)
-    codebook_entropy: float = setting(0.03, "weight of the entropy of all codes, which is made large", low=0)
-    entropy_group_bits: int = setting(7, "bits of a code whose entropy is computed at once", low=1)
+    l1: float = setting(1.0, "weight of the absolute error", **WEIGHT)
+    mse: float = setting(0.0, "weight of the squared error", **WEIGHT)
+    edge: float = setting(0.5, "weight of the error of image gradients", **WEIGHT)
+    perceptual: float = setting(0.0, "weight of the distance in a network's features", **WEIGHT)
+    commit: float = setting(0.1, "weight of the distance from latents to codes", **WEIGHT)
+    sample_entropy: float = setting(0.02, "weight of the entropy of each position, which is made small", **WEIGHT)
+    codebook_entropy: float = setting(0.03, "weight of the entropy of all codes, which is made large", **WEIGHT)
+    entropy_group_bits: int = setting(7, "bits of a code whose entropy is computed at once", low=1, high=16)
 
 
 @dataclass
 class Training(LoopSection):
-    batch_size: int = setting(16, "images of a batch", low=1)
+    batch_size: int = setting(16, "images of a batch", **ROWS)
     max_train_steps: int = 100_000
     max_grad_norm: float | None = 1.0
     ema_decay: float | None = 0.999

@@ -18,11 +18,15 @@ from torch import nn
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.files import Owned, write_text
+from common.progress import progress
 from common.tracking import Tracker
 from training.checkpointing import (
     TrainState,
     begin_course,
+    check_restored,
     check_same_config,
+    damage_as_user_error,
     describe_decay,
     describe_last_checkpoint,
     find_start,
@@ -31,10 +35,10 @@ from training.checkpointing import (
     save_final_model,
 )
 from training.data.flows import open_flows
-from training.data.sources import KINDS
+from training.data.sources import KINDS, NOTES
 from training.data.streams import StreamState
 from training.evaluation import evaluate, own_random_numbers
-from training.guards import LOCK, FiniteLosses, StopSignals, check_writable, full_disk_as_user_error, only_run_in
+from training.guards import LOCK, FiniteLosses, StopSignals, check_output_dir, disk_errors_as_user_errors, only_run_in
 from training.metrics import StepMetrics, total
 from training.optimization import WeightAverage, gradient_norms, make_optimizer, make_schedule, set_rate
 from training.processes import (
@@ -63,7 +67,7 @@ class Trainer:
         self.task, self.config = task, task.config
         config, training = self.config, self.config.training
         self.output_dir = Path(config.experiment.output_dir)
-        check_writable(self.output_dir)
+        check_output_dir(self.output_dir)
         self.start = find_start(self.output_dir, config.experiment.resume_from_checkpoint)
         readers = task.readers("train")
         rows = sum(reader.batch_size for reader in readers)  # of one batch
@@ -132,7 +136,7 @@ class Trainer:
         """Trains from the current step to `max_train_steps`, then saves the final model in `output_dir`."""
         with ExitStack() as stack:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(full_disk_as_user_error(lambda: describe_last_checkpoint(self.output_dir)))
+            stack.enter_context(disk_errors_as_user_errors(lambda: describe_last_checkpoint(self.output_dir)))
             if self.accelerator.is_main_process:
                 stack.enter_context(only_run_in(self.output_dir))
             self.check_shared_folder()
@@ -245,21 +249,21 @@ class Trainer:
             return
         if self.start.weights is None:
             self.state = load_checkpoint(self.accelerator, self.start.folder, self.average, self.model)
-            if counts := self.state.counts:
-                self.metrics.load_state_dict(counts["metrics"], self.accelerator.device)
-                self.finite.dropped = counts["nonfinite_batches"]
-            for name, flow in self.flows.items():
-                if name in self.state.streams:
-                    self.resume_flow(name, flow)
-            set_rate(self.schedule)
+            with damage_as_user_error(self.start.folder):
+                check_restored(self.start.folder, self.model, self.optimizer, self.schedule, self.average)
+                if counts := self.state.counts:
+                    self.metrics.load_state_dict(counts["metrics"], self.accelerator.device)
+                    self.finite.dropped = counts["nonfinite_batches"]
+                for name, flow in self.flows.items():
+                    if name in self.state.streams:
+                        self.resume_flow(name, flow)
             if line := describe_decay(self.start.folder, self.config):
                 self.accelerator.print(line)
             how = ""
         else:
-            self.state.global_step = self.start.step
-            for _ in range(self.start.step):  # resume the learning rate
-                self.schedule.step()
+            self.state.global_step = self.schedule.last_epoch = self.start.step
             how = " with its weights only: optimiser, random numbers and data start again"
+        set_rate(self.schedule)
         self.accelerator.print(f"continuing from {self.start.folder}, step {self.state.global_step}{how}")
 
     def resume_flow(self, name: str, flow) -> None:
@@ -294,7 +298,8 @@ class Trainer:
     def start_tracking(self) -> None:
         experiment = self.config.experiment
         if self.accelerator.is_main_process:
-            OmegaConf.save(self.config, self.output_dir / "config.yaml")
+            write_text(self.output_dir / "config.yaml", OmegaConf.to_yaml(self.config))
+            Owned(self.output_dir).record("config.yaml", grows=True)  # a run has begun here, see `check_output_dir`
         self.tracker = Tracker(
             experiment.project,
             experiment.name,
@@ -307,7 +312,7 @@ class Trainer:
 
     def progress(self) -> tqdm:
         steps, hidden = self.config.training.max_train_steps, not self.accelerator.is_main_process
-        return tqdm(total=steps, initial=self.state.global_step, disable=hidden, desc="training", dynamic_ncols=True)
+        return progress(total=steps, initial=self.state.global_step, disable=hidden, desc="training")
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, reduction="sum")
@@ -325,11 +330,13 @@ class Trainer:
         return values
 
     def skipped_data(self) -> dict[str, int]:
-        """``data/skipped/{flow}/{kind}``: samples that all processes have skipped since the run began."""
-        names = [(name, kind) for name in self.flows for kind in KINDS]
-        counts = torch.tensor([self.flows[name].skipped[kind] for name, kind in names], device=self.accelerator.device)
-        summed = zip(names, self.sum_over_processes(counts).tolist(), strict=True)
-        return {f"data/skipped/{name}/{kind}": count for (name, kind), count in summed if count}
+        """``data/skipped/{flow}/{kind}`` and ``data/used/{flow}/{kind}``: samples of all processes since the run began,
+        which were left out, or used although something was noted of them."""
+        flows = {name: {"skipped": flow.skipped, "used": flow.counters.noted} for name, flow in self.flows.items()}
+        kinds = [("skipped", kind) for kind in KINDS] + [("used", kind) for kind in NOTES]
+        counts = {f"data/{how}/{name}/{kind}": flow[how][kind] for name, flow in flows.items() for how, kind in kinds}
+        summed = self.sum_over_processes(torch.tensor(list(counts.values()), device=self.accelerator.device))
+        return {name: count for name, count in zip(counts, summed.tolist(), strict=True) if count}
 
     def take_gradient_norms(self) -> dict[str, float]:
         norms, self.gradient_norms = self.gradient_norms, {}

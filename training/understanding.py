@@ -8,9 +8,9 @@ from common.errors import UserError
 from common.files import resolve_path
 from llava import SYSTEM_PROMPT, collate
 from models import OmniMask
-from models.clip_encoder import image_processor_class, num_features, read_clip_config
+from models.clip_encoder import num_features
 from models.devices import send
-from models.loading import find_folder, load_clip
+from models.loading import load_clip, read_clip
 from models.prompting import Rows
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
 from training.data.streams import stack
@@ -85,15 +85,8 @@ class ClipVitUnderstanding:
 
     def open(self) -> None:
         """Reads the image processor and the settings of CLIP, perhaps from the hub."""
-        try:
-            folder = find_folder(self.clip_vit_name)
-            self.image_processor = image_processor_class().from_pretrained(folder)
-            self.num_features = num_features(read_clip_config(folder))
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"model.clip_vit_name={self.clip_vit_name}: no image processor or settings ({reason})"
-            ) from error
+        clip, self.image_processor = read_clip(self.clip_vit_name)
+        self.num_features = num_features(clip)
 
     def text_length(self, config, prompting) -> int:
         """As in the other branch."""

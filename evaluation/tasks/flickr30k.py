@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,25 +18,31 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from evaluation.official_files import check_images, field, read_json, records_of, unique_keys, write_json
+from common.files import field
+from evaluation.official_files import choice, read_official, records_of, unique_keys
 from evaluation.task import Item, Paper, QuestionTask, Verdict, cell, ratio
-from models.images import load_image
 
 FILE = "dataset_flickr30k.json"
 JAVA = "Stanford's PTBTokenizer 3.4.1 (Java)"
 PYTHON = "the Python rule for Penn-Treebank tokens (no Java here)"
 CLITICS = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))(?!\w)")
 JOINED = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "lemme": "lem me"}
-JOINED |= {"gimme": "gim me", "y'all": "y' all", "rock'n'roll": "rock 'n' roll"}
-SIGNS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "£": "#", "€": "$", "¢": " cents"})
+JOINED |= {"gimme": "gim me", "y'all": "y' all", "rock'n'roll": "rock 'n' roll", "'tis": "'t is", "'twas": "'t was"}
+SIGNS = {"’": "'", "‘": "'", "“": '"', "”": '"', "–": " -- ", "—": " -- ", "…": "...", "£": "#", "€": "$"}
+SIGNS |= {"¢": " cents", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "}
+SIGNS = str.maketrans(SIGNS)
+AMPERSAND = re.compile("(?<![A-Z])&|&(?![A-Z])")  # AT&T is a word, salt&pepper is three
+NO_TOKENS = re.compile("[\ufe0f\U00010000-\U0010ffff]")  # emoji
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", '"': "''", "{": "-lcb-", "}": "-rcb-"}
 TOKEN = re.compile(
     r"""
     (?:https?://|www\.)\S*\w | [\w.+-]+@[\w-]+\.[\w.]*\w                # addresses
-    | (?:[a-z]\.){2,} | [a-z]\.(?!\w) | no\.(?=\s+\d)                # u.s., an initial, no. 7
-    | (?:mr|mrs|ms|dr|st|jr|sr|vs|etc|inc|ltd|co|corp|prof|ave|blvd|mt|sgt|capt|gen|lt|col|ft)\.
-    | n't(?!\w) | '(?:s|m|d|re|ve|ll|em|til|tis|twas|\d0s)(?!\w) | 'n' | y'
-    | \d+(?::\d\d)+ | \d+(?:[.,]\d+)+                                   # 5:30, 1,000, 2.5
+    | (?:[a-z]\.){2,} | ph\.d\. | [a-z]\.(?!\w) | no\.(?=\s+\d)       # u.s., an initial, no. 7
+    | (?:mr|mrs|ms|dr|st|jr|sr|vs|etc|inc|ltd|co|corp|prof|ave|blvd|mt|sgt|capt|gen|lt|col|ft|rd|rev|gov|sen)\.
+    | (?:jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu(?:rs)?|fri)\.
+    | n't(?!\w) | '(?:s|m|d|re|ve|ll|em|til|t|\d0s)(?!\w) | 'n' | y' | '\d\d(?!\S)
+    | \d+(?::\d\d)+ | [-+]?\d+(?:[.,]\d+)+ | [-+]?\.\d+ | [-+]\d+     # 5:30, 1,000, 2.5, .5, -5
+    | \d+(?=') | \#[^\W\d]\w* | c\+\+ | c\#                            # 5'10", #tag
     | @?\w+(?:[-/'&.]\w+)*                                              # up-to-date, black/white, o'clock
     | \.{3} | -+ | [!?]+ | \S
     """,
@@ -50,39 +55,40 @@ class Flickr30k(QuestionTask):
     headline = "CIDEr"
     unit = "CIDEr x 100"
     official_size = 1000
-    max_new_tokens = 64
+    max_new_tokens = 64  # as in lmms-eval
+    images_expected = "Flickr30k's images in flickr30k/flickr30k-images"
     paper = Paper(62.5, 67.6, "the paper's prompt is unknown (flickr30k_prompt sets ours); Karpathy's test split")
 
-    def __init__(self, config, root: Path, folder: Path) -> None:
-        super().__init__(config, root, folder)
-        tokenizer_name()  # a missing library is noticed before anything is asked
+    def check(self) -> None:
+        tokenizer_name()
 
     def read_items(self) -> list[Item]:
         file = self.root / "flickr30k" / FILE
-        tree = read_json(file, dict, "Karpathy's split of Flickr30k")
+        tree = read_official(file, "Karpathy's split of Flickr30k")
         items = [
             self._item(place, record)
             for place, record in records_of(file, tree, "images")
-            if field(place, record, "split", str, ("train", "val", "test")) == "test"
+            if choice(record, "split", ("train", "val", "test"), place) == "test"
         ]
         if not items:
             raise UserError(f"{file}: no image has 'test' in the field 'split'; expected Karpathy's 1,000")
         unique_keys([item.key for item in items], file, "imgid")
-        named = ((item.image, f"field 'filename' of imgid {item.key} in {FILE}") for item in items)
-        check_images(((self._folder / image, by) for image, by in named), f"Flickr30k's images in {self._folder}")
         return items
+
+    def named_images(self, items):
+        return ((self._folder / item.image, f"field 'filename' of imgid {item.key} in {FILE}") for item in items)
 
     @property
     def _folder(self) -> Path:
         return self.root / "flickr30k/flickr30k-images"
 
     def _item(self, place: str, record: dict) -> Item:
-        key, image = field(place, record, "imgid", int), field(place, record, "filename", str)
-        sentences = field(place, record, "sentences", list)
-        captions = [field(f"{place}, field 'sentences'", sentence, "raw", str) for sentence in sentences]
+        key, image = field(record, "imgid", int, place), field(record, "filename", str, place)
+        sentences = field(record, "sentences", list, place)
+        captions = [field(sentence, "raw", str, f"{place}, field 'sentences'") for sentence in sentences]
         if not captions:
             raise UserError(f"{place}: field 'sentences' is empty; expected the captions that people wrote")
-        opened, facts = partial(load_image, self._folder / image), {"captions": captions}
+        opened, facts = self.image(self._folder / image), {"captions": captions}
         return Item(str(key), self.config.flickr30k_prompt, opened, image, facts=facts, expected=captions[0])
 
     def judge(self, items, answers) -> list[Verdict]:
@@ -98,11 +104,11 @@ class Flickr30k(QuestionTask):
     def notes(self) -> list[str]:
         return [f"tokenised by {tokenizer_name()}"]
 
-    def write_submission(self, folder, items, answers):
+    def write_submission(self, items, answers):
         """`flickr30k_test_results.json`, in the form of COCO's caption results."""
-        file = folder / "flickr30k_test_results.json"
+        file = "submission/flickr30k_test_results.json"
         pairs = zip(items, answers, strict=True)
-        write_json(file, [{"image_id": int(item.key), "caption": cell(answer)} for item, answer in pairs])
+        self.output.write_json(file, [{"image_id": int(item.key), "caption": cell(answer)} for item, answer in pairs])
 
 
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[float]]:
@@ -155,7 +161,7 @@ def java_tokens(captions: Sequence[str], library) -> list[list[str]]:
 
 def python_tokens(caption: str) -> list[str]:
     """The same rule without Java, for English captions."""
-    text = caption.translate(SIGNS).lower()
+    text = NO_TOKENS.sub(" ", AMPERSAND.sub(" & ", caption.translate(SIGNS))).lower()
     text = " ".join(JOINED.get(word.rstrip(".,!?;:"), word) for word in text.split())
     tokens = TOKEN.findall(CLITICS.sub(r" \1", text))
     return [BRACKETS.get(token, token) for token in tokens]

@@ -6,7 +6,6 @@ the end read free text as a letter, or as words and numbers, as the official eva
 """
 
 import ast
-import io
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from common.errors import UserError
-from evaluation.official_files import check_filled, existing, field, unique_keys, write_json
+from common.errors import UserError, shown
+from common.files import field, visible_folders, visible_in
+from evaluation.official_files import check_filled, choice, unique_keys
 from evaluation.task import Item, Paper, QuestionTask, Verdict, ratio, right_by
+from models.images import DEFAULT, ImageOptions, open_image
 
 CHOICE, OPEN = "multiple-choice", "open"
 SUFFIXES = {
@@ -45,8 +46,7 @@ class MMMU(QuestionTask):
     paper = Paper(
         26.7,
         27.4,
-        "the validation split is assumed; only the first image of a question is shown, also where its options are "
-        "images (the official example picks a random answer there)",
+        "the validation split is assumed; only the first image of a question is shown, as in the official example",
     )
 
     @property
@@ -62,11 +62,11 @@ class MMMU(QuestionTask):
         return super().settings | {"split": self.config.mmmu_split}
 
     def read_items(self) -> list[Item]:
-        what = f"MMMU's subjects, each a folder with {self.config.mmmu_split}-*.parquet"
-        root = existing(self.root / "mmmu", what)
-        files = sorted(root.glob(f"*/{self.config.mmmu_split}-*.parquet"))
+        root, form = self.root / "mmmu", f"{self.config.mmmu_split}-*.parquet"
+        subjects = visible_folders(root) if root.is_dir() else []
+        files = [file for folder in subjects for file in visible_in(folder) if file.match(form)]
         if not files:
-            raise UserError(f"{root} holds no {self.config.mmmu_split}-*.parquet in its folders; expected {what}")
+            raise UserError(f"{root} holds no {form} in its folders; expected MMMU's subjects, a folder each")
         items = [item for file in files for item in self._read_subject(file)]
         unique_keys([item.key for item in items], root, "id")
         return items
@@ -75,29 +75,32 @@ class MMMU(QuestionTask):
         try:
             table = pq.ParquetFile(file)
             rows = table.read([name for name in FIELDS if name in table.schema_arrow.names and name != "image_1"])
-        except (OSError, ValueError) as error:
+            rows = rows.to_pylist()
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(f"{file} cannot be read as parquet ({error}); expected MMMU's questions") from None
         if "image_1" not in table.schema_arrow.names:
             raise UserError(f"{file}: field 'image_1' is missing; expected an image as a struct of bytes and path")
-        check_filled(rows, file, f"MMMU's questions about {file.parent.name}")
-        return [self._item(f"{file}, row {n}", file, n, row) for n, row in enumerate(rows.to_pylist())]
+        check_filled(rows, file, "MMMU's questions about a subject")
+        return [self._item(f"{file}, row {n}", file, n, row) for n, row in enumerate(rows)]
 
     def _item(self, place: str, file: Path, number: int, row: dict) -> Item:
-        key, question, answer = (field(place, row, name, str) for name in ("id", "question", "answer"))
-        kind = field(place, row, "question_type", str, (CHOICE, OPEN))
-        options = read_list(place, "options", field(place, row, "options", str))
+        key, question, answer = (field(row, name, str, place) for name in ("id", "question", "answer"))
+        kind = choice(row, "question_type", (CHOICE, OPEN), place)
+        options = read_list(place, "options", field(row, "options", str, place))
         letters = {chr(ord("A") + index): text for index, text in enumerate(options)}
+        if kind == CHOICE and not letters:
+            raise UserError(f"{place}: field 'options' is empty; expected the answers to choose from")
         if self.has_answers and kind == CHOICE and answer not in letters:
             raise UserError(f"{place}: field 'answer' is {answer!r}; expected one of the letters {list(letters)}")
-        subject = file.parent.name
+        subject = shown(file.parent.name)
         facts = {"kind": kind, "options": letters, "subject": subject, "answer": answer}
         if kind == OPEN and answer.startswith("["):
             facts["answer"] = read_list(place, "answer", answer)
         return Item(
             key,
             prompt_of(question, letters, kind),
-            partial(open_image, file, number),
-            f"{subject}/{file.stem}/{number}",
+            partial(first_image, file, number, self.image_options),
+            f"{subject}/{shown(file.stem)}/{number}",
             stratum=subject,
             facts=facts,
             expected=answer,
@@ -129,11 +132,11 @@ class MMMU(QuestionTask):
         parts = [CHOICE, OPEN, *sorted(name for name in sums if f"{name} right" in sums and name not in (CHOICE, OPEN))]
         return {"accuracy": 100 * ratio(right, total)} | {p: 100 * ratio(sums[f"{p} right"], sums[p]) for p in parts}
 
-    def write_submission(self, folder, items, answers):
+    def write_submission(self, items, answers):
         """`{split}_predictions.json`: by id letters, and open answers as they are, as the official code wants."""
-        file = folder / f"{self.config.mmmu_split}_predictions.json"
         pairs = zip(items, answers, strict=True)
-        write_json(file, {i.key: answer if i.facts["kind"] == OPEN else self._parsed(i, answer) for i, answer in pairs})
+        found = {i.key: answer if i.facts["kind"] == OPEN else self._parsed(i, answer) for i, answer in pairs}
+        self.output.write_json(f"submission/{self.config.mmmu_split}_predictions.json", found)
 
 
 def prompt_of(question: str, options: dict[str, str], kind: str) -> str:
@@ -146,7 +149,7 @@ def read_list(place: str, name: str, text: str) -> list[str]:
     """A list that the official files hold as Python writes it."""
     try:
         values = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         values = None
     if not isinstance(values, list):
         raise UserError(f"{place}: field {name!r} is {text[:60]!r}; expected a list of texts, as ['one', 'two']")
@@ -159,15 +162,16 @@ def first_images(file: Path) -> pa.ChunkedArray:
     return pq.read_table(file, columns=["image_1"]).column("image_1")
 
 
-def open_image(file: Path, number: int) -> Image.Image:
+def first_image(file: Path, number: int, options: ImageOptions = DEFAULT) -> Image.Image:
     """The first image of a question, read when its turn comes."""
-    value = first_images(file)[number].as_py()
+    place = f"{file}, row {number}, field 'image_1'"
     try:
-        return Image.open(io.BytesIO(value["bytes"])).convert("RGB")
-    except (TypeError, KeyError, OSError) as error:
-        raise UserError(
-            f"{file}, row {number}: field 'image_1' is no image ({error}); expected a struct with its bytes"
-        ) from None
+        value = first_images(file)[number].as_py()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{place} cannot be read ({error}); fetch the file again") from None
+    if not isinstance(value, dict) or not isinstance(value.get("bytes"), bytes):
+        raise UserError(f"{place} is no image; expected a struct with its bytes")
+    return open_image(value["bytes"], place, options)
 
 
 def parse_letter(response: str, options: Mapping[str, str], rng: random.Random) -> str:

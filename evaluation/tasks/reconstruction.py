@@ -4,16 +4,15 @@ An image is compared as the model sees it: resized and cropped to its resolution
 """
 
 import hashlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from common.errors import UserError
-from common.inputs import required_path
-from evaluation.images import FID, check_fid, fid_metric, need, psnr_and_ssim, save, side_by_side, square
-from evaluation.official_files import field, read_json, write_json
+from common.errors import UserError, shown
+from common.files import check_file, field, read_json, visible_files
+from common.inputs import required_folder
+from evaluation.images import FID, check_fid, fid_metric, need, psnr_and_ssim, side_by_side, square
 from evaluation.task import Item, Task, Verdict, ratio
 from models.images import load_image
 
@@ -27,43 +26,49 @@ class Reconstruction(Task):
     name = "reconstruction"
     headline = "PSNR"
     unit = "dB"
+    reads_root = False
 
-    def __init__(self, config, root, folder) -> None:
-        super().__init__(config, root, folder)
+    def check(self) -> None:
         need("torchmetrics", "reconstruction", "pip install 'torchmetrics>=1.4'")
-        self.network = check_fid(config) if config.reconstruction_fid else ""
+        self.network = check_fid(self.config) if self.config.reconstruction_fid else ""
 
     @property
     def _folder(self) -> Path:
-        return required_path("reconstruction_images", self.config.reconstruction_images)
+        return required_folder("reconstruction_images", self.config.reconstruction_images)
 
     @property
     def settings(self):
         """Images may be added to the folder between two starts, but not exchanged for those of another."""
-        return super().settings | {"reconstruction_images": str(self._folder.resolve())}
+        return super().settings | {"reconstruction_images": shown(self._folder.resolve())}
 
     def read_items(self) -> list[Item]:
-        root = self._folder
-        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+        root, results = self._folder, self.folder.parent.resolve()
+        files = [path for path in visible_files(root) if path.suffix.lower() in SUFFIXES]
+        files = [path for path in files if not path.resolve().is_relative_to(results)]
         if not files:
             raise UserError(f"reconstruction_images={root} holds no image; expected {', '.join(SUFFIXES)}")
         if self.network:
             fid_metric(self.config)  # an unusable network is noticed before anything is asked
-        return [self._item(str(path.relative_to(root)), path) for path in files]
+        return [self._item(shown(path.relative_to(root)), path) for path in files]
 
     def _item(self, name: str, path: Path) -> Item:
         """Its size belongs to the key, so that an image that changed is another item, under another file name."""
         key = f"{name}, {path.stat().st_size} bytes"
         file = hashlib.sha256(key.encode()).hexdigest()[:16]
-        return Item(key, "", partial(load_image, path), name, facts={"file": file})
+        return Item(key, "", self.image(path), name, facts={"file": file})
+
+    def files_of(self, item) -> list[str]:
+        return [f"images/{item.facts['file']}{suffix}" for suffix in (".png", ".npy")]
 
     def predict(self, model, items, images, generator) -> list[str]:
         codes = model.encode(images)
         answers = []
         for item, image, own in zip(items, model.decode(codes), codes.cpu().numpy(), strict=True):
-            answers.append(save(self.folder, f"images/{item.facts['file']}.png", image))
-            np.save((self.folder / answers[-1]).with_suffix(".npy"), own.astype(np.int32))
-        write_json(self.folder / CODEBOOK_FILE, {"codebook_size": model.vq_model.config.codebook_size})
+            picture, numbers = self.files_of(item)
+            answers.append(self.output.save(picture, image))
+            with self.output.writing(numbers) as temporary, temporary.open("wb") as file:
+                np.save(file, own.astype(np.int32))
+        self.output.write_json(CODEBOOK_FILE, {"codebook_size": model.vq_model.config.codebook_size})
         return answers
 
     def judge(self, items, answers) -> list[Verdict]:
@@ -78,7 +83,7 @@ class Reconstruction(Task):
             fid.add(len(items), lambda number: self._seen(items[number]), real=True)
             fid.add(len(items), lambda number: load_image(restored[number]), real=False)
             figures[RFID] = fid.value()
-        write_json(self.folder / SET_FILE, figures)
+        self.output.write_json(SET_FILE, figures)
         return verdicts
 
     def _seen(self, item: Item) -> Image.Image:
@@ -88,8 +93,8 @@ class Reconstruction(Task):
     def _codes(self, files) -> dict[str, float]:
         """How much of the codebook the whole set uses, and 2 to the entropy of its codes."""
         file = self.folder / CODEBOOK_FILE
-        size = field(str(file), read_json(file, dict, "the tokenizer's codebook size"), "codebook_size", int)
-        counts = sum(np.bincount(np.load(codes), minlength=size) for codes in files)
+        size = field(read_json(file), "codebook_size", int, str(file))
+        counts = sum(np.bincount(read_codes(codes, size), minlength=size) for codes in files)
         shares = counts[counts > 0] / counts.sum()
         perplexity = float(2 ** -(shares * np.log2(shares)).sum())
         return {
@@ -108,8 +113,9 @@ class Reconstruction(Task):
 
     def set_figures(self, folder, samples, seed) -> dict[str, np.ndarray]:
         """Without intervals: a resample holds fewer different images, and so fewer codes."""
-        tree = read_json(folder / SET_FILE, dict, "figures of the whole set")
-        return {name: np.array([field(str(folder / SET_FILE), tree, name, (int, float))]) for name in tree}
+        file = folder / SET_FILE
+        tree = read_json(file)
+        return {name: np.array([field(tree, name, float, str(file))]) for name in tree}
 
     def sheet_image(self, item, answer) -> Image.Image:
         """What the tokenizer made of it and, right of it, the image."""
@@ -121,3 +127,14 @@ class Reconstruction(Task):
         if self.network:
             found.append(f"rFID at {self.config.fid_size} pixels through {self.network}")
         return found
+
+
+def read_codes(file: Path, size: int) -> np.ndarray:
+    """(N,) the codes of one image, 0 … size − 1; `UserError` if they are damaged."""
+    try:
+        codes = np.load(check_file(file))  # pickles are refused
+        if codes.ndim == 1 and codes.dtype.kind == "i" and (0 <= codes).all() and (codes < size).all():
+            return codes
+    except (OSError, ValueError, EOFError):
+        pass
+    raise UserError(f"{file} is damaged; remove {file.parents[1]} and start again")

@@ -23,17 +23,16 @@ import numpy as np
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError
+from common.files import check_file, field, read_json
 from evaluation.images import FID, check_clip, check_fid, clip_network, clip_scores, fid_metric
 from evaluation.official_files import (
     check_filled,
     check_images,
-    existing,
-    field,
-    read_json,
+    choice,
     read_json_lines,
+    read_official,
     records_of,
     unique_keys,
-    write_json,
 )
 from evaluation.task import GenerationTask, Item, Paper, Verdict, ratio, right_by
 from models.images import load_image
@@ -54,18 +53,17 @@ class GenEval(GenerationTask):
     official_size = 553 * SAMPLES
     paper = Paper(68.0, None, "guidance and steps of the paper's figure are not known for certain")
 
-    def __init__(self, config, root, folder) -> None:
-        super().__init__(config, root, folder)
+    def check(self) -> None:
         self.obstacle = ""  # why the images are not judged here
-        if config.geneval_repository:
-            existing(Path(config.geneval_repository) / SCRIPT, "GenEval's script in geneval_repository")
+        if repository := self.config.geneval_repository:
+            check_file(Path(repository) / SCRIPT, f"geneval_repository={repository}/{SCRIPT}")
 
     def read_items(self) -> list[Item]:
         file = self.root / "geneval" / PROMPTS
         items = []
         for index, (place, record) in enumerate(read_json_lines(file, WHAT)):
-            prompt, tag = field(place, record, "prompt", str), field(place, record, "tag", str, TAGS)
-            field(place, record, "include", list)
+            prompt, tag = field(record, "prompt", str, place), choice(record, "tag", TAGS, place)
+            field(record, "include", list, place)
             facts = {"metadata": record, "prompt": index}
             for sample in range(SAMPLES):
                 key = f"{index:05d}/samples/{sample:04d}.png"
@@ -76,11 +74,16 @@ class GenEval(GenerationTask):
     def file_of(self, item) -> str:
         return f"images/{item.key}"
 
+    def files_of(self, item) -> list[str]:
+        return [self.file_of(item), self._metadata(item)]
+
+    def _metadata(self, item: Item) -> str:
+        return f"images/{item.group}/metadata.jsonl"
+
     def predict(self, model, items, images, generator) -> list[str]:
         answers = super().predict(model, items, images, generator)
         for item in items:
-            file = self.folder / "images" / item.group / "metadata.jsonl"
-            file.write_text(json.dumps(item.facts["metadata"]) + "\n", encoding="utf-8")
+            self.output.write_text(self._metadata(item), json.dumps(item.facts["metadata"]) + "\n")
         return answers
 
     def judge(self, items, answers) -> list[Verdict]:
@@ -99,12 +102,12 @@ class GenEval(GenerationTask):
 
     def _save_grids(self, answers: Sequence[str]) -> None:
         """The official `grid.png` of each prompt, for people."""
-        prompts: dict[Path, list[str]] = {}
+        prompts: dict[str, list[str]] = {}
         for answer in answers:
-            prompts.setdefault((self.folder / answer).parents[1], []).append(answer)
-        for folder, samples in prompts.items():
-            if not (folder / "grid.png").exists():
-                contact_sheet(self.generated(samples), [""] * len(samples), columns=2).save(folder / "grid.png")
+            prompts.setdefault(f"{Path(answer).parents[1]}/grid.png", []).append(answer)
+        for name, samples in prompts.items():
+            if not (self.folder / name).exists():
+                self.output.save(name, contact_sheet(self.generated(samples), [""] * len(samples), columns=2))
 
     def _run_script(self, file: Path) -> bool:
         config = self.config
@@ -150,9 +153,9 @@ def read_results(file: Path) -> dict[str, tuple[bool, str]]:
     """Whether each image is correct, and why not, by `00000/samples/0000.png`."""
     found = {}
     for place, record in read_json_lines(file, f"what GenEval's {SCRIPT} writes, one JSON object a line"):
-        key = "/".join(Path(field(place, record, "filename", str)).parts[-3:])
-        reason = field(place, record, "reason", str) if "reason" in record else ""
-        found[key] = (field(place, record, "correct", bool), " ".join(reason.split()) or "right")
+        key = "/".join(Path(field(record, "filename", str, place)).parts[-3:])
+        reason = field(record, "reason", str, place) if "reason" in record else ""
+        found[key] = (field(record, "correct", bool, place), " ".join(reason.split()) or "right")
     return found
 
 
@@ -160,32 +163,35 @@ class COCO(GenerationTask):
     name = "coco"
     official_size = CAPTIONS
     asked_by = ("captions",)
+    images_expected = "COCO's images in coco/val2014"
 
     def __init__(self, config, root, folder) -> None:
         super().__init__(config, root, folder)
         self.scores = config.coco_scores.split(",")
-        self.network = check_fid(config) if "fid" in self.scores else ""
-        if "clip" in self.scores:
-            check_clip(config)
         self.headline, self.unit = ("FID-30K", "lower is better") if "fid" in self.scores else ("CLIPScore", "x 100")
         if "fid" in self.scores:
             self.paper = Paper(9.24, None, "the paper's captions and resizing are not known")
 
+    def check(self) -> None:
+        self.network = check_fid(self.config) if "fid" in self.scores else ""
+        if "clip" in self.scores:
+            check_clip(self.config)
+
     def read_items(self) -> list[Item]:
         file = self.root / (self.config.coco_captions or "coco/annotations/captions_val2014.json")
-        tree = read_json(file, dict, "COCO's captions of val2014")
+        tree = read_official(file, "COCO's captions of val2014")
         names, captions = {}, {}
         for place, record in records_of(file, tree, "images"):
-            names[field(place, record, "id", int)] = field(place, record, "file_name", str)
+            names[field(record, "id", int, place)] = field(record, "file_name", str, place)
         for place, record in records_of(file, tree, "annotations"):
-            text, key = field(place, record, "caption", str), field(place, record, "id", int)
-            if (image := field(place, record, "image_id", int)) not in names:
+            text, key = field(record, "caption", str, place), field(record, "id", int, place)
+            if (image := field(record, "image_id", int, place)) not in names:
                 raise UserError(f"{place}: field 'image_id' is {image}; expected the 'id' of one of the file's images")
             captions.setdefault(image, []).append((key, " ".join(text.split())))
         self.real = [self.root / "coco/val2014" / name for name in names.values()]
         if "fid" in self.scores:
             named = ((path, f"field 'file_name' ({path.name}) of {file.name}") for path in self.real)
-            check_images(named, f"COCO's val2014 images in {self.root / 'coco/val2014'}")
+            check_images(named, self.images_expected)
         check_filled(captions, f"{file}: field 'annotations'", "COCO's captions of val2014")
         rng = random.Random(f"captions {self.config.seed}")
         chosen = rng.sample(sorted(captions), min(CAPTIONS, len(captions)))
@@ -206,9 +212,9 @@ class COCO(GenerationTask):
     def judge(self, items, answers) -> list[Verdict]:
         if "fid" in self.scores:
             fid = FID(self.config)
-            fid.add(len(self.real), lambda number: load_image(self.real[number]), real=True)
+            fid.add(len(self.real), lambda number: self.image(self.real[number])(), real=True)
             fid.add(len(answers), lambda number: load_image(self.folder / answers[number]), real=False)
-            write_json(self.folder / FID_FILE, {"FID-30K": fid.value()})
+            self.output.write_json(FID_FILE, {"FID-30K": fid.value()})
         if "clip" not in self.scores:
             return [Verdict("", 0.0) for _ in items]
         generated = (load_image(self.folder / answer) for answer in answers)
@@ -225,7 +231,7 @@ class COCO(GenerationTask):
         file = folder / FID_FILE
         if "fid" not in self.scores or not file.exists():
             return {}
-        value = field(str(file), read_json(file, dict, "FID as it was calculated"), "FID-30K", float)
+        value = field(read_json(file), "FID-30K", float, str(file))
         return {"FID-30K": np.array([value])}
 
     def notes(self) -> list[str]:

@@ -10,23 +10,14 @@ the official site.
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import UserError
-from evaluation.official_files import (
-    check_filled,
-    check_images,
-    field,
-    read_json,
-    records_of,
-    unique_keys,
-    write_json,
-)
+from common.files import field
+from evaluation.official_files import check_filled, choice, read_official, records_of, unique_keys
 from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, accuracies, ratio, right_by
-from models.images import load_image
 
 VQA_SPLITS = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
 VQA_SIZES = {"val": 214354, "test-dev": 107394, "test": 447793}
@@ -73,6 +64,7 @@ CONTRACTIONS = dict(
 class VQAv2(QuestionTask):
     name = "vqav2"
     headline = "accuracy"
+    images_expected = "COCO's images in coco/val2014, of test and test-dev in coco/test2015"
     paper = Paper(
         69.4,
         74.7,
@@ -95,34 +87,35 @@ class VQAv2(QuestionTask):
     def read_items(self) -> list[Item]:
         split = VQA_SPLITS[self.config.vqav2_split]
         file = self.root / "vqav2" / f"v2_OpenEnded_mscoco_{split}_questions.json"
-        records = list(records_of(file, read_json(file, dict, "VQAv2's questions"), "questions"))
+        records = list(records_of(file, read_official(file, "VQAv2's questions"), "questions"))
         check_filled(records, f"{file}: field 'questions'", f"VQAv2's questions of {split}")
         annotations = self._read_annotations() if self.has_answers else {}
         folder = "val2014" if self.has_answers else "test2015"
         items = [self._item(place, record, folder, annotations) for place, record in records]
         unique_keys([item.key for item in items], file, "question_id")
-        named = ((item.image, f"field 'image_id' of question_id {item.key} in {file.name}") for item in items)
-        coco = self.root / "coco"
-        check_images(((coco / image, by) for image, by in named), f"COCO's {folder} images in {coco / folder}")
         return items
+
+    def named_images(self, items):
+        coco = self.root / "coco"
+        return ((coco / item.image, f"field 'image_id' of question_id {item.key}") for item in items)
 
     def _read_annotations(self) -> dict[int, dict]:
         """Answers and kind of every question, by its id."""
         file = self.root / "vqav2/v2_mscoco_val2014_annotations.json"
         found = {}
-        for place, record in records_of(file, read_json(file, dict, "VQAv2's annotations"), "annotations"):
-            answers = field(place, record, "answers", list)
+        for place, record in records_of(file, read_official(file, "VQAv2's annotations"), "annotations"):
+            answers = field(record, "answers", list, place)
             if len(answers) != 10:
                 raise UserError(f"{place}: field 'answers' has {len(answers)} answers; expected 10")
-            texts = [field(f"{place}, field 'answers'", answer, "answer", str) for answer in answers]
-            kind = field(place, record, "answer_type", str, VQA_KINDS)
-            most = field(place, record, "multiple_choice_answer", str)
-            found[field(place, record, "question_id", int)] = {"answers": texts, "kind": kind, "most": most}
+            texts = [field(answer, "answer", str, f"{place}, field 'answers'") for answer in answers]
+            kind = choice(record, "answer_type", VQA_KINDS, place)
+            most = field(record, "multiple_choice_answer", str, place)
+            found[field(record, "question_id", int, place)] = {"answers": texts, "kind": kind, "most": most}
         return found
 
     def _item(self, place: str, record: dict, folder: str, annotations: dict[int, dict]) -> Item:
-        key, image_id = (field(place, record, name, int) for name in ("question_id", "image_id"))
-        question = field(place, record, "question", str)
+        key, image_id = (field(record, name, int, place) for name in ("question_id", "image_id"))
+        question = field(record, "question", str, place)
         if self.has_answers and key not in annotations:
             raise UserError(
                 f"{place}: field 'question_id' is {key}, which v2_mscoco_val2014_annotations.json does not have; "
@@ -130,7 +123,7 @@ class VQAv2(QuestionTask):
             )
         facts = annotations.get(key, {"most": ""})
         image = f"{folder}/COCO_{folder}_{image_id:012d}.jpg"
-        opened = partial(load_image, self.root / "coco" / image)
+        opened = self.image(self.root / "coco" / image)
         return Item(str(key), question + SHORT_ANSWER, opened, image, image, facts=facts, expected=facts["most"])
 
     def judge(self, items, answers) -> list[Verdict]:
@@ -148,11 +141,13 @@ class VQAv2(QuestionTask):
     def figures(self, sums) -> dict[str, np.ndarray]:
         return accuracies(sums, VQA_KINDS) | {BARE: 100 * ratio(sums[BARE], sums["questions"])}
 
-    def write_submission(self, folder, items, answers):
+    def write_submission(self, items, answers):
         """`v2_OpenEnded_mscoco_{split}_showo_results.json`, as the official code and the server read it."""
-        file = folder / f"v2_OpenEnded_mscoco_{VQA_SPLITS[self.config.vqav2_split]}_showo_results.json"
+        file = f"submission/v2_OpenEnded_mscoco_{VQA_SPLITS[self.config.vqav2_split]}_showo_results.json"
         pairs = zip(items, answers, strict=True)
-        write_json(file, [{"question_id": int(item.key), "answer": submitted(answer)} for item, answer in pairs])
+        self.output.write_json(
+            file, [{"question_id": int(item.key), "answer": submitted(answer)} for item, answer in pairs]
+        )
 
 
 def submitted(answer: str) -> str:
@@ -202,28 +197,28 @@ class GQA(QuestionTask):
     name = "gqa"
     headline = "accuracy"
     official_size = 12578
+    images_expected = "GQA's images in gqa/images"
     paper = Paper(58.0, 61.0, "testdev-balanced; compared in lower case without a final full stop, as LLaVA's script")
 
     def read_items(self) -> list[Item]:
         file, what = self.root / "gqa" / GQA_FILE, "GQA's questions by their ids"
-        records = read_json(file, dict, what)
+        records = read_official(file, what)
         check_filled(records, file, what)
-        items = [self._item(f"{file}, question {key}", key, record) for key, record in records.items()]
-        named = ((item.image, f"field 'imageId' of question {item.key} in {GQA_FILE}") for item in items)
-        check_images(((self._folder / image, by) for image, by in named), f"GQA's images in {self._folder}")
-        return items
+        return [self._item(f"{file}, question {key}", key, record) for key, record in records.items()]
+
+    def named_images(self, items):
+        return ((self._folder / item.image, f"field 'imageId' of question {item.key} in {GQA_FILE}") for item in items)
 
     @property
     def _folder(self) -> Path:
         return self.root / "gqa/images"
 
     def _item(self, place: str, key: str, record: dict) -> Item:
-        question, image, answer = (field(place, record, name, str) for name in ("question", "imageId", "answer"))
-        types = field(place, record, "types", dict)
-        structural = field(f"{place}, field 'types'", types, "structural", str)
+        question, image, answer = (field(record, name, str, place) for name in ("question", "imageId", "answer"))
+        structural = field(field(record, "types", dict, place), "structural", str, f"{place}, field 'types'")
         facts = {"kind": "open" if structural == "query" else "binary"}
         image = f"{image}.jpg"
-        opened = partial(load_image, self._folder / image)
+        opened = self.image(self._folder / image)
         return Item(key, question + SHORT_ANSWER, opened, image, image, facts=facts, expected=answer)
 
     def judge(self, items, answers) -> list[Verdict]:
@@ -236,8 +231,10 @@ class GQA(QuestionTask):
     def figures(self, sums) -> dict[str, np.ndarray]:
         return accuracies(sums, GQA_KINDS)
 
-    def write_submission(self, folder, items, answers):
+    def write_submission(self, items, answers):
         """`testdev_balanced_predictions.json`, as the official `eval.py` reads it."""
-        file = folder / "testdev_balanced_predictions.json"
+        file = "submission/testdev_balanced_predictions.json"
         pairs = zip(items, self.judge(items, answers), strict=True)
-        write_json(file, [{"questionId": item.key, "prediction": verdict.parsed} for item, verdict in pairs])
+        self.output.write_json(
+            file, [{"questionId": item.key, "prediction": verdict.parsed} for item, verdict in pairs]
+        )

@@ -10,23 +10,14 @@ beside the image `{name}.jpg` (or png), or both apart, in `questions_answers_YN/
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
-from evaluation.official_files import (
-    check_filled,
-    check_images,
-    existing,
-    field,
-    read_json_lines,
-    unique_keys,
-    write_json_lines,
-)
+from common.errors import UserError, shown
+from common.files import field, read_text, visible_in
+from evaluation.official_files import check_filled, choice, read_json_lines, unique_keys
 from evaluation.task import SHORT_ANSWER, Item, Paper, QuestionTask, Verdict, cell, ratio
-from models.images import load_image
 
 POPE_SPLITS = ("random", "popular", "adversarial")
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
@@ -57,13 +48,14 @@ class POPE(YesNoRule, QuestionTask):
     name = "pope"
     headline = "F1, mean of splits"
     official_size = 9000
+    images_expected = "COCO's images in coco/val2014"
     paper = Paper(80.0, 84.5, "which figure the paper means is not said; this is the one LLaVA-1.5 reports")
 
     def read_items(self) -> list[Item]:
-        items = [item for split in POPE_SPLITS for item in self._read_split(split)]
-        named = ((item.image, f"field 'image' of coco_pope_{item.facts['split']}.json") for item in items)
-        check_images(((self._folder / image, by) for image, by in named), f"COCO's val2014 images in {self._folder}")
-        return items
+        return [item for split in POPE_SPLITS for item in self._read_split(split)]
+
+    def named_images(self, items):
+        return ((self._folder / item.image, f"field 'image' of coco_pope_{item.facts['split']}.json") for item in items)
 
     @property
     def _folder(self) -> Path:
@@ -73,10 +65,10 @@ class POPE(YesNoRule, QuestionTask):
         file, what = self.root / f"pope/coco_pope_{split}.json", f"POPE's {split} questions, one JSON object a line"
         items = []
         for place, record in read_json_lines(file, what):
-            number = field(place, record, "question_id", int)
-            image, text = (field(place, record, name, str) for name in ("image", "text"))
-            label = field(place, record, "label", str, ("yes", "no"))
-            opened, facts = partial(load_image, self._folder / image), {"split": split, "question": text}
+            number = field(record, "question_id", int, place)
+            image, text = (field(record, name, str, place) for name in ("image", "text"))
+            label = choice(record, "label", ("yes", "no"), place)
+            opened, facts = self.image(self._folder / image), {"split": split, "question": text}
             # The splits share their images, so images are resampled, not questions.
             items.append(
                 Item(f"{split}-{number}", text + SHORT_ANSWER, opened, image, image, facts=facts, expected=label)
@@ -92,12 +84,12 @@ class POPE(YesNoRule, QuestionTask):
         }
         return means | found
 
-    def write_submission(self, folder, items, answers):
+    def write_submission(self, items, answers):
         """The answer files that the official `evaluate.py` reads, one a split, in the order of the questions."""
         for split in POPE_SPLITS:
             pairs = [pair for pair in zip(items, answers, strict=True) if pair[0].facts["split"] == split]
             records = [{"question": item.facts["question"], "answer": text} for item, text in pairs]
-            write_json_lines(folder / f"coco_pope_{split}_answers.json", records)
+            self.output.write_json_lines(f"submission/coco_pope_{split}_answers.json", records)
 
 
 def yes_no_figures(sums: Mapping[str, np.ndarray], splits: Sequence[str]) -> dict[str, np.ndarray]:
@@ -137,17 +129,39 @@ class MME(QuestionTask):
         root = next((folder for folder in folders if (folder / SUBTASKS[0]).is_dir()), folders[0])
         items = []
         for subtask in SUBTASKS:
-            folder = existing(root / subtask, f"the folder of MME's subtask {subtask}, one of {len(SUBTASKS)}")
-            questions = folder / "questions_answers_YN"
-            files = sorted((questions if questions.is_dir() else folder).glob("*.txt"))
+            folder = root / subtask
+            if not folder.is_dir():
+                raise UserError(f"{folder} is no folder; expected those of MME's {len(SUBTASKS)} subtasks")
+            apart = (folder / "questions_answers_YN").is_dir()
+            texts, images = (folder / part if apart else folder for part in ("questions_answers_YN", "images"))
+            files = [path for path in visible_in(texts) if path.suffix.lower() == ".txt"]
             if not files:
-                raise UserError(f"{folder} holds no .txt file; expected MME's questions, one file per image")
+                raise UserError(f"{texts} holds no .txt file; expected MME's questions, one file per image")
+            shown_in = {p.stem: p for p in visible_in(images)[::-1] if p.suffix.lower() in IMAGE_SUFFIXES}
             for file in files:
-                items += _read_pair(subtask, file, folder / "images" if questions.is_dir() else folder)
+                if file.stem not in shown_in:
+                    path = images / file.stem
+                    raise UserError(f"{file} has no image; expected {path}{' or '.join(IMAGE_SUFFIXES)}")
+                items += self._pair(subtask, file, shown_in[file.stem])
+        return items
+
+    def _pair(self, subtask: str, file: Path, image: Path) -> list[Item]:
+        """The two questions of one image."""
+        lines = [line for line in read_text(file).split("\n") if line.strip()]
+        if len(lines) != 2:
+            raise UserError(f"{file} has {len(lines)} lines; expected {MME_FORM}")
+        items, group, name = [], f"{subtask}/{shown(file.stem)}", f"{subtask}/{shown(image.name)}"
+        for number, line in enumerate(lines, 1):
+            question, _, label = (part.strip() for part in line.partition("\t"))
+            if label not in ("Yes", "No"):
+                raise UserError(f"{file}, line {number}: the answer is {label!r}; expected {MME_FORM}")
+            opened = self.image(image)
+            items.append(Item(f"{group}/{number}", question, opened, name, group, stratum=subtask, expected=label))
         return items
 
     def judge(self, items, answers) -> list[Verdict]:
-        parsed = [parse_yes_no_other(answer) for answer in answers]
+        """The official rule for the submission's text, in which line breaks are blanks."""
+        parsed = [parse_yes_no_other(cell(answer)) for answer in answers]
         return [Verdict(p, float(p == item.expected.lower())) for item, p in zip(items, parsed, strict=True)]
 
     def counts(self, items, verdicts) -> dict[str, float]:
@@ -170,7 +184,7 @@ class MME(QuestionTask):
             "neither yes nor no, %": 100 * ratio(other, asked),
         } | found
 
-    def write_submission(self, folder, items, answers):
+    def write_submission(self, items, answers):
         """`{subtask}.txt` as the official `calculation.py` reads them: image, question, answer, prediction."""
         for subtask in SUBTASKS:
             lines = [
@@ -178,29 +192,7 @@ class MME(QuestionTask):
                 for item, answer in zip(items, answers, strict=True)
                 if item.stratum == subtask
             ]
-            (folder / f"{subtask}.txt").write_text("".join(lines), encoding="utf-8")
-
-
-def _read_pair(subtask: str, file: Path, images: Path) -> list[Item]:
-    """The two questions of one image."""
-    image = next((path for end in IMAGE_SUFFIXES if (path := images / f"{file.stem}{end}").is_file()), None)
-    if image is None:
-        raise UserError(f"{file} has no image; expected {images / file.stem}{' or '.join(IMAGE_SUFFIXES)}")
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as text ({error}); expected {MME_FORM}") from None
-    if len(lines) != 2:
-        raise UserError(f"{file} has {len(lines)} lines; expected {MME_FORM}")
-    items = []
-    for number, line in enumerate(lines, 1):
-        question, _, label = (part.strip() for part in line.partition("\t"))
-        if label not in ("Yes", "No"):
-            raise UserError(f"{file}, line {number}: the answer is {label!r}; expected {MME_FORM}")
-        group, opened = f"{subtask}/{file.stem}", partial(load_image, image)
-        name = f"{subtask}/{image.name}"
-        items.append(Item(f"{group}/{number}", question, opened, name, group, stratum=subtask, expected=label))
-    return items
+            self.output.write_text(f"submission/{subtask}.txt", "".join(lines))
 
 
 def parse_yes_no_other(answer: str) -> str:

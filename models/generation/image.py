@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from models.generation.runner import BUCKET, Model, Runner, inference, is_plain_linear
 from models.generation.sampling import (
+    Generators,
     SamplingParameters,
     Schedule,
     get_mask_schedule,
@@ -44,7 +45,7 @@ class ImageGeneration:
         timesteps: int = 18,
         temperature: float = 1.0,
         noise_schedule: str | Schedule = "cosine",
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         attention_mask: OmniMask | None = None,
         callback: Callable[[int, torch.Tensor], None] | None = None,
         sampling: SamplingParameters | None = None,
@@ -58,6 +59,8 @@ class ImageGeneration:
             timesteps: number of steps, at least 1.
             temperature: weight of the Gumbel noise on the confidence; decays from step to step.
             noise_schedule: name or function of a scalar tensor, see `get_mask_schedule`.
+            generator: of all rows, as published, or a sequence with one for each row, whose codes then do not depend on
+                the other rows.
             attention_mask: of the rows, those with text before those without; default: read off the ids.
             callback: called as ``callback(step, codes)`` after each step, codes (B, N) as sampled.
             sampling: options that deviate from the published sampling; default: none.

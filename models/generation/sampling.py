@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 # B images or prompts, N image positions, U of them with logits, C codes, V vocabulary
 Schedule = Callable[[torch.Tensor], torch.Tensor]
+Generators = torch.Generator | Sequence[torch.Generator] | None  # one for the batch, or one for each row
 ORDERS = ("confidence", "halton")
 
 
@@ -61,12 +62,18 @@ def get_mask_schedule(name: str, **params) -> Schedule:
         name: ``cosine``, ``linear``, ``sigmoid`` (params start, end, tau) or ``pow<k>``, e.g. ``pow2`` or ``pow0.5``.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or parameters that give no number.
     """
     if name == "cosine":
         return lambda t: torch.cos(t * math.pi * 0.5)
     # Faithful: all but cosine are clipped (pinned by tests/parity/test_goldens.py).
     if name == "sigmoid":
+        try:
+            values = _sigmoid_schedule(torch.linspace(0, 1, 9), **params)
+        except (ArithmeticError, TypeError) as error:
+            raise ValueError(f"params {params} of the schedule cannot be used ({error}); give numbers") from None
+        if not values.isfinite().all():
+            raise ValueError(f"params {params} of the schedule give no number; start and end must differ, tau not be 0")
         return lambda t: _sigmoid_schedule(t, **params).clamp(1e-6, 1.0)
     power = re.fullmatch(r"pow(\d*\.?\d+)", "pow1" if name == "linear" else name)
     if power is None:
@@ -97,6 +104,13 @@ def multinomial_at(
     return drawn.gather(1, positions)
 
 
+def by_row(draw: Callable, generator: Generators, *tensors: torch.Tensor) -> torch.Tensor:
+    """``draw(*tensors, generator)``; with a generator for each row, of each row by itself."""
+    if not isinstance(generator, Sequence):
+        return draw(*tensors, generator)
+    return torch.cat([draw(*row, one) for *row, one in zip(*(t.split(1) for t in tensors), generator, strict=True)])
+
+
 def maskgit_step(
     logits: torch.Tensor,
     image_ids: torch.Tensor,
@@ -104,7 +118,7 @@ def maskgit_step(
     *,
     mask_ratio: torch.Tensor,
     temperature: float,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     positions: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
     multinomial_at: Callable = multinomial_at,
@@ -116,6 +130,7 @@ def maskgit_step(
         image_ids: (B, N) codes 0…C−1, or `mask_token_id` where unknown.
         mask_ratio: scalar fp32 tensor, share of positions to leave masked.
         temperature: weight of the Gumbel noise on the confidence.
+        generator: with one for each row, a row's draws do not depend on the others.
         positions: (B, U) int64, ascending, that the logits belong to: every unknown position and perhaps some known
             ones; default: all N.
         order: (N,) ranks in which positions become known, instead of the most confident ones first (not published).
@@ -134,7 +149,11 @@ def maskgit_step(
     probabilities = logits.softmax(dim=-1)
     if not probabilities[..., :1].isfinite().all():  # one NaN or infinity makes a whole row NaN
         raise RuntimeError("the logits of image codes are not all finite")
-    drawn = multinomial_at(probabilities, positions, num_positions, generator)  # (B, U)
+
+    def draw(probabilities: torch.Tensor, positions: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        return multinomial_at(probabilities, positions, num_positions, generator)
+
+    drawn = by_row(draw, generator, probabilities, positions)  # (B, U)
     chosen = probabilities.gather(-1, drawn[..., None])[..., 0]
     unknown = image_ids == mask_token_id
     sampled = torch.where(unknown, image_ids.scatter(1, positions, drawn), image_ids)
@@ -145,7 +164,7 @@ def maskgit_step(
     num_masked = torch.minimum(unknown.sum(-1, keepdim=True) - 1, num_masked).clamp(min=1).long()  # (B, 1)
 
     if order is None:
-        confidence = confidence.clamp(min=1e-20).log() + temperature * gumbel_noise(confidence, generator)
+        confidence = confidence.clamp(min=1e-20).log() + temperature * by_row(gumbel_noise, generator, confidence)
     else:
         confidence = torch.where(unknown, -order.to(confidence.dtype), largest)
     cut_off = confidence.sort(dim=-1).values.gather(-1, num_masked)
@@ -190,7 +209,7 @@ def is_greedy(temperature: float = 1.0, top_k: int | None = None, top_p: float |
         raise ValueError(f"top_k is {top_k}, expected at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}, expected a number in (0, 1], or None")
-    return top_k == 1 or temperature == 0
+    return top_k == 1 or temperature < 1e-9  # the limit; logits divided by less overflow
 
 
 def sample_next(
@@ -224,5 +243,6 @@ def sample_next(
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
         beyond = probabilities.cumsum(-1) - probabilities >= top_p  # the first token that crosses p stays
+        beyond[:, 0] = False  # also where p is too small for float32
         logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]

@@ -219,9 +219,9 @@ REFUSALS = {
         "training.seed=[": "cannot be read as YAML",
         "mode=draw": "mode is 'draw'; allowed: t2i, inpainting, extrapolation",
         "wandb.mode=loud": "allowed: online, offline, disabled",
-        "batch_size=0": "training.batch_size is 0; it must be 1 or more",
-        "guidance_scale=-1": "training.guidance_scale is -1.0; it must be 0 or more",
-        "guidance_scale=nan": "is nan; it must be 0 or more",
+        "batch_size=0": "training.batch_size is 0; it must be from 1 to 65536",
+        "guidance_scale=-1": "training.guidance_scale is -1.0; it must be from 0 to 1000000",
+        "guidance_scale=nan": "is nan; it must be from 0 to 1000000",
         "top_p=1.5": "top_p is 1.5; it must be more than 0, up to 1",
         "top_p=0": "top_p is 0.0; it must be more than 0, up to 1",
         "sampling.guidance_stop=-1": "sampling.guidance_stop is -1.0; it must be from 0 to 1",
@@ -242,8 +242,9 @@ REFUSALS = {
         "device=cuda:1": "device is 'cuda:1', but the launcher",
         "dtype=bf16": "dtype has no effect on training; give training.mixed_precision",
         "mode=t2i": "mode has no effect on training; leave it out",
-        "dataset.params.resolution=512": "is 512 and dataset.preprocessing.resolution is 256; they must agree",
-        "lr_scheduler.params.learning_rate=1": "they must agree",
+        "dataset: {params: {resolution: 512}}": "is 512 and dataset.preprocessing.resolution is 256; they must agree",
+        "lr_scheduler.params.learning_rate=1 optimizer.params.learning_rate=2": "they must agree",
+        "training.generation_timesteps=300": "is 300; an image has 256 tokens, so it must be at most that",
         "dataset.params.train_lm_shards_path_or_url=[1, 2]": "it must be one path or a list of paths",
         "conversation=chat dataset.add_system_prompt=true": "whose template has its own",
         "dataset.packing=true compile=true": "recompiles at every step",
@@ -315,7 +316,9 @@ def test_help_of_a_script_needs_no_torch(tmp_path, repository):
     done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert lines[0].startswith("Trains Show-o") and lines[-1] == "0 False"
-    assert any(line.startswith("  training.lm_coeff=0.1 ") and "[a number]" in line for line in lines)
+    assert any(
+        line.startswith("  training.lm_coeff=0.1 ") and "[a number, from 0 to 1000000]" in line for line in lines
+    )
 
 
 def test_the_keys_that_may_change_when_a_run_is_resumed():
@@ -327,7 +330,12 @@ def test_the_keys_that_may_change_when_a_run_is_resumed():
         *(f"dataset.params.eval_{flow}_shards_path_or_url" for flow in ("t2i", "mmu", "lm")),
         *(f"dataset.params.eval_{flow}_image_root" for flow in ("t2i", "mmu")),
         *(f"dataset.params.{key}" for key in ("validation_prompts_file", "pin_memory", "persistent_workers")),
-        *("dataset.params.batch_size", "dataset.params.max_skipped_fraction", "lr_scheduler.params.learning_rate"),
+        *(
+            "dataset.params.resolution",
+            "dataset.params.batch_size",
+            "dataset.params.max_skipped_fraction",
+            "lr_scheduler.params.learning_rate",
+        ),
         *(f"training.{key}" for key in ("guidance_scale", "generation_timesteps", "generation_temperature")),
         *("training.batch_size", "training.eval_mask_ratios", "training.enable_tf32", "training.max_nonfinite_batches"),
         *("training.max_train_steps", "lr_scheduler.params.num_training_steps"),

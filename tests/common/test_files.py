@@ -131,3 +131,4 @@ def test_home(monkeypatch, tmp_path):
     assert files.resolve_path("~/x") == tmp_path / "x"
     assert files.resolve_path("configs").name == "configs"
     assert json.dumps(files.shown(Path(os.fsdecode(b"caf\xe9.png"))))
+    assert files.shown("half a pair: \ud83d") == r"half a pair: \ud83d"

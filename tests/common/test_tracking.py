@@ -1,8 +1,10 @@
 """What a run reports: on disk always, in wandb if it is wanted. wandb itself runs here, offline."""
 
+import errno
 import json
 import os
 import sys
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from common.tracking import Tracker
+from common.tracking import Tracker, _mode_of_environment
 
 
 def lines(folder) -> list[dict]:
@@ -138,3 +140,43 @@ def test_without_wandb_installed_the_disk_is_enough(tmp_path, nobody, monkeypatc
         tracker.log({"loss": 1}, 0)
     assert "not installed" in capsys.readouterr().out
     assert lines(tmp_path) == [{"step": 0, "loss": 1}]
+
+
+def test_a_full_disk_under_wandb_is_one_line(tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tracker = Tracker("project", "name", tmp_path, wandb_config={"mode": "disabled"})
+    for name, use in {
+        "log": lambda: tracker.log_images("panel", [Image.new("RGB", (8, 8))], ["a"], 0, save=False),
+        "finish": tracker.finish,
+    }.items():
+        tracker.run = SimpleNamespace(**{name: full})
+        with pytest.raises(UserError, match="cannot write .*wandb .No space left on device"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "mode"),
+    [
+        ("WANDB_MODE", "dryrun", "offline"),
+        ("WANDB_MODE", "run", "online"),
+        ("WANDB_MODE", "OFFLINE", "offline"),
+        ("WANDB_MODE", "", None),
+        ("WANDB_DISABLED", "true", "disabled"),
+        ("WANDB_DISABLED", "1", "disabled"),
+        ("WANDB_DISABLED", "false", None),
+    ],
+)
+def test_wandbs_older_words_in_the_environment(nobody, monkeypatch, variable, value, mode):
+    monkeypatch.delenv("WANDB_DISABLED", raising=False)
+    monkeypatch.setenv(variable, value)
+    assert _mode_of_environment() == mode
+
+
+@pytest.mark.slow
+def test_a_dry_run_is_recorded_offline_by_wandb_itself(tmp_path, nobody, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    with Tracker("project", "name", tmp_path) as tracker:
+        tracker.log({"loss": 1.0}, step=1)
+    assert list(tmp_path.glob("wandb/offline-run-*")) and capsys.readouterr().out == ""

@@ -3,6 +3,7 @@
 import re
 from math import isqrt
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from common.errors import UserError
 from common.settings import settings_of
 from evaluation.schema import EvaluationConfig
 from tests.training.tiny import check_data
+from training.tokenizer_settings import TokenizerTrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
@@ -74,10 +76,10 @@ def load_bare(monkeypatch):
 def load(monkeypatch):
     """Loads a file for training with nothing but its environment variables set, each to /NAME."""
 
-    def load_with_variables(name: str):
+    def load_with_variables(name: str, *arguments: str):
         for variable in variables(name):
             monkeypatch.setenv(variable, f"/{variable}")
-        return load_config([f"config={FILES[name]}"], TrainingConfig)
+        return load_config([f"config={FILES[name]}", *arguments], TrainingConfig)
 
     return load_with_variables
 
@@ -262,3 +264,29 @@ def test_a_flow_that_is_off_asks_for_no_data(flow, variable, load_bare):
     assert config.dataset.params[f"train_{flow}_shards_path_or_url"] is None
     with pytest.raises(UserError, match=f"SHOWO_{variable};"):
         check_data(load_bare("showo_pretraining_stage2"))
+
+
+DOUBLE = {  # published keys that repeat another one
+    "dataset.params.resolution": "dataset.preprocessing.resolution",
+    "dataset.params.batch_size": "training.batch_size",
+    "lr_scheduler.params.learning_rate": "optimizer.params.learning_rate",
+}
+
+
+@pytest.mark.parametrize(("double", "key"), DOUBLE.items())
+def test_one_of_two_keys_that_say_the_same_is_enough_on_the_command_line(load, double, key):
+    name = STAGES[-1]
+    for given in (double, key):
+        config = load(name, f"{given}=64")
+        assert OmegaConf.select(config, double) == OmegaConf.select(config, key) == 64
+    with pytest.raises(UserError, match=f"{double} is 64.* and {key} is 32.*; they must agree"):
+        load(name, f"{double}=64", f"{key}=32")
+
+
+@pytest.mark.parametrize("schema", [TrainingConfig, InferenceConfig, TokenizerTrainingConfig])
+def test_every_number_has_an_upper_end(schema):
+    numbers = {int, float, list[int], list[float]}
+    for key, one in settings_of(schema).items():
+        kinds = {one.hint, *get_args(one.hint)} & numbers
+        repeated = one.rule.alias or one.rule.repeats
+        assert not kinds or repeated or (one.rule.high or one.rule.below) is not None, key

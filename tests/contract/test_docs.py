@@ -1,10 +1,17 @@
-"""What is written holds together: cited sections of docs/spec.md exist, links lead to files and headings, and nothing
-but `models/backbones.py` names a family of language models, so that a further one is one record there."""
+"""What is written holds together: cited sections of docs/spec.md exist, links lead to files and headings, commands to
+scripts and settings; and nothing but `models/backbones.py` names a family of language models, so that a further one is
+one record there."""
 
 import re
+import shlex
+from dataclasses import is_dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
+
+from common.settings import settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = ROOT / "docs" / "spec.md"
@@ -65,3 +72,63 @@ def test_every_link_leads_somewhere(page):
 def test_no_family_is_named_elsewhere(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert [line.strip() for line in lines if FAMILY.search(line)] == []
+
+
+# ---- commands in pages ----
+
+COMMAND = re.compile(r"^(?:python3|accelerate launch [^\n]*?|bash) ?((?:\w+/)*\w+\.(?:py|sh)) *([^\n]*)$", re.MULTILINE)
+SCHEMAS = {  # of the scripts that read a YAML file; tools declare one each
+    "inference_t2i.py": "common.schema:InferenceConfig",
+    "inference_mmu.py": "common.schema:InferenceConfig",
+    "evaluate.py": "evaluation.schema:EvaluationConfig",
+    "training/train.py": "common.schema:TrainingConfig",
+    "training/train_w_clip_vit.py": "common.schema:TrainingConfig",
+    "training/train_magvitv2.py": "training.tokenizer_settings:TokenizerTrainingConfig",
+}
+
+
+def schema_of(script: str) -> type | None:
+    """The settings of a script; None if it has none of our kind, as the benchmarks."""
+    if script in SCHEMAS:
+        return resolve_name(SCHEMAS[script])
+    module = import_module(script.removesuffix(".py").replace("/", "."))
+    found = [value for name, value in vars(module).items() if name.endswith("Config") and is_dataclass(value)]
+    return next((schema for schema in found if schema.__module__ == module.__name__), None)
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+    """(page, script, arguments) of every command in a fenced block that is whole."""
+    found = []
+    for page in PAGES:
+        for block in FENCE.findall(page.read_text()):
+            for script, rest in COMMAND.findall(block.replace("\\\n", " ")):
+                if "…" not in rest.partition("config=")[0]:
+                    found.append((str(page.relative_to(ROOT)), script, shlex.split(rest, comments=True)))
+    return found
+
+
+@pytest.mark.parametrize(("page", "script", "arguments"), commands(), ids=lambda value: str(value)[:40])
+def test_every_command_has_a_script_its_files_and_known_keys(page, script, arguments):
+    assert (ROOT / script).is_file()
+    has_settings = script.endswith(".py") and not script.startswith(("benchmarks/", "evaluation/"))
+    schema = schema_of(script) if has_settings else None
+    known = settings_of(schema) if schema else {}
+    for key, _, value in (argument.partition("=") for argument in arguments if "=" in argument):
+        if key == "config" and value.startswith("configs/"):
+            assert (ROOT / value).is_file(), f"{page}: {value}"
+        elif known and key != "config":
+            assert key in known or key.rpartition(".")[0] in known, f"{page}: {script} has no key {key}"
+
+
+def test_what_published_names_have_become_is_there():
+    """In the tables of docs/migrating.md: the files of the last column, and the names after a file."""
+    rows = [line for line in (ROOT / "docs/migrating.md").read_text().splitlines() if line.startswith("| ")]
+    cells = [row.replace("\\|", "/").split(" | ")[-1] for row in rows]
+    files = [file for cell in cells for file in re.findall(r"`((?:\w+/)+\w+\.py)`", cell)]
+    assert len(files) > 20 and [file for file in files if not (ROOT / file).is_file()] == []
+    named = [found for cell in cells for found in re.findall(r"`((?:\w+/)+\w+)\.py`: ((?:`\w+`[^;`]*)+)", cell)]
+    for file, names in named:
+        module = import_module(file.replace("/", "."))
+        assert [name for name in re.findall(r"`(\w+)`", names.partition("(")[0]) if not hasattr(module, name)] == [], (
+            file
+        )

@@ -15,7 +15,7 @@ from models.vocabulary import Vocabulary
 
 EXPORTS = {
     models: """Showo ShowoConfig MAGVITv2 MAGVITv2Config CLIPVisionTower UniversalPrompting OmniMask ShowoPipeline
-        SamplingParameters get_mask_schedule""",
+        SamplingParameters get_mask_schedule get_mask_chedule""",
     llava: "encode_conversation encode_plain collate",
     models.ShowoPipeline: "from_pretrained from_config text_to_image inpaint extrapolate answer",
     models.OmniMask: "lm t2i mmu mmu_vit from_ids cat rows select dense block_mask",
@@ -25,7 +25,7 @@ SIGNATURES = """
 UniversalPrompting(tokenizer, max_text_len=128, ignore_id=-100, cond_dropout_prob=0.1)
 UniversalPrompting.__call__(inputs, task)
 Showo.forward(input_ids, attention_mask=None, labels=None, batch_size_t2i=0, batch_size_lm=0, batch_size_mmu=0,
-    max_seq_length=128, image_features=None)
+    max_seq_length=None, image_features=None)
 Showo.t2i_generate(input_ids, uncond_input_ids=None, *, guidance_scale=0.0, timesteps=18, temperature=1.0,
     noise_schedule="cosine", generator=None)
 Showo.mmu_generate(input_ids, *, image_features=None, max_new_tokens=100, temperature=1.0, top_k=None, top_p=None,

@@ -244,7 +244,7 @@ def test_a_sample_has_one_text_without_the_blanks_around_it(members, expected):
 
 @pytest.mark.parametrize(
     ("members", "kind"),
-    [({}, "empty_text"), *(({"text": text}, "empty_text") for text in (None, [], b"", b" \n "))]
+    [({}, "malformed_item"), *(({"text": text}, "empty_text") for text in (None, [], b"", b" \n "))]
     + [({"text": text}, "malformed_item") for text in (b"\xff\xfe\xfa", 3.5, "half of \ud83d")],
 )
 def test_what_is_no_text_is_skipped(members, kind):

@@ -173,7 +173,7 @@ def test_manifests_are_beside_their_shards(shard):
     urls = write_manifest(shard)
     assert list(manifests([*urls, *urls])) == [str(shard.parent / "train-manifest.json")]
     (shard.parent / "train-manifest.json").write_text("{")
-    with pytest.raises(UserError, match="train-manifest.json is no valid manifest"):
+    with pytest.raises(UserError, match="train-manifest.json is no valid JSON"):
         manifests(urls)
 
 

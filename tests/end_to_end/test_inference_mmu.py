@@ -1,8 +1,10 @@
 """`inference_mmu.py` from published-format folders to answers on the terminal, in results.jsonl, grid and wandb."""
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -59,19 +61,73 @@ def test_words_are_printed_when_they_come_and_in_order(capsys):
 
 
 def test_what_is_no_image_is_skipped_with_a_line(places, tmp_path, capsys):
+    """Images that cannot be read by name, whatever else lies there by its number, hidden files without a word."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     whole = (places["pictures"] / "b.png").read_bytes()
     (folder / "good.png").write_bytes(whole)
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "SOURCES.md").write_text("no image")
+    (folder / "no suffix").write_bytes(whole)
+    for number in range(12):
+        (folder / f"cut{number:02}.png").write_bytes(whole[: len(whole) // 2])
+        (folder / f"good{number}.txt").write_text("a caption")
+    (folder / "table.csv").write_text("a,b")
+    for name in ("._good.png", ".hidden.png", "half.png.partial"):
+        (folder / name).write_bytes(whole)
     Image.new("L", (1, 200_000)).save(folder / "narrow.png")  # enormous once it is as wide as the model's images
     (folder / "sub").mkdir()
+    os.mkfifo(folder / "pipe.png")
     lines = run(places, tmp_path / "out", f"mmu_image_root={folder}")
-    assert {line["image"] for line in lines} == {"good.png"} and len(lines) == 2
+    assert [line["image"] for line in lines] == ["good.png"] * 2 + ["no suffix"] * 2
     skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
-    for name, line in zip(("SOURCES.md", "cut.png", "narrow.png"), skipped, strict=True):
-        assert name in line
+    assert all(f"cut{number:02}.png" in line for number, line in enumerate(skipped[:10]))
+    assert skipped[10:] == [
+        "skipped: 3 more images that cannot be read",
+        "skipped: 13 files that are no images (12 .txt, 1 .csv)",
+    ]
+
+
+def test_names_that_are_no_text_are_shown(places, tmp_path, capsys):
+    folder = tmp_path / "old archive"
+    folder.mkdir()
+    for name in (b"caf\xe9.png", "кот.png".encode()):
+        (Path(folder) / os.fsdecode(name)).write_bytes((places["pictures"] / "b.png").read_bytes())
+    lines = run(places, tmp_path / "out", f"mmu_image_root={folder}")
+    assert {line["image"] for line in lines} == {r"caf\xe9.png", "кот.png"}
+    assert r"caf\xe9.png" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.slow
+def test_images_and_results_in_one_folder(places, tmp_path):
+    """The user's own images stay and are asked about, also by a later run, which does not ask about results."""
+    names = ["0000.png", "a.png", "grid.png"]
+    for name in names:
+        (tmp_path / name).write_bytes((places["pictures"] / "b.png").read_bytes())
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    for count, more in enumerate(([], [], ["overwrite=true"]), 1):
+        lines = run(places, tmp_path, f"mmu_image_root={tmp_path}", *more)
+        assert [line["image"] for line in lines] == [name for name in names for _ in range(2)] * (
+            count if count < 3 else 1
+        )
+        assert {name: (tmp_path / name).read_bytes() for name in names} == before
+
+
+def test_rotated_and_deep_images_are_seen_as_people_see_them(places, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    photo = Image.new("RGB", (48, 32), "blue")
+    photo.paste("red", (0, 0, 48, 16))
+    photo.save(folder / "photo.png", exif=exif)
+    Image.fromarray(np.linspace(0, 65535, 64)[None].repeat(64, 0).astype(np.uint16)).save(folder / "ramp.png")
+    for exif in ("ignore", "apply"):
+        run(places, tmp_path / exif, f"mmu_image_root={folder}", f"image.exif={exif}")
+        told = "1 image carries a rotation (EXIF), ignored; image.exif=apply turns it" in capsys.readouterr().out
+        seen = Image.open(tmp_path / exif / "0000.png")
+        assert told == (exif == "ignore") and seen.getpixel((30, 4)) == (255, 0, 0)
+        assert seen.getpixel((4, 4)) == ((255, 0, 0) if told else (0, 0, 255))
+        ramp = np.asarray(Image.open(tmp_path / exif / "0001.png"))[5, :, 0].astype(int)
+        assert ramp[0] < 10 and ramp[-1] > 245 and abs(ramp[len(ramp) // 2] - 128) < 10
 
 
 def test_one_image_may_be_named(places, tmp_path):
@@ -79,13 +135,23 @@ def test_one_image_may_be_named(places, tmp_path):
     assert [line["image"] for line in lines] == ["c.png"] * 2
 
 
+def test_the_bare_caption(places, tmp_path, capsys):
+    lines = run(places, tmp_path, "question=null")
+    pipeline = ShowoPipeline(tiny_showo(), tiny_vq(), prompting())
+    captions = pipeline.caption([places["pictures"] / line["image"] for line in lines], max_new_tokens=8)
+    assert [line["answer"] for line in lines] == captions and {line["question"] for line in lines} == {None}
+    assert f"a.jpg\n  Caption: {captions[0]}\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_sampling_follows_its_settings_and_the_seed(places, tmp_path):
     sampled = ["top_k=null", "top_p=0.95", "temperature=3"]
-    runs = [run(places, tmp_path, *sampled, f"seed={seed}") for seed in (1, 1, 2)] + [run(places, tmp_path)]
+    sampled.append("overwrite=true")
+    runs = [run(places, tmp_path, *sampled, f"seed={seed}") for seed in (1, 1, 2)]
+    runs.append(run(places, tmp_path, "overwrite=true"))
     first, again, other, greedy = ([line["answer"] for line in lines] for lines in runs)
     assert first == again != other != greedy != first
-    assert len(run(places, tmp_path, "max_new_tokens=2")[0]["answer"].split()) <= 2
+    assert len(run(places, tmp_path / "short", "max_new_tokens=2")[0]["answer"].split()) <= 2
 
 
 @pytest.mark.slow

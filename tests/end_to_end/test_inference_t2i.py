@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import inference_t2i
+from common.errors import UserError
 from models import ShowoPipeline
 from tests.parity.goldens import PHI, facts, prompting, tensors, tiny_showo
 from tests.tiny import RESOLUTION, tiny_vq
@@ -58,7 +59,7 @@ def test_a_seed_fixes_every_image_that_starts_from_another(places, tmp_path):
     for arguments in (inpainting(places), extrapolation(places, "left *** down", "w1 *** w2")):
         made = []
         for seed in (42, 42, 43):
-            run(places, tmp_path, *arguments, f"seed={seed}")
+            run(places, tmp_path, *arguments, f"seed={seed}", "overwrite=true")
             made.append(images_in(tmp_path))
         assert made[0] == made[1] != made[2]
 
@@ -80,7 +81,7 @@ def test_inpainting_repeats_its_prompt_batch_size_times(places, tmp_path):
     assert [line["prompt"] for line in lines] == ["w1 w2"] * 2 and {line["mode"] for line in lines} == {"inpainting"}
     first, second = images_in(tmp_path / "out")
     assert first != second
-    lines = run(places, tmp_path / "out", *inpainting(places, "batch_size=2", "num_images_per_prompt=3"))
+    lines = run(places, tmp_path / "more", *inpainting(places, "batch_size=2", "num_images_per_prompt=3"))
     assert len(lines) == 3
 
 
@@ -94,13 +95,64 @@ def test_extrapolation_with_a_prompt_for_each_direction(places, tmp_path):
     )  # each step adds a row or column of tokens
 
 
-def test_a_new_run_takes_the_place_of_the_one_before(places, tmp_path, capsys):
-    run(places, tmp_path, "mode=t2i", "prompt=w1 *** w2 *** w3")
-    (tmp_path / "0007.png").write_bytes(b"an image of the user's own")
-    run(places, tmp_path, "mode=t2i", "prompt=w4")
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["0000.png", "0007.png", "grid.png", "results.jsonl"]
-    assert f"images written to {tmp_path}: 1;" in capsys.readouterr().out
+def test_a_later_run_adds_its_images_or_replaces_the_earlier_ones(places, tmp_path, capsys):
+    run(places, tmp_path, "mode=t2i", "prompt=w1 *** w2")
+    earlier = images_in(tmp_path)
+    assert "earlier" not in capsys.readouterr().out
+    lines = run(places, tmp_path, "mode=t2i", "prompt=w4")
+    assert [line["file"] for line in lines] == ["0000.png", "0001.png", "0002.png"]
+    assert images_in(tmp_path)[:2] == earlier and (tmp_path / "grid-0002.png").is_file()
+    said = capsys.readouterr().out
+    assert f"{tmp_path} holds 2 images of earlier runs, which stay; overwrite=true replaces them" in said
+    assert f"images written to {tmp_path}: 1; overview: {tmp_path}/grid-0002.png" in said
+    lines = run(places, tmp_path, "mode=t2i", "prompt=w4", "overwrite=true")
+    names = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("."))
+    assert names == ["0000.png", "grid.png", "results.jsonl"] and len(lines) == 1
+    assert f"{tmp_path} holds 3 images of earlier runs, which are replaced" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_seed_of_its_own_makes_an_image_again(places, tmp_path, batch_size):
+    """Alone or beside others, with or without the option."""
+    each = ["mode=t2i", "seed_per_image=true", f"batch_size={batch_size}", "generation_timesteps=6"]
+    lines = run(places, tmp_path / "many", *each, "prompt=w1 w2 w3 *** w2 *** w3", "num_images_per_prompt=2")
+    assert [line["seed"] for line in lines] == list(range(42, 48))
+    many = images_in(tmp_path / "many")
+    assert len(set(many)) == 6
+    again = ["mode=t2i", "prompt=w2", f"seed={lines[3]['seed']}", "generation_timesteps=6"]
+    for number, more in enumerate((["batch_size=1"], ["batch_size=1", "seed_per_image=true"])):
+        run(places, tmp_path / str(number), *again, *more)
+        assert images_in(tmp_path / str(number)) == many[3:4]
+
+
+@pytest.mark.slow
+def test_seeds_of_their_own_in_the_other_modes(places, tmp_path):
+    for name, arguments in {"inpaint": inpainting(places), "extend": extrapolation(places, "up", "w1")}.items():
+        lines = run(places, tmp_path / name, *arguments, "batch_size=3", "seed_per_image=true")
+        run(places, tmp_path / f"{name} again", *arguments, "batch_size=1", f"seed={lines[2]['seed']}")
+        assert images_in(tmp_path / f"{name} again") == images_in(tmp_path / name)[2:]
+
+
+def test_prompts_that_are_cut_are_counted(places, tmp_path, capsys):
+    long = "w1 " * 40
+    run(places, tmp_path, "mode=t2i", f"prompt={long} *** w2 *** {long}w3", "dataset.preprocessing.max_seq_length=12")
+    said = capsys.readouterr().out
+    assert "prompts cut to dataset.preprocessing.max_seq_length=12 tokens: 2; the first is 'w1 w1" in said
+
+
+def test_rotations_are_told_or_applied(places, tmp_path, capsys):
+    """An upright mask fits a phone's photo only once it is turned; the error says so."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(places["image"]).save(tmp_path / "photo.jpg", exif=exif)
+    Image.open(places["mask"]).rotate(-90, expand=True).save(tmp_path / "mask.png")
+    given = inpainting(places, f"image_path={tmp_path}/photo.jpg")
+    upright = [*given, f"inpainting_mask_path={tmp_path}/mask.png"]
+    with pytest.raises(UserError, match=r"image carries an EXIF rotation.*image\.exif=apply turns it"):
+        run(places, tmp_path / "out", *upright)
+    assert "1 image carries a rotation (EXIF), ignored; image.exif=apply turns it" in capsys.readouterr().out
+    run(places, tmp_path / "out", *upright, "image.exif=apply")
+    assert "EXIF" not in capsys.readouterr().out
 
 
 def test_without_output_dir_each_mode_has_its_folder(places, tmp_path):
@@ -141,6 +193,13 @@ def test_wandb_holds_the_published_panel(places, tmp_path):
         assert text.encode() in record.read_bytes()
     made = images_in(tmp_path)
     assert sum(Image.open(path).tobytes() in made for path in media) == 2
+
+
+def test_wandb_can_be_disabled_by_its_older_word(places, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    run(places, tmp_path, "mode=t2i", "prompt=w1")
+    assert not (tmp_path / "wandb").exists()
 
 
 @pytest.mark.slow

@@ -28,8 +28,9 @@ def refused(places, tmp_path, monkeypatch):
     """Runs a script that must refuse before it reads weights; returns its one line. Earlier results must survive."""
     output_dir = tmp_path / "out"
     output_dir.mkdir()
-    for name in ("0000.png", "grid.png", "results.jsonl"):
+    for name in ("0000.png", "grid.png"):
         (output_dir / name).write_text(name)
+    (output_dir / "results.jsonl").write_text('{"file": "0000.png", "mode": "t2i"}\n')
     before = {path: path.read_bytes() for path in output_dir.iterdir()}
 
     def never(*args, **kwargs):
@@ -68,6 +69,7 @@ T2I = "mode=t2i prompt=w1 "
 INPAINT = "mode=inpainting prompt=w1 image_path={image} inpainting_mask_path={mask} "
 EXTEND = "mode=extrapolation prompt=w1 extra_direction=left image_path={image} "
 ASK = "question=w1 mmu_image_root={pictures} "
+SIGMOID = "mask_schedule.schedule=sigmoid "
 SHOWO, TOKENIZER = "model.showo.pretrained_model_path=", "model.vq_model.vq_model_name="
 
 
@@ -76,8 +78,19 @@ SHOWO, TOKENIZER = "model.showo.pretrained_model_path=", "model.vq_model.vq_mode
     [
         # settings
         ("prompt=w1", "mode is not given; add mode=t2i, mode=inpainting, mode=extrapolation"),
+        (T2I + "guidance_scale=nan", "guidance_scale is nan; it must be from 0 to"),
+        (T2I + "generation_timesteps=1e12", "generation_timesteps is 1000000000000; it must be from 1 to"),
+        (T2I + "num_images_per_prompt=99999999", "num_images_per_prompt is 99999999; it must be from 1"),
+        (T2I + "seed=-1", "seed is -1; it must be from 0"),
+        (T2I + "image.background=no-colour", "image.background is 'no-colour'; it must be a colour"),
+        (T2I + "image.background=", "image.background is ''; it must be a colour"),
+        (T2I + "image.exif=turn", "image.exif is 'turn'; allowed: ignore, apply"),
         (T2I + "device=tpu9", "device=tpu9 .*give cpu"),
         (T2I + "mask_schedule.schedule=sine", "mask_schedule: .*'sine'.*cosine"),
+        (T2I + SIGMOID + "mask_schedule.params.tau=0", "mask_schedule: params {'tau': 0} .*division by zero"),
+        (T2I + SIGMOID + "mask_schedule.params.end=-3", "mask_schedule: params {'end': -3} .* give no number"),
+        (T2I + SIGMOID + "mask_schedule.params.start=x", "mask_schedule: params {'start': 'x'} .*give numbers"),
+        (T2I + SIGMOID + "mask_schedule.params.no=1", "mask_schedule: params {'no': 1} .*unexpected keyword"),
         (T2I + "dataset.preprocessing.resolution=40", "resolution=40 .*num_vq_tokens=16.* 32 x 32 pixels"),
         (T2I + "model.showo.num_vq_tokens=15", "num_vq_tokens is 15.*square"),
         (T2I + "model.showo.vocab_size=200", "model.showo: vocab_size is 200.*193"),
@@ -99,18 +112,20 @@ SHOWO, TOKENIZER = "model.showo.pretrained_model_path=", "model.vq_model.vq_mode
         (EXTEND + "prompt=", "prompt is not given"),
         (EXTEND + "extra_direction=", "extra_direction is not given"),
         (EXTEND + "offset=2", "offset is 2.* from -1 to 1"),
+        (EXTEND + "offset=99999999999", "offset is 99999999999; it must be from"),
         (EXTEND + "image_path={tmp}/broken.png", "broken.png cannot be read"),
         # questions
         ("mmu_image_root={pictures}", "question is not given"),
         (ASK + "question=<|soi|>", r"special token <\|soi\|>"),
         ("question=w1", "mmu_image_root is not given"),
+        (ASK + "max_new_tokens=9999999", "max_new_tokens is 9999999; it must be from 1 to"),
         (ASK + "mmu_image_root=no-folder", "no-folder does not exist"),
         (ASK + "mmu_image_root={tmp}/empty", "no readable image"),
         (ASK + "mmu_image_root={tmp}/broken.png", "broken.png cannot be read"),
         # checkpoints of another kind or size, and tokenizers
         (T2I + SHOWO + "{magvitv2}", "holds a 'MAGVITv2' checkpoint, expected 'Showo'"),
         (T2I + TOKENIZER + "{showo}", "holds a 'Showo' checkpoint, expected 'MAGVITv2'"),
-        (T2I + "config={demo_clip} model.clip_vit_name={phi}", "holds a 'phi' model, expected a CLIP"),
+        (T2I + "config={demo_clip} model.clip_vit_name={phi}", "'phi' model, expected a CLIP"),
         (T2I + SHOWO + "{showo_clip}", "model.showo.w_clip_vit is False, but the checkpoint"),
         (T2I + TOKENIZER + "{tmp}/few", "has 16 codes, but model.showo.codebook_size is 64"),
         (T2I + TOKENIZER + "{tmp}/fine", "resolution=32 does not match.*16 x 16 pixels"),
@@ -131,6 +146,17 @@ SHOWO, TOKENIZER = "model.showo.pretrained_model_path=", "model.vq_model.vq_mode
 def test_a_mistake_is_one_line_before_anything_is_loaded(refused, names, arguments, message):
     script = inference_mmu if re.search("question|mmu_image_root", arguments) else inference_t2i
     assert re.search(message, refused(*arguments.format(**names).split(), script=script))
+
+
+def test_a_question_beyond_the_models_positions_is_refused_before_anything_is_computed(places, tmp_path, capsys):
+    given = [f"config={places['demo']}", f"output_dir={tmp_path}/out", f"mmu_image_root={places['pictures']}"]
+    with pytest.raises(UserError, match=r"question 'w1 w1.*than the 1024 that the model knows; shorten the question"):
+        inference_mmu.main([*given, f"question={'w1 ' * 20_000}"])
+    with pytest.raises(UserError, match=r"max_new_tokens=1020.*; give at most max_new_tokens=1002$"):
+        inference_mmu.main([*given, "question=w1", "max_new_tokens=1020"])
+    assert not (tmp_path / "out").exists()
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""  # nor a library's warning
 
 
 @pytest.mark.slow

@@ -59,10 +59,13 @@ def write_pope(root: Path) -> None:
         write_lines(root / f"pope/coco_pope_{split}.json", records)
 
 
+MME = "mme/MME_Benchmark_release_version"
+
+
 def write_mme(root: Path) -> None:
     """Two images a subtask; `landmark` keeps questions and images apart, as some of the official folders do."""
     for number, subtask in enumerate(SUBTASKS):
-        folder = root / "mme/MME_Benchmark_release_version" / subtask
+        folder = root / MME / subtask
         images, texts = ("images", "questions_answers_YN") if subtask == "landmark" else ("", "")
         for n in range(2):
             save_image(folder / images / f"{n:03d}.{'png' if subtask == 'OCR' else 'jpg'}", noise(10 * number + n))

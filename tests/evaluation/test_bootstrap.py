@@ -1,9 +1,12 @@
 """Intervals and paired differences against what is known in closed form."""
 
+import math
+
 import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.files import write_json
 from evaluation.bootstrap import Counts, differences, estimates, set_difference
 from evaluation.task import ratio
 
@@ -52,12 +55,31 @@ def test_pairs_are_resampled_together():
 
 def test_counts_survive_the_disk(tmp_path):
     before = counts([1, 0, 0.3], ["x", "y", "x"])
-    before.save(tmp_path / "counts.json")
+    write_json(tmp_path / "counts.json", before.tree())
     after = Counts.load(tmp_path / "counts.json")
     assert (after.groups, after.strata) == (before.groups, before.strata)
     assert all((after.columns[name] == before.columns[name]).all() for name in before.columns)
-    (tmp_path / "counts.json").write_text('{"groups": ["a"], "strata": [], "columns": {}}')
-    with pytest.raises(UserError, match="differ in length"):
+
+
+GROUP = {"groups": ["a"], "strata": [""], "columns": {"n": [1]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strata": []}, "differ in length"),
+        ({"columns": {"n": [1, 2]}}, "differ in length"),
+        ({"columns": {"n": ["x"]}}, "other things than numbers"),
+        ({"columns": {"n": [[1], [1, 2]]}}, "other things than numbers"),
+        ({"columns": {"n": [math.nan]}}, "NaN or infinite"),
+        ({"columns": {}}, "counts are missing"),
+        ({"groups": [1]}, "must be names"),
+        ({"groups": {}}, "'groups' is an object of 0, expected a list"),
+    ],
+)
+def test_foreign_counts(tmp_path, change, message):
+    write_json(tmp_path / "counts.json", GROUP | change)
+    with pytest.raises(UserError, match=message):
         Counts.load(tmp_path / "counts.json")
 
 

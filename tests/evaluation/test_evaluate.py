@@ -244,5 +244,5 @@ def test_a_mistake_ends_with_one_line_and_code_2(evaluation, tmp_path):
     done = call([sys.executable, SCRIPT, *evaluation.arguments("pope,emoji", "emoji_world=nowhere")], tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
-    assert "nowhere/manifest.json does not exist; expected the manifest of an emoji world" in done.stderr
+    assert "nowhere/manifest.json (the manifest of an emoji world, which `make data-emoji` writes, see" in done.stderr
     assert not evaluation.folder.exists()

@@ -24,6 +24,15 @@ EXPECTED = {
     "two.three four,five six;seven A. man": "two.three four five six seven a. man",
     "We're 10 o'clock y'all, they've 4x4s, 1990s, 2nd": "we 're 10 o'clock y' all they 've 4x4s 1990s 2nd",
     "3 p.m. man 's wo n't 'em": "3 p.m. man 's wo n't 'em",
+    "wait… what…now": "wait what now",
+    "1½ cups, ¾ full": "1 1/2 cups 3/4 full",
+    "5'10\" tall, or 5'10": "5 10 tall or 5 '10",
+    "a #tag and #1": "a #tag and # 1",
+    "he writes c++, C#.": "he writes c++ c#",
+    "it is -5, +5 or .5, 1+1": "it is -5 +5 or .5 1 +1",
+    "a Ph.D. and an M.D. in Jan.": "a ph.d. and an m.d. in jan.",
+    "1990–1995, salt&pepper of AT&T": "1990 1995 salt & pepper of at&t",
+    "a 🐶 dog 😀": "a dog",
     "": "",
 }
 

@@ -4,15 +4,17 @@ import random
 
 import pytest
 
+from common.errors import UserError
 from evaluation.runner import read_images
-from evaluation.tasks.mmmu import open_is_right, parse_letter, parse_open
+from evaluation.tasks.mmmu import first_image, open_is_right, parse_letter, parse_open
 from tests.evaluation.official import mmmu_row, write_parquet
 
 OPTIONS = {"A": "red apple", "B": "blue sky", "C": "$7"}
 LETTERS = {"B": "B", "B.": "B", "(C)": "C", "The answer is B": "B", "A C B": "B"}
 LETTERS |= {"(A) or (B)": "B", "C (A)": "A"}  # the last one counts; brackets go before bare letters
 LETTERS |= {"I believe that this is the Red Apple": "A", "it is a blue sky with a red apple": "A"}  # over five words
-NO_LETTER = ("A: red", "red apple", "b", "")
+LETTERS |= {"Plan B.": "B"}
+NO_LETTER = ("A: red", "red apple", "b", "", "B. blue", "the CIA")  # lmms-eval reads a letter in the last two
 
 
 def test_letters():
@@ -63,3 +65,11 @@ def test_a_subject_in_two_files(own):
     ((first, second),) = read_images([items])
     assert [first.tobytes(), second.tobytes()] == [item.open_image().tobytes() for item in items]
     assert first.tobytes() != second.tobytes() and (first.size, first.mode) == ((40, 32), "RGB")
+
+
+@pytest.mark.parametrize("value", [{"bytes": None, "path": "x.png"}, {"bytes": b"x", "path": "x.png"}])
+def test_a_field_that_is_no_image(tmp_path, value):
+    file = tmp_path / "validation-00000-of-00001.parquet"
+    write_parquet(file, [{"image_1": value}])
+    with pytest.raises(UserError, match="validation-00000-of-00001.parquet, row 0, field 'image_1'"):
+        first_image(file, 0)

@@ -5,6 +5,7 @@ from PIL import Image
 
 from common.errors import UserError
 from evaluation.answers import AnswerStore
+from evaluation.output import Output
 from evaluation.runner import Processes, Run, read_images, share, thin
 from evaluation.task import Item
 
@@ -47,11 +48,13 @@ def test_an_image_that_recurs_is_read_once():
 def test_answers_on_disk(tmp_path):
     """Only a newline ends a line; missing answers and unreadable settings are named."""
     text = "one\u2028two\u2029three\x85four"
-    store, item = AnswerStore(tmp_path, {}), Item("t", f"{text}?")
+    store, item = AnswerStore(Output(tmp_path), {}), Item("t", f"{text}?")
     store.add(0, [item], [text])
     assert store.read([item]) == {"t": text}
     with pytest.raises(UserError, match="20 answers are missing; start the same command again"):
         Run(None, [item, *ITEMS], 21, store, {}).complete()
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(UserError, match="settings.json is broken; remove"):
-        store.check()
+    store.begin()
+    for content in ("{", "[]", "[" * 100_000):
+        (tmp_path / "settings.json").write_text(content)
+        with pytest.raises(UserError, match="settings.json .*(no valid JSON|expected an object)"):
+            store.check()

@@ -4,7 +4,7 @@ import pytest
 
 from evaluation.tasks import yes_no
 from evaluation.tasks.yes_no import POPE_SPLITS, SUBTASKS, parse_yes_no, yes_no_figures
-from tests.evaluation.official import noise, save_image, write_text
+from tests.evaluation.official import MME, write_mme, write_text
 
 
 def test_popes_parser():
@@ -51,13 +51,15 @@ def test_mme_by_hand(evaluation):
     assert figures["perception"] == 50 + 100 + 8 * 200 and len(yes_no.PERCEPTION) == 10
     assert figures["cognition"] == 3 * 200 and len(yes_no.COGNITION) == 4
     assert figures["neither yes nor no, %"] == pytest.approx(100 * 4 / 56)
+    texts = {line["key"]: line["parsed"] for line in evaluation.lines("mme/predictions.jsonl")}
+    assert texts["code_reasoning/000/1"] == "other"
     lines = evaluation.text("mme/submission/code_reasoning.txt").splitlines()
     assert lines[0] == "000.jpg\tIs it red? Please answer yes or no.\tYes\tWell, maybe not" and len(lines) == 4
     assert evaluation.text("mme/submission/OCR.txt").startswith("000.png\t")
 
 
-def test_only_a_newline_ends_a_question_of_mme(tmp_path):
-    save_image(tmp_path / "1.jpg", noise(0))
-    write_text(tmp_path / "1.txt", "Is it\u2028red?\tYes\nIs it blue?\tNo\n")
-    prompts = [item.prompt for item in yes_no._read_pair("color", tmp_path / "1.txt", tmp_path)]
+def test_only_a_newline_ends_a_question_of_mme(own):
+    write_mme(own.root)
+    write_text(own.root / f"{MME}/color/000.txt", "Is it\u2028red?\tYes\nIs it blue?\tNo\n")
+    prompts = [item.prompt for item in own.prepared("mme").items if item.group == "color/000"]
     assert prompts == ["Is it\u2028red?", "Is it blue?"]

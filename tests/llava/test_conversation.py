@@ -288,6 +288,8 @@ def test_bos_comes_first_where_the_template_writes_none():
     ("template", "message"),
     [
         (None, "no chat template"),
+        ("{{ ''.__class__.__mro__ }}", "template fails"),
+        ("{% for n in range(1000000000) %}{% endfor %}", "template fails"),
         ("{% for m in messages %}{{ m.content + ' END ' }}{% endfor %}", "ends an answer with"),
     ],
 )

@@ -201,7 +201,7 @@ def test_shards_that_are_missing_or_lack_what_the_index_promises(state_dict, tmp
     torch.save({}, tmp_path / "pytorch_model-00003-of-00003.bin")
     refused(tmp_path, r"promises \d+ \(showo.*absent from the shards")
     (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
-    refused(tmp_path, "weight file .*pytorch_model-00002-of-00003.bin is missing")
+    refused(tmp_path, "weight file .*pytorch_model-00002-of-00003.bin does not exist")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '"Showo"', "\ud800", '{"weight_map": {}}', '{"weight_map": []}'])
@@ -235,7 +235,7 @@ def test_configurations_that_do_not_fit(changes, message, state_dict, tmp_path):
 
 
 def test_folder_without_config_or_weights(state_dict, tmp_path):
-    refused(write_bin(tmp_path, state_dict), "config.json is missing")
+    refused(write_bin(tmp_path, state_dict), "config.json does not exist")
     (tmp_path / "pytorch_model.bin").unlink()
     refused(write_config(tmp_path), "holds no weights; expected one of model.safetensors")
 

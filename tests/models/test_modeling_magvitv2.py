@@ -62,7 +62,7 @@ def test_pixels_and_codes_that_do_not_fit_are_refused(call, message):
     [
         ({"encoder_ch_mult": (1,)}, "must be equally long, got lengths"),
         ({"num_groups": 5}, r"num_groups=5 must divide every width, but does not divide \[8, 16, 24\]"),
-        ({"decoder_num_res_blocks": (0, 1)}, "at least one residual block"),
+        ({"decoder_num_res_blocks": (0, 1)}, r"decoder_num_res_blocks is \(0, 1\); it must be a list"),
     ],
 )
 def test_sizes_that_contradict_each_other_are_refused(overrides, message):

@@ -414,3 +414,15 @@ def test_new_starts_that_are_refused(llm_folder):
     ):
         with pytest.raises(UserError, match=message):
             Showo.from_llm(small_config(llm=llm), path)
+
+
+def test_where_the_t2i_loss_starts_is_read_off_the_rows(model, batch):
+    ids, labels, mask = batch
+    given = model(ids, mask, labels=labels, **LOSSES)
+    found = model(ids, mask, labels=labels, **COUNTS)
+    assert torch.equal(given.loss_t2i, found.loss_t2i) and given.loss_t2i > 1, "not 0, as behind the last position"
+    for wrong in (128, ids.shape[1] - 1, -1):
+        with pytest.raises(ValueError, match=f"max_seq_length is {wrong}, but the rows have {ids.shape[1]} positions"):
+            model(ids, mask, labels=labels, **COUNTS, max_seq_length=wrong)
+    with pytest.raises(ValueError, match="each t2i row needs one <soi>, all at one position"):
+        model(ids, mask, labels=labels, batch_size_t2i=len(ids))

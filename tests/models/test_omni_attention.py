@@ -111,6 +111,7 @@ def test_from_ids_on_mixed_batches():
     for seed in range(400):
         layouts, ids = random_batch(seed)
         dense = OmniMask.from_ids(ids, VOCABULARY).dense()
+        assert torch.equal(OmniMask.from_dense(dense).dense(), dense)
         assert torch.equal(dense, oracle(layouts)), layouts
         assert dense.any(-1).all(), "no row is fully masked"
 

@@ -1,17 +1,23 @@
 """Strings and pictures in and out; rows, draws and windows of the published rules (spec §7, §8)."""
 
+import random
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from common.errors import UserError
+from llava import encode_plain
 from models import CLIPVisionTower, Showo, ShowoConfig, ShowoPipeline, UniversalPrompting
 from models.generation.cpu import SkinnyLinear
 from models.pipeline_showo import _AnswerStreamer, mask_tokens
 from tests.parity.goldens import PHI, facts, prompting, tensors, tiny_showo
-from tests.tiny import RESOLUTION, WINDOW, clip_showo, tiny_vq, write_checkpoints, write_clip
+from tests.tiny import NUM_FEATURES, RESOLUTION, WINDOW, clip_showo, tiny_vq, write_checkpoints, write_clip
 from tests.tiny_llms import qwen_like, showo_config
+from training.data.image_text import Captions
+from training.understanding import VqUnderstanding, conversation_rows
 
 FAST = {"timesteps": 3, "guidance_scale": 2.0}
 HALF = WINDOW // 2
@@ -63,6 +69,39 @@ def test_one_generator_serves_consecutive_batches_and_repeats_prompts_in_a_row(p
     at_once = pipeline.text_to_image(["w1", "w2"], **repeated, **FAST)
     assert same(first + second, at_once)
     assert not same(first[:1], first[1:])  # the same prompt, other draws
+
+
+def test_an_image_with_a_generator_of_its_own_is_the_same_in_any_batch(pipeline):
+    prompts, known = ["w1 w2 w3", "w2", "w3 w4"], {"timesteps": 6, "guidance_scale": 2.0}
+
+    def generators() -> list[torch.Generator]:
+        return [pipeline.generator(seed) for seed in (5, 6, 7)]
+
+    alone = [
+        pipeline.text_to_image(prompt, generator=generator, **known)[0]
+        for prompt, generator in zip(prompts, generators(), strict=True)
+    ]
+    for size in (1, 2, 3):
+        assert same(pipeline.text_to_image(prompts, generator=generators(), batch_size=size, **known), alone)
+    with pytest.raises(ValueError):
+        pipeline.text_to_image(prompts, generator=generators()[:2], **known)
+
+
+def test_prompts_that_do_not_fit_are_found(pipeline):
+    longest = pipeline.prompting.max_text_len - 1  # with bos; eos has a place of its own
+    texts = [" ".join(["w1"] * count) for count in (longest, longest - 1)]
+    assert pipeline.cut_prompts([*texts, texts[0]]) == texts[:1]
+    pipeline.prompting.max_text_len, before = 5000, pipeline.prompting.max_text_len
+    try:
+        with pytest.raises(UserError, match="positions, but the model knows 1024"):
+            pipeline.text_to_image("w1 " * 2000, **FAST)
+    finally:
+        pipeline.prompting.max_text_len = before
+
+
+def test_texts_that_are_no_utf_8_are_refused(pipeline):
+    with pytest.raises(UserError, match=r"'caf\\xe9' is no UTF-8"):
+        pipeline.text_to_image("caf\udce9")
 
 
 def test_a_callback_sees_every_step_and_can_look(pipeline):
@@ -133,6 +172,42 @@ def test_masks_of_all_kinds(mask, message):
             mask_tokens(mask, noise(0), RESOLUTION, WINDOW)
 
 
+def test_transparent_regions_of_a_mask_are_kept_whatever_they_hide():
+    """Also in a palette; the strokes are white."""
+    size, box = (48, 40), (0, 0, 24, 20)
+    layers = [Image.new(mode, size, hidden) for mode, hidden in (("RGBA", (255,) * 3 + (0,)), ("LA", (255, 0)))]
+    layers += [Image.new("RGBA", size, (0, 0, 0, 0)), Image.new("P", size, 1)]
+    for layer in layers[:3]:
+        layer.paste((255,) * len(layer.getbands()), box)
+    layers[3].putpalette([255, 255, 255] * 2)
+    layers[3].paste(0, box)
+    layers[3].info["transparency"] = 1
+    expected = mask_tokens(mask(box), noise(0), RESOLUTION, WINDOW)
+    for layer in layers:
+        assert torch.equal(mask_tokens(layer, noise(0), RESOLUTION, WINDOW), expected), layer
+
+
+@pytest.mark.parametrize("pixels", [np.uint16(65535), np.int32(70000), np.float32(1)])
+def test_masks_of_more_than_8_bits_are_scaled(pixels):
+    deep = np.zeros((40, 48), pixels.dtype)
+    deep[:, 24:], deep[:, :24] = pixels, pixels / 4
+    tokens = mask_tokens(Image.fromarray(deep), noise(0), RESOLUTION, WINDOW).view(WINDOW, WINDOW)
+    assert tokens[:, HALF:].all() and not tokens[:, :HALF].any()
+
+
+def test_pixels_outside_the_mask_can_be_kept(pipeline):
+    settings, box = FAST | {"num_images_per_prompt": 2}, (24, 0, 48, 10)
+    given = (noise(0), mask(box), "w5")
+    plain = pipeline.inpaint(*given, generator=pipeline.generator(1), **settings)
+    kept = pipeline.inpaint(*given, keep_outside_mask=True, generator=pipeline.generator(1), **settings)
+    original = np.asarray(pipeline.view(noise(0)))
+    white = np.asarray(pipeline.view(mask(box)))[..., 0] >= 128
+    assert 0 < white.mean() < 0.2
+    for before, after in zip(map(np.asarray, plain), map(np.asarray, kept), strict=True):
+        assert (after[~white] == original[~white]).all() and (before[~white] != original[~white]).any()
+        assert (after[white] == before[white]).all()
+
+
 # --- extrapolation
 
 
@@ -197,6 +272,7 @@ def test_any_order_of_directions(pipeline, steps, offset, monkeypatch):
         (["left", "north"], ["a", "b"], 0, "'north'; allowed: left, right, up, down"),
         (["left"], ["a"], 2, "offset is 2; .* from -1 to 1"),
         (["left"], ["a"], -2, "offset is -2"),
+        (["left", "up"] * 20, ["a"] * 40, 0, "40 directions, which make the image 121 times as large"),
         ([], [], 0, "0 directions"),
     ],
 )
@@ -218,6 +294,41 @@ def test_answers_from_codes_are_those_of_the_published_row(pipeline):
     expected = pipeline.prompting.tokenizer.decode(new_ids[0], skip_special_tokens=True)
     assert pipeline.answer(noise(1), "w3 w4 w5 w6", max_new_tokens=12) == [[expected]]
     assert expected
+
+
+def test_a_bare_caption_is_asked_with_what_precedes_it_in_training(pipeline, monkeypatch):
+    """Rows of the captioning flow with `add_caption_prompt=false`: the image, bos, and then the caption."""
+    asked, generate = [], pipeline.model.mmu_generate
+    monkeypatch.setattr(
+        pipeline.model, "mmu_generate", lambda input_ids, **more: asked.append(input_ids) or generate(input_ids, **more)
+    )
+    captions = pipeline.caption([noise(0), noise(1)], max_new_tokens=4)
+    builder = SimpleNamespace(
+        prompting=pipeline.prompting,
+        image_ids=lambda samples: pipeline.encode([noise(0), noise(1)]) + facts()["text_token_offset"],
+    )
+    branch = VqUnderstanding.__new__(VqUnderstanding)
+    branch.max_mask_ratio = 0
+    texts = [{"text": Captions()({"txt": text}, random.Random(0))} for text in (b"w1", b"w2 w3")]
+    trained = branch.rows(texts, builder)[0]
+    (rows,) = asked
+    assert torch.equal(rows, trained.input_ids[:, : rows.shape[1]])
+    first = trained.input_ids[0, rows.shape[1]]
+    assert pipeline.prompting.tokenizer.decode(first) == "w1" and first == trained.labels[0, rows.shape[1]]
+    assert captions == [answers[0] for answers in pipeline.answer([noise(0), noise(1)], [None], max_new_tokens=4)]
+
+
+def test_a_bare_caption_of_a_clip_model_is_asked_as_its_projector_is_trained(clip_pipeline):
+    """Without bos and system prompt, as rows of `llava_pretrain` are."""
+    rows = clip_pipeline._question_rows([noise(0)], [0], [None])["input_ids"]
+    tokenizer = clip_pipeline.prompting.tokenizer
+    sample = encode_plain([{"from": "human", "value": "w5"}, {"from": "gpt", "value": "w1"}], tokenizer)
+    builder = SimpleNamespace(prompting=clip_pipeline.prompting, row_length=NUM_FEATURES + 10)
+    trained, start = conversation_rows([sample], torch.full((1, NUM_FEATURES), -200), [], builder)
+    assert torch.equal(rows, trained.input_ids[:, :start])
+    assert len(clip_pipeline.caption([noise(0), noise(1)], max_new_tokens=2)) == 2
+    with pytest.raises(ValueError, match="not both"):
+        clip_pipeline.answer(noise(0), ["w1", None])
 
 
 @pytest.mark.parametrize("branch", ["pipeline", "clip_pipeline"])

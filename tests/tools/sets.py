@@ -14,5 +14,6 @@ def read_set(prefix: Path) -> tuple[list[dict], dict]:
     samples = [list(read_shard(str(shard))) for shard in shards]
     told = [(entry["file"], entry["samples"], entry["sha256"]) for entry in manifest["shards"]]
     assert told == [(path.name, len(s), sha256(path)) for path, s in zip(shards, samples, strict=True)]
-    assert manifest["samples"] == sum(map(len, samples)) and len(list(prefix.parent.iterdir())) == len(shards) + 1
+    assert manifest["samples"] == sum(map(len, samples))
+    assert len(list(prefix.parent.iterdir())) == len(shards) + len(manifest.get("heldout", [])) + 1
     return [sample for content in samples for sample in content], manifest

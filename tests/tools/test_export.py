@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ def save(world, folder, **settings):
 @pytest.fixture(scope="module")
 def trained(world):
     return save(world, world / "unwrapped_model")
+
+
+WEIGHTS = "model.safetensors"
 
 
 def names(folder) -> list[str]:
@@ -89,9 +93,15 @@ def test_exporting_an_image_tokenizer_over_another_replaces_weights_and_keeps_no
         ([], "from and to not given"),
         (["from={vq}", "to={new}/x", "dtype=int3"], "dtype is 'int3'; allowed: fp32, bf16, fp16"),
         (["from={vq}", "to={new}/x", "typo=1"], "unknown key typo"),
-        (["from={vq}", "to={new}/full"], "exists and is no checkpoint folder"),
+        (["from={vq}", "to={new}/full"], "full exists and is no checkpoint folder"),
+        (["from={vq}", "to={new}/full/thesis.tex"], "thesis.tex exists and is no checkpoint folder"),
+        (["from={vq}", "to={new}/other"], "other exists and is no checkpoint folder of the same kind"),
+        (["from={vq}", "to={new}/link"], "link is a link, which would be replaced"),
+        (["from={vq}", "to={vq}"], "are one folder"),
+        (["from={vq}", "to={vq}/.."], "exists and is no checkpoint folder"),
+        (["from={vq}", "to=/proc/x/showo"], "/proc/x: No such file"),
         (["from={new}/gone", "to={new}/x"], "gone.*does not exist"),
-        (["from={new}/full", "to={new}/x"], "config.json is missing"),
+        (["from={new}/full", "to={new}/x"], "config.json does not exist"),
         (["from={new}/other", "to={new}/x"], "holds a 'phi' checkpoint; only Showo and MAGVITv2"),
     ],
 )
@@ -99,6 +109,43 @@ def test_mistakes_are_named_and_harm_nothing(world, tmp_path, arguments, message
     for name, content in (("full/thesis.tex", "years of work"), ("other/config.json", '{"model_type": "phi"}')):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(content)
+    (tmp_path / "link").symlink_to(world / "magvitv2")
     with pytest.raises(UserError, match=message):
         export([argument.format(vq=world / "magvitv2", new=tmp_path) for argument in arguments])
-    assert names(tmp_path) == ["full", "other"] and names(tmp_path / "full") == ["thesis.tex"]
+    assert names(tmp_path) == ["full", "link", "other"] and names(world / "magvitv2") == ["config.json", WEIGHTS]
+    assert names(tmp_path / "full") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("form", ["showo/", "a run", "a checkpoint"])
+def test_a_model_is_found_wherever_it_is_saved(trained, tmp_path, form):
+    places = {"showo/": "showo", "a run": ".", "a checkpoint": "unwrapped_model"}
+    source = tmp_path / "source"
+    shutil.copytree(trained, source / places[form], dirs_exist_ok=True)
+    export([f"from={source}", f"to={tmp_path / 'new'}"])
+    assert names(tmp_path / "new") == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("stage", ["weights", "copy", "rename"])
+def test_a_disk_that_fills_leaves_what_was_there(world, tmp_path, monkeypatch, stage):
+    target = shutil.copytree(world / "magvitv2", tmp_path / "vq")
+    (target / "README.md").write_text("a card")
+    rename = Path.rename
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(target))
+
+    if stage == "rename":
+        monkeypatch.setattr(Path, "rename", lambda path, to: full() if path.suffix == ".new" else rename(path, to))
+    else:
+        monkeypatch.setattr(*{"weights": (MAGVITv2, "save_pretrained"), "copy": (shutil, "copy2")}[stage], full)
+    with pytest.raises(UserError, match="cannot write .*vq .No space left on device.; make room"):
+        export([f"from={world / 'magvitv2'}", f"to={target}"])
+    assert names(tmp_path) == ["vq"] and names(target) == ["README.md", "config.json", "model.safetensors"]
+    assert (target / WEIGHTS).read_bytes() == (world / "magvitv2" / WEIGHTS).read_bytes()
+
+
+def test_an_export_that_was_killed_between_its_renames_is_put_right(world, tmp_path):
+    shutil.copytree(world / "magvitv2", tmp_path / ".vq.old")
+    (tmp_path / ".vq.old" / "README.md").write_text("a card")
+    export([f"from={world / 'magvitv2'}", f"to={tmp_path / 'vq'}"])
+    assert names(tmp_path) == ["vq"] and (tmp_path / "vq" / "README.md").read_text() == "a card"

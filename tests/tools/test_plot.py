@@ -89,17 +89,43 @@ def test_the_running_mean_starts_at_the_first_value_and_follows_slowly():
     [
         ([], "runs not given; for example runs=outputs/stage1"),
         (["runs=,"], "runs is empty"),
-        (["runs={0}/none"], "none does not exist; give the output_dir"),
-        (["runs={0}"], "metrics.jsonl holds no step_loss_t2i"),
+        (["runs={0}/none"], "runs: .*none does not exist"),
+        (["runs={0}"], "metrics.jsonl holds no step_loss_"),
         (["runs={0}/stage1", "output=curves.doc"], r"output=curves.doc must end in one of .*\.png"),
         (["runs={0}/stage1", "layout=rows"], "layout is 'rows'; allowed: columns, overlay"),
         (["runs={0}/stage1", "labels=a,b"], "labels=a,b are 2, but runs are 1"),
-        (["runs={0}/stage1", "output={0}/metrics.jsonl/c.png"], "cannot be written"),
+        (["runs={0}/stage1", "output={0}/metrics.jsonl/c.png"], "cannot write .*metrics.jsonl"),
+        (["runs={0}/stage1", "output={0}/theirs.svg"], "theirs.svg is there and was not written by this command"),
+        (["runs={0}/stage1", "output={0}/link.svg"], "link.svg is there and was not written by this command"),
     ],
 )
 def test_mistakes_are_named(stages, monkeypatch, arguments, message):
     (stages / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
     monkeypatch.chdir(stages)
+    (stages / "theirs.svg").write_text("<svg/>")
+    (stages / "link.svg").symlink_to("theirs.svg")
     with pytest.raises(UserError, match=message):
         main([argument.format(stages) for argument in arguments])
-    assert not list(stages.glob("*.png"))
+    assert not list(stages.glob("*.png")) and (stages / "theirs.svg").read_text() == "<svg/>"
+
+
+@pytest.mark.slow
+def test_flows_are_those_of_the_log(tmp_path):
+    line = {"step": 1, "step_loss_video$^": 2.0, "step_loss_lm": 1.0, "eval_loss_video$^/mask_0.5": 2.5}
+    odd = [{"step": 10**400, "step_loss_lm": 1}, {"step": 2, "step_loss_lm": 10**400}, {"step": True}, {"step": "3"}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (line, *odd)) + "[" * 9999)
+    assert read_run(tmp_path, "own").flows() == ["lm", "video$^"]
+    for _ in range(2):  # the second time over its own file
+        main([f"runs={tmp_path}", f"output={tmp_path / 'own.SVG'}", "title=a $\\fra$ b", "layout=overlay"])
+    assert (tmp_path / "own.SVG").read_text().startswith("<?xml")
+
+
+def test_a_disk_that_is_full_leaves_no_half_figure(stages, monkeypatch):
+    def full(path, **_):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **more: full(path, **more))
+    with pytest.raises(UserError, match="cannot write .*x.png .No space left on device"):
+        main([f"runs={stages / 'stage1'}", f"output={stages / 'x.png'}"])
+    assert not list(stages.glob("*x.png*")) and not list(stages.glob(".*partial"))

@@ -82,7 +82,7 @@ def test_the_defaults_make_what_the_small_stages_expect(tmp_path, capsys):
         (small_llm.main, {"corpus": "gone.txt"}, "corpus=gone.txt does not exist"),
         (small_clip.main, SIZES | {"patch_size": 7}, r"image_size is 32; it must be a multiple of patch_size \(7\)"),
         (small_clip.main, SIZES | {"heads": 3}, r"hidden_size is 16; it must be a multiple of heads \(3\)"),
-        (small_clip.main, {"patch_size": 0, "layers": -1}, "patch_size is 0; it must be 1 or more; layers is -1"),
+        (small_clip.main, {"patch_size": 0, "layers": -1}, "patch_size is 0; it must be from 1 to 1024; layers is -1"),
     ],
 )
 def test_mistakes_are_named(tmp_path, main, settings, message):

@@ -1,9 +1,12 @@
 """Checkpoints are whole or absent, ordered by number, and bring everything back (spec §12)."""
 
+import io
 import json
 import os
+import pickle
 import resource
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +15,10 @@ import torch
 import torch.distributed.checkpoint
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
+from common.config import TrainingConfig
 from common.errors import UserError
 from models import Showo
 from tests.training.tiny import same, smallest_showo
@@ -21,6 +26,7 @@ from training import checkpointing
 from training.checkpointing import COURSE, TrainState, begin_course, checkpoints, find_resume, find_start
 from training.data.streams import StreamState
 from training.optimization import WeightAverage
+from training.processes import executing_nothing
 
 FILES = {"average.pt", "custom_checkpoint_0.pkl", "metadata.json", "model.safetensors", "optimizer.bin"}
 FILES |= {"random_states_0.pkl", "streams_0.json", "counts_0.json", "unwrapped_model"}
@@ -209,7 +215,7 @@ def test_a_checkpoint_holds_these_files_also_in_place_of_another(tmp_path):
 
 @pytest.mark.parametrize(
     ("steps", "limit", "left"),
-    [((8, 9, 10, 11), 2, [10, 11]), ((8, 9, 10), None, [8, 9, 10]), ((200, 50), 1, [50])],
+    [((8, 9, 10, 11), 2, [10, 11]), ((8, 9, 10), None, [8, 9, 10]), ((200, 50), 1, [50]), ((0, 8, 9), 1, [0, 9])],
 )
 def test_the_limit_removes_the_oldest_by_number_but_not_what_was_just_written(tmp_path, steps, limit, left):
     run = Run()
@@ -401,3 +407,114 @@ def test_a_course_that_was_left_can_be_returned_to(tmp_path):
     assert begin(tmp_path, "latest") == back, "killed before it has saved"
     Run().save(tmp_path, 10)
     assert find_resume(tmp_path, "latest") == tmp_path / "checkpoint-10" and not (tmp_path / COURSE).exists()
+
+
+# ---- nothing in a checkpoint is executed ----
+
+
+class Touch:
+    """Its pickle, once executed, makes a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def pickles(file: Path) -> dict[str, bytes]:
+    """As `pickle` and as `torch.save` write it, alone and inside of what belongs there."""
+    found = {}
+    for name, content in (("alone", Touch(file)), ("inside", {"step": 3, "x": [Touch(file)]})):
+        for zipped in (True, False):
+            torch.save(content, buffer := io.BytesIO(), _use_new_zipfile_serialization=zipped)
+            found[f"{name}-{zipped}"] = buffer.getvalue()
+        found[name] = pickle.dumps(content)
+    return found
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    """A pickle in the place of each file, of files that libraries look for first, and of FSDP2's index."""
+    run, executed = Run(), tmp_path / "executed"
+    folder = run.save(tmp_path, 1)
+    torch.load(io.BytesIO(pickles(executed)["inside-True"]), weights_only=False)
+    assert executed.exists(), "these pickles do something"
+    executed.unlink()
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    files += [folder / name for name in ("scheduler.bin", "sampler.bin", "shards/.metadata", "custom_checkpoint_1.pkl")]
+    (folder / "shards").mkdir()
+    for file in files:
+        before = file.read_bytes() if file.exists() else None
+        for name, content in pickles(executed).items():
+            file.write_bytes(content)
+            with suppress(UserError):
+                run.load(folder)
+                Showo.from_pretrained(folder / "unwrapped_model")
+            assert not executed.exists(), f"{file.name}: {name}"
+        file.unlink() if before is None else file.write_bytes(before)
+    run.load(folder)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+def test_the_index_of_sharded_files_is_read_before_torch_reads_it(tmp_path):
+    save_in_shards(tmp_path / "shards")
+    index = tmp_path / "shards" / ".metadata"
+    with executing_nothing(tmp_path):
+        assert torch.distributed.checkpoint.FileSystemReader(index.parent).read_metadata().state_dict_metadata
+    index.write_bytes(pickle.dumps(Touch(tmp_path / "executed")))
+    with pytest.raises(pickle.UnpicklingError, match="is no part of a checkpoint"), executing_nothing(tmp_path):
+        pass
+
+
+def test_a_library_that_asks_for_more_than_tensors_does_not_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    content = io.BytesIO(pickles(tmp_path / "executed")["alone-True"])
+    with executing_nothing(tmp_path), pytest.raises(pickle.UnpicklingError):
+        torch.load(content, weights_only=False)
+    assert not (tmp_path / "executed").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1" and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (COURSE, "[1"),
+        (COURSE, json.dumps({"leaving": [], "to": "../elsewhere", "start": None})),
+        (COURSE, json.dumps({"leaving": 3, "to": "abandoned-1", "start": None})),
+        ("checkpoint-4/config.yaml", "a: [1"),
+        ("checkpoint-4/config.yaml", "- 1"),
+        ("checkpoint-4/metadata.json", '{"global_step": 1e99}'),
+        ("checkpoint-4/metadata.json", json.dumps({"global_step": 10**30, "num_processes": 1})),
+        ("checkpoint-4/metadata.json", json.dumps({"global_step": 4, "num_processes": "2"})),
+    ],
+)
+def test_damaged_notes_of_a_run_are_named(tmp_path, name, content):
+    write_course(tmp_path, [4], "old")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=name) as error:
+        begin(tmp_path, "latest")
+        checkpointing.check_same_config(tmp_path / "checkpoint-4", OmegaConf.structured(TrainingConfig))
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_trained_on_is_refused(tmp_path):
+    """Files that can be read, with the numbers of another run or none at all."""
+    run = Run()
+    run.step()
+    parts = {"model": run.model, "optimizer": run.optimizer, "schedule": run.schedule, "average": run.average}
+    checkpointing.check_restored(tmp_path, **parts)
+    run.schedule.base_lrs = [float("nan")]
+    with pytest.raises(ValueError, match="schedule of the learning rate holds nan"):
+        checkpointing.check_restored(tmp_path, **parts)
+    run.schedule.base_lrs = [0.1]
+    moments = next(iter(run.optimizer.state.values()))
+    moments["exp_avg"] = moments["exp_avg"][:0]
+    with pytest.raises(ValueError, match="exp_avg of the optimiser has shape"):
+        checkpointing.check_restored(tmp_path, **parts)
+    run.optimizer.state.clear()
+    name = next(iter(run.average.shadow))
+    run.average.shadow[name][0] = float("inf")
+    with pytest.raises(UserError, match="holds weights that are NaN or infinite: 1 .showo"):
+        checkpointing.check_restored(tmp_path, **parts)
+    with pytest.raises(ValueError, match="that of another model"):
+        run.average.load_state_dict({"updates": 1, "shadow": {name: torch.zeros(1)}})

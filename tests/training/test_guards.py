@@ -10,15 +10,17 @@ from signal import SIGINT, SIGTERM, SIGUSR1
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 
 from common.errors import UserError
 from models import Showo
+from tests.training.test_checkpointing import pickles
 from tests.training.tiny import config_of, make_trainer, metrics_of, poison, same, steps_of, weights
 from tests.training.tiny import train as run
 from training import guards
 from training.checkpointing import check_same_config, checkpoints, describe_decay
-from training.guards import FiniteLosses, StopSignals, check_writable, full_disk_as_user_error, only_run_in
+from training.guards import FiniteLosses, StopSignals, check_output_dir, disk_errors_as_user_errors, only_run_in
 from training.processes import ProcessGroup
 
 STEPS = "training.max_train_steps"
@@ -41,8 +43,48 @@ def test_an_output_folder_that_cannot_be_written_is_refused(world, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="output_dir .*file/out cannot be written to.*give another folder"):
         make_trainer(world, tmp_path / "file" / "out")
-    check_writable(tmp_path / "not" / "yet" / "there")
+    check_output_dir(tmp_path / "not" / "yet" / "there")
     assert not (tmp_path / "not").exists()
+
+
+THEIRS = ["config.yaml", "metrics.jsonl", "config.json", "model.safetensors", "model-00001-of-00002.safetensors"]
+THEIRS += ["images/holiday.png", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_somebody_elses_folder_is_refused_before_anything_is_written(world, tmp_path, name):
+    """For example a base checkpoint that is given as `output_dir`."""
+    for file in (name, "tokenizer.json", "notes.txt"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("theirs")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=rf"output_dir=.*/{name.split('/')[0]}.* was not written by this command"):
+        make_trainer(world, tmp_path, {"experiment.resume_from_checkpoint": False})
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / name).read_text() == "theirs"
+
+
+@pytest.mark.parametrize(
+    "sign", [".lock", ".course.json", "checkpoint-0/config.json", "checkpoint-5/metadata.json", None]
+)
+def test_the_folder_of_a_run_of_ours_or_of_the_published_code_is_taken(tmp_path, sign):
+    for name in ("notes.txt", "train.log", ".DS_Store", *([sign, "config.yaml", "metrics.jsonl"] if sign else [])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    check_output_dir(tmp_path)
+    link = tmp_path.with_name("link")
+    link.symlink_to(tmp_path)
+    check_output_dir(link)
+    link.unlink()
+
+
+@pytest.mark.slow
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_started_again(world, tmp_path):
+    trainer = make_trainer(world, tmp_path / "out")
+    trainer.step = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    (tmp_path / "out/.lock").unlink()
+    run(world, tmp_path / "out", {STEPS: 1})
 
 
 @pytest.mark.slow
@@ -71,7 +113,7 @@ def test_a_disk_that_is_full_says_so_wherever_it_is_noticed(world, tmp_path):
 
 
 def test_other_failures_keep_their_traceback():
-    with pytest.raises(FileNotFoundError), full_disk_as_user_error(str):
+    with pytest.raises(FileNotFoundError), disk_errors_as_user_errors(str):
         open("/nowhere/at/all")
 
 
@@ -402,7 +444,7 @@ def test_held_out_losses_are_the_same_every_time_and_disturb_nothing(world, tmp_
 def test_an_incomplete_checkpoint_is_refused(world, tmp_path):
     folder = tmp_path / "checkpoint-4"
     folder.mkdir()
-    with pytest.raises(UserError, match=r"metadata\.json is missing"):
+    with pytest.raises(UserError, match=r"metadata\.json does not exist"):
         make_trainer(world, tmp_path)
     (folder / "metadata.json").write_text('{"global_step": 4}')
     with pytest.raises(UserError, match="checkpoint-4 is incomplete .*remove it or copy it again"):
@@ -417,3 +459,24 @@ def test_a_checkpoint_of_another_shape_is_refused(world, tmp_path, copied):
     with pytest.raises(UserError, match="checkpoint-6 cannot be continued from") as error:
         run(world, copied, changes | {"training.max_train_steps": 7})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", ["pickle", "[]", "{}", '{"global_step": 6, "model": [1]}', ""])
+def test_whatever_is_in_a_file_of_a_run_it_goes_on_or_ends_in_one_line(world, tmp_path, copied, content):
+    """A malicious pickle, or JSON of another kind, in the place of each file; nothing is executed."""
+    executed = tmp_path / "executed"
+    data = pickles(executed)["inside-True"] if content == "pickle" else content.encode()
+    shutil.rmtree(copied / "checkpoint-3")
+    files = [file for file in copied.rglob("*") if file.is_file() and file.suffix != ".png"]
+    assert {"metadata.json", "streams_0.json", "random_states_0.pkl", "metrics.jsonl"} <= {file.name for file in files}
+    for index, file in enumerate(files):
+        folder = shutil.copytree(copied, tmp_path / str(index))
+        (folder / file.relative_to(copied)).write_bytes(data)
+        try:
+            AcceleratorState._reset_state(True)
+            trainer = make_trainer(world, folder, {STEPS: 7, "experiment.save_every": 99})
+            trainer.train()
+        except UserError as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error), file
+        assert not executed.exists(), file

@@ -1,6 +1,8 @@
 """Users' mistakes, all found before a step is taken: one line, exit code 2, nothing written."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -48,6 +50,8 @@ def filled(settings: dict, world) -> dict:
         ({"validation_prompts_file": "/nowhere.txt"}, "/nowhere.txt does not exist"),
         ({f"training.batch_size_{flow}": 0 for flow in ("t2i", "lm", "mmu")}, "all 0; nothing to train on"),
         ({"experiment.init_from": "/nowhere/stage"}, "/nowhere/stage"),
+        ({"training.mask_schedule": "pow"}, "training.mask_schedule: unknown mask schedule 'pow'; known: cosine"),
+        ({"mask_schedule.schedule": "sigmoid", "mask_schedule.params.x": 1}, "mask_schedule.schedule or"),
         ({"experiment.resume_from_checkpoint": "checkpoint-77"}, "'checkpoint-77': no such folder"),
         ({"dataset.packing": True, "dataset.packing_length": ROW - 1}, f"but a sample may have {ROW} positions"),
         (SYSTEM, f"max_seq_length is {MAX_TEXT}: {NUM_TOKENS} image positions and"),
@@ -64,7 +68,7 @@ def test_settings(refused, world, settings, part):
         ({UND_TYPE: "captioning"}, "und_type is 'captioning'; with CLIP-ViT it must be llava_pretrain or"),
         ({"training.batch_size_mmu": 0}, "trains mm_projector alone, but training.batch_size_mmu is 0"),
         ({"model.clip_vit_name": "/nowhere/clip"}, "/nowhere/clip"),
-        ({"model.clip_vit_name": "{world}/llm"}, "no image processor"),
+        ({"model.clip_vit_name": "{world}/llm"}, "/llm holds no usable CLIP vision model (it is a 'phi' model"),
         ({ROOT: "/nowhere/images"}, "/nowhere/images"),
         # Missing data are named before CLIP is looked for.
         ({"model.clip_vit_name": "/nowhere/clip", MMU: "/nowhere/a.json"}, "do not exist: /nowhere/a.json"),
@@ -98,6 +102,36 @@ def test_shards_of_codes_train_no_tokenizer(world, tmp_path):
         train_magvitv2.main(arguments(world, tmp_path / "out", settings, "tokenizer"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("hidden_act", "gelo", "hidden_act is 'gelo'; it must be one of "),
+        ("hidden_size", 0, "hidden_size is 0; it must be a whole number from 1"),
+        ("num_attention_heads", 5, "hidden_size is 32; it must be a multiple of num_attention_heads (5)"),
+        ("num_hidden_layers", 10**7, "num_hidden_layers is 10000000; it must be "),
+        ("auto_map", {"AutoConfig": "evil.Config"}, "llm_vocab_size is 291"),  # without effect, so the next one is told
+    ],
+)
+def test_sizes_of_a_language_models_folder(refused, world, tmp_path, key, value, part):
+    llm = shutil.copytree(world / "llm", tmp_path / "llm")
+    (llm / "config.json").write_text(json.dumps(json.loads((llm / "config.json").read_text()) | {key: value}))
+    settings = {"model.showo.llm_model_path": llm}
+    if key == "auto_map":
+        (llm / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Config: pass\n")
+        settings |= {"model.showo.llm_vocab_size": 291, "model.showo.vocab_size": 366}
+    assert part in refused(settings) and not (tmp_path / "executed").exists()
+
+
+def test_code_beside_a_tokenizer_is_not_run(refused, world, tmp_path):
+    llm = shutil.copytree(world / "llm", tmp_path / "llm")
+    content = json.loads((llm / "tokenizer_config.json").read_text())
+    content |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (llm / "tokenizer_config.json").write_text(json.dumps(content))
+    (llm / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Evil: pass\n")
+    settings = {"model.showo.llm_model_path": llm, "model.showo.llm_vocab_size": 291, "model.showo.vocab_size": 366}
+    assert "llm_model_path" in refused(settings) and not (tmp_path / "executed").exists()
+
+
 def test_a_launch_that_fell_apart(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("training.processes.Accelerator", lambda **_: type("Single", (), {"num_processes": 1}))
@@ -108,6 +142,13 @@ def test_a_launch_with_deepspeed_that_is_not_installed(refused, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr("training.processes.importlib.util.find_spec", lambda name: None)
     assert "asks for DeepSpeed, which is not installed: pip install" in refused({})
+
+
+def test_a_launch_with_deepspeed_that_accelerate_leaves_out(refused, monkeypatch):
+    """It would run without DeepSpeed, and count the batches of an optimiser step otherwise."""
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_CPU"):
+        monkeypatch.setenv(name, "true")
+    assert "asks for DeepSpeed, but accelerate leaves it out on CPUs (ACCELERATE_USE_CPU" in refused({})
 
 
 @pytest.mark.slow

@@ -8,14 +8,15 @@ sample is a text.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from common.errors import UserError
-from common.files import resolve_path
+from common.files import resolve_path, visible_folders
 from llava import ChatFormat, encode_conversation, encode_plain
+from models.images import ImageOptions
 from training.data.image_text import (
     PIXELS_ONLY,
     Captions,
@@ -151,7 +152,11 @@ class FlowReader:
     def code_sizes(self) -> dict[str, int]:
         """The values that a manifest of codes must have."""
         model, resolution = self.config.model.showo, self.config.dataset.preprocessing.resolution
-        return {"resolution": resolution, "num_vq_tokens": model.num_vq_tokens, "codebook_size": model.codebook_size}
+        sizes = {"resolution": resolution, "num_vq_tokens": model.num_vq_tokens, "codebook_size": model.codebook_size}
+        return sizes | asdict(self.image_options())
+
+    def image_options(self) -> ImageOptions:
+        return ImageOptions(self.config.image.exif, self.config.image.background)
 
     def refuses_codes(self, reading: Reading) -> str:
         """Why the flow cannot use codes in place of images; empty if it can."""
@@ -282,7 +287,8 @@ class ImageReader(FlowReader):
 
     def transform(self, reading: Reading) -> Transform:
         params, augmented = self.params, self.training
-        images = PixelTransform(params.resolution, 0, 0, flip=params.random_flip and augmented)
+        flip, options = params.random_flip and augmented, self.image_options()
+        images = PixelTransform(params.resolution, 0, 0, flip=flip, options=options)
         return partial(image_sample, images=images, max_shift=params.max_shift if augmented else 0)
 
 
@@ -366,11 +372,14 @@ class ImageTextReader(FlowReader):
         """The transform of the images; `settings` of `ImageTransform`."""
         preprocessing, model, root = self.config.dataset.preprocessing, self.config.model.showo, self._root_key()
         sizes = preprocessing.resolution, model.num_vq_tokens, model.codebook_size
-        settings = {"flip": preprocessing.random_flip and self.training} | settings
+        settings = {"flip": preprocessing.random_flip and self.training, "options": self.image_options()} | settings
         return ImageTransform(*sizes, root=_resolved(self.params[root]) if root else None, **settings)
 
     def transform(self, reading: Reading) -> Transform:
-        return ImageTextSample(self.images(reading), Captions(self._captions(), shorten=True))
+        return self.sample(self.images(reading), Captions(self._captions(), shorten=True), reading)
+
+    def sample(self, images: ImageTransform, captions: Captions, reading: Reading) -> Transform:
+        return ImageTextSample(images, captions, reading.tokenizer, self.config.dataset.preprocessing.max_seq_length)
 
 
 class T2IReader(ImageTextReader):
@@ -417,7 +426,7 @@ class MmuReader(ImageTextReader):
     def transform(self, reading: Reading) -> Transform:
         images = self.images(reading)
         if self.kind not in LLAVA:
-            return ImageTextSample(images, Captions(self._captions(), self.params.add_caption_prompt))
+            return self.sample(images, Captions(self._captions(), self.params.add_caption_prompt), reading)
         encode = encode_conversation
         if self.kind == "llava_pretrain" and reading.image_processor is not None:
             encode = encode_plain
@@ -431,7 +440,7 @@ class MmuReader(ImageTextReader):
 
 
 def _has_folders(path: Path) -> bool:
-    return path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
+    return path.is_dir() and bool(visible_folders(path))
 
 
 def _resolved(path: str | None) -> str | None:

@@ -17,20 +17,24 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from models.images import MAX_PIXELS, open_image, resized
+from common.files import decode_text, read_text
+from models.images import DEFAULT, MAX_PIXELS, ImageOptions, has_rotation, open_image, resized
 from training.data.json_records import JsonTable
-from training.data.shards import CODES
+from training.data.shards import CODES, members_of
 from training.data.sources import (
     BAD_CODES,
+    CUT,
     EMPTY_TEXT,
     MALFORMED_ITEM,
     MISSING_FILE,
+    ROTATED,
     UNREADABLE_IMAGE,
     SkipSample,
     checked_text,
 )
 
-JPEG = b"\xff\xd8"
+JPEG, EXIF = b"\xff\xd8", b"Exif\0\0"
+MAX_CAPTION = 2**24  # bytes of a file with a caption
 IMAGE_KEYS = ("jpg", "png", "jpeg", "webp", "image")
 TEXT_KEYS = ("text", "txt", "caption")
 
@@ -49,6 +53,7 @@ class ImageTransform:
         jitter: shift and scale each image by up to this share of its size.
         processor: CLIP's image processor; None for the VQ branch.
         root: folder that file names in parquet files and LLaVA jsons are relative to; None: that of the file.
+        options: what becomes of EXIF's rotation and of the alpha channel.
     """
 
     resolution: int
@@ -58,10 +63,11 @@ class ImageTransform:
     jitter: float = 0.0
     processor: Any = None
     root: str | None = None
+    options: ImageOptions = DEFAULT
 
     def of(self, raw: dict, rng: random.Random) -> dict[str, torch.Tensor]:
         """The image of a raw sample: a member of a shard, or under ``image`` bytes, a file name, both (as Hugging
-        Face's data sets have them), or codes.
+        Face's data sets have them), or codes. ``notes`` names what is odd about it, if anything is.
 
         Raises:
             SkipSample: there is none, or it is unusable.
@@ -75,27 +81,41 @@ class ImageTransform:
             found = found.get("bytes") or found.get("path")
         if isinstance(found, list):
             return self.from_codes(_array(found, name), name)
+        if found is None:
+            raise SkipSample(MALFORMED_ITEM, f"{name} has no image; {members_of(raw, IMAGE_KEYS)}")
         if isinstance(found, str):
             found = os.path.join(self.root or os.path.dirname(raw.get("__url__", "")), found)
         return self.from_encoded(found, rng, name)
 
     def from_encoded(self, encoded: bytes | str | None, rng: random.Random, name: str) -> dict[str, torch.Tensor]:
         """``image`` (res, res, 3) uint8, or ``pixel_values`` (3, S, S) of CLIP's processor."""
-        pixels = decode_jpeg(encoded)
+        pixels = decode_jpeg(encoded) if self.options.exif == "ignore" else None
         as_it_is = not self.flip and not self.jitter and self.processor is None
         if as_it_is and pixels is not None and pixels.shape[:2] == (self.resolution, self.resolution):
-            return {"image": torch.from_numpy(pixels)}
-        image = read_image(encoded, name) if pixels is None else Image.fromarray(pixels)
+            return {"image": torch.from_numpy(pixels)} | _notes(encoded)
+        image = self._opened(encoded, name) if pixels is None else Image.fromarray(pixels)
+        notes = _notes(image if pixels is None else encoded)
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.jitter:
             image = jittered(image, self.jitter, rng)
         try:
             if self.processor is None:
-                return {"image": resized(image, self.resolution)}
-            return {"pixel_values": self.processor(image, return_tensors="pt")["pixel_values"][0]}
+                return {"image": resized(image, self.resolution)} | notes
+            return {"pixel_values": self.processor(image, return_tensors="pt")["pixel_values"][0]} | notes
         except (UserError, ValueError) as error:  # of a strip so long that it cannot be resized
             raise SkipSample(UNREADABLE_IMAGE, f"{name}: {error}") from None
+
+    def _opened(self, encoded: bytes | str | None, name: str) -> Image.Image:
+        """Encoded bytes, or a path → RGB; `SkipSample` if that is impossible."""
+        if not isinstance(encoded, bytes | str):
+            raise SkipSample(MALFORMED_ITEM, f"{name}: no image")
+        if isinstance(encoded, str) and not os.path.exists(encoded):
+            raise SkipSample(MISSING_FILE, encoded)
+        try:
+            return open_image(encoded, name if isinstance(encoded, bytes) else encoded, self.options)
+        except UserError as error:
+            raise SkipSample(UNREADABLE_IMAGE, str(error)) from None
 
     def from_codes(self, codes: np.ndarray, name: str) -> dict[str, torch.Tensor]:
         """``codes`` (N,) int64."""
@@ -135,20 +155,18 @@ def decode_jpeg(encoded: Any) -> np.ndarray | None:
         return None
 
 
-def read_image(encoded: bytes | str | None, name: str) -> Image.Image:
-    """Encoded bytes, or a path → RGB.
+def noted(sample: dict, note: str) -> dict:
+    """The sample with one more note."""
+    return sample | {"notes": (*sample.get("notes", ()), note)}
 
-    Raises:
-        SkipSample: it does not exist, or cannot be read completely, or is enormous.
-    """
-    if not isinstance(encoded, bytes | str):
-        raise SkipSample(MALFORMED_ITEM, f"{name}: no image")
-    if isinstance(encoded, str) and not os.path.isfile(encoded):
-        raise SkipSample(MISSING_FILE, encoded)
-    try:
-        return open_image(encoded, name)
-    except UserError as error:
-        raise SkipSample(UNREADABLE_IMAGE, str(error)) from None
+
+def _notes(image: bytes | Image.Image) -> dict:
+    """``{"notes": (ROTATED,)}`` if EXIF data say that the image, which is as it is stored, is to be rotated."""
+    if isinstance(image, bytes):  # an ordinary jpeg, whose EXIF data come first
+        if image.find(EXIF, 0, 2**16) < 0:
+            return {}
+        image = Image.open(io.BytesIO(image))
+    return {"notes": (ROTATED,)} if has_rotation(image) else {}
 
 
 def jittered(image: Image.Image, amount: float, rng: random.Random) -> Image.Image:
@@ -163,7 +181,10 @@ def jittered(image: Image.Image, amount: float, rng: random.Random) -> Image.Ima
 
 def _array(codes: bytes | list, name: str) -> np.ndarray:
     try:
-        return np.load(io.BytesIO(codes), allow_pickle=False) if isinstance(codes, bytes) else np.asarray(codes)
+        loaded = np.load(io.BytesIO(codes), allow_pickle=False) if isinstance(codes, bytes) else np.asarray(codes)
+        if not isinstance(loaded, np.ndarray):
+            raise ValueError("an archive of arrays, not one")
+        return loaded
     except Exception as error:  # numpy raises OSError, ValueError, EOFError, even SyntaxError of a broken header
         raise SkipSample(BAD_CODES, f"{name}: {error}") from None
 
@@ -292,10 +313,12 @@ class Captions:
 def own_text(raw: dict, rng: random.Random) -> str:
     """The caption a sample brings along; one of several by chance."""
     key = raw.get("__key__", "")
-    value = next((raw[suffix] for suffix in TEXT_KEYS if suffix in raw), None)
+    if not any(suffix in raw for suffix in TEXT_KEYS):
+        raise SkipSample(MALFORMED_ITEM, f"{key} has no text; {members_of(raw, TEXT_KEYS)}")
+    value = next(raw[suffix] for suffix in TEXT_KEYS if suffix in raw)
     if isinstance(value, bytes):
         try:
-            value = value.decode("utf-8")
+            value = decode_text(value)
         except UnicodeDecodeError as error:
             raise SkipSample(MALFORMED_ITEM, f"{key}: the caption is no UTF-8 ({error})") from None
     return _one_of(value, key, rng)
@@ -310,13 +333,12 @@ def _one_of(value, key: str, rng: random.Random) -> str:
 
 
 def _first_line(file: Path) -> str:
+    if not file.exists():
+        raise SkipSample(EMPTY_TEXT, f"{file} does not exist")
     try:
-        with open(file, encoding="utf-8") as lines:
-            return lines.readline().rstrip("\r\n")
-    except FileNotFoundError:
-        raise SkipSample(EMPTY_TEXT, f"{file} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SkipSample(MALFORMED_ITEM, f"{file}: {error}") from None
+        return re.split(r"[\r\n]", read_text(file, limit=MAX_CAPTION), maxsplit=1)[0]
+    except UserError as error:
+        raise SkipSample(MALFORMED_ITEM, str(error)) from None
 
 
 def _shortened(text: str, rng: random.Random) -> str:
@@ -342,23 +364,39 @@ class PixelTransform(ImageTransform):
 
 def image_sample(raw: dict, rng: random.Random, *, images: ImageTransform, max_shift: int) -> dict:
     """Raw sample → ``{"image": (R, R, 3) uint8, "key"}``, moved by up to `max_shift` pixels; the border is repeated."""
-    image = images.of(raw, rng)["image"]
+    found = images.of(raw, rng)
+    image = found["image"]
     if max_shift:
         height, width = image.shape[:2]
         rows, columns = (
             (torch.arange(size) + rng.randint(-max_shift, max_shift)).clamp(0, size - 1) for size in (height, width)
         )
         image = image[rows[:, None], columns]
-    return {"image": image, "key": raw.get("__key__", "")}
+    return found | {"image": image, "key": raw.get("__key__", "")}
 
 
 @dataclass(frozen=True)
 class ImageTextSample:
-    """Transform of a raw sample with an image and a text."""
+    """Transform of a raw sample with an image and a text.
+
+    Args:
+        tokenizer, text_length: of the model, to note texts that will be cut to `text_length` tokens, the two around
+            each counted; None: nothing is noted.
+    """
 
     images: ImageTransform
     captions: Captions
+    tokenizer: Any = None
+    text_length: int | None = None
 
     def __call__(self, raw: dict, rng: random.Random) -> dict:
         text = self.captions(raw, rng)  # before the image, which need not be decoded if there is no text
-        return {**self.images.of(raw, rng), "text": text, "key": raw.get("__key__", "")}
+        sample = {**self.images.of(raw, rng), "text": text, "key": raw.get("__key__", "")}
+        return noted(sample, CUT) if self._is_cut(text) else sample
+
+    def _is_cut(self, text: str) -> bool:
+        if self.tokenizer is None or self.text_length is None:
+            return False
+        room = self.text_length - 2
+        # No text has more tokens than bytes, so most need not be tokenised here.
+        return len(text.encode()) > room and len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) > room

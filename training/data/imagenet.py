@@ -1,6 +1,5 @@
 """A folder of class folders, such as ImageNet: the text of an image is the name of its class (spec §15)."""
 
-import json
 import logging
 import os
 import random
@@ -11,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.files import is_hidden, read_json, read_text, visible_folders
+from training.data.paths import IMAGES, has_suffix
 
 logger = logging.getLogger(__name__)
 
 SYNSET_FILES = ("LOC_synset_mapping.txt", "synset_words.txt")
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 LEVELS = 5  # ILSVRC/Data/CLS-LOC/train: the synset file of the published archive lies four folders above
 
 
@@ -36,10 +36,10 @@ class ImageFolder:
     def __init__(self, folder: str, names: str | None = None):
         root = Path(folder)
         self.root = root / "train" if (root / "train").is_dir() else root
-        classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        classes = [entry.name for entry in visible_folders(self.root)]
         files = [f"{name}/{file}" for name in classes for file in _image_files(self.root / name)]
         if not files:
-            raise UserError(f"{self.root} holds no {', '.join(SUFFIXES)} in folders named after their classes")
+            raise UserError(f"{self.root} holds no {', '.join(IMAGES)} in folders named after their classes")
         self.files = np.array([os.fsencode(file) for file in files])  # one array: loader workers share it
         self.names = _synsets(self.root) | (_read_names(names) if names else {})
         nameless = [name for name in classes if name not in self.names and re.fullmatch(r"n\d{8}", name)]
@@ -67,7 +67,9 @@ class ImageFolder:
 
 
 def _image_files(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES))
+    # Without looking at each file: there may be millions, far away.
+    names = (entry.name for entry in os.scandir(folder))
+    return sorted(name for name in names if has_suffix(name, IMAGES) and not is_hidden(name))
 
 
 def _synsets(root: Path) -> dict[str, str]:
@@ -82,9 +84,11 @@ def _synsets(root: Path) -> dict[str, str]:
 def _read_names(path: str) -> dict[str, str]:
     """Class folder → name, from a file with one per line or a JSON dictionary."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-        pairs = json.loads(text).items() if path.lower().endswith(".json") else lines
+        if path.lower().endswith(".json"):
+            pairs = read_json(path).items()
+        else:
+            lines = re.split(r"\r\n|\r|\n", read_text(path))
+            pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
         return {str(folder): name.strip() for folder, name in pairs}
-    except (OSError, ValueError, AttributeError) as error:
+    except (UserError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not give a name for each class folder, one a line: {error}") from None

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.files import check_file, parse_json
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _scan = json.JSONDecoder().raw_decode
@@ -24,21 +25,25 @@ _scan = json.JSONDecoder().raw_decode
 class JsonRecords:
     """The records of a ``.json`` list, or of a ``.jsonl`` file (one a line; broken ones are records, too).
 
+    The list may be a member of an object, as in ``{"data": […]}``: the first that is a list.
+
     Args:
-        path: the file, UTF-8.
-        keep: which records count; called once for each that can be parsed.
+        path: the file, UTF-8 with or without a byte order mark.
+        keep: which records count; called once for each that can be parsed. `left_out` is the number of the others.
 
     Raises:
         UserError: the file cannot be read or is no list of records.
     """
 
     def __init__(self, path: str, keep: Callable[[Any], bool] = lambda record: True):
-        self.path = path
+        self.path, self.left_out = path, 0
         read = _lines if path.lower().endswith(".jsonl") else _list
         places = array("q")
         for start, stop, record in _guarded(read, path):
             if record is BROKEN or keep(record):
                 places.extend((start, stop))
+            else:
+                self.left_out += 1
         self.places = np.array(places, dtype=np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
@@ -70,10 +75,11 @@ class JsonTable:
         row = int(np.searchsorted(self.table[:, 0], digest))
         if row == len(self.table) or self.table[row, 0] != digest:
             return None
-        return json.loads(_read(self.path, *self.table[row, 1:]))
+        return parse_json(_read(self.path, *self.table[row, 1:]), f"{self.path}: {key}")
 
 
 BROKEN = object()  # a line of a .jsonl file that cannot be parsed
+MARK = "\xef\xbb\xbf"  # UTF-8's byte order mark, byte by byte
 
 
 def _digest(key: str) -> int:
@@ -87,6 +93,7 @@ def _read(path: str, start, stop) -> bytes:
 
 
 def _guarded(read: Callable[[str], Iterator], path: str) -> Iterator:
+    check_file(path)
     try:
         yield from read(_text(path))
     except (OSError, ValueError, RecursionError) as error:
@@ -101,44 +108,69 @@ def _text(path: str) -> str:
     if not Path(path).stat().st_size:
         return ""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError("it is UTF-16; save it as UTF-8")
         return str(content, "latin-1")
 
 
 def _list(text: str) -> Iterator[tuple[int, int, Any]]:
-    place = _open(text, "[")
+    place = _open(text, _first_list(text), "[")
     while text[place : place + 1] != "]":
         record, stop = _scan(text, place)
         yield place, stop, record
         place = _next(text, stop, "]")
 
 
-def _pairs(text: str) -> Iterator[tuple[int, int, str]]:
-    place = _open(text, "{")
+def _first_list(text: str) -> int:
+    """Place of the list: the file's first sign, or where an object's first member that is a list begins."""
+    place = _start(text)
+    if text[place : place + 1] != "{":
+        return place
+    place = _open(text, place, "{")
     while text[place : place + 1] != "}":
-        start = _blanks(text, _scan(text, place)[1])
-        key = json.loads(text[place:start].encode("latin-1"))
-        if text[start : start + 1] != ":" or not isinstance(key, str):
-            raise ValueError(f"no key and value at byte {place}")
-        start = _blanks(text, start + 1)
+        place, _ = _key(text, place)
+        if text[place : place + 1] == "[":
+            return place
+        place = _next(text, _scan(text, place)[1], "}")
+    return place
+
+
+def _pairs(text: str) -> Iterator[tuple[int, int, str]]:
+    place = _open(text, _start(text), "{")
+    while text[place : place + 1] != "}":
+        start, key = _key(text, place)
         _, stop = _scan(text, start)
         yield start, stop, key
         place = _next(text, stop, "}")
 
 
+def _key(text: str, place: int) -> tuple[int, str]:
+    """(place of the value, key) of the member of an object that begins at `place`."""
+    start = _blanks(text, _scan(text, place)[1])
+    key = json.loads(text[place:start].encode("latin-1"))
+    if text[start : start + 1] != ":" or not isinstance(key, str):
+        raise ValueError(f"no key and value at byte {place}")
+    return _blanks(text, start + 1), key
+
+
 def _lines(text: str) -> Iterator[tuple[int, int, Any]]:
-    for line in re.finditer(r"[^\n]+", text):
-        if line[0].strip():
+    for line in re.finditer(rf"(?:{MARK})*([^\n]+)", text):  # a mark begins each part of a file that `cat` joined
+        if line[1].strip():
             try:
-                yield line.start(), line.end(), json.loads(line[0])
+                yield *line.span(1), json.loads(line[1])
             except (ValueError, RecursionError):
-                yield line.start(), line.end(), BROKEN
+                yield *line.span(1), BROKEN
 
 
-def _open(text: str, bracket: str) -> int:
-    """Offset after the opening bracket; a byte order mark before it is skipped."""
-    place = _blanks(text, 3 if text.startswith("\xef\xbb\xbf") else 0)
+def _start(text: str) -> int:
+    """Place of the first sign, after a byte order mark."""
+    return _blanks(text, len(MARK) if text.startswith(MARK) else 0)
+
+
+def _open(text: str, place: int, bracket: str) -> int:
+    """Place after the opening bracket at `place`."""
     if text[place : place + 1] != bracket:
-        raise ValueError(f"it must begin with {bracket}")
+        raise ValueError(f"no valid JSON of this form, it must begin with {bracket}; name a file of lines .jsonl")
     return _blanks(text, place + 1)
 
 

@@ -1,12 +1,12 @@
 """Plain texts: parquet columns, jsonl and txt files (spec §15). A sample is a text."""
 
-import json
 import random
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import BYTE_ORDER_MARK, ENCODINGS, kind_of, parse_json
 from training.data.paths import choose_column
 from training.data.sources import (
     EMPTY_TEXT,
@@ -56,8 +56,8 @@ class Documents:
         if not self.units:
             raise UserError(f"{paths[0]} and {len(paths) - 1} more are empty")
         for path, size in zip(paths, sizes, strict=True):
-            if size and _is_jsonl(path):
-                _check_column(path, column)
+            if size:
+                _check(path, column)
         self.size, self._samples = sum(sizes), None
 
     @property
@@ -91,9 +91,11 @@ class Documents:
         for place, document in split(path, start, start + CHUNK):
             key = f"{path}: byte {place}"
             try:
-                text = document.decode("utf-8-sig" if place == 0 else "utf-8")
-                yield {"__key__": key, "text": json.loads(text)[self.column] if _is_jsonl(path) else text}
-            except (ValueError, TypeError, LookupError, RecursionError) as error:
+                if _is_jsonl(path):
+                    yield {"__key__": key, "text": parse_json(document, key, dict)[self.column]}
+                else:
+                    yield {"__key__": key, "text": document.decode().replace(BYTE_ORDER_MARK, "")}
+            except (UserError, UnicodeDecodeError, KeyError) as error:
                 yield Skipped(MALFORMED_ITEM, f"{key}: {type(error).__name__} {error}")
 
 
@@ -142,15 +144,21 @@ def _to_line(file, start: int) -> None:
         file.readline()
 
 
-def _check_column(path: str, column: str) -> None:
+def _check(path: str, column: str) -> None:
+    """Raises `UserError` if a file is in another encoding than UTF-8, or of other records."""
+    with open(path, "rb") as file:
+        if file.read(4).startswith(tuple(ENCODINGS)):
+            raise UserError(f"{path} is UTF-16 or UTF-32; texts are read in pieces: save it as UTF-8")
+    if not _is_jsonl(path):
+        return
     _, first = next(_lines(path, 0, CHUNK), (0, b"{}"))
     try:
-        record = json.loads(first.decode("utf-8-sig"))
-    except ValueError:
+        record = parse_json(first, path)
+    except UserError:
         return  # one broken line of many
     if not isinstance(record, dict):
         raise UserError(
-            f'{path} must hold a record such as {{"{column}": "text"}} a line; its first is {str(record)[:40]!r}; put '
+            f'{path} must hold a record such as {{"{column}": "text"}} a line; its first is {kind_of(record)}; put '
             "plain texts into a .txt file"
         )
     choose_column(path, record, [column], "dataset.params.lm_column")

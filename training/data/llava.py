@@ -1,6 +1,7 @@
 """Conversations on images in LLaVA's form: ``{"image": tensor, "input_ids", "labels"}`` (spec §9)."""
 
-import json
+import logging
+import os
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -9,10 +10,82 @@ from itertools import accumulate
 from typing import Any
 
 from common.errors import UserError
+from common.files import kind_of, parse_json
 from llava.conversation import IGNORE_INDEX
-from training.data.image_text import ImageTransform
+from training.data.image_text import ImageTransform, noted
 from training.data.json_records import JsonRecords
-from training.data.sources import BAD_CONVERSATION, MALFORMED_ITEM, MISSING_FILE, Skipped, SkipSample, checked_text
+from training.data.shards import members_of
+from training.data.sources import (
+    BAD_CONVERSATION,
+    CUT,
+    MALFORMED_ITEM,
+    MISSING_FILE,
+    Skipped,
+    SkipSample,
+    checked_text,
+)
+
+logger = logging.getLogger(__name__)
+
+IMAGES, TURNS = ("image", "images"), ("conversations", "conversation", "messages")  # keys of a record, first come first
+ROLES = {"human": "human", "gpt": "gpt", "user": "human", "assistant": "gpt"}  # other tools' words → LLaVA's
+
+
+@dataclass(frozen=True)
+class LlavaRecord:
+    """A record that was checked.
+
+    Args:
+        image: file name of the one image; None in a record of text alone.
+        turns: ``{"from": "human" | "gpt", "value": text}``, whatever words the file has for them.
+        content: the whole record.
+    """
+
+    image: str | None
+    turns: list[dict]
+    content: dict
+
+    @classmethod
+    def parse(cls, raw: bytes, name: str) -> "LlavaRecord":
+        """The record in a JSON text.
+
+        Raises:
+            SkipSample: it is no record, has several images, or a conversation that is none.
+        """
+        try:
+            record = parse_json(raw, name, dict)
+        except UserError as error:
+            raise SkipSample(MALFORMED_ITEM, str(error)) from None
+        turns = next((record[key] for key in TURNS if key in record), None)
+        if not any(key in record for key in TURNS):
+            raise SkipSample(MALFORMED_ITEM, f"{name}: a record needs 'conversations', got {record!r:.80}")
+        if not isinstance(turns, list) or not turns:
+            raise SkipSample(BAD_CONVERSATION, f"{name}: the conversation is {kind_of(turns)}, no list of turns")
+        turns = [_turn(turn, f"{name}: turn {index}") for index, turn in enumerate(turns)]
+        return cls(cls._image(record, name), turns, record)
+
+    @staticmethod
+    def _image(record: dict, name: str) -> str | None:
+        image = image_of(record)
+        if image is not None and not isinstance(image, str):
+            raise SkipSample(MALFORMED_ITEM, f"{name}: 'image' is {kind_of(image)}, expected one file name")
+        return image
+
+
+def image_of(record: dict) -> Any:
+    """What a record says of its image, a list of one as that one; None where there is no image."""
+    image = next((record[key] for key in IMAGES if record.get(key) not in (None, "", [])), None)
+    return image[0] if isinstance(image, list) and len(image) == 1 else image
+
+
+def _turn(turn: Any, name: str) -> dict:
+    role = text = None
+    if isinstance(turn, dict):
+        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        role = ROLES.get(role) if isinstance(role, str) else None
+    if role is None or not isinstance(text, str):
+        raise SkipSample(BAD_CONVERSATION, f"{name} is {turn!r:.80}, not a text of {' or '.join(ROLES)}")
+    return {"from": role, "value": checked_text(text, name)}
 
 
 class LlavaRecords:
@@ -23,9 +96,11 @@ class LlavaRecords:
     """
 
     def __init__(self, paths: list[str]):
-        self.files = [JsonRecords(path, keep=_has_image) for path in paths]
+        self.files = [JsonRecords(path, keep=has_image) for path in paths]
         self.ends = list(accumulate(len(file) for file in self.files))
         self.samples = self.ends[-1]
+        if left_out := sum(file.left_out for file in self.files):
+            logger.info("%s: %d records without an image are left out", ", ".join(paths), left_out)
         if not self.samples:
             raise UserError(f"{', '.join(paths)} hold(s) no record with an image")
 
@@ -42,9 +117,9 @@ class LlavaRecords:
             yield Skipped(MISSING_FILE, f"{file.path}: {error}")
 
 
-def _has_image(record: Any) -> bool:
+def has_image(record: Any) -> bool:
     """Whether a record has an image. Anything that is not a record counts too, and is skipped later."""
-    return not isinstance(record, dict) or record.get("image") is not None
+    return not isinstance(record, dict) or image_of(record) is not None
 
 
 @dataclass(frozen=True)
@@ -69,28 +144,26 @@ class LlavaSample:
         Raises:
             SkipSample: the record is malformed, its conversation has nothing to learn, or its image is unreadable.
         """
-        record, key = _parse(raw), raw["__key__"]
-        checked_text(json.dumps(record["conversations"], ensure_ascii=False), key)
+        key = raw["__key__"]
+        if "json" not in raw:
+            raise SkipSample(MALFORMED_ITEM, f"{key} has no record; {members_of(raw, ('json',))}")
+        record = LlavaRecord.parse(raw["json"], key)
         try:
-            encoded = self.encode(record["conversations"], self.tokenizer)
+            encoded = self.encode(record.turns, self.tokenizer)
         except ValueError as error:
             raise SkipSample(BAD_CONVERSATION, f"{key}: {error}") from None
         if (encoded["labels"][: self.text_length] == IGNORE_INDEX).all():
             raise SkipSample(BAD_CONVERSATION, f"{key}: no answer within {self.text_length} tokens to learn from")
         # A sample of shards brings its image along; else the record names the file.
-        return {**self.images.of({"image": _file_name(record)} | raw, rng), **encoded, "key": key}
+        sample = {**self._image(raw, record, rng), **encoded, "key": key}
+        return noted(sample, CUT) if len(encoded["input_ids"]) > self.text_length else sample
 
-
-def _file_name(record: dict) -> str | None:
-    name = record.get("image")
-    return name if isinstance(name, str) else None  # LLaVA's form has one image; several are no LLaVA record
-
-
-def _parse(raw: dict) -> dict:
-    try:
-        record = json.loads(raw["json"])
-    except (LookupError, ValueError, RecursionError) as error:
-        raise SkipSample(MALFORMED_ITEM, f"{raw['__key__']}: no readable record ({error})") from None
-    if not isinstance(record, dict) or "conversations" not in record:
-        raise SkipSample(MALFORMED_ITEM, f"{raw['__key__']}: a record needs 'conversations', got {record!r:.80}")
-    return record
+    def _image(self, raw: dict, record: LlavaRecord, rng: random.Random) -> dict:
+        try:
+            return self.images.of({"image": record.image} | raw, rng)
+        except SkipSample as skipped:
+            if skipped.kind != MISSING_FILE:
+                raise
+            folder = self.images.root or os.path.dirname(raw.get("__url__", ""))
+            where = f"{raw['__key__']}, relative to dataset.params.train_mmu_image_root={folder}"
+            raise SkipSample(MISSING_FILE, f"{skipped.detail}, named by {where}") from None

@@ -94,7 +94,7 @@ class ParquetUnits:
                     for row in rows_of(batch):
                         key = f"{path}: row group {group}, row {number}"
                         number += 1
-                        if isinstance(row, UnicodeDecodeError):
+                        if isinstance(row, ValueError):
                             yield Skipped(MALFORMED_ITEM, f"{key}: {row}")
                             continue
                         sample = {name: row[column] for column, name in names.items()}
@@ -105,11 +105,11 @@ class ParquetUnits:
             yield Skipped(TRUNCATED_SHARD, f"{path}: row group {group}: {error}", max(1, rows - number))
 
 
-def rows_of(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict | UnicodeDecodeError]:
+def rows_of(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict | ValueError]:
     """The rows as Python values, or the error of a row: parquet requires UTF-8, but not all writers comply."""
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError as error:
+    except (ValueError, OverflowError) as error:  # of UTF-8, or of dates that Python does not have
         if len(batch) == 1:
-            return [error]
+            return [ValueError(str(error))]
         return [row for number in range(len(batch)) for row in rows_of(batch.slice(number, 1))]

@@ -1,14 +1,16 @@
 """Settings that name data → files, by brace lists, globs, folders and lists of them; and their columns."""
 
 import glob
+import os
 import re
 from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
 
 import braceexpand
 
 from common.errors import UserError
-from common.files import REPOSITORY, resolve_path
+from common.files import REPOSITORY, expand, is_hidden, resolve_path, visible_files
 
 SHARDS = (".tar", ".tgz", ".tar.gz")
 PARQUET = (".parquet",)
@@ -16,6 +18,11 @@ JSON = (".json", ".jsonl")
 TEXT = (".jsonl", ".txt")
 FOLDER_SORTS = (SHARDS, PARQUET, (".jsonl",), (".json",), (".txt",))  # manifests and notes lie beside the data
 NAMED = 20  # missing files that a message names
+MOST_NAMES = 1_000_000  # that a brace list may stand for
+RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
+IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".tga", ".jp2")
+# Images that may not be readable: where files are images, these are counted and not passed over.
+IMAGES += (".avif", ".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr")
 
 
 def expand_paths(setting: str, value, suffixes: tuple[str, ...] = ()) -> list[str]:
@@ -24,7 +31,8 @@ def expand_paths(setting: str, value, suffixes: tuple[str, ...] = ()) -> list[st
     Args:
         setting: the key to name in messages.
         value: text, or a list of texts. Addresses that WebDataset opens (``pipe:…``, ``https://…``) stay as they are.
-        suffixes: if the path is a folder, its files with the first of these suffixes that occurs, at any depth.
+        suffixes: if the path is a folder, its files with the first of these suffixes that occurs, at any depth; hidden
+            files and folders, and what killed commands left, are no data.
 
     Raises:
         UserError: the setting is empty or needs an environment variable, files do not exist (all are counted, and named
@@ -38,6 +46,8 @@ def expand_paths(setting: str, value, suffixes: tuple[str, ...] = ()) -> list[st
     missing = [path for path in paths if not is_address(path) and not Path(path).is_file()]
     if missing:
         named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+        if strange := next(filter(os.path.exists, missing), None):
+            raise UserError(f"{setting}: {strange} is no regular file; give files")
         raise UserError(f"{setting}: {len(missing)} of {len(paths)} files do not exist: {named}")
     return paths
 
@@ -89,23 +99,55 @@ def has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
 
 def _patterns(setting: str, value) -> Iterator[str]:
     for item in [value] if isinstance(value, str) else value:
+        if not item:
+            raise UserError(f"{setting} holds an empty path; leave it out")
+        if not is_address(item) and _exists(item):  # whatever signs its name is made of
+            yield item
+            continue
         try:
-            yield from braceexpand.braceexpand(item)
-        except braceexpand.UnbalancedBracesError:
-            raise UserError(f"{setting} is {item!r}, whose braces do not match") from None
+            large = sum(_length(*bounds) for bounds in RANGE.findall(item)) > MOST_NAMES
+            names = [] if large else list(islice(braceexpand.braceexpand(item), MOST_NAMES + 1))
+        except (ValueError, RecursionError):
+            raise UserError(f"{setting} is {item!r:.200}, whose braces do not match") from None
+        if large or len(names) > MOST_NAMES:
+            raise UserError(f"{setting} is {item!r:.200}, which stands for over {MOST_NAMES:,} names; give a folder")
+        yield from names
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(expand(path)) or os.path.exists(REPOSITORY / expand(path))
+
+
+def _length(first: str, last: str, step: str) -> int:
+    return abs(int(last) - int(first)) // (int(step or 1) or 1) + 1
 
 
 def _files(setting: str, pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     if is_address(pattern):
         return [pattern]
-    if any(c in pattern for c in "*?"):
-        here, in_repository = glob.glob(pattern, recursive=True), str(REPOSITORY / pattern)
-        return sorted(here) or sorted(glob.glob(in_repository, recursive=True)) or [pattern]
+    if any(c in pattern for c in "*?") and not _exists(pattern):
+        pattern = str(expand(pattern))
+        return _matches(pattern) or _matches(str(REPOSITORY / pattern)) or [pattern]
     path = resolve_path(pattern)
     if not path.is_dir() or not suffixes:
-        return [str(path)]
-    files = sorted(str(file) for file in path.rglob("*") if has_suffix(file.name, suffixes))
+        return [_local(path)]
+    files = [_local(file) for file in visible_files(path) if has_suffix(file.name, suffixes)]
     for sort in FOLDER_SORTS:
         if found := [file for file in files if has_suffix(file, sort)]:
             return found
     raise UserError(f"{setting}: folder {path} holds no file of {', '.join(suffixes)}")
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files that a glob stands for. Its brackets are letters of names where such files exist, else sets."""
+    fixed = next(n for n, part in enumerate(Path(pattern).parts) if any(c in part for c in "*?"))
+    for one in (pattern.replace("[", "[[]"), pattern):
+        found = (name for name in glob.iglob(one, recursive=True))
+        if visible := sorted(_local(name) for name in found if not any(map(is_hidden, Path(name).parts[fixed:]))):
+            return visible
+    return []
+
+
+def _local(path: str | Path) -> str:
+    """A file that was found, never as an address: a name may begin with ``pipe:``, which would be run."""
+    return f"./{path}" if is_address(str(path)) else str(path)

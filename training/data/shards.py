@@ -3,15 +3,18 @@
 A raw sample is a dictionary: ``__key__``, ``__url__``, and the undecoded members by suffix (``jpg``, ``txt``, …).
 """
 
+import bz2
+import gzip
 import hashlib
-import json
+import io
+import lzma
 import os
 import random
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,13 +23,18 @@ import webdataset
 from webdataset.tariterators import group_by_keys
 
 from common.errors import UserError
+from common.files import is_hidden_member, read_json
+from models.images import DEFAULT
 from training.data.paths import is_address
 from training.data.sources import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped, mixed
 
 CODES = "codes.npy"
 BLOCK = 512
 END = bytes(BLOCK)
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # magic numbers of compressed files
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by magic number
+LARGEST = 2**30  # bytes of a member; what a header promises is never allocated on trust
+LARGEST_HEADER = 2**20  # of members that describe others
+PIECE = 2**24  # bytes read at once
 REGULAR, LONG_NAME, PAX, PAX_GLOBAL, SPARSE = (b"0", b"\0", b"7"), b"L", b"x", b"g", b"S"
 
 
@@ -36,14 +44,18 @@ def read_shards(urls: list[str], buffer_size: int, promised: dict[str, int], see
     Args:
         promised: number of samples of the shards whose manifest tells; for others, the mean of the intact shards read
             so far is assumed.
+
+    Raises:
+        UserError: every shard was read, and none of them holds a sample.
     """
     shards = webdataset.ResampledShards(urls, seed=seed, worker_seed=lambda: 0, deterministic=True)
-    return mixed(_in_turn((shard["url"] for shard in shards), promised), buffer_size, random.Random(seed))
+    return mixed(_in_turn((shard["url"] for shard in shards), set(urls), promised), buffer_size, random.Random(seed))
 
 
-def _in_turn(urls: Iterable[str], promised: dict[str, int]) -> Iterator[dict | Skipped]:
+def _in_turn(drawn: Iterable[str], urls: set[str], promised: dict[str, int]) -> Iterator[dict | Skipped]:
     whole: list[int] = [0, 0]  # shards, samples
-    for url in urls:
+    empty: set[str] = set()
+    for url in drawn:
         mean = round(whole[1] / whole[0]) if whole[0] else 0
         read, is_whole = 0, True
         for sample in read_shard(url, promised.get(url, mean)):
@@ -53,6 +65,10 @@ def _in_turn(urls: Iterable[str], promised: dict[str, int]) -> Iterator[dict | S
             yield sample
         if is_whole:
             whole = [whole[0] + 1, whole[1] + read]
+        if not read:
+            empty.add(url)
+            if empty == urls:
+                raise UserError(f"there is not a single sample in {len(urls)} shards (such as {url})")
 
 
 def read_shard(url: str, expected: int = 0) -> Iterator[dict | Skipped]:
@@ -82,10 +98,11 @@ def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
     """Names and contents. webdataset's own reader ends at a damaged header as if the archive ended there."""
     stream = None
     try:
-        stream = webdataset.gopen(url) if is_address(url) else open(url, "rb", buffering=2**20)
-        plain = not is_address(url) and not stream.peek(8).startswith(COMPRESSED)
-        for name, content in tar_members(stream) if plain else _compressed_members(stream):
-            if not re.match(r"__[^/]*__($|/)", name):
+        stream = io.BufferedReader(_Raw(webdataset.gopen(url))) if is_address(url) else open(url, "rb", 2**20)
+        head = stream.peek(8)
+        unpack = next((of_form for magic, of_form in COMPRESSED.items() if head.startswith(magic)), None)
+        for name, content in tar_members(unpack(stream) if unpack else stream):
+            if not is_hidden_member(name) and not re.match(r"__[^/]*__($|/)", name):
                 yield {"fname": name, "data": content, "__url__": url}
     except FileNotFoundError:
         problems.append(Skipped(MISSING_FILE, url))
@@ -97,24 +114,23 @@ def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
                 stream.close()
 
 
-def _compressed_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Like `tar_members`, for archives with any compression."""
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
-        for member in archive:
-            if member.isreg():
-                yield member.name, archive.extractfile(member).read()
-            archive.members = []  # otherwise it would keep all headers
+class _Raw(io.RawIOBase):
+    """What webdataset opens, which can only be read, for a buffer around it."""
 
+    def __init__(self, stream):
+        self.stream = stream
 
-class _StrictTarInfo(tarfile.TarInfo):
-    """Treats a damaged, truncated or missing header as an error, not as the end of the archive."""
+    def readable(self) -> bool:
+        return True
 
-    @classmethod
-    def frombuf(cls, buf, encoding, errors):
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:
-            raise tarfile.ReadError(f"damaged or cut short ({error})") from None
+    def readinto(self, buffer) -> int:
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        super().close()
+        self.stream.close()
 
 
 class ShardUnits:
@@ -130,6 +146,12 @@ class ShardUnits:
 
     def read(self, index: int, rng: random.Random) -> Iterator[dict | Skipped]:
         return read_shard(self.urls[index], self.promised.get(self.urls[index], 0))
+
+
+def members_of(raw: dict, wanted: tuple[str, ...]) -> str:
+    """What a sample of a shard consists of and what is looked for, for messages."""
+    found = [name for name in raw if not name.startswith("__")]
+    return f"its members are {', '.join(found[:8]) or 'none'}; read are {', '.join(wanted)}"
 
 
 # ---- tar archives ----
@@ -149,6 +171,9 @@ def tar_members(archive: BinaryIO) -> Iterator[tuple[str, bytes]]:
             _check(header)
             kind = header[156:157]
             size = int(described.get("size") or _number(header[124:136]))
+            most = LARGEST if kind in REGULAR else LARGEST_HEADER
+            if not 0 <= size <= most:
+                raise tarfile.ReadError(f"a member of {size:,} bytes; at most {most:,} are read")
             content = _read(archive, -(-size // BLOCK) * BLOCK)[:size]
             if kind in REGULAR:
                 name = described.get("path") or _name(header)
@@ -167,10 +192,13 @@ def tar_members(archive: BinaryIO) -> Iterator[tuple[str, bytes]]:
 
 
 def _read(archive: BinaryIO, size: int) -> bytes:
-    data = archive.read(size)
-    if len(data) < size:
+    pieces, missing = [], size
+    while missing and (piece := archive.read(min(missing, PIECE))):
+        pieces.append(piece)
+        missing -= len(piece)
+    if missing:
         raise tarfile.ReadError("cut short")
-    return data
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _check(header: bytes) -> None:
@@ -197,12 +225,15 @@ def _name(header: bytes) -> str:
 
 def _pax_records(content: bytes) -> dict[str, str]:
     """``{length} {key}={value}\\n`` over and over."""
-    found = {}
-    while content.strip(b"\0"):
-        length = int(content[: content.index(b" ")])
-        key, _, value = content[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
+    found, place = {}, 0
+    while content[place : place + 1].strip(b"\0"):
+        blank = content.index(b" ", place)
+        length = int(content[place:blank])
+        if length <= 0:
+            raise ValueError("length")
+        key, _, value = content[blank + 1 : place + length].rstrip(b"\n").partition(b"=")
         found[_text(key)] = value.decode("utf-8", "surrogateescape")
-        content = content[max(length, 1) :]
+        place += length
     return found
 
 
@@ -217,14 +248,7 @@ def manifests(urls: list[str]) -> dict[str, dict]:
         UserError: a manifest is no valid JSON.
     """
     files = {re.sub(r"-?\d*\.(tar|tgz|tar\.gz)$", "-manifest.json", url) for url in urls}
-    found = {}
-    for file in sorted(files - set(urls)):
-        if Path(file).is_file():
-            try:
-                found[file] = dict(json.loads(Path(file).read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise UserError(f"{file} is no valid manifest ({error}); write the shards again") from None
-    return found
+    return {file: read_json(file) for file in sorted(files - set(urls)) if Path(file).is_file()}
 
 
 def promised_samples(urls: list[str]) -> dict[str, int]:
@@ -233,8 +257,9 @@ def promised_samples(urls: list[str]) -> dict[str, int]:
     for file, manifest in manifests(urls).items():
         entries = manifest.get("shards")
         for entry in entries if isinstance(entries, list) else ():  # another tool's manifest may say something else
-            if isinstance(entry, dict) and isinstance(entry.get("samples"), int):
-                found[os.path.join(os.path.dirname(file), str(entry.get("file")))] = entry["samples"]
+            samples = entry.get("samples") if isinstance(entry, dict) else None
+            if isinstance(samples, int) and 0 <= samples < 2**31:
+                found[os.path.join(os.path.dirname(file), str(entry.get("file")))] = samples
     return found
 
 
@@ -251,6 +276,7 @@ def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") ->
     for file, manifest in manifests(urls).items():
         if "num_vq_tokens" not in manifest:
             continue
+        manifest = asdict(DEFAULT) | manifest  # of earlier releases, which had no settings of images
         if refused and manifest.get("keep_images"):
             continue
         if refused:

@@ -17,6 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from common.errors import shown
+from common.files import BYTE_ORDER_MARK
+
 CHUNK = 20_000  # raw samples in a chunk of an endless reader
 
 Reader = Callable[[int], Iterator[Any]]  # seed → endless raw samples
@@ -137,6 +140,14 @@ KINDS = (
     BAD_CODES,
 )
 
+# What is noted of samples that are used.
+ROTATED = "rotated"  # by EXIF data that were not applied
+CUT = "cut"  # the text is longer than the row has room for
+NOTES = {
+    ROTATED: "images carry a rotation, ignored as published (such as {}); image.exif=apply turns them",
+    CUT: "texts are longer than a row has room for, and cut (such as {}); see dataset.preprocessing.max_seq_length",
+}
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -160,7 +171,7 @@ class SkipSample(Exception):
 
 
 def checked_text(text: object, name: str) -> str:
-    """Returns `text` if it is valid.
+    """Returns `text`, without byte order marks, if it is valid.
 
     Raises:
         SkipSample: not a string, or with a lone surrogate (``"\\ud83d"`` in JSON), which tokenizers reject.
@@ -171,27 +182,34 @@ def checked_text(text: object, name: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise SkipSample(MALFORMED_ITEM, f"{name}: {error}") from None
-    return text
+    return text.replace(BYTE_ORDER_MARK, "")
 
 
 @dataclass
 class SkipCounters:
     """Counts raw samples and skipped ones by kind, with one example of each kind.
 
-    Samples lost with a file count as seen, too. `largest` is the largest number of samples lost with one file.
+    Samples lost with a file count as seen, too. `largest` is the largest number of samples lost with one file, `noted`
+    the number of samples that were used, but of which something was noted.
     """
 
     seen: int = 0
     skipped: Counter = field(default_factory=Counter)
     largest: int = 1
     examples: dict[str, str] = field(default_factory=dict)
+    noted: Counter = field(default_factory=Counter)
+
+    def note(self, kind: str, detail: str) -> None:
+        """Counts a sample that is used; `kind` of `NOTES`."""
+        self.noted[kind] += 1
+        self.examples.setdefault(kind, shown(detail))
 
     def skip(self, kind: str, detail: str, count: int = 1) -> None:
         """Counts `count` samples as skipped, one of which is already in `seen`."""
         self.skipped[kind] += count
         self.seen += count - 1
         self.largest = max(self.largest, count)
-        self.examples.setdefault(kind, detail)
+        self.examples.setdefault(kind, shown(detail))
 
     def skip_file(self, lost: Skipped, deferred: Counter) -> None:
         """Counts one sample of a lost file as skipped; the rest goes to `deferred`, for `add_deferred`."""
@@ -215,6 +233,7 @@ class SkipCounters:
     def add(self, other: "SkipCounters") -> None:
         self.seen += other.seen
         self.skipped.update(other.skipped)
+        self.noted.update(other.noted)
         self.largest = max(self.largest, other.largest)
         self.examples = other.examples | self.examples
 
@@ -236,6 +255,13 @@ class SkipCounters:
         """``12 of 200 samples (6.0%): 9 unreadable_image (such as a/b.jpg: …), 3 empty_text (such as …)``."""
         kinds = [f"{count} {kind}{self._example(kind)}" for kind, count in self.skipped.most_common()]
         return f"{self.skipped.total()} of {self.seen} samples ({self.share:.1%}): {', '.join(kinds)}"
+
+    def print(self) -> None:
+        """Says what a command has skipped, and what was noted of samples that it used."""
+        if self.skipped:
+            print(f"skipped {self.describe()}")
+        for kind, count in self.noted.items():
+            print(f"{count} {NOTES[kind].format(self.examples[kind])}")
 
     def _example(self, kind: str) -> str:
         return f" (such as {self.examples[kind]})" if kind in self.examples else ""  # examples do not survive a restart

@@ -5,6 +5,7 @@ samples before it are skipped without being decoded.
 """
 
 import atexit
+import logging
 import math
 import os
 import random
@@ -22,7 +23,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
 from models.images import normalized
-from training.data.sources import SkipCounters, Skipped, SkipSample, Source, seed_of
+from training.data.sources import NOTES, SkipCounters, Skipped, SkipSample, Source, seed_of
+
+logger = logging.getLogger(__name__)
 
 ENOUGH_SEEN = 200  # raw samples after which the share of skipped ones is judged
 GIVE_UP = 10_000  # raw samples, or empty chunks, without a single batch
@@ -38,7 +41,7 @@ class StreamState:
         batches: number of batches returned.
         positions, chunks: for each worker's stream, the number of raw samples read of its current chunk, and the index
             of that chunk.
-        seen, skipped, largest: the `SkipCounters` of this process so far.
+        seen, skipped, largest, noted: the `SkipCounters` of this process so far.
         deferred: for each worker's stream, samples of lost files that are not counted as skipped yet, by kind.
     """
 
@@ -49,6 +52,7 @@ class StreamState:
     skipped: dict[str, int] = field(default_factory=dict)
     largest: int = 1
     deferred: list[dict[str, int]] = field(default_factory=list)
+    noted: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, content: dict) -> "StreamState":
@@ -152,7 +156,10 @@ class _Batches(IterableDataset):
                 if isinstance(raw, Skipped):
                     counters.skip_file(raw, deferred)
                 else:
-                    samples.append(self.transform(raw, random.Random(seed)))
+                    sample = self.transform(raw, random.Random(seed))
+                    for note in sample.pop("notes", ()) if isinstance(sample, dict) else ():
+                        counters.note(note, f"{sample.get('key', '')}: {sample.get('text', '')!r:.80}")
+                    samples.append(sample)
                     limit = max(GIVE_UP, 100 * self.batch_size)
             except SkipSample as skipped:
                 counters.skip(skipped.kind, skipped.detail)
@@ -250,6 +257,9 @@ class Flow:
             self._iterator = iter(self._loader())
             _reading.add(self)
         delivery: _Delivery = next(self._iterator)
+        for kind in delivery.counters.noted.keys() - self.counters.noted.keys():  # once per run
+            if self.process == 0:
+                logger.warning("%s: %s", self.name, NOTES[kind].format(delivery.counters.examples[kind]))
         self.counters.add(delivery.counters)
         if problem := self._problem(delivery):
             self.close()
@@ -296,7 +306,8 @@ class Flow:
     def state_dict(self) -> StreamState:
         position = list(self.positions), list(self.chunks)
         deferred = [dict(of_stream) for of_stream in self.deferred] if any(self.deferred) else []
-        return StreamState(self.batches, *position, self.seen, dict(self.skipped), self.counters.largest, deferred)
+        counters = self.seen, dict(self.skipped), self.counters.largest
+        return StreamState(self.batches, *position, *counters, deferred, dict(self.counters.noted))
 
     def load_state_dict(self, state: StreamState) -> None:
         """Resumes after the first `state.batches` batches.
@@ -312,7 +323,7 @@ class Flow:
         self.batches, self.positions = state.batches, list(state.positions)
         self.chunks = list(state.chunks) or [0] * len(self.positions)
         self.deferred = [dict(deferred) for deferred in state.deferred] or [{} for _ in self.positions]
-        self.counters = SkipCounters(state.seen, Counter(state.skipped), state.largest)
+        self.counters = SkipCounters(state.seen, Counter(state.skipped), state.largest, noted=Counter(state.noted))
         self._iterator = None
 
 

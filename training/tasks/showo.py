@@ -11,6 +11,7 @@ from models import Showo
 from models.loading import check_image_tokenizer, initial_showo, load_image_tokenizer, load_text_tokenizer
 from training.batches import FLOWS, BatchBuilder, OmniBatch, flow_readers
 from training.data.flows import FlowReader, Reading, check_data, check_tokenizer
+from training.masking import schedule_of
 from training.metrics import BUCKETS, Sums, by_mask_ratio
 from training.optimization import enable_gradient_checkpointing
 from training.packing import PACKED_SDPA
@@ -27,6 +28,7 @@ class ShowoTask(Task):
 
     def __init__(self, config):
         super().__init__(config)
+        schedule_of(config)  # before anything is read
         branch = ClipVitUnderstanding if config.model.showo.w_clip_vit else VqUnderstanding
         self.understanding = branch(config)
         self.flow_readers = {split: flow_readers(config, split) for split in ("train", "eval")}

@@ -11,7 +11,7 @@ from common.errors import UserError
 from models import MAGVITv2, MAGVITv2Config
 from models.devices import send
 from models.images import to_pil
-from models.loading import find_folder
+from models.loading import find_folder, find_parts
 from models.modeling_magvitv2 import MAGVITv2Output
 from training.data.flows import FlowReader, ImageReader, check_data
 from training.data.streams import stack
@@ -55,9 +55,10 @@ class TokenizerTask(Task):
         given = sizes.pop("pretrained_model_path")
         try:
             if path := start or self.config.experiment.init_from or given:
-                model = MAGVITv2.from_pretrained(find_folder(path), dtype=torch.float32)
+                folder = find_folder(find_parts(path).get("vq_model", path))
+                model = MAGVITv2.from_pretrained(folder, dtype=torch.float32)
             else:
-                model = MAGVITv2(MAGVITv2Config(**sizes))
+                model = MAGVITv2.from_config(MAGVITv2Config(**sizes))
         except ValueError as error:
             raise UserError(f"model: {error}") from None
         factor, resolution = model.downsampling_factor, self.config.dataset.params.resolution

@@ -173,7 +173,15 @@ def test_distribution(temperature, top_k, top_p):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"top_k": 1}, {"temperature": 0.0}, {"top_p": 1e-6}, {"top_k": 1, "temperature": 7.0}]
+    "settings",
+    [
+        {"top_k": 1},
+        {"temperature": 0.0},
+        {"temperature": 1e-300},
+        {"top_p": 1e-6},
+        {"top_p": 1e-300},
+        {"top_k": 1, "temperature": 7.0},
+    ],
 )
 def test_greedy(settings):
     logits = torch.randn(50, 30)
