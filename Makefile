@@ -18,7 +18,7 @@ TOKENIZER := outputs/showo-tiny-magvitv2
 PRECISION ?= $(shell grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo bf16 || echo no)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-multiprocess test-all test-smollm2 lint format data-emoji train-tiny \
+.PHONY: help setup demo test test-quick test-multiprocess test-all test-smollm2 lint format data-emoji data-scenes train-tiny \
 	train-tiny-resume train-tiny-stages bench bench-training gpu-check clean
 
 help: ## list these targets
@@ -78,6 +78,9 @@ data-emoji: $(READY) ## download and render the training set of the small defaul
 	$(PY) tools/llava_shards.py json=$(WORLD)/llava_train.json image_root=$(WORLD)/images \
 		output=$(WORLD)/shards/qa repeat=name:3 shard_size=10000
 	$(PY) examples/emoji_world/make.py output_dir=$(WORLD)_all size=64 names=all shard_size=10000
+
+data-scenes: $(READY) ## make the scene world, in which everything that is said of an image can be checked (a minute or two)
+	$(PY) examples/scenes/make.py output_dir=data/scenes
 
 train-tiny: data-emoji ## train the small default from nothing into outputs/ (hours on a CPU); goes on where it stopped
 	$(PY) tools/small_llm.py corpus=$(WORLD)/text/train.txt output_dir=$(LLM) vocab_size=800
