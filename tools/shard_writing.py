@@ -94,7 +94,8 @@ def refuse_others(prefix: Path, config) -> None:
 
 def foreign_shards(shards: Iterable[Path], manifest: dict) -> list[Path]:
     """The shards that a manifest does not list: no command of ours wrote them, and none replaces them."""
-    return [shard for shard in shards if shard.name not in _listed(manifest)]
+    listed = _listed(manifest)
+    return [shard for shard in shards if shard.name not in listed]
 
 
 def _listed(manifest: dict) -> set[str]:
@@ -182,15 +183,16 @@ def read_manifest(prefix: Path) -> dict:
         return {}
     manifest = read_json(path)
     entries = [manifest.get("shards"), *(manifest.get(key, []) for key in SETS[1:])]
-    if not all(isinstance(one, list) and all(map(_is_entry, one)) for one in entries):
+    name = re.compile(rf"{re.escape(prefix.name)}(_heldout)?-\d{{6,}}\.tar")
+    if not all(isinstance(one, list) and all(_is_entry(entry, name) for entry in one) for one in entries):
         raise UserError(f"{path} is no manifest of shards; remove it, or choose another output")
     return manifest
 
 
-def _is_entry(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("file", "sha256")):
-        return False
-    return Path(entry["file"]).name == entry["file"]
+def _is_entry(entry: Any, name: re.Pattern) -> bool:
+    """Whether a manifest may list it: what it lists may be replaced, so it must be a shard of this prefix."""
+    texts = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))
+    return texts and bool(name.fullmatch(entry["file"]))
 
 
 def sha256(path: str | Path) -> str:

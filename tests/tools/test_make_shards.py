@@ -357,6 +357,7 @@ def test_the_same_settings_write_the_same_bytes_and_others_want_to_be_told(pets)
         ({"train-000000__tar": "theirs"}, "000000.tar is there already, without a manifest that lists it"),
         ({"train-000000__tar": "theirs", "train-manifest__json": '{"a": 1}'}, "json is no manifest of shards"),
         ({"train-manifest__json": "[" * 50_000}, "json is no valid JSON"),
+        ({"a__png": "x", "train-manifest__json": '{"shards": [{"file": "a.png", "sha256": ""}]}'}, "is no manifest of"),
         (
             {"train-manifest__json": '{"shards": [{"file": "../pets/a", "sha256": ""}]}'},
             "json is no manifest of shards",
