@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError
-from common.files import expand, read_text, resolve_path
+from common.files import MAX_DEPTH, expand, read_text, resolve_path
 from common.schema import InferenceConfig, TrainingConfig, mask_schedule_of
 from common.settings import Setting, find_problems, print_help, settings_of
 
@@ -166,8 +166,12 @@ def read_yaml(path: Path, what: str | None = None) -> dict[str, Any]:
     what = what or f"config={path}"
     text = read_text(path, what, MAX_YAML)
     try:
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > MAX_ALIASES:
-            raise UserError(f"{what} has more than {MAX_ALIASES} aliases (`*name`); write the values out")
+        depth = aliases = 0
+        for event in yaml.parse(text):
+            aliases += isinstance(event, yaml.AliasEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or aliases > MAX_ALIASES:
+                raise UserError(f"{what} is nested too deeply, or has more than {MAX_ALIASES} aliases (`*name`)")
         tree = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what} cannot be read as YAML: {error}") from None

@@ -59,6 +59,11 @@ def resolve_path(path: str | Path) -> Path:
     return REPOSITORY / path if not path.exists() and (REPOSITORY / path).exists() else path
 
 
+def real_path(path: str | Path) -> Path:
+    """`Path.resolve`, which fails at a link to itself before Python 3.13."""
+    return Path(os.path.realpath(path))
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is nobody's data: hidden, a system's own, or left by a killed command."""
     return (name.startswith(".") and name not in (".", "..")) or name in JUNK or name.endswith(".partial")

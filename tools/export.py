@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import REPOSITORY, disk_errors, expand, read_json
+from common.files import REPOSITORY, disk_errors, expand, read_json, real_path
 from common.settings import setting
 from models import MAGVITv2, Showo
 from models.checkpoint_io import INDEX_NAMES, quietly
@@ -73,7 +73,7 @@ def check_goal(goal: Path, source: Path) -> None:
     same = (goal / "config.json").is_file() and CLASSES.get(kind_of(goal)) is CLASSES.get(kind_of(source))
     if not same:
         raise UserError(f"to={goal} exists and is no checkpoint folder of the same kind of model; give a new one")
-    here, there = goal.resolve(), source.resolve()
+    here, there = real_path(goal), real_path(source)
     if here.is_relative_to(there) or there.is_relative_to(here):
         raise UserError(f"to={goal} and from={source} are one folder, or one is in the other; give a new one")
 

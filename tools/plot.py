@@ -30,7 +30,7 @@ from matplotlib.lines import Line2D
 
 from common.config import read_settings
 from common.errors import UserError, run_cli, shown
-from common.files import Owned, expand, field, make_folder, parse_json, read_text, writing
+from common.files import Owned, expand, field, make_folder, parse_json, read_text, real_path, writing
 from common.settings import setting
 
 TITLES = {"t2i": "text to image", "mmu": "image to text", "lm": "text"}  # of the published flows; others by name
@@ -246,7 +246,7 @@ def read_runs(config) -> list[Run]:
 
 
 def _label(path: Path) -> str:
-    path = path.resolve()
+    path = real_path(path)
     return shown(path.parent.name if path.suffix == ".jsonl" else path.name)
 
 

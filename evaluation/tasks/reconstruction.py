@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError, shown
-from common.files import check_file, field, read_json, visible_files
+from common.files import check_file, field, read_json, real_path, visible_files
 from common.inputs import required_folder
 from evaluation.images import FID, check_fid, fid_metric, need, psnr_and_ssim, side_by_side, square
 from evaluation.task import Item, Task, Verdict, ratio
@@ -39,12 +39,12 @@ class Reconstruction(Task):
     @property
     def settings(self):
         """Images may be added to the folder between two starts, but not exchanged for those of another."""
-        return super().settings | {"reconstruction_images": shown(self._folder.resolve())}
+        return super().settings | {"reconstruction_images": shown(real_path(self._folder))}
 
     def read_items(self) -> list[Item]:
-        root, results = self._folder, self.folder.parent.resolve()
+        root, results = self._folder, real_path(self.folder.parent)
         files = [path for path in visible_files(root) if path.suffix.lower() in SUFFIXES]
-        files = [path for path in files if not path.resolve().is_relative_to(results)]
+        files = [path for path in files if not real_path(path).is_relative_to(results)]
         if not files:
             raise UserError(f"reconstruction_images={root} holds no image; expected {', '.join(SUFFIXES)}")
         if self.network:
