@@ -422,7 +422,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
                 accelerator.load_state(str(readable))
         if same:
             streams = read_json(folder / _process_file("streams", accelerator))
-            state.streams = {name: StreamState.from_dict(stream) for name, stream in streams.items()}
+            state.streams = {name: _read_stream(stream) for name, stream in streams.items()}
             state.counts = read_json(folder / _process_file("counts", accelerator))
         else:
             accelerator.print(
@@ -434,6 +434,19 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
             average.load_state_dict(torch.load(folder / "average.pt", map_location="cpu", weights_only=True))
         elif average is not None and model is not None:
             average.restart(model)
+    return state
+
+
+def _read_stream(content: dict) -> StreamState:
+    """The position of a flow; `ValueError` if it holds anything but counts."""
+    state = StreamState.from_dict(content)
+    for name, value in vars(state).items():
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if name == "deferred":
+            items = [number for kinds in value for number in kinds.values()]
+        usual = type(value) is type(getattr(StreamState(), name))
+        if not usual or not all(type(number) is int and 0 <= number < 2**62 for number in items):
+            raise ValueError(f"{name} of a flow's position is {str(value)[:60]}")
     return state
 
 

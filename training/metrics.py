@@ -1,5 +1,6 @@
 """What a run measures between two log lines: a task's sums, and the times of the steps (spec §15)."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -38,8 +39,11 @@ class StepMetrics:
         return asdict(self) | {"sums": values, "tensors": tensors}
 
     def load_state_dict(self, state: dict, device) -> None:
-        """Continues the sums of `state` on a device."""
-        self.steps, self.data_time, self.batch_time = (state[key] for key in ("steps", "data_time", "batch_time"))
+        """Continues the sums of `state` on a device; `ValueError` or `TypeError` if it is none."""
+        times = [state[key] for key in ("steps", "data_time", "batch_time")]
+        if not all(0 <= value < math.inf for value in times):
+            raise ValueError(f"steps and times of the log are {times}")
+        self.steps, self.data_time, self.batch_time = times
         tensors = set(state["tensors"])
         self.sums = {k: torch.tensor(v, device=device) if k in tensors else v + 0 for k, v in state["sums"].items()}
 

@@ -253,7 +253,7 @@ class Trainer:
                 check_restored(self.start.folder, self.model, self.optimizer, self.schedule, self.average)
                 if counts := self.state.counts:
                     self.metrics.load_state_dict(counts["metrics"], self.accelerator.device)
-                    self.finite.dropped = counts["nonfinite_batches"]
+                    self.finite.dropped = int(counts["nonfinite_batches"])
                 for name, flow in self.flows.items():
                     if name in self.state.streams:
                         self.resume_flow(name, flow)
