@@ -243,7 +243,7 @@ class SchedulerSection:
 @dataclass
 class LoopSection(SeedSection):
     # The random numbers of a training include numpy's, whose seeds are shorter.
-    seed: int | None = setting(10086, "fixes every random choice; null: others every time", low=0, high=2**31 - 1)
+    seed: int | None = setting(10086, "fixes every random choice; null: others every time", low=0, high=2**32 - 1)
     gradient_accumulation_steps: int = setting(1, "batches of an optimiser step", low=1, high=2**20)
     mixed_precision: str = setting("bf16", "precision of the forward pass", choices=("no", "bf16", "fp16"))
     enable_tf32: bool = setting(True, "TF32 for fp32 matrix products on GPUs", free=True)

@@ -18,7 +18,7 @@ from common.files import Owned
 from common.launch import find_launcher
 
 LOCK = ".lock"  # in the output folder
-SIGNS_OF_A_RUN = (LOCK, ".course.json", "checkpoint-0", "checkpoint-*/metadata.json")
+SIGNS_OF_A_RUN = (".course.json", "checkpoint-0", "checkpoint-*/metadata.json")
 WRITTEN = ("config.yaml", "metrics.jsonl", "config.json", "generation_config.json", "model*.safetensors")
 WRITTEN += ("model*.index.json", "images/*.png")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
