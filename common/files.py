@@ -256,8 +256,11 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
+def writing(path: str | Path, flush: bool = False) -> Iterator[Path]:
     """A path beside the goal to write to; renamed to the goal at the end, removed if anything fails.
+
+    Args:
+        flush: whether the content is on the disk before it gets its name, so that no power cut can leave half of it.
 
     Raises:
         UserError: the disk is full or cannot be written to, or the goal is a folder. What was there stays.
@@ -269,6 +272,9 @@ def writing(path: str | Path) -> Iterator[Path]:
             yield temporary
             if path.is_symlink():
                 raise UserError(f"{shown(path)} is a link, which would be replaced; remove it or give another place")
+            if flush:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             with suppress(OSError):
@@ -285,6 +291,37 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes a JSON file, completely or not at all; `UserError` if that is impossible."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def append_lines(path: str | Path, text: str, at: int | None = None, flush: bool = False) -> None:
+    """Adds lines to a file, completely or not at all, after a line end also where a crash has cut off the last one.
+
+    Args:
+        at: byte from which on they replace what is there; None: the end.
+        flush: whether they are on the disk on return.
+
+    Raises:
+        OSError: with the path.
+    """
+    data = text.encode()
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END) if at is None else at
+            file.seek(max(start - 1, 0))
+            if start and file.read(1) != b"\n":
+                data = b"\n" + data
+            file.truncate(start)
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                if flush:
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(start)
+                raise
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 class Owned:

@@ -41,7 +41,7 @@ def assert_weights(model, folder) -> None:
 
 def test_an_output_folder_that_cannot_be_written_is_refused(world, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="output_dir .*file/out cannot be written to.*give another folder"):
+    with pytest.raises(UserError, match="experiment.output_dir=.*file/out is not a folder .*give another"):
         make_trainer(world, tmp_path / "file" / "out")
     check_output_dir(tmp_path / "not" / "yet" / "there")
     assert not (tmp_path / "not").exists()
@@ -54,7 +54,7 @@ THEIRS += ["images/holiday.png", "model.safetensors.index.json"]
 @pytest.mark.parametrize("name", THEIRS)
 def test_somebody_elses_folder_is_refused_before_anything_is_written(world, tmp_path, name):
     """For example a base checkpoint that is given as `output_dir`."""
-    for file in (name, "tokenizer.json", "notes.txt"):
+    for file in (name, "tokenizer.json", "notes.txt", ".lock"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("theirs")
     before = sorted(tmp_path.rglob("*"))
