@@ -72,14 +72,15 @@ class ResultFolder:
         self.num_shown = 0
 
     def _note(self) -> str:
+        changed = [name for name in self.earlier if self.overwrite and not self.owned.is_ours(name)]
         if not self.earlier:
             return ""
-        images = "1 image" if len(self.earlier) == 1 else f"{len(self.earlier)} images"
         fate = "which are replaced" if self.overwrite else "which stay; overwrite=true replaces them"
-        if self.overwrite and (changed := [name for name in self.earlier if not self.owned.is_ours(name)]):
-            fate += f", except {len(changed)} that no run wrote or that were changed since: {', '.join(changed[:3])}"
-            fate += ", …" * (len(changed) > 3)
-        return f"{self.folder} holds {images} of earlier runs, {fate}"
+        note = f"{self.folder} holds {_images(len(self.earlier) - len(changed))} of earlier runs, {fate}"
+        if changed:
+            names = ", ".join(changed[:3]) + ", …" * (len(changed) > 3)
+            note += f"; {_images(len(changed))} changed since stay{'s' * (len(changed) == 1)}: {names}"
+        return note
 
     def save(self, image: Image.Image) -> str:
         """Writes the next numbered image; returns its file name."""
@@ -144,6 +145,10 @@ class ResultFolder:
         with writing(self.folder / name) as temporary:
             image.save(temporary, "PNG")
         self.owned.record(name)
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def read_results(lines: Path) -> dict[str, str]:

@@ -63,9 +63,7 @@ def test_somebody_elses_folder_is_refused_before_anything_is_written(world, tmp_
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / name).read_text() == "theirs"
 
 
-@pytest.mark.parametrize(
-    "sign", [".course.json", "checkpoint-0/config.json", "checkpoint-5/metadata.json", None]
-)
+@pytest.mark.parametrize("sign", [".course.json", "checkpoint-0/config.json", "checkpoint-5/metadata.json", None])
 def test_the_folder_of_a_run_of_ours_or_of_the_published_code_is_taken(tmp_path, sign):
     for name in ("notes.txt", "train.log", ".DS_Store", *([sign, "config.yaml", "metrics.jsonl"] if sign else [])):
         (tmp_path / name).parent.mkdir(exist_ok=True)
