@@ -523,9 +523,8 @@ def describe_decay(folder: Path, config) -> str | None:
     tree = _config_of(folder)
     if tree is None or config.lr_scheduler.scheduler.startswith("constant"):
         return None
-    with damage_as_user_error(folder):
-        before = OmegaConf.create(tree)
-        old, new = decay_steps(before), decay_steps(config)
+    before = OmegaConf.create(tree)
+    old, new = decay_steps(before), decay_steps(config)
     if before.training.max_train_steps == config.training.max_train_steps and old == new:
         return None
     steps = f"training.max_train_steps {before.training.max_train_steps} → {config.training.max_train_steps}"
@@ -533,3 +532,14 @@ def describe_decay(folder: Path, config) -> str | None:
         return f"{steps}: the learning rate still decays over {new} steps and stays at its last value after them"
     keep = f"lr_scheduler.params.num_training_steps={old}"
     return f"{steps}: the learning rate now decays over {new} steps, not {old}; {keep} keeps the old schedule"
+
+
+def describe_images(folder: Path, config) -> str | None:
+    """One line if the run to resume began when transparent and deep images were read otherwise; else None."""
+    tree = _config_of(folder)
+    if tree is None or "image" not in config or "background" in (tree.get("image") or ()):
+        return None
+    return (
+        f"the run began before image.background: transparent images are now seen on {config.image.background}, and "
+        "those of 16 bits with their greys; image.background=null keeps the hidden colours of transparent ones"
+    )

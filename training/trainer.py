@@ -28,6 +28,7 @@ from training.checkpointing import (
     check_same_config,
     damage_as_user_error,
     describe_decay,
+    describe_images,
     describe_last_checkpoint,
     find_start,
     load_checkpoint,
@@ -258,8 +259,9 @@ class Trainer:
                 for name, flow in self.flows.items():
                     if name in self.state.streams:
                         self.resume_flow(name, flow)
-            if line := describe_decay(self.start.folder, self.config):
-                self.accelerator.print(line)
+                for describe in (describe_decay, describe_images):
+                    if line := describe(self.start.folder, self.config):
+                        self.accelerator.print(line)
             how = ""
         else:
             self.state.global_step = self.schedule.last_epoch = self.start.step

@@ -543,3 +543,13 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path):
         checkpointing.check_restored(tmp_path, **parts)
     with pytest.raises(ValueError, match="that of another model"):
         run.average.load_state_dict({"updates": 1, "shadow": {name: torch.zeros(1)}})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("task: showo\n", True), ("image: {exif: apply}\n", True), ("image: {background: null}\n", False)],
+)
+def test_a_run_that_saw_images_otherwise_says_so(tmp_path, content, says):
+    (tmp_path / "config.yaml").write_text(content)
+    line = checkpointing.describe_images(tmp_path, OmegaConf.structured(TrainingConfig))
+    assert ("seen on white" in line) if says else line is None
