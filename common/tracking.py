@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError
-from common.files import MAX_TEXT, append_lines, check_file, disk_errors, field, parse_json, writing
+from common.files import MAX_TEXT, append_lines, check_file, disk_errors, expand, field, parse_json, writing
 from common.schema import WANDB_MODES
 
 INIT_TIMEOUT = 20  # seconds; an online run that has not started by then becomes an offline one
@@ -213,7 +213,7 @@ def _logged_in() -> bool:
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        path = check_file(os.environ.get("NETRC", "~/.netrc"))
+        path = check_file(expand(os.environ.get("NETRC", "~/.netrc")))
         return netrc.netrc(path).authenticators(host) is not None
     except (UserError, OSError, ValueError, netrc.NetrcParseError):
         return False
