@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import data, limits, loss_memory, tokenizer
 from models import OmniMask, Showo, ShowoConfig
-from training.data.image_text import read_image
+from models.images import open_image
 
 pytestmark = pytest.mark.slow  # they measure the machine
 LLM = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 80}
@@ -38,7 +38,7 @@ def test_rates_are_measured_and_the_slower_of_both_is_the_floor(monkeypatch):
 
 def test_loading_is_measured_in_every_way():
     pictures = data.encoded_images(12, 48)
-    assert {read_image(picture, "").size for picture in pictures} == {(48, 48)} and len(set(pictures)) == 12
+    assert {open_image(picture, "").size for picture in pictures} == {(48, 48)} and len(set(pictures)) == 12
     found = data.measure(pictures, samples=20, rounds=1)
     assert tuple(found) == data.WAYS and min(found.values()) > 0
     for ways in data.measure_parts(pictures, samples=20, records=300, rounds=1).values():
