@@ -115,8 +115,9 @@ def beside_texts(files: list[Path], root: Path, lines: bool) -> list[Captioned |
         files: images, texts and anything else, below `root`.
         lines: each line of a text is a caption of its own, not the whole text one.
     """
-    # `IMG_1.JPG` has `IMG_1.TXT` or `IMG_1.txt` beside it.
-    texts = {file.with_suffix(file.suffix.lower()): file for file in files if has_suffix(file.name, TEXT_SUFFIXES)}
+    found = [file for file in files if has_suffix(file.name, TEXT_SUFFIXES)]
+    # `IMG_1.JPG` has `IMG_1.TXT` or `IMG_1.txt` beside it; a text has its exact name before that of another.
+    texts = {file.with_suffix(file.suffix.lower()): file for file in found} | {file: file for file in found}
     places = {file: _text_of(file, texts) for file in files if is_image_file(file)}
     if not any(places.values()):
         return []

@@ -191,8 +191,9 @@ def read_manifest(prefix: Path) -> dict:
 
 def _is_entry(entry: Any, name: re.Pattern) -> bool:
     """Whether a manifest may list it: what it lists may be replaced, so it must be a shard of this prefix."""
-    texts = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))
-    return texts and bool(name.fullmatch(entry["file"]))
+    kinds = {"file": str, "sha256": str, "samples": int}
+    has_all = isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in kinds.items())
+    return has_all and bool(name.fullmatch(entry["file"]))
 
 
 def sha256(path: str | Path) -> str:
