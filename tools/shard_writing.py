@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from common.errors import UserError, shown
 from common.files import make_folder, read_json, write_json, writing
 
+KINDS = {"file": str, "samples": int, "sha256": str}  # of a manifest's entry
 SETS = ("shards", "heldout", "unfinished")  # the entries of a manifest, all of them shards of ours
 
 
@@ -191,8 +192,7 @@ def read_manifest(prefix: Path) -> dict:
 
 def _is_entry(entry: Any, name: re.Pattern) -> bool:
     """Whether a manifest may list it: what it lists may be replaced, so it must be a shard of this prefix."""
-    kinds = {"file": str, "sha256": str, "samples": int}
-    has_all = isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in kinds.items())
+    has_all = isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in KINDS.items())
     return has_all and bool(name.fullmatch(entry["file"]))
 
 

@@ -289,3 +289,10 @@ def test_codes_for_another_model_are_refused(shard):
         check_codes(write_manifest(shard, **EXPECTED), EXPECTED, flipped)
     with pytest.raises(UserError, match=r"made for resolution 64, here 32; num_vq_tokens 64, here 16; encode"):
         check_codes(write_manifest(shard, resolution=64, num_vq_tokens=64, codebook_size=64), EXPECTED)
+    for background, matches in (("white", True), (None, True), ("black", False)):  # of before there were such settings
+        wanted = EXPECTED | {"exif": "ignore", "background": background}
+        if matches:
+            check_codes(write_manifest(shard, **EXPECTED), wanted)
+            continue
+        with pytest.raises(UserError, match="made for background None, here black"):
+            check_codes(write_manifest(shard, **EXPECTED), wanted)

@@ -24,7 +24,7 @@ from webdataset.tariterators import group_by_keys
 
 from common.errors import UserError
 from common.files import is_hidden_member, read_json
-from models.images import DEFAULT
+from models.images import DEFAULT, ImageOptions
 from training.data.paths import is_address
 from training.data.sources import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped, mixed
 
@@ -276,7 +276,7 @@ def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") ->
     for file, manifest in manifests(urls).items():
         if "num_vq_tokens" not in manifest:
             continue
-        manifest = asdict(DEFAULT) | manifest  # of earlier releases, which had no settings of images
+        manifest = with_images(manifest, expected.get("background"))
         if refused and manifest.get("keep_images"):
             continue
         if refused:
@@ -287,6 +287,19 @@ def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") ->
                 f"{file}: these codes were made for {'; '.join(wrong)}; encode the images again with "
                 "tools/encode_images.py for this resolution and tokenizer"
             )
+
+
+def with_images(manifest: dict, background: str | None) -> dict:
+    """A manifest of codes with the settings of images, which earlier releases did not have.
+
+    They turned nothing and dropped alpha. Codes of images without alpha are the same on every background, so such
+    codes are also taken for those of the default one.
+
+    Args:
+        background: the one that is asked for.
+    """
+    earlier = ImageOptions(background=background if background == DEFAULT.background else None)
+    return asdict(earlier) | manifest
 
 
 def tokenizer_sha256(vq_model: torch.nn.Module) -> str:
