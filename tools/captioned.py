@@ -148,7 +148,7 @@ def _beside(image: Path, text: Path | None, root: Path, lines: bool) -> Captione
 
 def in_class_folders(folder: Path) -> list[Captioned]:
     """``{class}/{file}``, called by the name of its class as the imagenet1k flow calls it."""
-    classes, unused = ImageFolder(str(folder)), random.Random(0)
+    classes, unused = ImageFolder(str(folder), suffixes=IMAGES), random.Random(0)
     raws = (raw for index in range(len(classes)) for raw in classes.read(index, unused))
     return [Captioned(Path(raw["image"]), raw["image"], [raw["text"]], {"file_name": raw["__key__"]}) for raw in raws]
 
