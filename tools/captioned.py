@@ -6,7 +6,7 @@ memory: a whole listing, or one row group of a parquet file.
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -174,8 +174,8 @@ def in_table(table: Path, folder: Path, image_column: str = "", caption_column: 
             [image_column] if image_column else IMAGE_COLUMNS,
             [caption_column] if caption_column else CAPTION_COLUMNS,
         )
-        image = choose_column(table, names, images, "image_column=…")
-        return image, choose_column(table, names, captions, "caption_column=…")
+        image = choose_column(table, names, spelled(images, names), "image_column=…")
+        return image, choose_column(table, names, spelled(captions, names), "caption_column=…")
 
     entries: dict[str, Captioned | Skipped] = {}
     columns: tuple[str, str] | None = None
@@ -201,6 +201,11 @@ def in_table(table: Path, folder: Path, image_column: str = "", caption_column: 
             extra = {key: value for key, value in row.items() if key and key != columns[1]}
             entries[file] = Captioned(folder / file, str(folder / file), list(captions), extra)
     return list(entries.values())
+
+
+def spelled(candidates: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Candidates for a column, each followed by those names that differ from it in capitals only."""
+    return [name for one in candidates for name in (one, *names) if name.lower() == one.lower()]
 
 
 def _rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:

@@ -289,6 +289,8 @@ def test_texts_in_capitals_marked_or_wide_and_other_formats(tmp_path):
     ("name", "content", "expected", "skipped"),
     [
         ("t.CSV", "\ufeffimage,text\r\na/pet.01.png,one, two\r\n", ["one, two"], {}),
+        ("t.csv", "image,text,\na/pet.01.png,one,\nb/pet.02.png,two\n", ["one", "two"], {}),
+        ("t.csv", "Image,Caption\na/pet.01.png,one\n", ["one"], {}),
         ("t.csv", "image,text\na/pet.01.png,one\nb/pet.02.png\n", ["one"], {"malformed_item": 1}),
         ("t.csv", "image,text\na/pet.01.png,one\na/pet.01.png,\n", ["one"], {"empty_text": 1}),
         ("t.csv", "image,text\na/pet.01.png,ä\n".encode("utf-16"), ["ä"], {}),
