@@ -11,6 +11,7 @@ import lzma
 import os
 import random
 import re
+import stat
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -98,6 +99,8 @@ def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
     """Names and contents. webdataset's own reader ends at a damaged header as if the archive ended there."""
     stream = None
     try:
+        if not is_address(url) and not stat.S_ISREG(os.stat(url).st_mode):
+            raise OSError("it is no regular file")  # a pipe, at which a run would wait
         stream = io.BufferedReader(_Raw(webdataset.gopen(url))) if is_address(url) else open(url, "rb", 2**20)
         head = stream.peek(8)
         unpack = next((of_form for magic, of_form in COMPRESSED.items() if head.startswith(magic)), None)
