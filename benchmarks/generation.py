@@ -29,10 +29,10 @@ from benchmarks import limits, published, report
 from models import Showo, ShowoConfig, get_mask_schedule
 from models.backbones import BACKBONES
 from models.generation import cpu
+from models.loading import DTYPES
 
 MAX_TEXT = 128  # M
 LOOPS = ("image", "answer")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

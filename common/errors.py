@@ -70,6 +70,11 @@ def shown(name: str | Path) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
+def first_line(error: Exception, line: int = 0) -> str:
+    """What a library's error says in its first line, or in another; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[line][:400]
+
+
 def describe_os_error(error: OSError) -> str:
     """The file and what is wrong with it, in one line."""
     reason = error.strerror or str(error) or type(error).__name__

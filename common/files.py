@@ -125,7 +125,7 @@ def check_file(path: str | Path, what: str | None = None, limit: int | None = No
     Raises:
         UserError: there is none; it is a folder, a pipe or a device, too large, or must not be read.
     """
-    path, what = expand(path), what or shown(path)
+    path, what = Path(path), what or shown(path)
     try:
         found = path.stat()
     except (OSError, ValueError) as error:
@@ -153,11 +153,13 @@ def decode_text(data: bytes) -> str:
 
 def read_text(path: str | Path, what: str | None = None, limit: int = MAX_TEXT) -> str:
     """The text of a file, with its line ends; `UserError` if it has none, see `check_file` and `decode_text`."""
-    what = what or shown(path)
+    what, data = what or shown(path), b""
     try:
-        return decode_text(check_file(path, what, limit).read_bytes())
+        data = check_file(path, what, limit).read_bytes()
+        return decode_text(data)
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{what} is no UTF-8 text ({error.reason} in line {line}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{what} cannot be read ({error.strerror or error})") from None
 
@@ -237,7 +239,7 @@ def _check_depth(value: Any) -> None:
 
 def make_folder(folder: str | Path) -> Path:
     """Creates a folder and its parents; `UserError` if that is impossible."""
-    folder = expand(folder)
+    folder = Path(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -256,19 +258,25 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
+def writing(path: str | Path, flush: bool = False) -> Iterator[Path]:
     """A path beside the goal to write to; renamed to the goal at the end, removed if anything fails.
 
+    Args:
+        flush: whether the content is on the disk before it gets its name, so that no power cut can leave half of it.
+
     Raises:
-        UserError: the disk is full or cannot be written to, or the goal is a folder. What was there stays.
+        UserError: the disk is full or cannot be written to, or the goal is a folder or a link. What was there stays.
     """
-    path = expand(path)
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if path.is_symlink():
+        raise UserError(f"{shown(path)} is a link, which would be replaced; remove it or give another place")
     with disk_errors(path):
         try:
             yield temporary
-            if path.is_symlink():
-                raise UserError(f"{shown(path)} is a link, which would be replaced; remove it or give another place")
+            if flush:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             with suppress(OSError):
@@ -287,6 +295,37 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def append_lines(path: str | Path, text: str, at: int | None = None, flush: bool = False) -> None:
+    """Adds lines to a file, completely or not at all, after a line end also where a crash has cut off the last one.
+
+    Args:
+        at: byte from which on they replace what is there; None: the end.
+        flush: whether they are on the disk on return.
+
+    Raises:
+        OSError: with the path.
+    """
+    data = text.encode()
+    try:
+        with open(path, "a+b", buffering=0) as file:
+            start = file.seek(0, os.SEEK_END) if at is None else at
+            file.seek(max(start - 1, 0))
+            if start and file.read(1) != b"\n":
+                data = b"\n" + data
+            file.truncate(start)
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                if flush:
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(start)
+                raise
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 class Owned:
     """What commands of this project wrote into a folder: the one answer to "may it be replaced?".
 
@@ -297,19 +336,22 @@ class Owned:
     RECORD = ".written.jsonl"
 
     def __init__(self, folder: str | Path):
-        self.folder = expand(folder)
+        self.folder = Path(folder)
         self.file = self.folder / self.RECORD
         self.written: dict[str, list[int] | None] = {}
-        if self.file.is_file():
-            for line in self.file.read_text(encoding="utf-8", errors="replace").split("\n"):
-                with suppress(ValueError, TypeError, LookupError):  # a line that was cut off
-                    record = json.loads(line)
-                    self.written[str(record["file"])] = record["state"]
+        if not os.path.lexists(self.file):
+            return
+        if self.file.is_symlink() or not self.file.is_file():
+            raise UserError(f"{shown(self.file)} is no regular file; remove it")
+        for line in self.file.read_bytes().split(b"\n"):
+            with suppress(UserError):  # a line that was cut off
+                record = parse_json(line, self.RECORD, dict)
+                self.written[field(record, "file", str, self.RECORD)] = record.get("state", [])
 
     def is_ours(self, name: str) -> bool:
         """Whether a file is as a command of ours wrote it; of one that `grows`, whether it is one."""
         path = self.folder / name
-        if name not in self.written or path.is_symlink():
+        if name not in self.written or "\0" in name or path.is_symlink():
             return False
         return self.written[name] in (None, _state(path))
 
@@ -338,17 +380,7 @@ class Owned:
         self.written[name] = None if grows else _state(self.folder / name)
         line = json.dumps({"file": name, "state": self.written[name]})
         with disk_errors(self.file), self.file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def remove(self) -> int:
-        """Removes every file that is ours; returns how many."""
-        names = self.names()
-        with disk_errors(self.folder):
-            for name in names:
-                (self.folder / name).unlink()
-            self.file.unlink(missing_ok=True)
-        self.written = {}
-        return len(names)
+            file.write("\n" * (file.tell() > 0) + line)  # the line before may have been cut off
 
 
 def _state(path: Path) -> list[int] | None:

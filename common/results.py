@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tempfile
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError, shown
-from common.files import Owned, disk_errors, expand, make_folder, writing
+from common.files import Owned, append_lines, disk_errors, expand, make_folder, writing
 
 MAX_CELLS = 64  # of the overview, so that it can be looked at after thousands of prompts too
 CELL_SIDE = 384
@@ -20,17 +21,25 @@ LINES = "results.jsonl"
 NUMBERED, OVERVIEW = re.compile(r"(\d{4,9})\.png"), re.compile(r"grid(-\d+)*\.png")
 
 
-def check_output_dir(folder: str | Path) -> Path:
+def check_output_dir(folder: str | Path, setting: str = "output_dir") -> Path:
     """Checks that results could be written to a folder, without creating it; returns its path.
+
+    Args:
+        setting: the key that names it.
 
     Raises:
         UserError: it is a file, or cannot be written to.
     """
     folder = expand(folder)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        reason = "cannot be written to" if nearest.is_dir() else f"is not a folder ({nearest} is a file)"
-        raise UserError(f"output_dir={folder} {reason}; give another output_dir")
+    if not nearest.is_dir():
+        raise UserError(f"{setting}={folder} is not a folder ({nearest} is a file); give another {setting}")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        reason = f"cannot be written to ({error.strerror or error})"
+        raise UserError(f"{setting}={folder} {reason}; give another {setting}") from None
     return folder
 
 
@@ -63,10 +72,15 @@ class ResultFolder:
         self.num_shown = 0
 
     def _note(self) -> str:
-        found = [name for name in self.earlier if not self.overwrite or self.owned.is_ours(name)]
-        images = "1 image" if len(found) == 1 else f"{len(found)} images"
+        changed = [name for name in self.earlier if self.overwrite and not self.owned.is_ours(name)]
+        if not self.earlier:
+            return ""
         fate = "which are replaced" if self.overwrite else "which stay; overwrite=true replaces them"
-        return f"{self.folder} holds {images} of earlier runs, {fate}" if found else ""
+        note = f"{self.folder} holds {_images(len(self.earlier) - len(changed))} of earlier runs, {fate}"
+        if changed:
+            names = ", ".join(changed[:3]) + ", …" * (len(changed) > 3)
+            note += f"; {_images(len(changed))} changed since stay{'s' * (len(changed) == 1)}: {names}"
+        return note
 
     def save(self, image: Image.Image) -> str:
         """Writes the next numbered image; returns its file name."""
@@ -82,18 +96,8 @@ class ResultFolder:
     def add(self, **record: Any) -> None:
         """Appends one line to `results.jsonl`, completely or not at all."""
         record = {key: shown(value) if isinstance(value, str) else value for key, value in record.items()}
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        with disk_errors(self.lines), self.lines.open("a+b", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 1, 0))
-            if file.read() not in (b"", b"\n"):  # a line that a crash has cut off
-                line = b"\n" + line
-            try:
-                while line:
-                    line = line[file.write(line) :]
-            except OSError:
-                file.truncate(size)
-                raise
+        with disk_errors(self.lines):
+            append_lines(self.lines, json.dumps(record, ensure_ascii=False) + "\n")
 
     def show(self, image: Image.Image, caption: str) -> None:
         """Adds an image to the overview, which holds the first 64."""
@@ -141,6 +145,10 @@ class ResultFolder:
         with writing(self.folder / name) as temporary:
             image.save(temporary, "PNG")
         self.owned.record(name)
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def read_results(lines: Path) -> dict[str, str]:

@@ -40,7 +40,7 @@ class WandbSection:
 class ExperimentSection:
     project: str = setting("training", "wandb project", free=True)
     name: str = setting("show-o", "wandb name of the run", free=True)
-    output_dir: str = setting("outputs/show-o", "folder of everything that the run writes", free=True)
+    output_dir: str = setting("outputs/show-o", "folder of everything that the run writes", free=True, is_output=True)
 
 
 @dataclass
@@ -243,7 +243,7 @@ class SchedulerSection:
 @dataclass
 class LoopSection(SeedSection):
     # The random numbers of a training include numpy's, whose seeds are shorter.
-    seed: int | None = setting(10086, "fixes every random choice; null: others every time", low=0, high=2**31 - 1)
+    seed: int | None = setting(10086, "fixes every random choice; null: others every time", low=0, high=2**32 - 1)
     gradient_accumulation_steps: int = setting(1, "batches of an optimiser step", low=1, high=2**20)
     mixed_precision: str = setting("bf16", "precision of the forward pass", choices=("no", "bf16", "fp16"))
     enable_tf32: bool = setting(True, "TF32 for fp32 matrix products on GPUs", free=True)
@@ -509,7 +509,7 @@ class PipelineConfig(ShowoScript, ScriptConfig):
 class InferenceConfig(PipelineConfig):
     """Settings of inference_t2i.py and inference_mmu.py, with the published command-line keys (spec §13)."""
 
-    output_dir: str | None = setting(None, "null: {experiment.output_dir}/{mode}, or /mmu")
+    output_dir: str | None = setting(None, "null: {experiment.output_dir}/{mode}, or /mmu", is_output=True)
     overwrite: bool = setting(False, "remove what earlier runs wrote into output_dir, instead of adding to it")
     mode: str | None = setting(None, "what inference_t2i.py does", choices=("t2i", "inpainting", "extrapolation"))
     prompt: str | None = setting(None, "what to generate; ' *** ' separates several", is_prose=True)

@@ -43,6 +43,7 @@ class Rule:
         alias: the dotted key that this short name sets.
         repeats: the dotted key that this published key repeats; both must have one value, and a command line that
             overrides one of them overrides both.
+        is_output: a folder to write to, which must have a name: empty text would be the current folder.
         is_prose: text for a model; elsewhere `~` at the beginning is the home folder.
     """
 
@@ -57,6 +58,7 @@ class Rule:
     alias: str | None = None
     repeats: str | None = None
     is_prose: bool = False
+    is_output: bool = False
 
     @property
     def range(self) -> str:
@@ -75,6 +77,8 @@ class Rule:
             return next((problem for one in value if (problem := self.problem(one))), None)
         if self.choices and value not in self.choices:
             return f"is {value!r}; allowed: {', '.join(map(str, self.choices))}"
+        if self.is_output and not value.strip():
+            return "is empty; give a folder, or . for the current one"
         if self.is_data and not isinstance(value, str):
             return f"is {value!r}; it must be one path or a list of paths"
         if isinstance(value, float) and not math.isfinite(value):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError
-from common.files import disk_errors, writing
+from common.files import MAX_TEXT, append_lines, check_file, disk_errors, expand, field, parse_json, writing
 from common.schema import WANDB_MODES
 
 INIT_TIMEOUT = 20  # seconds; an online run that has not started by then becomes an offline one
@@ -63,7 +63,8 @@ class Tracker:
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Logs numbers or strings of one step; tensors of one element become numbers.
 
-        The line is in the file when this returns. Another call for the same step adds to the line.
+        The line is in the file when this returns. Another call for the same step adds to the line. An `OSError` names
+        the file.
         """
         if not self.enabled:
             return
@@ -71,10 +72,7 @@ class Tracker:
         if step != self.line.get("step"):
             self.line, self.line_start = {"step": step}, self.metrics.stat().st_size if self.metrics.exists() else 0
         self.line |= values
-        with self.metrics.open("r+b" if self.metrics.exists() else "wb") as file:
-            file.seek(self.line_start)
-            file.write(json.dumps(self.line).encode() + b"\n")
-            file.truncate()
+        append_lines(self.metrics, json.dumps(self.line) + "\n", at=self.line_start)
         if self.run is not None:
             self.run.log(values, step=step)
 
@@ -126,32 +124,33 @@ class Tracker:
 
 
 def read_lines(file: Path) -> list[tuple[float, bytes]]:
-    """(step, line with its end) of a `metrics.jsonl`; the step of a line that a crash has cut off is infinite."""
-    lines = file.read_bytes().split(b"\n") if file.exists() else []
+    """(step, line with its end) of a `metrics.jsonl`; the step of a line that a crash has cut off is infinite.
+
+    Raises:
+        UserError: it is no regular file.
+    """
+    lines = check_file(file, limit=MAX_TEXT).read_bytes().split(b"\n") if file.exists() else []
     return [(_step_of(line), line + b"\n") for line in lines if line]
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Writes to a temporary file and renames it, so that a crash leaves the old file or the new one."""
-    temporary = file.with_name(f".{file.name}.partial")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    """Writes a file so that a crash leaves the old one or the new one."""
+    with writing(file, flush=True) as temporary:
+        temporary.write_bytes(content)
 
 
 def _remove_lines_after(last_step: int, file: Path) -> None:
     """Removes lines of later steps, and a last line that a crash has cut off, from `metrics.jsonl`."""
-    kept = b"".join(line for step, line in read_lines(file) if step <= last_step)
-    if file.exists() and kept != file.read_bytes():
-        write_whole(file, kept)
+    lines = read_lines(file)
+    kept = [line for step, line in lines if step <= last_step]
+    if len(kept) < len(lines):
+        write_whole(file, b"".join(kept))
 
 
 def _step_of(line: bytes) -> float:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, LookupError):
+        return field(parse_json(line, "metrics.jsonl", dict), "step", int, "metrics.jsonl")
+    except UserError:
         return math.inf
 
 
@@ -213,8 +212,8 @@ def _logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
+        path = check_file(expand(os.environ.get("NETRC", "~/.netrc")))
         return netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+    except (UserError, OSError, ValueError, netrc.NetrcParseError):
         return False

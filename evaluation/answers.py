@@ -6,13 +6,12 @@ all files are read when a run starts.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, shown
-from common.files import MAX_TEXT, check_file, disk_errors, field, parse_json, read_json, visible_in
+from common.files import MAX_TEXT, append_lines, check_file, disk_errors, field, parse_json, read_json, visible_in
 from evaluation.output import Output
 from evaluation.task import Item
 from models.backbones import DEFAULT_LLM
@@ -88,12 +87,8 @@ class AnswerStore:
             for item, answer in zip(items, answers, strict=True)
         )
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        with disk_errors(path), path.open("ab+") as file:
-            if file.tell() and file.seek(-1, os.SEEK_END) + 1 and file.read(1) != b"\n":
-                text = "\n" + text  # after a line that was cut off
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with disk_errors(path):
+            append_lines(path, text, flush=True)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("answers-*.jsonl"))

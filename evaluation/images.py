@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import check_file, resolve_path
 from common.progress import progress
 from models.images import preprocess
@@ -119,8 +119,8 @@ def fid_metric(config):
     except Exception as error:  # broken files and failing downloads raise almost anything
         given = f"fid_weights={weights} does not" if weights else "the hub does not"
         raise UserError(
-            f"FID: {given} give the weights of torch-fidelity's Inception ({_reason(error)}); give fid_weights=FILE, "
-            "or fid_features=FILE, an Inception as TorchScript"
+            f"FID: {given} give the weights of torch-fidelity's Inception ({first_line(error)}); give "
+            "fid_weights=FILE, or fid_features=FILE, an Inception as TorchScript"
         ) from None
 
 
@@ -140,7 +140,7 @@ def _scripted(file: str) -> _Scripted:
         network = torch.jit.load(str(resolve_path(file)), map_location="cpu").eval()
         found = network(torch.zeros(2, 3, 299, 299, dtype=torch.uint8))
     except (RuntimeError, ValueError) as error:
-        reason = _reason(error, -1)  # TorchScript's own traceback comes first
+        reason = first_line(error, -1)  # TorchScript's own traceback comes first
         raise UserError(
             f"fid_features={file} is no TorchScript network that takes (B, 3, H, W) uint8 ({reason})"
         ) from None
@@ -198,13 +198,9 @@ def clip_network(config) -> tuple:
         return Features.from_pretrained(located).eval(), CLIPProcessor.from_pretrained(located)
     except Exception as error:  # broken files raise almost anything
         raise UserError(
-            f"clip_score_model={name} holds no usable CLIP model with its processor ({_reason(error)}); give the "
+            f"clip_score_model={name} holds no usable CLIP model with its processor ({first_line(error)}); give the "
             "folder of one"
         ) from None
-
-
-def _reason(error: Exception, line: int = 0) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[line][:160]
 
 
 def _pooled(output) -> torch.Tensor:

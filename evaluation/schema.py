@@ -13,7 +13,7 @@ from common.settings import setting
 class EvaluationConfig(PipelineConfig):
     PURPOSE: ClassVar[str] = "evaluation"
 
-    output_dir: str | None = setting(None, "null: {experiment.output_dir}/evaluation")
+    output_dir: str | None = setting(None, "null: {experiment.output_dir}/evaluation", is_output=True)
     max_new_tokens: int | None = setting(None, "longest answer, in tokens; null: each task's own", low=1, high=2**20)
     tasks: str | None = setting(None, "names, separated by commas")
     data_root: str = setting("data/benchmarks", "holds the official files, laid out as docs/evaluation.md says")

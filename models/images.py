@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from common.errors import UserError, shown
-from common.files import check_file
+from common.files import check_file, expand
 
 MAX_PIXELS = 178_956_970  # PIL's own limit, beyond which it raises DecompressionBombError
 MAX_BYTES = 2**30  # of an image file
@@ -39,8 +39,8 @@ MASK = ImageOptions(background="black")  # of inpainting: what is transparent is
 
 
 def load_image(path: str | Path, options: ImageOptions = DEFAULT) -> Image.Image:
-    """Reads and decodes an image file, see `open_image`."""
-    return open_image(Path(path), shown(path), options)
+    """Reads and decodes an image file, see `open_image`; `~` at the beginning of a text is the home folder."""
+    return open_image(expand(path) if isinstance(path, str) else path, shown(path), options)
 
 
 def open_image(source: bytes | str | Path, name: str, options: ImageOptions = DEFAULT) -> Image.Image:
@@ -81,6 +81,8 @@ def to_rgb(image: Image.Image, options: ImageOptions = DEFAULT) -> Image.Image:
     """
     if image.mode in DEEP or image.mode.startswith("I;16"):
         image = _scaled(image)
+    elif image.mode in ("La", "RGBa"):  # colours multiplied by alpha
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
     if options.exif == "apply" and has_rotation(image):
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:

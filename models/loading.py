@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, CLIPVisionConfig
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import resolve_path
 from llava import QuestionFormat
 from models.backbones import DEFAULT_LLM
@@ -75,7 +75,7 @@ def choose_device(name: str | torch.device | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"device={name} cannot be used ({_reason(error)}); give cpu, or cuda on a machine with a GPU"
+            f"device={name} cannot be used ({first_line(error)}); give cpu, or cuda on a machine with a GPU"
         ) from None
     return device
 
@@ -138,7 +138,7 @@ def _new_config(section: ShowoSection, keys: Sequence[str], **settings) -> Showo
     try:
         return ShowoConfig(**{key: getattr(section, key) for key in keys}, **settings)
     except (ValueError, OSError) as error:
-        raise UserError(f"model.showo: {_reason(error)}") from error
+        raise UserError(f"model.showo: {first_line(error)}") from error
 
 
 # ---- the parts ----
@@ -165,8 +165,8 @@ def load_text_tokenizer(
         prompting = UniversalPrompting(tokenizer, max_text_len, cond_dropout_prob=cond_dropout_prob)
     except Exception as error:  # missing files and broken JSON raise a dozen unrelated classes
         raise UserError(
-            f"model.showo.llm_model_path={name} holds no usable tokenizer ({_reason(error)}); copy its tokenizer files "
-            "again"
+            f"model.showo.llm_model_path={name} holds no usable tokenizer ({first_line(error)}); copy its tokenizer "
+            "files again"
         ) from error
     found = prompting.vocabulary.llm_vocab_size
     if found != llm_vocab_size:
@@ -214,7 +214,9 @@ def _clip_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # damaged files raise a dozen unrelated classes
-        raise UserError(f"model.clip_vit_name={name} holds no usable CLIP vision model ({_reason(error)})") from error
+        raise UserError(
+            f"model.clip_vit_name={name} holds no usable CLIP vision model ({first_line(error)})"
+        ) from error
 
 
 def initial_showo(
@@ -251,7 +253,7 @@ def initial_showo(
             return Showo.from_pretrained(find_folder(start), config=config, allow_missing=allowed)
         return Showo.from_config(config) if section.load_from_showo else Showo.from_llm(config, located(llm))
     except ValueError as error:
-        raise UserError(f"model.showo: {_reason(error)}") from error
+        raise UserError(f"model.showo: {first_line(error)}") from error
 
 
 # ---- the parts of a pipeline ----
@@ -332,7 +334,3 @@ def _check_section(section: ShowoSection, folder: Path, config: ShowoConfig) -> 
         logger.warning(
             "%s was trained with %d image tokens, not %d", folder, config.num_vq_tokens, section.num_vq_tokens
         )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]

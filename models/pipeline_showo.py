@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 from transformers import TextStreamer
 
 from common.errors import UserError, shown
 from common.launch import use_physical_cores
+from common.progress import progress as progress_bar
 from llava import QuestionFormat
 from models.clip_encoder import CLIPVisionTower
 from models.generation.sampling import Generators, SamplingParameters, Schedule, get_mask_schedule
@@ -199,7 +199,7 @@ class ShowoPipeline:
             codes: (B, N) int64, −1 where unknown; known codes are kept.
             guidance_scale, timesteps, temperature, generator, sampling: see `Showo.t2i_generate`.
             callback: called as ``callback(step, codes)`` after each step; `decode(codes)` turns them into images.
-            progress: whether to show a progress bar on a terminal.
+            progress: whether to show a progress bar; in a log file, a line a minute.
 
         Returns:
             (B, N) int64 codes.
@@ -218,7 +218,7 @@ class ShowoPipeline:
                 "or lower dataset.preprocessing.max_seq_length, to which prompts are cut"
             )
         cond, uncond = rows.input_ids[: len(codes)], rows.input_ids[len(codes) :]
-        with tqdm(total=timesteps, desc="generating", leave=False, disable=None if progress else True) as bar:
+        with progress_bar(total=timesteps, desc="generating", leave=False, disable=not progress) as bar:
 
             def after_step(step: int, sampled: torch.Tensor) -> None:
                 bar.update()

@@ -29,9 +29,8 @@ from common.files import REPOSITORY, disk_errors, expand, read_json, real_path
 from common.settings import setting
 from models import MAGVITv2, Showo
 from models.checkpoint_io import INDEX_NAMES, WEIGHT_NAMES, quietly
-from models.loading import find_folder
+from models.loading import DTYPES, find_folder
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLASSES = {"Showo": Showo, "showo": Showo, "MAGVITv2": MAGVITv2, "magvitv2": MAGVITv2}
 SHARD_NAMES = re.compile(r"((diffusion_)?pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
 

@@ -29,7 +29,7 @@ from tools.owned_folder import owned_folder
 
 @dataclass
 class SmallClipConfig:
-    output_dir: str = setting("???", "the folder to make")
+    output_dir: str = setting("???", "the folder to make", is_output=True)
     image_size: int = setting(64, "pixels per side", low=1, high=2**13)
     patch_size: int = setting(8, "pixels per side of a feature: 64 features for an image of 64 x 64", low=1, high=2**10)
     hidden_size: int = setting(192, "width", low=1, high=2**13)

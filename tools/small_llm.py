@@ -33,7 +33,7 @@ FEWEST = 257  # the bytes and the end of text
 @dataclass
 class SmallLlmConfig:
     corpus: str = setting("???", "text file, one text per line")
-    output_dir: str = setting("???", "the folder to make")
+    output_dir: str = setting("???", "the folder to make", is_output=True)
     family: str = setting(DEFAULT_MODEL_TYPE, "kind of language model", choices=tuple(BACKBONES))
     vocab_size: int = setting(1000, "entries of the tokenizer, the end-of-text token counted", low=1, high=2**22)
     hidden_size: int = setting(192, "width", low=1, high=2**16)

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -424,6 +424,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, average=None, model=
             streams = read_json(folder / _process_file("streams", accelerator))
             state.streams = {name: _read_stream(stream) for name, stream in streams.items()}
             state.counts = read_json(folder / _process_file("counts", accelerator))
+            _check_counts("nonfinite_batches", [state.counts.get("nonfinite_batches", 0)])
         else:
             accelerator.print(
                 f"{folder} was written by {before} processes, now there are {accelerator.num_processes}: weights, "
@@ -444,10 +445,18 @@ def _read_stream(content: dict) -> StreamState:
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
         if name == "deferred":
             items = [number for kinds in value for number in kinds.values()]
-        usual = type(value) is type(getattr(StreamState(), name))
-        if not usual or not all(type(number) is int and 0 <= number < 2**62 for number in items):
+        if type(value) is not type(getattr(StreamState(), name)):
             raise ValueError(f"{name} of a flow's position is {str(value)[:60]}")
+        _check_counts(f"{name} of a flow's position", items)
+    if {len(state.chunks), len(state.deferred)} - {0, len(state.positions)}:
+        raise ValueError(f"a flow has {len(state.positions)} positions, but {len(state.chunks)} chunks")
     return state
+
+
+def _check_counts(name: str, counts: Iterable) -> None:
+    for count in counts:
+        if type(count) is not int or not 0 <= count < 2**62:
+            raise ValueError(f"{name} is {str(count)[:60]}")
 
 
 def check_restored(folder: Path, model, optimizer, schedule, average=None) -> None:
@@ -493,7 +502,9 @@ def check_same_config(folder: Path, config) -> None:
     if (tree := _config_of(folder)) is None:
         return
     free = free_keys(OmegaConf.get_type(config))
-    before, now = (_settings(tree) for tree in (tree, OmegaConf.to_container(config)))
+    now = _settings(OmegaConf.to_container(config))
+    with damage_as_user_error(folder / "config.yaml"):
+        before = _settings(tree)
     changed = [
         f"{key} {before.get(key, 'unset')} → {now[key]}"
         for key in sorted(now)
@@ -512,9 +523,8 @@ def describe_decay(folder: Path, config) -> str | None:
     tree = _config_of(folder)
     if tree is None or config.lr_scheduler.scheduler.startswith("constant"):
         return None
-    with damage_as_user_error(folder):
-        before = OmegaConf.create(tree)
-        old, new = decay_steps(before), decay_steps(config)
+    before = OmegaConf.create(tree)
+    old, new = decay_steps(before), decay_steps(config)
     if before.training.max_train_steps == config.training.max_train_steps and old == new:
         return None
     steps = f"training.max_train_steps {before.training.max_train_steps} → {config.training.max_train_steps}"
@@ -522,3 +532,14 @@ def describe_decay(folder: Path, config) -> str | None:
         return f"{steps}: the learning rate still decays over {new} steps and stays at its last value after them"
     keep = f"lr_scheduler.params.num_training_steps={old}"
     return f"{steps}: the learning rate now decays over {new} steps, not {old}; {keep} keeps the old schedule"
+
+
+def describe_images(folder: Path, config) -> str | None:
+    """One line if the run to resume began when transparent and deep images were read otherwise; else None."""
+    tree = _config_of(folder)
+    if tree is None or "image" not in config or "background" in (tree.get("image") or ()):
+        return None
+    return (
+        f"the run began before image.background: transparent images are now seen on {config.image.background}, and "
+        "those of 16 bits with their greys; image.background=null keeps the hidden colours of transparent ones"
+    )

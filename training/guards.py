@@ -4,7 +4,6 @@ import ctypes
 import errno
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,12 +12,13 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from common import results
 from common.errors import UserError
 from common.files import Owned
 from common.launch import find_launcher
 
 LOCK = ".lock"  # in the output folder
-SIGNS_OF_A_RUN = (LOCK, ".course.json", "checkpoint-0", "checkpoint-*/metadata.json")
+SIGNS_OF_A_RUN = (".course.json", "checkpoint-0", "checkpoint-*/metadata.json")
 WRITTEN = ("config.yaml", "metrics.jsonl", "config.json", "generation_config.json", "model*.safetensors")
 WRITTEN += ("model*.index.json", "images/*.png")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -34,14 +34,7 @@ def check_output_dir(folder: Path) -> None:
     Raises:
         UserError: nothing can be written there, or somebody else's files would be replaced.
     """
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"experiment.output_dir {folder} cannot be written to ({error.strerror or error}); give another folder"
-        ) from None
+    results.check_output_dir(folder, "experiment.output_dir")
     owned = Owned(folder)
     if not owned.is_ours("config.yaml") and not any(True for pattern in SIGNS_OF_A_RUN for _ in folder.glob(pattern)):
         found = sorted(str(file.relative_to(folder)) for pattern in WRITTEN for file in folder.glob(pattern))

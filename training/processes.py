@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import metadata
 from torch.distributed.tensor import DTensor
 
 from common.errors import UserError
+from common.files import check_file
 from common.launch import launched_processes, use_physical_cores
 from models.checkpoint_io import silence_deepspeed
 
@@ -127,9 +128,10 @@ def executing_nothing(folder: Path) -> Iterator[None]:
     Raises:
         pickle.UnpicklingError: the index of FSDP2's files, which torch reads by itself, holds anything else. Within
             the context `torch.load` raises it.
+        UserError: an index is no regular file.
     """
-    for index in folder.rglob(".metadata"):
-        with index.open("rb") as file:
+    for index in (*folder.glob(".metadata"), *folder.glob("*/.metadata")):  # not `**`, which does not follow links
+        with check_file(index).open("rb") as file:
             _IndexReader(file).load()
     forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
     before = {name: os.environ.get(name) for name in forced}

@@ -28,6 +28,7 @@ from training.checkpointing import (
     check_same_config,
     damage_as_user_error,
     describe_decay,
+    describe_images,
     describe_last_checkpoint,
     find_start,
     load_checkpoint,
@@ -93,7 +94,8 @@ class Trainer:
         self.model = task.make_model(self.start.weights if self.start else None)
         old_rows = task.choose_trainable(self.model)
         if training.seed is not None:
-            set_seed(training.seed, device_specific=True)  # but different masks on each process
+            # But different masks on each process; numpy's seeds end at 2³².
+            set_seed((training.seed + self.accelerator.process_index) % 2**32)
         self.model.to(task.device)
         task.prepare(self.model)
         self.wrap(rows * training.gradient_accumulation_steps * self.accelerator.num_processes, old_rows)
@@ -253,12 +255,13 @@ class Trainer:
                 check_restored(self.start.folder, self.model, self.optimizer, self.schedule, self.average)
                 if counts := self.state.counts:
                     self.metrics.load_state_dict(counts["metrics"], self.accelerator.device)
-                    self.finite.dropped = int(counts["nonfinite_batches"])
+                    self.finite.dropped = counts["nonfinite_batches"]
                 for name, flow in self.flows.items():
                     if name in self.state.streams:
                         self.resume_flow(name, flow)
-            if line := describe_decay(self.start.folder, self.config):
-                self.accelerator.print(line)
+                for describe in (describe_decay, describe_images):
+                    if line := describe(self.start.folder, self.config):
+                        self.accelerator.print(line)
             how = ""
         else:
             self.state.global_step = self.schedule.last_epoch = self.start.step

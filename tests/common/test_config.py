@@ -93,8 +93,8 @@ def test_a_short_name_and_its_section_are_one_setting(load, text, argument, shor
 
 
 def test_another_task_declares_one_section_more(load):
-    config = load("extra: {weight: 2}", "seed=3", "extra.files=[4]", schema=TaskConfig)
-    assert (config.task, config.extra.weight, config.extra.files, config.training.seed) == ("extra", 2, [4], 3)
+    config = load("extra: {weight: 2}", "seed=4294967295", "extra.files=[4]", schema=TaskConfig)
+    assert (config.task, config.extra.weight, config.extra.files, config.training.seed) == ("extra", 2, [4], 2**32 - 1)
     assert settings_of(TaskConfig)["compile"].rule == settings_of(RunConfig)["compile"].rule and config.compile
 
 
@@ -219,6 +219,8 @@ REFUSALS = {
         "training.seed=[": "cannot be read as YAML",
         "mode=draw": "mode is 'draw'; allowed: t2i, inpainting, extrapolation",
         "wandb.mode=loud": "allowed: online, offline, disabled",
+        "output_dir=": "output_dir is empty; give a folder",
+        "experiment.output_dir=": "experiment.output_dir is empty; give a folder",
         "batch_size=0": "training.batch_size is 0; it must be from 1 to 65536",
         "guidance_scale=-1": "training.guidance_scale is -1.0; it must be from 0 to 1000000",
         "guidance_scale=nan": "is nan; it must be from 0 to 1000000",
@@ -258,6 +260,7 @@ REFUSALS = {
     },
     TokenizerTrainingConfig: {
         "dtype=bf16": "unknown key dtype",
+        "seed=4294967296": "it must be from 0 to 4294967295",
         "training.ema_decay=1": "it must be from 0, less than 1",
     },
     TaskConfig: {

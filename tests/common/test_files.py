@@ -44,7 +44,7 @@ def test_marks_of_joined_files_go(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.write_bytes(b"caf\xe9"), "captions=x is no UTF-8 text .* save it as UTF-8"),
+        (lambda path: path.write_bytes(b"a\ncaf\xe9"), "captions=x is no UTF-8 text .*in line 2.*save it as UTF-8"),
         (lambda path: path.mkdir(), "captions=x is a folder"),
         (lambda path: os.mkfifo(path), "captions=x is no regular file"),
         (lambda path: path.symlink_to("/dev/zero"), "captions=x is no regular file"),
@@ -115,9 +115,28 @@ def test_only_what_was_written_and_not_changed_is_ours(tmp_path):
         again.claim(["b.png"], "output_dir=x")
     (tmp_path / "a.png").write_text("changed")
     assert Owned(tmp_path).names() == ["lines.jsonl"]
-    (tmp_path / Owned.RECORD).open("a").write('{"file": "b.p')  # cut off
-    assert Owned(tmp_path).remove() == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+    (tmp_path / Owned.RECORD).open("a").write('\n{"file": "b.p')  # cut off
+    owned = Owned(tmp_path)
+    owned.record("b.png")
+    assert Owned(tmp_path).names() == ["lines.jsonl", "b.png"]
+    (tmp_path / Owned.RECORD).open("a").write("\n" + "[" * 10**5 + '\n{"file": "a\\u0000", "state": null}\n[1]')
+    assert Owned(tmp_path).names() == ["lines.jsonl", "b.png"]
+
+
+def test_a_record_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / Owned.RECORD)
+    with pytest.raises(UserError, match="no regular file"):
+        Owned(tmp_path)
+
+
+def test_names_that_look_like_home_folders_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("./~b.txt").write_text("x")
+    (found,) = visible_files(".")
+    assert read_text(found) == "x"
+    with writing(found) as place:
+        place.write_text("y")
+    assert Path("./~b.txt").read_text() == "y"
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "a\0b"])

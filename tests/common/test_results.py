@@ -57,7 +57,7 @@ def test_overwrite_removes_what_earlier_runs_wrote_and_only_that(tmp_path):
     (tmp_path / "0001.png").write_text("painted over by the user")
     (tmp_path / "0009.png").write_text("the user's")
     results = run(tmp_path, 1, overwrite=True)
-    assert "3 images of earlier runs, which are replaced" in results.note
+    assert "3 images of earlier runs, which are replaced; 1 image changed since stays: 0001.png" in results.note
     assert names(tmp_path) == ["0000.png", "0001.png", "0009.png", "grid-0000.png", "results.jsonl"]
     assert (tmp_path / "0001.png").read_text() == "painted over by the user"
     assert files_in_lines(tmp_path) == ["0001.png", "0000.png"]

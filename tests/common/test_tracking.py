@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from common.tracking import Tracker, _mode_of_environment
+from common.tracking import Tracker, _logged_in, _mode_of_environment
 
 
 def lines(folder) -> list[dict]:
@@ -180,3 +180,34 @@ def test_a_dry_run_is_recorded_offline_by_wandb_itself(tmp_path, nobody, monkeyp
     with Tracker("project", "name", tmp_path) as tracker:
         tracker.log({"loss": 1.0}, step=1)
     assert list(tmp_path.glob("wandb/offline-run-*")) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("line", ['{"step": 1e999}', '{"step": "x"}', "[" * 100_000, '{"a": ' * 5000, "[1]", '{"ste'])
+def test_lines_that_no_run_wrote_are_cut_off_ones(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 9}}')
+    with Tracker("project", "name", tmp_path, wandb_config={"mode": "disabled"}, last_step=1) as tracker:
+        tracker.log({"loss": 1}, 2)
+    assert lines(tmp_path) == [{"step": 1}, {"step": 2, "loss": 1}]
+
+
+def test_metrics_that_are_a_pipe_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="metrics.jsonl is no regular file"):
+        Tracker("project", "name", tmp_path, wandb_config={"mode": "disabled"}, last_step=1)
+
+
+def test_an_error_of_writing_names_the_file(tmp_path, monkeypatch):
+    tracker = Tracker("project", "name", tmp_path, wandb_config={"mode": "disabled"})
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        tracker.log({"loss": 1}, 2)
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("place", ["~nobody-of-this-name/x", "pipe", "bytes"])
+def test_an_odd_file_of_logins_holds_none(tmp_path, nobody, monkeypatch, place):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "bytes").write_bytes(b"machine \xff\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NETRC", place)
+    assert not _logged_in()

@@ -422,3 +422,8 @@ def test_what_is_noted_of_used_samples_is_counted_and_told_once(caplog):
     assert again.counters.noted == {CUT: odd}
     take(again, 1)
     assert len(caplog.records) == 1
+
+
+def test_many_workers_are_the_users_choice(recwarn):
+    make_flow(num_workers=500)._loader()
+    assert not recwarn.list

@@ -60,7 +60,7 @@ def test_normalized_values_and_the_way_back():
     assert set(np.unique(difference)) <= {0, 1}  # truncation may lose one step, never gain one
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "RGBa", "CMYK", "1", "LA", "La", "I;16"])
 def test_any_mode_is_read_as_rgb(mode):
     assert preprocess(Image.new(mode, (20, 30)), 16).shape == (3, 16, 16)
 

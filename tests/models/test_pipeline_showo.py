@@ -424,3 +424,14 @@ def test_a_clip_model_needs_its_tower():
         ShowoPipeline(clip_showo(), tiny_vq(), prompting())
     with pytest.raises(ValueError, match="multiple of 8"):
         ShowoPipeline(tiny_showo(), tiny_vq(), prompting(), resolution=36)
+
+
+def test_a_log_file_gets_a_line_a_minute_of_a_long_batch(pipeline, monkeypatch, capsys):
+    given = {"timesteps": 2, "progress": True}
+    pipeline.text_to_image("a", **given)
+    assert not capsys.readouterr().err, "none in the first minute"
+    monkeypatch.setattr("common.progress.LOG_INTERVAL", 0)
+    pipeline.text_to_image("a", **given)
+    assert "generating" in capsys.readouterr().err
+    pipeline.text_to_image("a", timesteps=2)
+    assert not capsys.readouterr().err

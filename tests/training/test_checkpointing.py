@@ -253,6 +253,10 @@ def cut(file: Path) -> None:
         ("streams_0.json", '{"lm": {"seen": -1}}'),
         ("streams_0.json", '{"lm": {"skipped": {"a": 1e3}}}'),
         ("streams_0.json", '{"lm": {"deferred": [3]}}'),
+        ("streams_0.json", '{"lm": {"positions": [1, 2], "chunks": [0]}}'),
+        ("streams_0.json", '{"lm": {"positions": [1, 2], "deferred": [{}]}}'),
+        ("counts_0.json", '{"nonfinite_batches": 1.5}'),
+        ("counts_0.json", '{"nonfinite_batches": -1}'),
         ("optimizer.bin", ""),
         ("custom_checkpoint_0.pkl", "junk"),
         *((name, cut) for name in ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "average.pt")),
@@ -468,8 +472,11 @@ def test_the_index_of_sharded_files_is_read_before_torch_reads_it(tmp_path):
     with executing_nothing(tmp_path):
         assert torch.distributed.checkpoint.FileSystemReader(index.parent).read_metadata().state_dict_metadata
     index.write_bytes(pickle.dumps(Touch(tmp_path / "executed")))
-    with pytest.raises(pickle.UnpicklingError, match="is no part of a checkpoint"), executing_nothing(tmp_path):
-        pass
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "pytorch_model_fsdp_0").symlink_to(index.parent)
+    for folder in (tmp_path, index.parent, tmp_path / "linked"):
+        with pytest.raises(pickle.UnpicklingError, match="is no part of a checkpoint"), executing_nothing(folder):
+            pass
 
 
 def test_a_library_that_asks_for_more_than_tensors_does_not_get_it(tmp_path, monkeypatch):
@@ -503,6 +510,18 @@ def test_damaged_notes_of_a_run_are_named(tmp_path, name, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", ["mask_schedule:\n", "mask_schedule: 3\n", "mask_schedule: []\n"])
+def test_a_configuration_of_a_checkpoint_that_no_run_wrote_is_one_line(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match="config.yaml cannot be continued from"):
+        checkpointing.check_same_config(tmp_path, OmegaConf.structured(TrainingConfig))
+
+
+def test_keys_of_a_checkpoints_configuration_may_be_numbers(tmp_path):
+    (tmp_path / "config.yaml").write_text("1: 2\ntraining: {5: {6: 7}}\n")
+    checkpointing.check_same_config(tmp_path, OmegaConf.structured(TrainingConfig))
+
+
 def test_what_cannot_be_trained_on_is_refused(tmp_path):
     """Files that can be read, with the numbers of another run or none at all."""
     run = Run()
@@ -524,3 +543,13 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path):
         checkpointing.check_restored(tmp_path, **parts)
     with pytest.raises(ValueError, match="that of another model"):
         run.average.load_state_dict({"updates": 1, "shadow": {name: torch.zeros(1)}})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("task: showo\n", True), ("image: {exif: apply}\n", True), ("image: {background: null}\n", False)],
+)
+def test_a_run_that_saw_images_otherwise_says_so(tmp_path, content, says):
+    (tmp_path / "config.yaml").write_text(content)
+    line = checkpointing.describe_images(tmp_path, OmegaConf.structured(TrainingConfig))
+    assert ("seen on white" in line) if says else line is None

@@ -41,7 +41,7 @@ def assert_weights(model, folder) -> None:
 
 def test_an_output_folder_that_cannot_be_written_is_refused(world, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="output_dir .*file/out cannot be written to.*give another folder"):
+    with pytest.raises(UserError, match="experiment.output_dir=.*file/out is not a folder .*give another"):
         make_trainer(world, tmp_path / "file" / "out")
     check_output_dir(tmp_path / "not" / "yet" / "there")
     assert not (tmp_path / "not").exists()
@@ -54,7 +54,7 @@ THEIRS += ["images/holiday.png", "model.safetensors.index.json"]
 @pytest.mark.parametrize("name", THEIRS)
 def test_somebody_elses_folder_is_refused_before_anything_is_written(world, tmp_path, name):
     """For example a base checkpoint that is given as `output_dir`."""
-    for file in (name, "tokenizer.json", "notes.txt"):
+    for file in (name, "tokenizer.json", "notes.txt", ".lock"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("theirs")
     before = sorted(tmp_path.rglob("*"))
@@ -63,9 +63,7 @@ def test_somebody_elses_folder_is_refused_before_anything_is_written(world, tmp_
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / name).read_text() == "theirs"
 
 
-@pytest.mark.parametrize(
-    "sign", [".lock", ".course.json", "checkpoint-0/config.json", "checkpoint-5/metadata.json", None]
-)
+@pytest.mark.parametrize("sign", [".course.json", "checkpoint-0/config.json", "checkpoint-5/metadata.json", None])
 def test_the_folder_of_a_run_of_ours_or_of_the_published_code_is_taken(tmp_path, sign):
     for name in ("notes.txt", "train.log", ".DS_Store", *([sign, "config.yaml", "metrics.jsonl"] if sign else [])):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import signal
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -272,15 +273,18 @@ class Flow:
 
     def _loader(self) -> DataLoader:
         # With its own generator: a new loader would otherwise advance the global one, and a resumed run would differ.
-        return DataLoader(
-            _Batches(self, self.state_dict()),
-            batch_size=None,
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-            pin_memory=self.pin_memory,
-            worker_init_fn=_begin_worker,
-            generator=torch.Generator().manual_seed(0),
-        )
+        with warnings.catch_warnings():
+            # How many workers there are is the user's choice, and changing it changes the data of a resumed run.
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            return DataLoader(
+                _Batches(self, self.state_dict()),
+                batch_size=None,
+                num_workers=self.num_workers,
+                collate_fn=_as_it_is,
+                pin_memory=self.pin_memory,
+                worker_init_fn=_begin_worker,
+                generator=torch.Generator().manual_seed(0),
+            )
 
     def _problem(self, delivery: _Delivery) -> str:
         """Why the run must end here; empty if it need not."""
