@@ -6,7 +6,7 @@ memory: a whole listing, or one row group of a parquet file.
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,8 +115,9 @@ def beside_texts(files: list[Path], root: Path, lines: bool) -> list[Captioned |
         files: images, texts and anything else, below `root`.
         lines: each line of a text is a caption of its own, not the whole text one.
     """
-    # `IMG_1.JPG` has `IMG_1.TXT` or `IMG_1.txt` beside it.
-    texts = {file.with_suffix(file.suffix.lower()): file for file in files if has_suffix(file.name, TEXT_SUFFIXES)}
+    found = [file for file in files if has_suffix(file.name, TEXT_SUFFIXES)]
+    # `IMG_1.JPG` has `IMG_1.TXT` or `IMG_1.txt` beside it; a text has its exact name before that of another.
+    texts = {file.with_suffix(file.suffix.lower()): file for file in found} | {file: file for file in found}
     places = {file: _text_of(file, texts) for file in files if is_image_file(file)}
     if not any(places.values()):
         return []
@@ -147,7 +148,7 @@ def _beside(image: Path, text: Path | None, root: Path, lines: bool) -> Captione
 
 def in_class_folders(folder: Path) -> list[Captioned]:
     """``{class}/{file}``, called by the name of its class as the imagenet1k flow calls it."""
-    classes, unused = ImageFolder(str(folder)), random.Random(0)
+    classes, unused = ImageFolder(str(folder), suffixes=IMAGES), random.Random(0)
     raws = (raw for index in range(len(classes)) for raw in classes.read(index, unused))
     return [Captioned(Path(raw["image"]), raw["image"], [raw["text"]], {"file_name": raw["__key__"]}) for raw in raws]
 
@@ -173,8 +174,8 @@ def in_table(table: Path, folder: Path, image_column: str = "", caption_column: 
             [image_column] if image_column else IMAGE_COLUMNS,
             [caption_column] if caption_column else CAPTION_COLUMNS,
         )
-        image = choose_column(table, names, images, "image_column=…")
-        return image, choose_column(table, names, captions, "caption_column=…")
+        image = choose_column(table, names, spelled(images, names), "image_column=…")
+        return image, choose_column(table, names, spelled(captions, names), "caption_column=…")
 
     entries: dict[str, Captioned | Skipped] = {}
     columns: tuple[str, str] | None = None
@@ -200,6 +201,11 @@ def in_table(table: Path, folder: Path, image_column: str = "", caption_column: 
             extra = {key: value for key, value in row.items() if key and key != columns[1]}
             entries[file] = Captioned(folder / file, str(folder / file), list(captions), extra)
     return list(entries.values())
+
+
+def spelled(candidates: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Candidates for a column, each followed by those names that differ from it in capitals only."""
+    return [name for one in candidates for name in (one, *names) if name.lower() == one.lower()]
 
 
 def _rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:

@@ -8,7 +8,7 @@ import pyarrow
 from pyarrow import types
 
 from common.errors import UserError
-from tools.captioned import CAPTION_COLUMNS, IMAGE_COLUMNS, Captioned, captions_of
+from tools.captioned import CAPTION_COLUMNS, IMAGE_COLUMNS, Captioned, captions_of, spelled
 from training.data.parquet import open_parquet, read_footer, rows_of
 from training.data.paths import choose_column
 from training.data.sources import MALFORMED_ITEM, Skipped
@@ -50,7 +50,8 @@ class CaptionedParquet:
         known = [name for name in IMAGE_COLUMNS if name in image_columns]
         candidates = image_columns if len(image_columns) == 1 else known + paths
         image = choose_column(file, schema.names, [image] if image else candidates, "image_column=…")
-        caption = choose_column(file, schema.names, [caption] if caption else CAPTION_COLUMNS, "caption_column=…")
+        captions = spelled([caption] if caption else CAPTION_COLUMNS, schema.names)
+        caption = choose_column(file, schema.names, captions, "caption_column=…")
         if not _holds_text(schema.field(caption).type):
             wrong = f"column {caption!r} holds {schema.field(caption).type}, not text; name another by caption_column=…"
             raise UserError(f"{file}: {wrong}")

@@ -77,7 +77,7 @@ class Delimited:
 
     def _rows(self, has_quotes: bool, text_is_last: bool = False) -> Iterator[Row]:
         """The header and the rows after it."""
-        text, start, line, width = self.text, 0, 1, 0
+        text, start, line, width, full = self.text, 0, 1, 0, 0
         while start < len(text):
             stop, after = self._line_end(start)
             content, number = text[start:stop], line
@@ -92,7 +92,10 @@ class Delimited:
                 raw = content.split(self.delimiter)
                 row = Row(number, [cell.lstrip(" ") for cell in raw], raw)
             if any(cell.strip() for cell in row.cells):
-                width = width or len(row.cells)
+                full = full or len(row.cells)
+                width = width or max(number for number, cell in enumerate(row.cells, 1) if cell.strip())
+                if len(row.cells) == full and not any(cell.strip() for cell in row.cells[width:]):
+                    del row.cells[width:], row.raw[width:]  # what each line ends with
                 self._fit(row, width, text_is_last)
                 if row.problem:
                     row.problem = f"line {number}: {row.problem}: {content[:60]!r}"

@@ -4,14 +4,25 @@ While the work goes on, ``.{prefix}.parts/`` holds one record for each finished 
 them there joins them into the manifest and removes the folder.
 """
 
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.errors import UserError, shown
-from common.files import make_folder, read_json, write_json
+from common.files import field, make_folder, read_json, real_path, write_json
 from models.images import DEFAULT
-from tools.shard_writing import find_shards, foreign_shards, leftovers, manifest_path, read_manifest, sha256, shard_path
+from tools.shard_writing import (
+    KINDS,
+    find_shards,
+    foreign_shards,
+    leftovers,
+    manifest_path,
+    read_manifest,
+    sha256,
+    shard_path,
+)
+from training.data.shards import with_images
 from training.data.sources import SkipCounters
 
 
@@ -29,7 +40,8 @@ class Encoding:
     background: str | None = DEFAULT.background
 
     def agrees(self, record: dict) -> bool:
-        record = asdict(DEFAULT) | record  # of earlier releases, which had no such settings
+        """Whether a record or manifest is of these settings; for those of earlier releases, see `with_images`."""
+        record = with_images(record, self.background)
         return all(record.get(key) == value for key, value in asdict(self).items() if key != "tokenizer")
 
 
@@ -57,7 +69,7 @@ class Plan:
             UserError: other shards are there.
         """
         outputs = [*find_shards(self.prefix), *(shard_path(self.prefix, index) for index in range(len(self.sources)))]
-        if {output.resolve() for output in outputs} & {Path(source).resolve() for source in self.sources}:
+        if set(map(real_path, outputs)) & set(map(real_path, self.sources)):
             raise UserError(f"output={self.prefix} would replace the very shards that are read; choose another output")
         manifest, begun = read_manifest(self.prefix), _read(self.parts / "encoding.json")
         known = begun or manifest
@@ -106,10 +118,16 @@ class Plan:
 
     def records(self) -> dict[int, dict]:
         """Number → record of each shard of this encoding that was finished."""
-        found = {int(file.stem): _read(file) for file in self.parts.glob("[0-9]*.json")}
+        files = [file for file in self.parts.glob("*.json") if re.fullmatch(r"\d{6,}", file.stem, re.ASCII)]
+        found = {int(file.stem): _read(file) for file in files}
         manifest = read_manifest(self.prefix)  # after the parts, as they are removed only once it is written
         listed = dict(enumerate(manifest["shards"])) if self.encoding.agrees(manifest) else {}
-        return listed | {index: record for index, record in found.items() if self.encoding.agrees(record)}
+        records = listed | {index: record for index, record in found.items() if self.encoding.agrees(record)}
+        for index, record in records.items():
+            for key, kind in (KINDS | {"source": dict, "skipped": dict}).items():
+                field(record, key, kind, f"{self.parts if index in found else manifest_path(self.prefix)}: {index}")
+            field(record["source"], "file", str, f"{self.prefix}: source of {index}")
+        return records
 
     def finish(self) -> dict | None:
         """Write the manifest if all shards are finished, by any process.

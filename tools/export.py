@@ -8,6 +8,7 @@ The new folder is whole or absent. Where `to` is a checkpoint already, its weigh
 """
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -27,11 +28,11 @@ from common.errors import UserError, run_cli
 from common.files import REPOSITORY, disk_errors, expand, read_json, real_path
 from common.settings import setting
 from models import MAGVITv2, Showo
-from models.checkpoint_io import INDEX_NAMES, quietly
+from models.checkpoint_io import INDEX_NAMES, WEIGHT_NAMES, quietly
 from models.loading import DTYPES, find_folder
 
 CLASSES = {"Showo": Showo, "showo": Showo, "MAGVITv2": MAGVITv2, "magvitv2": MAGVITv2}
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
+SHARD_NAMES = re.compile(r"((diffusion_)?pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
 
 
 @dataclass
@@ -79,12 +80,13 @@ def check_goal(goal: Path, source: Path) -> None:
 
 @contextmanager
 def replacing(goal: Path) -> Iterator[Path]:
-    """A folder to write to that then takes the place of `goal`, along with the files there that are no weights.
+    """A folder to write to that then takes the place of `goal`, along with the files there that are not its weights.
 
     Raises:
         UserError: it cannot be written; what was there stays.
     """
     new, old = (goal.with_name(f".{goal.name}.{what}") for what in ("new", "old"))
+    replaced = {*WEIGHT_NAMES, *INDEX_NAMES}
     with disk_errors(goal):
         if old.exists() and not goal.exists():
             old.rename(goal)  # an export was killed between the last two renames
@@ -95,7 +97,7 @@ def replacing(goal: Path) -> Iterator[Path]:
             for file in goal.iterdir() if goal.exists() else ():
                 if file.is_dir() and not file.is_symlink():
                     shutil.copytree(file, new / file.name, symlinks=True)
-                elif file.suffix not in WEIGHT_SUFFIXES and file.name not in (*INDEX_NAMES, *os.listdir(new)):
+                elif not (SHARD_NAMES.fullmatch(file.name) or file.name in replaced | set(os.listdir(new))):
                     shutil.copy2(file, new / file.name, follow_symlinks=False)
             if goal.exists():
                 goal.rename(old)

@@ -34,7 +34,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import common  # noqa: F401  Ctrl-C is one word from here on
 
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from common.config import read_settings
@@ -43,7 +43,7 @@ from common.files import check_file, visible_files, write_json
 from common.progress import progress
 from common.schema import ImageSection
 from common.settings import setting
-from models.images import DEEP, DEFAULT, MAX_BYTES, ImageOptions, has_rotation, open_image
+from models.images import DEEP, DEFAULT, MAX_BYTES, ImageOptions, has_rotation, open_image, resized_size
 from tools.captioned import (
     NO_CAPTION,
     Captioned,
@@ -197,20 +197,19 @@ def image_members(image: bytes | Path, name: str, config) -> dict[str, Any]:
         raise SkipSample(MISSING_FILE, str(error)) from None
     try:
         options = ImageOptions(config.image.exif, config.image.background)
-        suffix, data = checked_image(data, config.resize, config.quality, name, options)
+        suffix, data, is_rotated = checked_image(data, config.resize, config.quality, name, options)
     except UserError as error:
         raise SkipSample(UNREADABLE_IMAGE, str(error)) from None
-    with Image.open(io.BytesIO(data)) as opened:
-        return {suffix: data} | ({"_rotated": True} if has_rotation(opened) else {})
+    return {suffix: data} | ({"_rotated": True} if is_rotated else {})
 
 
 def checked_image(
     data: bytes, resize: int, quality: int, name: str = "", options: ImageOptions = DEFAULT
-) -> tuple[str, bytes]:
+) -> tuple[str, bytes, bool]:
     """Decode an image to its end; keep its bytes unless it is to be scaled or rotated, or no flow reads its format.
 
     Returns:
-        member suffix, bytes.
+        member suffix, bytes, whether their EXIF data say that the image is to be turned, which `options` ignore.
 
     Raises:
         UserError: it cannot be decoded.
@@ -219,18 +218,22 @@ def checked_image(
     with Image.open(io.BytesIO(data)) as image:
         suffix = SUFFIXES.get(image.format)
         is_deep = image.mode in DEEP or image.mode.startswith("I;16")
-        is_turned = options.exif == "apply" and has_rotation(image)
-    short, long = min(rgb.size), max(rgb.size)
-    scaled = resize and short > resize
-    if suffix and not (scaled or is_deep or is_turned):
-        return suffix, data
-    if scaled:
-        new_long = int(resize * long / short)  # spec §11
-        size = (resize, new_long) if rgb.width == short else (new_long, resize)
-        rgb = rgb.resize(size, Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    rgb.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}.get(suffix, "PNG"), quality=quality)
-    return suffix or "png", buffer.getvalue()
+        if image.format == "TIFF":
+            image.load()  # which turns it
+        rotation = image.getexif()[ExifTags.Base.Orientation] if has_rotation(image) else None
+    is_turned = options.exif == "apply" and rotation is not None
+    is_scaled = 0 < resize < min(rgb.size)
+    is_rotated = rotation is not None and not is_turned
+    if suffix and not (is_scaled or is_deep or is_turned):
+        return suffix, data, is_rotated
+    if is_scaled:
+        rgb = rgb.resize(resized_size(rgb.size, resize, name), Image.Resampling.BICUBIC)
+    exif, buffer = Image.Exif(), io.BytesIO()
+    if is_rotated:
+        exif[ExifTags.Base.Orientation] = rotation  # so that it can still be turned later
+    more = {"exif": exif} if is_rotated else {}
+    rgb.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}.get(suffix, "PNG"), quality=quality, **more)
+    return suffix or "png", buffer.getvalue(), is_rotated
 
 
 # ---- from samples to shards ----

@@ -23,7 +23,9 @@ def owned_folder(folder: str, setting: str) -> Iterator[Path]:
     """
     was_there = os.path.lexists(folder)
     goal = make_folder(folder)
-    aside = make_folder(goal.with_name(f".{goal.name}.partial"))
+    aside = goal.with_name(f".{goal.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # of a command that was killed
+    make_folder(aside)
     try:
         with disk_errors(goal):
             try:

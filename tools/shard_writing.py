@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from common.errors import UserError, shown
 from common.files import make_folder, read_json, write_json, writing
 
+KINDS = {"file": str, "samples": int, "sha256": str}  # of a manifest's entry
 SETS = ("shards", "heldout", "unfinished")  # the entries of a manifest, all of them shards of ours
 
 
@@ -191,8 +192,8 @@ def read_manifest(prefix: Path) -> dict:
 
 def _is_entry(entry: Any, name: re.Pattern) -> bool:
     """Whether a manifest may list it: what it lists may be replaced, so it must be a shard of this prefix."""
-    texts = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))
-    return texts and bool(name.fullmatch(entry["file"]))
+    has_all = isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in KINDS.items())
+    return has_all and bool(name.fullmatch(entry["file"]))
 
 
 def sha256(path: str | Path) -> str:

@@ -71,14 +71,16 @@ def test_a_folder_without_images_is_an_error(tmp_path):
         ImageFolder(str(tmp_path))
 
 
-def test_hidden_folders_and_files_are_passed_over_and_every_image_counts(tmp_path):
+def test_hidden_files_are_passed_over_and_other_images_told(tmp_path, caplog):
     for name in (".ipynb_checkpoints", "__MACOSX", "kite.partial"):
         write_classes(tmp_path, name)
     write_classes(tmp_path, "kite")
-    for name in ("._kite_0.JPEG", "b.GIF", "c.heic", "d.tif"):  # what cannot be read is skipped later, and counted
+    for name in ("._kite_0.JPEG", "b.GIF", "c.cr2", "d.tif", "e.svg", "f.WebP"):
         (tmp_path / "kite" / name).touch()
-    raws = [next(folder.read(index, random.Random(0))) for folder in [ImageFolder(str(tmp_path))] for index in range(4)]
-    assert [raw["__key__"] for raw in raws] == [f"kite/{name}" for name in ("b.GIF", "c.heic", "d.tif", "kite_0.JPEG")]
+    folder = ImageFolder(str(tmp_path))
+    raws = [next(folder.read(index, random.Random(0))) for index in range(len(folder))]
+    assert [raw["__key__"] for raw in raws] == ["kite/f.WebP", "kite/kite_0.JPEG"]
+    assert "4 images such as kite/b.GIF are left out" in caplog.text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

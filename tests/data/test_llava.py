@@ -88,8 +88,14 @@ def test_other_words_and_forms_mean_the_same(tmp_path, tokenizer):
         {"role": "assistant", "content": "\ufeffA red square."},
     ]
     (plain,) = made(LlavaRecords([write(tmp_path, [record()])]), transform(tokenizer))
-    other = {"image": ["a/0.png"], "messages": chat}
-    (tmp_path / "wrapped.json").write_bytes(json.dumps({"v": 1, "data": [other, {"messages": chat}]}).encode("utf-16"))
+    other = {
+        "image": ["a/0.png"],
+        "conversations": None,
+        "messages": [{"role": "system", "content": "Be kind."}, *chat],
+    }
+    (tmp_path / "wrapped.json").write_bytes(
+        json.dumps({"v": 1, "info": ["x"], "data": [other, {"messages": chat}]}).encode("utf-16")
+    )
     (item,) = made(LlavaRecords([str(tmp_path / "wrapped.json")]), transform(tokenizer))
     assert all(torch.equal(item[key], plain[key]) for key in ("image", "input_ids", "labels"))
 

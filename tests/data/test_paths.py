@@ -3,9 +3,10 @@
 import os
 
 import pytest
+from braceexpand import braceexpand
 
 from common.errors import UserError
-from training.data.paths import JSON, PARQUET, SHARDS, TEXT, existing_folder, expand_paths, is_address
+from training.data.paths import JSON, PARQUET, SHARDS, TEXT, _count, existing_folder, expand_paths, is_address
 from training.data.shards import read_shard
 
 
@@ -94,9 +95,11 @@ def test_no_name_of_a_file_is_run_as_a_command(tmp_path, monkeypatch, value):
         (expand_paths, None, "x is not set"),
         (expand_paths, "$A $B", "x needs environment variables that are not set: A, B"),
         (expand_paths, "a-{{0..2.tar", "braces"),
-        (expand_paths, "a-{{0..99999999}}.tar", "x is .*, which stands for over 1,000,000 names"),
-        (expand_paths, "{{0..9999999999999999999999999999999999999}}", "stands for over 1,000,000 names"),
-        (expand_paths, "{{0..9}}{{0..9}}{{0..99999}}", "stands for over 1,000,000 names"),
+        (expand_paths, "a-{{0..99999999}}.tar", "x is .*, which stands for over 100,000 names"),
+        (expand_paths, "{{0..9999999999999999999999999999999999999}}", "stands for over 100,000 names"),
+        (expand_paths, "{{0..9}}{{0..9}}{{0..99999}}", "stands for over 100,000 names"),
+        *((expand_paths, "{{a,b}}" * times, "stands for over 100,000 names") for times in (18, 40)),
+        (expand_paths, "{{a..z}}" * 9, "stands for over 100,000 names"),
         (expand_paths, "{{" * 1000 + "}}" * 1000, "braces do not match"),
         (expand_paths, "/dev/zero", "x: /dev/zero is no regular file; give files"),
         (expand_paths, ["", "b"], "x holds an empty path"),
@@ -111,3 +114,20 @@ def test_missing_and_malformed_settings_are_named(tmp_path, call, value, message
     with pytest.raises(UserError, match=message) as error:
         call("x", value, *([PARQUET] if call is expand_paths else []))
     assert "a-0.tar" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a,b",
+        "{a}",
+        "{a,b}x{1..3}",
+        "a{b,c{0..4},d}",
+        "{01..10..2}{a..e}",
+        "{a,{b,c}{d,e}}",
+        r"\{a,b\}{c,d}",
+        "{1..3,5}",
+    ],
+)
+def test_names_are_counted_before_they_are_made(pattern):
+    assert _count(pattern) == len(list(braceexpand(pattern)))

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import pickle
 import random
 import tarfile
@@ -140,6 +141,11 @@ def test_what_is_no_shard_counts_once(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
     assert read(tmp_path / "a.tar") == ([], [("truncated_shard", 1)])
     assert list(read_shard(str(tmp_path / "gone.tar"))) == [Skipped("missing_file", str(tmp_path / "gone.tar"))]
+
+
+def test_a_pipe_in_the_place_of_a_shard_counts_once(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    assert [lost.kind for lost in read_shard(str(tmp_path / "a.tar"))] == ["truncated_shard"]
 
 
 def test_hidden_members_are_passed_over(tmp_path):
@@ -289,3 +295,10 @@ def test_codes_for_another_model_are_refused(shard):
         check_codes(write_manifest(shard, **EXPECTED), EXPECTED, flipped)
     with pytest.raises(UserError, match=r"made for resolution 64, here 32; num_vq_tokens 64, here 16; encode"):
         check_codes(write_manifest(shard, resolution=64, num_vq_tokens=64, codebook_size=64), EXPECTED)
+    for background, matches in (("white", True), (None, True), ("black", False)):  # of before there were such settings
+        wanted = EXPECTED | {"exif": "ignore", "background": background}
+        if matches:
+            check_codes(write_manifest(shard, **EXPECTED), wanted)
+            continue
+        with pytest.raises(UserError, match="made for background None, here black"):
+            check_codes(write_manifest(shard, **EXPECTED), wanted)

@@ -1,10 +1,12 @@
 """Shards of image codes: the codes that training would compute, whole shards, and no work done twice."""
 
 import io
+import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from tests.training.tiny import (
     write_shard,
 )
 from tools.encode_images import ImageEncoder, main
+from tools.encoding_records import Encoding, Plan
 from training.batches import flow_readers
 from training.data.flows import check_tokenizer
 from training.data.image_text import ImageTransform
@@ -175,6 +178,17 @@ def test_the_last_of_several_processes_writes_the_manifest(world, monkeypatch):
     assert [path.name for path in (world / "out").glob("codes-*")] == ["codes-000001.tar"]
     monkeypatch.setenv("RANK", "0")
     assert len(run(world)[0]) == 12
+
+
+def test_records_that_are_none_are_named_and_other_files_passed_over(tmp_path):
+    encoding = Encoding("vq", "0", 32, 16, 64, False)
+    plan = Plan(["a.tar"], tmp_path / "codes", encoding)
+    plan.parts.mkdir()
+    (plan.parts / "0a.json").write_text("{}")
+    assert plan.records() == {}
+    (plan.parts / "000000.json").write_text(json.dumps(asdict(encoding) | {"file": "x", "samples": 1, "sha256": ""}))
+    with pytest.raises(UserError, match="field 'source' is missing"):
+        plan.records()
 
 
 @pytest.mark.slow

@@ -76,10 +76,13 @@ def test_a_path_inside_the_repository_is_written_from_there(trained, tmp_path, r
 def test_exporting_an_image_tokenizer_over_another_replaces_weights_and_keeps_notes(world, tmp_path, capsys):
     target = shutil.copytree(world / "magvitv2", tmp_path / "vq")
     (target / "samples").mkdir()
-    for name in ("README.md", "pytorch_model.bin", "model.safetensors.index.json"):
+    stale = ("pytorch_model.bin", "model.safetensors.index.json", "pytorch_model-00001-of-00002.bin")
+    theirs = ("README.md", "lora.safetensors", "optimizer.bin")
+    for name in (*stale, *theirs):
         (target / name).write_text("{}")
     export([f"from={world / 'magvitv2'}", f"to={target}", "dtype=bf16"])
-    assert names(target) == ["README.md", "config.json", "model.safetensors", "samples"] and names(tmp_path) == ["vq"]
+    assert names(target) == sorted([*theirs, "config.json", "model.safetensors", "samples"])
+    assert names(tmp_path) == ["vq"]
     weights = load_file(target / "model.safetensors")
     assert weights["decoder.conv_in.bias"].dtype == torch.bfloat16
     assert weights.keys() == make_vq_model().state_dict().keys()

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
+from models.images import ImageOptions
 from tests.tools.sets import read_set
 from tests.training.tiny import CAPTIONS, image_bytes, picture
 from tools.captioned import split_of
@@ -202,8 +203,8 @@ def test_what_cannot_be_read_is_left_out_counted_and_told(pets, capsys):
 def test_images_keep_their_bytes_unless_no_flow_reads_them(form, suffix):
     data = image_bytes(picture(CAPTIONS[0]), form)
     for resize in (0, 32):
-        member, kept = checked_image(data, resize, 95)
-        assert member == suffix and (form == "BMP" or kept == data)
+        member, kept, is_rotated = checked_image(data, resize, 95)
+        assert member == suffix and (form == "BMP" or kept == data) and not is_rotated
     if form == "BMP":
         assert Image.open(io.BytesIO(kept)).tobytes() == picture(CAPTIONS[0]).tobytes()
 
@@ -215,6 +216,20 @@ def test_larger_images_are_scaled_in_their_own_format(size, form, new):
     assert small.size == new and small.format == form
     if form == "PNG":
         assert small.tobytes() == Image.open(io.BytesIO(data)).resize(new, Image.Resampling.BICUBIC).tobytes()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_what_is_written_anew_can_still_be_turned(form):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (80, 40)).save(buffer, form, exif=exif)
+    for choice, as_is in (("ignore", form != "TIFF"), ("apply", False)):  # decoders turn TIFF by themselves
+        _, data, is_rotated = checked_image(buffer.getvalue(), 20, 95, options=ImageOptions(exif=choice))
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.size == ((40, 20) if as_is else (20, 40))
+            assert image.getexif().get(0x0112, 1) == (6 if as_is else 1)
+        assert is_rotated == as_is
 
 
 def files(folder: Path, **content: str | bytes) -> Path:
@@ -259,18 +274,23 @@ def test_texts_in_capitals_marked_or_wide_and_other_formats(tmp_path):
         "b__Jpg": image_bytes(picture(CAPTIONS[0]), "JPEG"),
         "b__Txt": "b",
         "B__png": DATA,
+        "g__png": DATA,
+        "g__TXT": "another's",
+        "g__txt": "g",
     }
     wide = {"c__tif": image_bytes(picture(CAPTIONS[0]), "TIFF"), "c__txt": "ç".encode("utf-16")}
     odd = {"d__heic": b"?", "d__txt": "d", "e__xyz": DATA, "e__txt": "e", "f__png": DATA, "f__txt": b"\xe9"}
     samples, manifest = run(files(tmp_path / "in", **names, **wide, **odd), shuffle=False)
-    assert texts(samples) == ["a", "b", "ç"]
-    assert manifest["skipped"] == {"unreadable_image": 1, "missing_file": 1, "malformed_item": 1, "no_caption": 1}
+    assert texts(samples) == ["a", "b", "ç", "g"]
+    assert manifest["skipped"] == {"unreadable_image": 1, "missing_file": 2, "malformed_item": 1, "no_caption": 1}
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected", "skipped"),
     [
         ("t.CSV", "\ufeffimage,text\r\na/pet.01.png,one, two\r\n", ["one, two"], {}),
+        ("t.csv", "image,text,\na/pet.01.png,one,\nb/pet.02.png,two\n", ["one", "two"], {}),
+        ("t.csv", "Image,Caption\na/pet.01.png,one\n", ["one"], {}),
         ("t.csv", "image,text\na/pet.01.png,one\nb/pet.02.png\n", ["one"], {"malformed_item": 1}),
         ("t.csv", "image,text\na/pet.01.png,one\na/pet.01.png,\n", ["one"], {"empty_text": 1}),
         ("t.csv", "image,text\na/pet.01.png,ä\n".encode("utf-16"), ["ä"], {}),
@@ -351,6 +371,9 @@ def test_the_same_settings_write_the_same_bytes_and_others_want_to_be_told(pets)
         run(pets, overwrite=True)
 
 
+ENTRY = {"file": "train-000000.tar", "samples": 1, "sha256": ""}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -358,9 +381,9 @@ def test_the_same_settings_write_the_same_bytes_and_others_want_to_be_told(pets)
         ({"train-000000__tar": "theirs", "train-manifest__json": '{"a": 1}'}, "json is no manifest of shards"),
         ({"train-manifest__json": "[" * 50_000}, "json is no valid JSON"),
         ({"a__png": "x", "train-manifest__json": '{"shards": [{"file": "a.png", "sha256": ""}]}'}, "is no manifest of"),
-        (
-            {"train-manifest__json": '{"shards": [{"file": "../pets/a", "sha256": ""}]}'},
-            "json is no manifest of shards",
+        *(
+            ({"train-manifest__json": json.dumps({"shards": [ENTRY | bad]})}, "json is no manifest of shards")
+            for bad in ({"file": "../pets/a"}, {"file": ".."}, {"file": ""}, {"samples": "12"}, {"samples": None})
         ),
     ],
 )

@@ -101,6 +101,14 @@ def test_files_of_somebody_else_are_not_replaced(tmp_path, name):
     assert (tmp_path / "new" / name).read_text() == "theirs"
 
 
+def test_what_a_killed_command_left_does_not_come_along(tmp_path):
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".new.partial" / "stale.json").touch()
+    with owned_folder(str(tmp_path / "new"), "output_dir") as folder:
+        (folder / "fresh.json").touch()
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [".written.jsonl", "fresh.json"]
+
+
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), Exception("I/O error: No space left on device (os error 28)")]
 )

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import is_hidden, read_json, read_text, visible_folders
+from common.errors import UserError, shown
+from common.files import is_hidden, read_json, read_text, real_path, visible_folders
 from training.data.paths import IMAGES, has_suffix
 
 logger = logging.getLogger(__name__)
 
+READ = (".jpeg", ".jpg", ".png", ".webp")  # more of them would change the order of runs that resume
 SYNSET_FILES = ("LOC_synset_mapping.txt", "synset_words.txt")
 LEVELS = 5  # ILSVRC/Data/CLS-LOC/train: the synset file of the published archive lies four folders above
 
@@ -28,18 +29,29 @@ class ImageFolder:
     Args:
         folder: of the data set.
         names: file with a line ``{class folder} {name}`` for each class, or a JSON dictionary.
+        suffixes: of the images that are samples; one line tells of others.
 
     Raises:
         UserError: there are no images, or `names` cannot be read.
     """
 
-    def __init__(self, folder: str, names: str | None = None):
+    def __init__(self, folder: str, names: str | None = None, suffixes: tuple[str, ...] = READ):
         root = Path(folder)
         self.root = root / "train" if (root / "train").is_dir() else root
         classes = [entry.name for entry in visible_folders(self.root)]
-        files = [f"{name}/{file}" for name in classes for file in _image_files(self.root / name)]
+        images = [f"{name}/{file}" for name in classes for file in _image_files(self.root / name)]
+        files = [file for file in images if has_suffix(file, suffixes)]
         if not files:
-            raise UserError(f"{self.root} holds no {', '.join(IMAGES[:4])}, … in folders named after their classes")
+            raise UserError(f"{self.root} holds no {', '.join(suffixes[:4])} in folders named after their classes")
+        if len(files) < len(images):
+            other = next(file for file in images if not has_suffix(file, suffixes))
+            logger.warning(
+                "%s: %d images such as %s are left out; convert them to %s to have them read",
+                self.root,
+                len(images) - len(files),
+                shown(other),
+                suffixes[1],
+            )
         self.files = np.array([os.fsencode(file) for file in files])  # one array: loader workers share it
         self.names = _synsets(self.root) | (_read_names(names) if names else {})
         nameless = [name for name in classes if name not in self.names and re.fullmatch(r"n\d{8}", name)]
@@ -73,7 +85,7 @@ def _image_files(folder: Path) -> list[str]:
 
 
 def _synsets(root: Path) -> dict[str, str]:
-    for folder in [root.resolve(), *root.resolve().parents][:LEVELS]:
+    for folder in [(real := real_path(root)), *real.parents][:LEVELS]:
         for file in SYNSET_FILES:
             if (folder / file).is_file():
                 names = _read_names(str(folder / file))  # such as ``n01440764 tench, Tinca tinca``

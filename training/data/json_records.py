@@ -27,7 +27,7 @@ _scan = json.JSONDecoder().raw_decode
 class JsonRecords:
     """The records of a ``.json`` list, or of a ``.jsonl`` file (one a line; broken ones are records, too).
 
-    The list may be a member of an object, as in ``{"data": […]}``: the first that is a list.
+    The list may be a member of an object, as in ``{"data": […]}``: the first that is a list of objects.
 
     Args:
         path: the file, of UTF-8, or of UTF-16 with its byte order mark.
@@ -140,17 +140,20 @@ def _list(text: str) -> Iterator[tuple[int, int, Any]]:
 
 
 def _first_list(text: str) -> int:
-    """Place of the list: the file's first sign, or where an object's first member that is a list begins."""
+    """Place of the list: the file's first sign, or where an object's first member that is a list of objects begins; if
+    there is none, its first list."""
     place = _start(text)
     if text[place : place + 1] != "{":
         return place
-    place = _open(text, place, "{")
+    place, first = _open(text, place, "{"), None
     while text[place : place + 1] != "}":
         place, _ = _key(text, place)
         if text[place : place + 1] == "[":
-            return place
+            if text.startswith("{", _blanks(text, place + 1)):
+                return place
+            first = place if first is None else first
         place = _next(text, _scan(text, place)[1], "}")
-    return place
+    return place if first is None else first
 
 
 def _pairs(text: str) -> Iterator[tuple[int, int, str]]:

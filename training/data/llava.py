@@ -36,7 +36,8 @@ class LlavaRecord:
 
     Args:
         image: file name of the one image; None in a record of text alone.
-        turns: ``{"from": "human" | "gpt", "value": text}``, whatever words the file has for them.
+        turns: ``{"from": "human" | "gpt", "value": text}``, whatever words the file has for them;
+            a leading ``system`` turn, for which the formats have no place, is left out.
         content: the whole record.
     """
 
@@ -55,7 +56,9 @@ class LlavaRecord:
             record = parse_json(raw, name, dict)
         except UserError as error:
             raise SkipSample(MALFORMED_ITEM, str(error)) from None
-        turns = next((record[key] for key in TURNS if key in record), None)
+        turns = next((record[key] for key in TURNS if record.get(key) is not None), None)
+        if isinstance(turns, list) and turns and _is_system(turns[0]):
+            turns = turns[1:]
         if not any(key in record for key in TURNS):
             raise SkipSample(MALFORMED_ITEM, f"{name}: a record needs 'conversations', got {record!r:.80}")
         if not isinstance(turns, list) or not turns:
@@ -75,6 +78,10 @@ def image_of(record: dict) -> Any:
     """What a record says of its image, a list of one as that one; None where there is no image."""
     image = next((record[key] for key in IMAGES if record.get(key) not in (None, "", [])), None)
     return image[0] if isinstance(image, list) and len(image) == 1 else image
+
+
+def _is_system(turn: Any) -> bool:
+    return isinstance(turn, dict) and turn.get("from", turn.get("role")) == "system"
 
 
 def _turn(turn: Any, name: str) -> dict:

@@ -1,12 +1,10 @@
 """Settings that name data → files, by brace lists, globs, folders and lists of them; and their columns."""
 
 import glob
-import math
 import os
 import re
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
-from itertools import islice
 from pathlib import Path
 
 import braceexpand
@@ -20,8 +18,9 @@ JSON = (".json", ".jsonl")
 TEXT = (".jsonl", ".txt")
 FOLDER_SORTS = (SHARDS, PARQUET, (".jsonl",), (".json",), (".txt",))  # manifests and notes lie beside the data
 NAMED = 20  # missing files that a message names
-MOST_NAMES = 1_000_000  # that a brace list may stand for
-RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
+MOST_NAMES = 100_000  # that a brace list may stand for
+# A letter that is escaped, a range, and other signs of brace lists.
+BRACES = re.compile(r"\\.|\{(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?(\d+))?\}|[{},]")
 IMAGES = (".jpeg", ".jpg", ".png", ".webp", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".tga", ".jp2")
 # Images that may not be readable: where files are images, these are counted and not passed over.
 IMAGES += (".avif", ".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr")
@@ -107,12 +106,11 @@ def _patterns(setting: str, value) -> Iterator[str]:
             yield item
             continue
         try:
-            lengths = [_length(*bounds) for bounds in RANGE.findall(item)]
-            large = (sum if "," in item else math.prod)(lengths) > MOST_NAMES  # ranges of a list are not combined
-            names = [] if large else list(islice(braceexpand.braceexpand(item), MOST_NAMES + 1))
+            large = _count(item) > MOST_NAMES
+            names = [] if large else list(braceexpand.braceexpand(item))
         except (ValueError, RecursionError):
             raise UserError(f"{setting} is {item!r:.200}, whose braces do not match") from None
-        if large or len(names) > MOST_NAMES:
+        if large:
             raise UserError(f"{setting} is {item!r:.200}, which stands for over {MOST_NAMES:,} names; give a folder")
         yield from names
 
@@ -121,8 +119,25 @@ def _exists(path: str) -> bool:
     return os.path.exists(expand(path)) or os.path.exists(REPOSITORY / expand(path))
 
 
-def _length(first: str, last: str, step: str) -> int:
-    return abs(int(last) - int(first)) // (int(step or 1) or 1) + 1
+def _count(pattern: str) -> int:
+    """How many names a brace list stands for, without making them; at least as many if its braces do not match."""
+    counts = [[0, 1]]  # of each brace that is open: names of the alternatives before, and of the current one
+    for sign in BRACES.finditer(pattern):
+        if sign[1]:
+            counts[-1][1] *= _length(*sign.groups())
+        elif sign[0] == "{":
+            counts.append([0, 1])
+        elif sign[0] == "," and len(counts) > 1:
+            counts[-1] = [sum(counts[-1]), 1]
+        elif sign[0] == "}" and len(counts) > 1:
+            inner = sum(counts.pop())
+            counts[-1][1] *= inner
+    return sum(map(sum, counts))
+
+
+def _length(first: str, last: str, step: str | None) -> int:
+    first, last = (ord(end) if end.isalpha() else int(end) for end in (first, last))
+    return abs(last - first) // (int(step or 1) or 1) + 1
 
 
 def _files(setting: str, pattern: str, suffixes: tuple[str, ...]) -> list[str]:

@@ -11,6 +11,7 @@ import lzma
 import os
 import random
 import re
+import stat
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -24,7 +25,7 @@ from webdataset.tariterators import group_by_keys
 
 from common.errors import UserError
 from common.files import is_hidden_member, read_json
-from models.images import DEFAULT
+from models.images import DEFAULT, ImageOptions
 from training.data.paths import is_address
 from training.data.sources import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped, mixed
 
@@ -98,6 +99,8 @@ def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
     """Names and contents. webdataset's own reader ends at a damaged header as if the archive ended there."""
     stream = None
     try:
+        if not is_address(url) and not stat.S_ISREG(os.stat(url).st_mode):
+            raise OSError("it is no regular file")  # a pipe, at which a run would wait
         stream = io.BufferedReader(_Raw(webdataset.gopen(url))) if is_address(url) else open(url, "rb", 2**20)
         head = stream.peek(8)
         unpack = next((of_form for magic, of_form in COMPRESSED.items() if head.startswith(magic)), None)
@@ -276,7 +279,7 @@ def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") ->
     for file, manifest in manifests(urls).items():
         if "num_vq_tokens" not in manifest:
             continue
-        manifest = asdict(DEFAULT) | manifest  # of earlier releases, which had no settings of images
+        manifest = with_images(manifest, expected.get("background"))
         if refused and manifest.get("keep_images"):
             continue
         if refused:
@@ -287,6 +290,19 @@ def check_codes(urls: list[str], expected: dict[str, int], refused: str = "") ->
                 f"{file}: these codes were made for {'; '.join(wrong)}; encode the images again with "
                 "tools/encode_images.py for this resolution and tokenizer"
             )
+
+
+def with_images(manifest: dict, background: str | None) -> dict:
+    """A manifest of codes with the settings of images, which earlier releases did not have.
+
+    They turned nothing and dropped alpha. Codes of images without alpha are the same on every background, so such
+    codes are also taken for those of the default one.
+
+    Args:
+        background: the one that is asked for.
+    """
+    earlier = ImageOptions(background=background if background == DEFAULT.background else None)
+    return asdict(earlier) | manifest
 
 
 def tokenizer_sha256(vq_model: torch.nn.Module) -> str:
