@@ -288,6 +288,8 @@ def _expand_home(config: DictConfig, own: dict[str, Setting], problems: list[str
     for key, one in own.items():
         value = OmegaConf.select(config, one.path, throw_on_missing=False)
         texts = list(value) if OmegaConf.is_list(value) else [value]
+        if any("\0" in str(text) for text in texts):
+            problems.append(f"{key} holds a NUL, which no text does")
         if one.rule.is_prose or not any(str(text).startswith("~") for text in texts):
             continue
         try:

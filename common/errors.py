@@ -43,9 +43,9 @@ def run_cli(main: Callable[[list[str]], None]) -> None:
     except Exception as error:
         if interrupts:  # libraries that were being loaded take Ctrl-C for an error of theirs
             _end("interrupted", 130)
-        if not isinstance(error, (UserError, OSError)):
+        if (cause := _users_cause(error)) is None:
             raise
-        line = f"error: {error if isinstance(error, UserError) else describe_os_error(error)}"
+        line = f"error: {cause}"
         _tell_launcher(line)
         _end(line, 2)
     except KeyboardInterrupt as error:
@@ -53,6 +53,19 @@ def run_cli(main: Callable[[list[str]], None]) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _users_cause(error: Exception) -> str | None:
+    """What a user can do something about, in one line; None for our own mistakes."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return describe_os_error(error)
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; give smaller files, sizes or batches"
+    if any(shown(word).encode() != os.fsencode(word) for word in sys.argv):
+        return f"an argument is no UTF-8, which a library here does not take ({first_line(error)})"
+    return None
 
 
 def _end(line: str, code: int) -> NoReturn:

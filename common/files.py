@@ -287,7 +287,7 @@ def writing(path: str | Path, flush: bool = False) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     """Writes a file as UTF-8, completely or not at all; `UserError` if that is impossible."""
     with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # such as names that are no UTF-8
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -26,7 +26,7 @@ SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "
 SPLITS |= {"training": "train", "test": "test"}
 TEXT_SUFFIXES = (".txt", ".text", ".caption")
 TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".json")
-MAX_CAPTIONS, MAX_TABLE = 2**24, 2**36  # bytes of a text beside an image, and of a table
+MAX_CAPTIONS, MAX_TABLE = 2**24, 2**32  # bytes of a text beside an image, and of a table
 Choose = Callable[[list[str] | dict], tuple[str, str]]  # the columns of a table → those of images and captions
 
 

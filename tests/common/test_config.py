@@ -379,6 +379,7 @@ def test_home_in_every_setting_but_prose(monkeypatch, tmp_path):
     [
         ("a: &a [1, 1]\n" + "".join(f"b{n}: [*a, *a, *a]\n" for n in range(20)), "more than 20 aliases"),
         ("a: " + "[" * 100_000, "nested too deeply"),
+        ('experiment: {output_dir: "a\\0b"}', "output_dir holds a NUL"),
         ("training: {seed: .nan}", "seed is nan; it must be"),
         ("training: {cond_dropout_prob: .inf}", "cond_dropout_prob is inf; it must be"),
         ("training: {eval_mask_ratios: [0.5, .nan]}", "eval_mask_ratios is nan; it must be"),

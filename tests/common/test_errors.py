@@ -52,6 +52,7 @@ def test_the_launcher_of_several_processes_repeats_the_line(monkeypatch, tmp_pat
         (OSError(28, "No space left on device", "out/x.png"), "error: out/x.png: No space left on device\n"),
         (PermissionError(13, "Permission denied", b"caf\xe9"), "Permission denied\n"),
         (OSError("odd"), "error: odd\n"),
+        (MemoryError(), "error: there is not enough memory; give smaller files, sizes or batches\n"),
     ],
 )
 def test_errors_of_the_disk_are_one_line_with_the_path(capsys, error, told):
@@ -59,6 +60,13 @@ def test_errors_of_the_disk_are_one_line_with_the_path(capsys, error, told):
         run_cli(Mock(side_effect=error))
     output, errors = capsys.readouterr()
     assert (end.value.code, output, errors.count("\n")) == (2, "", 1) and errors.endswith(told)
+
+
+def test_an_argument_that_a_library_does_not_take_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["small_llm.py", "output_dir=caf\udce9"])
+    with pytest.raises(SystemExit) as end:
+        run_cli(Mock(side_effect=TypeError("while processing 'path'")))
+    assert end.value.code == 2 and "no UTF-8, which a library" in capsys.readouterr().err
 
 
 TALKS = """

@@ -9,7 +9,7 @@ import pytest
 
 from common import files
 from common.errors import UserError
-from common.files import Owned, field, parse_json, read_json, read_text, visible_files, writing
+from common.files import Owned, field, parse_json, read_json, read_text, visible_files, write_json, writing
 
 
 def test_visible_files_are_everybody_s_own_and_each_folder_counts_once(tmp_path):
@@ -98,6 +98,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         place.write_text("no")
     with pytest.raises(UserError, match="cannot write"), writing(tmp_path / "none/x") as place:
         place.write_text("no")
+
+
+def test_names_that_are_no_utf8_are_written_and_read_again(tmp_path):
+    write_json(tmp_path / "x.json", {"a": "caf\udce9"})
+    assert json.loads((tmp_path / "x.json").read_bytes()) == {"a": "caf\udce9"}
 
 
 def test_only_what_was_written_and_not_changed_is_ours(tmp_path):
