@@ -1,10 +1,12 @@
 """The doors for published-style scripts (docs/migrating.md): such scripts run as they are and give our tokens."""
 
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
@@ -27,6 +29,8 @@ def run(repository, monkeypatch):
     def call(name: str, *arguments: str) -> dict:
         monkeypatch.chdir(repository)
         monkeypatch.setattr("sys.argv", [name, *arguments])
+        # By argument: wandb keeps the environment of its first use in a process, which other tests have changed.
+        monkeypatch.setattr(wandb, "init", partial(wandb.init, mode="disabled"))
         return runpy.run_path(str(SCRIPTS / name), run_name="__main__")
 
     return call
