@@ -254,7 +254,7 @@ class Flow:
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            self._iterator = iter(self._loader())
+            self._iterator = self._load()
             _reading.add(self)
         delivery: _Delivery = next(self._iterator)
         for kind in delivery.counters.noted.keys() - self.counters.noted.keys():  # once per run
@@ -271,12 +271,12 @@ class Flow:
             self.close()
         return unpack(delivery.packed)
 
-    def _loader(self) -> DataLoader:
+    def _load(self) -> Iterator:
         # With its own generator: a new loader would otherwise advance the global one, and a resumed run would differ.
         with warnings.catch_warnings():
             # How many workers there are is the user's choice, and changing it changes the data of a resumed run.
             warnings.filterwarnings("ignore", "This DataLoader will create")
-            return DataLoader(
+            loader = DataLoader(
                 _Batches(self, self.state_dict()),
                 batch_size=None,
                 num_workers=self.num_workers,
@@ -285,6 +285,7 @@ class Flow:
                 worker_init_fn=_begin_worker,
                 generator=torch.Generator().manual_seed(0),
             )
+            return iter(loader)
 
     def _problem(self, delivery: _Delivery) -> str:
         """Why the run must end here; empty if it need not."""
