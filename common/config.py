@@ -284,7 +284,7 @@ def _resolve(
 
 
 def _expand_home(config: DictConfig, own: dict[str, Setting], problems: list[str]) -> None:
-    """Replaces `~` at the beginning of a value by the home folder: nothing but prose begins with it otherwise."""
+    """Replaces `~` at the beginning of a value by the home folder, which only prose begins with otherwise; no NULs."""
     for key, one in own.items():
         value = OmegaConf.select(config, one.path, throw_on_missing=False)
         texts = list(value) if OmegaConf.is_list(value) else [value]

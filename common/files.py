@@ -378,9 +378,8 @@ class Owned:
     def record(self, name: str, grows: bool = False) -> None:
         """Notes that a file was written; `grows`: lines are added to it later, so its state is not compared."""
         self.written[name] = None if grows else _state(self.folder / name)
-        line = json.dumps({"file": name, "state": self.written[name]})
-        with disk_errors(self.file), self.file.open("a", encoding="utf-8") as file:
-            file.write("\n" * (file.tell() > 0) + line)  # the line before may have been cut off
+        with disk_errors(self.file):
+            append_lines(self.file, json.dumps({"file": name, "state": self.written[name]}) + "\n")
 
 
 def _state(path: Path) -> list[int] | None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError, shown
-from common.files import Owned, append_lines, disk_errors, expand, make_folder, writing
+from common.files import Owned, append_lines, disk_errors, expand, field, make_folder, parse_json, writing
 
 MAX_CELLS = 64  # of the overview, so that it can be looked at after thousands of prompts too
 CELL_SIDE = 384
@@ -184,7 +184,8 @@ def copies_in(folder: Path) -> set[str]:
 def _image_of(line: bytes) -> tuple[str, str] | tuple[()]:
     """(image, mode) of a line of results; nothing of any other line."""
     try:
-        record = json.loads(line)
-        return (record["file"], str(record["mode"])) if NUMBERED.fullmatch(record["file"]) else ()
-    except (ValueError, TypeError, LookupError, RecursionError):
+        record = parse_json(line, LINES, dict)
+        name, mode = (field(record, key, str, LINES) for key in ("file", "mode"))
+    except UserError:
         return ()
+    return (name, mode) if NUMBERED.fullmatch(name) else ()

@@ -23,9 +23,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import II, DictConfig, OmegaConf
 
+from common.files import KINDS
+
 WIDTH, HELP_COLUMN = 118, 44  # of `--help`
 MOST = 2**63 - 1  # of whole numbers without a range of their own
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Setting:
             return "a path, a list of paths or null" if self.rule.is_data else "anything"
         options = get_args(self.hint) if get_origin(self.hint) in (Union, UnionType) else (self.hint,)
         groups = {dict: "a group of keys"}
-        return " or ".join(WORDS.get(option) or groups.get(get_origin(option), "a list") for option in options)
+        return " or ".join(KINDS.get(option) or groups.get(get_origin(option), "a list") for option in options)
 
     @property
     def allowed(self) -> str:

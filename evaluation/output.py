@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from common.files import Owned, make_folder, writing
+from common.files import Owned, make_folder, write_json, write_text, writing
 
 RESULTS, TABLE, METRICS = "results.json", "results.md", "metrics.jsonl"  # of a whole evaluation
 COMPARED = ("compare.json", "compare.md")
@@ -44,11 +44,12 @@ class Output(Owned):
             yield temporary
 
     def write_text(self, name: str, text: str) -> None:
-        with self.writing(name) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="")
+        self.check([name])
+        write_text(self.note(name), text)
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+        self.check([name])
+        write_json(self.note(name), value)
 
     def write_json_lines(self, name: str, records: Iterable[Mapping]) -> None:
         self.write_text(name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

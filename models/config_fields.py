@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.activations import ACT2FN
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+from common.files import KINDS
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Field:
     def __str__(self) -> str:
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        words = WORDS[self.kind] + (f" from {self.low:g} to {self.high:g}" if self.kind in (int, float) else "")
+        words = KINDS[self.kind] + (f" from {self.low:g} to {self.high:g}" if self.kind in (int, float) else "")
         words = words if self.most is None else f"a list of at most {self.most}, each {words}"
         return words + (" or null" if self.null else "")
 

@@ -17,7 +17,6 @@ MAX_PIXELS = 178_956_970  # PIL's own limit, beyond which it raises Decompressio
 MAX_BYTES = 2**30  # of an image file
 # PIL's readers that decode by themselves: EPS, for one, hands the file to an interpreter of PostScript.
 FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB TIFF PPM JPEG2000 AVIF ICO ICNS TGA PCX SGI DDS".split()
-DEEP = ("I", "F")  # modes whose pixels PIL would clip to 8 bits; those of 16 bits begin with "I;16"
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def to_rgb(image: Image.Image, options: ImageOptions = DEFAULT) -> Image.Image:
     Raises:
         UserError: pixels are NaN or infinite.
     """
-    if image.mode in DEEP or image.mode.startswith("I;16"):
+    if is_deep(image):
         image = _scaled(image)
     elif image.mode in ("La", "RGBa"):  # colours multiplied by alpha
         image = image.convert("LA" if image.mode == "La" else "RGBA")
@@ -93,9 +92,15 @@ def to_rgb(image: Image.Image, options: ImageOptions = DEFAULT) -> Image.Image:
     return image.convert("RGB")
 
 
-def has_rotation(image: Image.Image) -> bool:
-    """Whether an image's EXIF data say that it is to be turned or mirrored."""
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image is grey of 16 or 32 bits, or of floats, which PIL would clip to 8 bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def has_rotation(image: Image.Image | bytes) -> bool:
+    """Whether the EXIF data of an image, which may be encoded, say that it is to be turned or mirrored."""
     try:
+        image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
         return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     except Exception:  # of broken EXIF data, which are none
         return False

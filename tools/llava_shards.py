@@ -36,10 +36,19 @@ from common.schema import ImageSection
 from common.settings import setting
 from llava import question_prompt_vq
 from tools.make_shards import image_members
-from tools.shard_writing import in_order, made_from, manifest_path, new_set, read_prefix, refuse_others, write_shards
+from tools.shard_writing import (
+    counted,
+    in_order,
+    made_from,
+    manifest_path,
+    new_set,
+    read_prefix,
+    refuse_others,
+    write_shards,
+)
 from training.data.json_records import JsonRecords
 from training.data.llava import LlavaRecord
-from training.data.sources import BAD_CONVERSATION, MISSING_FILE, ROTATED, SkipCounters, Skipped, SkipSample
+from training.data.sources import BAD_CONVERSATION, MISSING_FILE, SkipCounters, Skipped, SkipSample
 
 MOST_REPEATS = 10_000
 
@@ -147,27 +156,15 @@ def main(argv: list[str]) -> None:
     prefix = read_prefix(config.output)
     refuse_others(prefix, config)
     with new_set(prefix) as new, progress(total=len(chosen), unit=" samples", desc="writing shards") as bar:
-        entries = write_shards(new, _counted(chosen, records, config, counters, bar), config.shard_size)
+        make = partial(make_sample, records=records, config=config)
+        samples = in_order(make, chosen, config.num_workers, ahead=8 * config.num_workers)
+        entries = write_shards(new, counted(samples, counters, bar), config.shard_size)
         if not entries:
             raise UserError(f"json={config.json}: no sample is left to write: skipped {counters.describe()}")
         counts = {"samples": sum(entry["samples"] for entry in entries), "skipped": dict(counters.skipped)}
         write_json(manifest_path(new), {"shards": entries, **counts, "settings": made_from(config)})
     counters.print()
     print(f"{config.output}: {counts['samples']} samples")
-
-
-def _counted(chosen: list[Planned], records: JsonRecords, config, counters: SkipCounters, bar) -> Iterator[dict]:
-    """The samples that could be read; everything is counted."""
-    make = partial(make_sample, records=records, config=config)
-    for sample in in_order(make, chosen, config.num_workers, ahead=8 * config.num_workers):
-        bar.update()
-        counters.seen += 1
-        if isinstance(sample, Skipped):
-            counters.skip(sample.kind, sample.detail)
-            continue
-        if sample.pop("_rotated", False):
-            counters.note(ROTATED, sample["__key__"])
-        yield sample
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from common.files import check_file, visible_files, write_json
 from common.progress import progress
 from common.schema import ImageSection
 from common.settings import setting
-from models.images import DEEP, DEFAULT, MAX_BYTES, ImageOptions, has_rotation, open_image, resized_size
+from models.images import DEFAULT, MAX_BYTES, ImageOptions, has_rotation, is_deep, open_image, resized_size
 from tools.captioned import (
     NO_CAPTION,
     Captioned,
@@ -58,6 +58,7 @@ from tools.captioned import (
 from tools.captioned_parquet import CaptionedParquet
 from tools.holdout import Holdout
 from tools.shard_writing import (
+    counted,
     heldout_prefix,
     in_order,
     made_from,
@@ -71,7 +72,6 @@ from training.data.paths import PARQUET, has_suffix
 from training.data.sources import (
     EMPTY_TEXT,
     MISSING_FILE,
-    ROTATED,
     UNREADABLE_IMAGE,
     SkipCounters,
     Skipped,
@@ -217,14 +217,14 @@ def checked_image(
     rgb = open_image(data, name, options)
     with Image.open(io.BytesIO(data)) as image:
         suffix = SUFFIXES.get(image.format)
-        is_deep = image.mode in DEEP or image.mode.startswith("I;16")
+        scaled_to_8_bits = is_deep(image)
         if image.format == "TIFF":
             image.load()  # which turns it
         rotation = image.getexif()[ExifTags.Base.Orientation] if has_rotation(image) else None
     is_turned = options.exif == "apply" and rotation is not None
     is_scaled = 0 < resize < min(rgb.size)
     is_rotated = rotation is not None and not is_turned
-    if suffix and not (is_scaled or is_deep or is_turned):
+    if suffix and not (is_scaled or scaled_to_8_bits or is_turned):
         return suffix, data, is_rotated
     if is_scaled:
         rgb = rgb.resize(resized_size(rgb.size, resize, name), Image.Resampling.BICUBIC)
@@ -271,17 +271,9 @@ def write_all(prefix: Path, source: CaptionedSource, config, counters: SkipCount
 
 def numbered(entries: Iterator[Captioned | Skipped], config, counters: SkipCounters, bar: tqdm) -> Iterator[dict]:
     """The samples that could be read, with their keys; everything is counted."""
-    make = partial(make_sample, config=config)
-    for number, sample in enumerate(in_order(make, entries, config.num_workers, ahead=8 * config.num_workers)):
-        bar.total = max(bar.total, number + 1)  # an image of several captions is several samples
-        bar.update()
-        counters.seen += 1
-        if isinstance(sample, Skipped):
-            counters.skip(sample.kind, sample.detail)
-            continue
-        if sample.pop("_rotated", False):
-            counters.note(ROTATED, f"number {number}")
-        yield {"__key__": f"{number:08d}", **sample}
+    made = in_order(partial(make_sample, config=config), entries, config.num_workers, ahead=8 * config.num_workers)
+    keyed = (one if isinstance(one, Skipped) else {"__key__": f"{n:08d}", **one} for n, one in enumerate(made))
+    return counted(keyed, counters, bar, name=lambda key: f"number {int(key)}")
 
 
 def main(argv: list[str]) -> None:

@@ -17,9 +17,11 @@ from typing import Any
 
 import webdataset
 from omegaconf import OmegaConf
+from tqdm import tqdm
 
 from common.errors import UserError, shown
 from common.files import make_folder, read_json, write_json, writing
+from training.data.sources import ROTATED, SkipCounters, Skipped
 
 KINDS = {"file": str, "samples": int, "sha256": str}  # of a manifest's entry
 SETS = ("shards", "heldout", "unfinished")  # the entries of a manifest, all of them shards of ours
@@ -144,6 +146,26 @@ def write_shards(prefix: Path, samples: Iterator[dict], shard_size: int) -> list
             return entries
         rest = itertools.islice(samples, shard_size - 1)
         entries.append(write_shard(shard_path(prefix, index), itertools.chain([first], rest)))
+
+
+def counted(
+    samples: Iterable[dict | Skipped], counters: SkipCounters, bar: tqdm, name: Callable[[str], str] = str
+) -> Iterator[dict]:
+    """The samples that could be read; every one is counted, and rotations that are ignored are noted.
+
+    Args:
+        name: what a sample of this key is called in messages.
+    """
+    for number, sample in enumerate(samples, 1):
+        bar.total = max(bar.total, number)  # an image of several captions is several samples
+        bar.update()
+        counters.seen += 1
+        if isinstance(sample, Skipped):
+            counters.skip(sample.kind, sample.detail)
+            continue
+        if sample.pop("_rotated", False):
+            counters.note(ROTATED, name(sample["__key__"]))
+        yield sample
 
 
 def write_shard(path: Path, samples: Iterable[dict]) -> dict:

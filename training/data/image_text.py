@@ -162,10 +162,8 @@ def noted(sample: dict, note: str) -> dict:
 
 def _notes(image: bytes | Image.Image) -> dict:
     """``{"notes": (ROTATED,)}`` if EXIF data say that the image, which is as it is stored, is to be rotated."""
-    if isinstance(image, bytes):  # an ordinary jpeg, whose EXIF data come first
-        if image.find(EXIF, 0, 2**16) < 0:
-            return {}
-        image = Image.open(io.BytesIO(image))
+    if isinstance(image, bytes) and image.find(EXIF, 0, 2**16) < 0:  # an ordinary jpeg, whose EXIF data come first
+        return {}
     return {"notes": (ROTATED,)} if has_rotation(image) else {}
 
 
