@@ -30,7 +30,7 @@ from PIL import Image
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import write_json
+from common.files import check_file, write_json
 from common.progress import progress
 from common.schema import ImageSection
 from common.settings import setting
@@ -147,7 +147,8 @@ def read_repeat(setting: str) -> dict[str, int]:
 def main(argv: list[str]) -> None:
     config = read_settings(argv, LlavaShardsConfig, "json=… image_root=… output=data/shards/qa")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half the limit, which is allowed
-    repeat, records, counters = read_repeat(config.repeat), JsonRecords(config.json), SkipCounters()
+    json = check_file(config.json, f"json={config.json}")
+    repeat, records, counters = read_repeat(config.repeat), JsonRecords(str(json)), SkipCounters()
     chosen = list(planned(records, config, repeat, counters))
     if not chosen:
         what = f"skipped {counters.describe()}" if counters.seen else "no record has an image"
