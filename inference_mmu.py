@@ -131,7 +131,7 @@ def answer_all(pipeline, config, paths: list[Path], questions, results: ResultFo
         questions,
         batch_size=config.batch_size,
         generator=generator,
-        callback=Transcript(paths, questions).add,
+        stream=Transcript(paths, questions).add,
         **{key: config[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")},
     )
     panel, start = [], 0

@@ -43,9 +43,10 @@ class ShowoPipeline:
     """A Show-o model, its text and image tokenizers and, for `w_clip_vit` models, the CLIP vision tower.
 
     The generating methods pass extra keyword arguments to `generate_codes`: guidance_scale, timesteps, temperature,
-    generator, callback, progress, sampling. A `generator` (on the model's device) may be reused for any number of
-    calls; its random numbers are then consumed in the order of the published scripts. A sequence of generators, one for
-    each image, makes every image depend on its own alone: it is the same whatever else is generated with it.
+    generator, callback_on_step_end, progress, sampling. A `generator` (on the model's device) may be reused for any
+    number of calls; its random numbers are then consumed in the order of the published scripts. A sequence of
+    generators, one for each image, makes every image depend on its own alone: it is the same whatever else is generated
+    with it.
 
     Args:
         model: on its device, in its dtype. `vq_model` and `clip` stay in fp32.
@@ -175,9 +176,12 @@ class ShowoPipeline:
             )
         return codes
 
-    def decode(self, codes: torch.Tensor, shape: tuple[int, int] | None = None) -> list[Image.Image]:
-        """Codes (B, h * w) → images; `shape` = (h, w), default: a square."""
-        return to_pil(self.vq_model.decode_code(codes, shape))
+    def decode(self, codes: torch.Tensor) -> list[Image.Image]:
+        """Codes (B, h, w), or (B, N) of a square → images, grey where a code is −1 (not generated yet)."""
+        codes = codes.unflatten(1, (math.isqrt(codes.shape[1]), -1)) if codes.ndim == 2 else codes
+        pixels = self.vq_model.decode_code(codes.clamp(min=0).flatten(1), tuple(codes.shape[1:]))
+        unknown = F.interpolate((codes == UNKNOWN)[:, None].float(), pixels.shape[2:]).bool()  # nearest
+        return to_pil(pixels.masked_fill(unknown, 0))
 
     def generate_codes(
         self,
@@ -188,7 +192,7 @@ class ShowoPipeline:
         timesteps: int = 18,
         temperature: float = 1.0,
         generator: Generators = None,
-        callback: Callable[[int, torch.Tensor], None] | None = None,
+        callback_on_step_end: Callable[[int, int, torch.Tensor], None] | None = None,
         progress: bool = False,
         sampling: SamplingParameters | None = None,
     ) -> torch.Tensor:
@@ -198,7 +202,9 @@ class ShowoPipeline:
             prompts: B texts.
             codes: (B, N) int64, −1 where unknown; known codes are kept.
             guidance_scale, timesteps, temperature, generator, sampling: see `Showo.t2i_generate`.
-            callback: called as ``callback(step, codes)`` after each step; `decode(codes)` turns them into images.
+            callback_on_step_end: called as ``callback_on_step_end(step, timestep, codes)`` after each step: its number
+                from 0 on, how many are left, and the codes (B, N) as sampled so far, of which `decode` makes images.
+                `extrapolate` calls it so in each window, with the codes (B, h, w) of the whole canvas.
             progress: whether to show a progress bar; in a log file, a line a minute.
 
         Returns:
@@ -222,8 +228,8 @@ class ShowoPipeline:
 
             def after_step(step: int, sampled: torch.Tensor) -> None:
                 bar.update()
-                if callback is not None:
-                    callback(step, sampled)
+                if callback_on_step_end is not None:
+                    callback_on_step_end(step, timesteps - 1 - step, sampled)
 
             return self.model.t2i_generate(
                 cond,
@@ -268,10 +274,10 @@ class ShowoPipeline:
             images += self._decode(self.generate_codes(batch, codes.repeat(len(batch), 1), **given), given)
         return images
 
-    def _decode(self, codes: torch.Tensor, settings: dict, shape: tuple[int, int] | None = None) -> list[Image.Image]:
+    def _decode(self, codes: torch.Tensor, settings: dict) -> list[Image.Image]:
         """Decodes images with generators of their own alone, since the rounding of a pixel depends on the batch."""
         alone = isinstance(settings.get("generator"), Sequence)
-        return [image for part in codes.split(1 if alone else len(codes)) for image in self.decode(part, shape)]
+        return [image for part in codes.split(1 if alone else len(codes)) for image in self.decode(part)]
 
     def inpaint(
         self,
@@ -336,7 +342,7 @@ class ShowoPipeline:
             canvas = square.repeat(count, 1, 1)
             for direction, prompt in zip(directions, prompts, strict=True):
                 canvas = self._grow(canvas, direction, [prompt] * count, offset, given)
-            images += self._decode(canvas.flatten(1), given, tuple(canvas.shape[1:]))
+            images += self._decode(canvas, given)
         return images
 
     def _grow(
@@ -354,6 +360,15 @@ class ShowoPipeline:
         strip = (num_new, 0) if at_start else (0, num_new)
         canvas = F.pad(canvas, (0, 0, *strip) if axis == 1 else strip, value=UNKNOWN)
         band = canvas.narrow(axis, 0 if at_start else canvas.shape[axis] - self.window, self.window)
+        show = settings.get("callback_on_step_end")
+
+        def after_step(step: int, timestep: int, codes: torch.Tensor) -> None:
+            known = window.clone()
+            window.copy_(codes.view_as(window))
+            show(step, timestep, canvas.clone())
+            window.copy_(known)
+
+        settings = settings | {"callback_on_step_end": after_step if show else None}
         for start in range(0, canvas.shape[across] - self.window + 1, num_new):
             window = band.narrow(across, start, self.window)  # (B, W, W), a view
             window.copy_(self.generate_codes(prompts, window.flatten(1), **settings).view_as(window))
@@ -384,7 +399,7 @@ class ShowoPipeline:
         questions: Sequence[str | None],
         *,
         batch_size: int | None = None,
-        callback: Callable[[int, int, str], None] | None = None,
+        stream: Callable[[int, int, str], None] | None = None,
         **settings,
     ) -> Iterator[tuple[int, int, str]]:
         """Yields (image index, question index, answer without surrounding whitespace), in this order, batch by batch.
@@ -393,8 +408,8 @@ class ShowoPipeline:
             images: PIL images or paths; paths are opened when their batch begins.
             questions: None asks for the bare caption, see `caption`.
             batch_size: (image, question) pairs answered at once; default: all.
-            callback: streaming: called as ``callback(image index, question index, text)`` with the next words of an
-                answer as soon as they are generated, and with "" when it is complete.
+            stream: called as ``stream(image index, question index, text)`` with the next words of an answer as soon
+                as they are generated, and with "" when it is complete.
             settings: max_new_tokens, temperature, top_k, top_p, generator; see `answer_each`.
 
         Raises:
@@ -403,20 +418,20 @@ class ShowoPipeline:
         self.check_questions(questions, **{key: settings[key] for key in ("max_new_tokens",) if key in settings})
         pairs = [(image, question) for image in range(len(images)) for question in range(len(questions))]
         for batch in _batches(pairs, batch_size):
-            streams = [_AnswerStreamer(self, callback, pair) for pair in batch] if callback else []
+            streamers = [_AnswerStreamer(self, stream, pair) for pair in batch] if stream else []
 
-            def put(ids: torch.Tensor, streams=streams) -> None:
-                for stream, one in zip(streams, ids.cpu().split(1), strict=True):
-                    stream.put(one)
+            def put(ids: torch.Tensor, streamers=streamers) -> None:
+                for streamer, one in zip(streamers, ids.cpu().split(1), strict=True):
+                    streamer.put(one)
 
             texts = self.answer_each(
                 [images[image] for image, _ in batch],
                 [questions[question] for _, question in batch],
-                callback=put if streams else None,
+                callback=put if streamers else None,
                 **settings,
             )
-            for stream in streams:
-                stream.end()
+            for streamer in streamers:
+                streamer.end()
             yield from ((*pair, text) for pair, text in zip(batch, texts, strict=True))
 
     def answer_each(
@@ -507,12 +522,12 @@ class ShowoPipeline:
 
 
 class _AnswerStreamer(TextStreamer):
-    """Streams one answer to a callback, word by word."""
+    """Streams one answer to a function, word by word."""
 
-    def __init__(self, pipeline: ShowoPipeline, callback: Callable[[int, int, str], None], pair: tuple[int, int]):
+    def __init__(self, pipeline: ShowoPipeline, stream: Callable[[int, int, str], None], pair: tuple[int, int]):
         super().__init__(pipeline.prompting.tokenizer, skip_special_tokens=True)
         self.stop_ids = pipeline.question_format.stop_ids
-        self.callback, self.pair = callback, pair
+        self.stream, self.pair = stream, pair
         self.begun = self.ended = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -531,9 +546,9 @@ class _AnswerStreamer(TextStreamer):
         text = text if self.begun else text.lstrip()
         self.begun = self.begun or bool(text)
         if text:
-            self.callback(*self.pair, text)
+            self.stream(*self.pair, text)
         if stream_end:
-            self.callback(*self.pair, "")
+            self.stream(*self.pair, "")
 
 
 # ---- checks of user input ----

@@ -106,9 +106,9 @@ def test_texts_that_are_no_utf_8_are_refused(pipeline):
 
 def test_a_callback_sees_every_step_and_can_look(pipeline):
     seen = []
-    last = pipeline.text_to_image("w1", callback=lambda step, codes: seen.append((step, codes)), **FAST)
-    assert [step for step, _ in seen] == [0, 1, 2]
-    assert same(pipeline.decode(seen[-1][1]), last)
+    last = pipeline.text_to_image("w1", callback_on_step_end=lambda *step: seen.append(step), **FAST)
+    assert [step[:2] for step in seen] == [(0, 2), (1, 1), (2, 0)]
+    assert same(pipeline.decode(seen[-1][2]), last)
 
 
 def test_generators_without_a_seed_differ(pipeline):
@@ -128,7 +128,7 @@ def mask(box: tuple[int, int, int, int], size=(48, 40)) -> Image.Image:
 def test_inpainting_keeps_the_black_part_and_generates_the_white_one(pipeline):
     seen = []
     settings = {"num_images_per_prompt": 3, "batch_size": 2, "generator": pipeline.generator(1)}
-    settings["callback"] = lambda step, codes: seen.append(codes.view(-1, WINDOW, WINDOW))
+    settings["callback_on_step_end"] = lambda step, timestep, codes: seen.append(codes.view(-1, WINDOW, WINDOW))
     images = pipeline.inpaint(noise(0), mask((24, 0, 48, 40)), "w5", **settings, **FAST)
     before = pipeline.encode([noise(0)]).view(WINDOW, WINDOW)
     assert [len(codes) for codes in seen] == [2, 2, 2, 1, 1, 1] and len(images) == 3
@@ -232,7 +232,7 @@ def test_steps_along_one_axis_are_the_published_ones(pipeline, steps, offset):
     expected = published(pipeline, noise(2), directions, prompts, offset, pipeline.generator(9))
     settings = FAST | {"offset": offset, "num_images_per_prompt": 2, "generator": pipeline.generator(9)}
     images = pipeline.extrapolate(noise(2), directions, prompts, **settings)
-    assert same(images, pipeline.decode(expected.flatten(1), tuple(expected.shape[1:])))
+    assert same(images, pipeline.decode(expected))
     grown = WINDOW + len(directions) * (HALF + offset)
     assert expected.shape[1:] == ((WINDOW, grown) if directions[0] in ("left", "right") else (grown, WINDOW))
 
@@ -242,16 +242,17 @@ def test_steps_along_one_axis_are_the_published_ones(pipeline, steps, offset):
 def test_any_order_of_directions(pipeline, steps, offset, monkeypatch):
     """Windows slide along sides that have outgrown them; each token is generated once, beside known ones."""
     directions, windows, canvases = steps.split(), [], []
-    generate, decode = pipeline.generate_codes, pipeline.decode
+    generate, decode, seen = pipeline.generate_codes, pipeline.decode, []
 
     def watched(prompts, codes, **settings):
         windows.append((codes == -1).view(-1, WINDOW, WINDOW)[0])
         return generate(prompts, codes, **settings)
 
     monkeypatch.setattr(pipeline, "generate_codes", watched)
-    monkeypatch.setattr(pipeline, "decode", lambda codes, shape: canvases.append(codes.view(-1, *shape)) or [])
+    monkeypatch.setattr(pipeline, "decode", lambda codes: canvases.append(codes) or [])
     prompts = [f"w{number}" for number in range(len(directions))]
-    pipeline.extrapolate(noise(3), directions, prompts, offset=offset, timesteps=1)
+    given = {"offset": offset, "timesteps": 2, "callback_on_step_end": lambda *step: seen.append(step)}
+    pipeline.extrapolate(noise(3), directions, prompts, **given)
 
     (canvas,) = canvases
     new = HALF + offset
@@ -262,7 +263,12 @@ def test_any_order_of_directions(pipeline, steps, offset, monkeypatch):
     assert torch.equal(original.flatten(), pipeline.encode([noise(3)])[0])
     assert sum(int(unknown.sum()) for unknown in windows) == height * width - WINDOW**2
     assert all(0 < unknown.sum() <= WINDOW * new for unknown in windows)
-    assert decode(canvas.flatten(1), (height, width))[0].size == (width * 8, height * 8)
+    assert decode(canvas)[0].size == (width * 8, height * 8)
+    assert [step[:2] for step in seen] == [(0, 1), (1, 0)] * len(windows)
+    assert torch.equal(seen[-1][2], canvas)
+    partly = next(codes for *_, codes in seen if (codes == -1).any())  # the first window of a strip that has several
+    grey = np.asarray(decode(partly)[0])[(partly[0] == -1).numpy().repeat(8, 0).repeat(8, 1)]
+    assert 0 < len(grey) < partly.numel() * 64 and (grey == 127).all()
 
 
 @pytest.mark.parametrize(
@@ -339,7 +345,7 @@ def test_words_are_streamed_as_they_come(branch, request):
     def listen(image, question, words):
         heard.setdefault((image, question), []).append(words)
 
-    answers = pipeline.answer([noise(0), noise(1)], ["w3 w4 w5 w6", "w10"], max_new_tokens=8, callback=listen)
+    answers = pipeline.answer([noise(0), noise(1)], ["w3 w4 w5 w6", "w10"], max_new_tokens=8, stream=listen)
     assert len(heard) == 4
     assert all("".join(words).strip() == answers[image][question] for (image, question), words in heard.items())
     assert max(len(words) for words in heard.values()) > 2
@@ -374,7 +380,7 @@ def test_a_chat_asks_by_the_template_and_stops_at_the_end_of_the_turn(monkeypatc
         return ids
 
     monkeypatch.setattr(pipeline.model, "mmu_generate", generate)
-    answers = pipeline.answer(noise(0), "Who?", callback=lambda image, question, text: heard.append(text))
+    answers = pipeline.answer(noise(0), "Who?", stream=lambda image, question, text: heard.append(text))
     assert given["text"] == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "bos once"
     assert end in given["eot_token"] and prompting.eos_id in given["eot_token"]
     assert answers == [["A cat."]] and "".join(heard) == "A cat." and heard.index("") == len(heard) - 1
