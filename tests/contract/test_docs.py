@@ -78,6 +78,7 @@ def test_no_family_is_named_elsewhere(path):
 
 COMMAND = re.compile(r"^(?:python3|accelerate launch [^\n]*?|bash) ?((?:\w+/)*\w+\.(?:py|sh)) *([^\n]*)$", re.MULTILINE)
 SCHEMAS = {  # of the scripts that read a YAML file; tools declare one each
+    "app.py": "common.schema:AppConfig",
     "inference_t2i.py": "common.schema:InferenceConfig",
     "inference_mmu.py": "common.schema:InferenceConfig",
     "evaluate.py": "evaluation.schema:EvaluationConfig",
