@@ -76,10 +76,10 @@ def main(argv: list[str]) -> None:
 
     from models import ShowoPipeline
     from models.loading import check_sizes
-    from models.pipeline_showo import check_texts
+    from models.pipeline_inputs import check_texts
 
     check_sizes(config.model.showo, config.dataset.preprocessing.resolution, config.model.vq_model.vq_model_name)
-    check_texts(questions)
+    check_texts(filter(None, questions))
     paths = find_images(config)
     pipeline = ShowoPipeline.from_config(config)
     pipeline.check_questions(questions, config.max_new_tokens)

@@ -36,6 +36,7 @@ class ImageOptions:
 DEFAULT = ImageOptions()
 MASK = ImageOptions(background="black")  # of inpainting: what is transparent is kept
 # An image, the path of one, or its pixels: an array (H, W, C) or a tensor (C, H, W), see `from_pixels`.
+OUTPUT_TYPES = ("pil", "np", "pt")
 ImageInput = Image.Image | str | Path | np.ndarray | torch.Tensor
 
 
@@ -87,13 +88,7 @@ def from_pixels(pixels: np.ndarray | torch.Tensor) -> Image.Image:
 
 
 def converted(images: list[Image.Image], output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
-    """RGB images of one size as ``pil``: a list, ``np``: (B, H, W, 3), or ``pt``: (B, 3, H, W), float32 in [0, 1].
-
-    Raises:
-        ValueError: another type.
-    """
-    if output_type not in ("pil", "np", "pt"):
-        raise ValueError(f"output_type is {output_type!r}, expected 'pil', 'np' or 'pt'")
+    """RGB images of one size as ``pil``: a list, ``np``: (B, H, W, 3), or ``pt``: (B, 3, H, W), float32 in [0, 1]."""
     if output_type == "pil":
         return images
     pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255
