@@ -12,6 +12,7 @@ import os
 import random
 import socket
 import threading
+from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -38,7 +39,7 @@ from common.schema import AppConfig
 from models import SamplingParameters, ShowoPipeline
 from models.images import MASK, ImageOptions, open_image
 from models.loading import DTYPES, choose_device
-from models.pipeline_showo import DIRECTIONS
+from models.pipeline_inputs import DIRECTIONS, image_seed
 
 DEFAULT_CONFIG = "config=configs/showo_tiny_demo.yaml"
 MAX_FILE, MAX_TEXT = "20mb", 2000  # of an upload; characters of a prompt or question
@@ -131,6 +132,11 @@ def slider(label: str, low: float, high: float, value: float, step: float = 1) -
     return gr.Slider(low, max(high, value), value, step=step, label=label)
 
 
+def variant(component: type, **methods: Callable) -> type:
+    """A class that is its base to the browser. The metaclass is passed by: it writes a file beside the source."""
+    return ABCMeta.__new__(type(component), f"Own{component.__name__}", (component,), {"is_template": True, **methods})
+
+
 def needed(value: Any, what: str) -> Any:
     if not value:
         raise UserError(f"there is no {what}; give one")
@@ -157,6 +163,7 @@ class Page:
         self.steps = slider("Steps", 1, 64, config.generation_timesteps)
         self.guidance = slider("Guidance", 0, 10, config.guidance_scale, small)
         with gr.Accordion("Sampling of images", open=False):
+            self.negative = gr.Textbox(label="Negative prompt", max_length=MAX_TEXT)
             self.live = gr.Checkbox(True, label="Show every step")
             self.temperature = slider("Temperature", 0, 5, config.generation_temperature, small)
             self.order = gr.Radio(["confidence", "halton"], value=sampling.order, label="Order")
@@ -179,27 +186,24 @@ class Page:
             return open_image(source, name or "upload", ImageOptions(**{**self.config.image, **options}))
 
     def upload(self, **settings) -> gr.Image:
-        image = gr.Image(label="Image", sources=("upload", "clipboard"), **settings)
-        image.preprocess = lambda file: self.open(file.path, file.orig_name) if file and file.path else None
-        return image
+        def read(_: gr.Image, file: Any) -> Image.Image | None:
+            return self.open(file.path, file.orig_name) if file and file.path else None
+
+        return variant(gr.Image, preprocess=read)(label="Image", sources=("upload", "clipboard"), **settings)
 
     def painted(self) -> gr.ImageEditor:
         """An image and what is painted over it, which lies on black."""
-        brush = gr.Brush(colors=["#ff00ff"], color_mode="fixed", default_size=24)
+
+        def read(_: gr.ImageEditor, file: Any, flatten_on_white: bool = False) -> Image.Image | None:
+            source, options = getattr(file, "path", file), {} if flatten_on_white else {"background": MASK.background}
+            if source is None:
+                return None
+            return self.open(source if isinstance(source, str) else bytes(source), None, **options)
+
+        brush = gr.Brush(colors=["#ff00ff"], color_mode="fixed")
         settings = {"sources": ("upload", "clipboard"), "layers": False, "transforms": (), "format": "png"}
-        editor = gr.ImageEditor(label="Paint over what is to be made again", type="pil", brush=brush, **settings)
-
-        def read(file: Any, flatten_on_white: bool = False) -> Image.Image | None:
-            source = getattr(file, "path", file)
-            options = {} if flatten_on_white else {"background": MASK.background}
-            return (
-                None
-                if source is None
-                else self.open(source if isinstance(source, str) else bytes(source), None, **options)
-            )
-
-        editor.convert_and_format_image = read
-        return editor
+        editor = variant(gr.ImageEditor, convert_and_format_image=read)
+        return editor(label="Paint over what is to be made again", type="pil", brush=brush, **settings)
 
     def examples(self, folder: str, component: Component) -> None:
         """Images of a folder to choose from, but for masks."""
@@ -218,7 +222,7 @@ class Page:
         def work(pipeline: ShowoPipeline, given: Given, show: Show) -> None:
             steps, count, seed = int(given[self.steps]), int(given[self.count]), given[self.seed]
             first = random.SystemRandom().randrange(2**31) if seed is None else seed
-            seeds = [(first + number) % MAX_SEED for number in range(count)]
+            seeds = [image_seed(first, number) for number in range(count)]
 
             def after_step(step: int, left: int, codes: torch.Tensor) -> None:
                 images = pipeline.decode(codes) if given[self.live] and left else []
@@ -229,10 +233,11 @@ class Page:
                 pipeline,
                 given,
                 num_images_per_prompt=count,
+                negative_prompt=given[self.negative],
                 guidance_scale=given[self.guidance],
                 timesteps=steps,
                 temperature=given[self.temperature],
-                generator=[pipeline.generator(seed) for seed in seeds],
+                generator=seeds,
                 callback_on_step_end=after_step,
                 sampling=SamplingParameters(*sampling),
             )
@@ -278,9 +283,7 @@ def inpainting(page: Page) -> Tab:
         background, mask = needed((given[image] or {}).get("background"), "image"), None
         for layer in given[image]["layers"]:
             mask = layer.convert("L").point(lambda value: 255 * (value > 0))
-        return pipeline.inpaint(
-            background, needed(mask, "paint on it"), given[prompt], keep_outside_mask=given[keep], **settings
-        )
+        return pipeline.inpaint(background, needed(mask, "paint on it"), given[prompt], keep=given[keep], **settings)
 
     return {image, prompt, keep}, *page.images(inpaint)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.conftest import REPOSITORY
 
 CONFIG = "config=configs/showo_tiny_demo.yaml"
-SLOW = 120_000  # milliseconds: how long anything may take on a busy machine
+SLOW = 40_000  # milliseconds: how long anything may take on a busy machine
 WINDOW = {"width": 1180, "height": 800}
 
 
@@ -92,7 +92,8 @@ def screenshot(request) -> Callable:
 
 @pytest.fixture(scope="session")
 def config():
-    from common.config import AppConfig, load_config
+    from common.config import load_config
+    from common.schema import AppConfig
 
     return load_config([CONFIG, "device=cpu", "dtype=fp32"], AppConfig)
 
