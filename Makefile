@@ -19,8 +19,8 @@ TOKENIZER := outputs/showo-tiny-magvitv2
 PRECISION ?= $(shell grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null && echo bf16 || echo no)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo app test test-app test-quick test-multiprocess test-all test-smollm2 lint format data-emoji data-scenes train-tiny \
-	train-tiny-resume train-tiny-stages bench bench-training gpu-check clean
+.PHONY: help setup demo app test test-app test-quick test-multiprocess test-all test-smollm2 lint format data-emoji \
+	data-scenes train-tiny train-tiny-resume train-tiny-stages bench bench-training gpu-check clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-18s %s\n", $$1, $$2 }'

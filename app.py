@@ -200,7 +200,7 @@ class Page:
                 return None
             return self.open(source if isinstance(source, str) else bytes(source), None, **options)
 
-        brush = gr.Brush(colors=["#ff00ff"], color_mode="fixed")
+        brush = gr.Brush(colors=["#ff00ff"], color_mode="fixed", default_size=self.models.pipeline.resolution // 8)
         settings = {"sources": ("upload", "clipboard"), "layers": False, "transforms": (), "format": "png"}
         editor = variant(gr.ImageEditor, convert_and_format_image=read)
         return editor(label="Paint over what is to be made again", type="pil", brush=brush, **settings)

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.conftest import REPOSITORY
 
 CONFIG = "config=configs/showo_tiny_demo.yaml"
-SLOW = 40_000  # milliseconds: how long anything may take on a busy machine
+SLOW = 120_000  # milliseconds: how long anything may take on a busy machine
 WINDOW = {"width": 1180, "height": 800}
 
 

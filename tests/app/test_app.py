@@ -129,12 +129,13 @@ def test_inpainting_changes_what_is_painted_over(visit, pipeline, config, screen
     choose_example(panel)
     paint(page, panel)
     run(panel)
+    images = images_of(page, panel, config.seed)
+    screenshot(page, "inpainting")
     original = np.asarray(pipeline.view(first_example(config.example_images))).astype(int)
-    for image in images_of(page, panel, config.seed):
+    for image in images:
         changed = np.abs(np.asarray(image).astype(int) - original).max(-1) > 16
         assert 0.005 < changed.mean() < 0.5
         assert not changed[: len(changed) // 4].any() and not changed[:, : len(changed) // 4].any()
-    screenshot(page, "inpainting")
 
 
 def test_extrapolation_makes_the_image_wider(visit, pipeline, config, screenshot):
