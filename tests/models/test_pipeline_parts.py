@@ -187,8 +187,8 @@ def test_mistakes_in_loading_name_the_arguments(saved, settings, message):
 # --- device and precision
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("branch", ["pipeline", "clip_pipeline"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("branch", "dtype"), [("pipeline", torch.float16), ("clip_pipeline", torch.bfloat16)])
 def test_all_parts_take_a_dtype_and_rotary_frequencies_stay_exact(branch, dtype, request, tmp_path):
     pipeline = request.getfixturevalue(branch)
     pipeline.save_pretrained(tmp_path)
