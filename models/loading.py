@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ PUBLISHED_VQ = "showlab/magvitv2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = {"showo": "showo", "vq_model": "magvitv2", "llm": "llm", "clip": "clip"}  # sub-folders of a whole pipeline
 PIPELINE_FILES = (*CHECKPOINT_FILES, "*.model")
-INDEX = "model_index.json"
+INDEX, PIPELINE_CLASS = "model_index.json", "ShowoPipeline"
 SAVED_SETTINGS = {"max_seq_length": int, "resolution": int, "conversation": str, "noise_schedule": str}
 VOCABULARY_SIZES = ("vocab_size", "llm_vocab_size", "num_new_special_tokens", "codebook_size")
 
@@ -303,11 +304,13 @@ def save_parts(
     Raises:
         UserError: the folder holds anything but a pipeline that was saved, or cannot be written.
     """
-    goal = expand(folder)
+    goal = Path(os.path.abspath(expand(folder)))
     if goal.is_symlink():
         raise UserError(f"{goal} is a link, which would be replaced; give the folder that it leads to")
-    if goal.exists() and not (goal.is_dir() and ((goal / INDEX).is_file() or not any(goal.iterdir()))):
-        raise UserError(f"{goal} exists and holds no saved pipeline ({INDEX} is missing); give a new folder")
+    if goal.exists() and not (goal.is_dir() and not any(goal.iterdir())):
+        index = goal / INDEX
+        if not index.is_file() or read_json(index).get("_class_name") != PIPELINE_CLASS:
+            raise UserError(f"{goal} exists and holds no pipeline that was saved by Show-o; give a new folder")
     make_folder(goal.parent)
     with replacing(goal) as new, quietly():
         named, model.config.llm_model_path = model.config.llm_model_path, portable(model.config.llm_model_path)
@@ -321,7 +324,7 @@ def save_parts(
         if clip is not None:
             clip.vision_tower.save_pretrained(new / "clip")
             clip.image_processor.save_pretrained(new / "clip")
-        write_json(new / INDEX, {"_class_name": "ShowoPipeline"} | settings)
+        write_json(new / INDEX, {"_class_name": PIPELINE_CLASS} | settings)
 
 
 def in_python(error: UserError) -> str:
