@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError
-from common.files import ENCODINGS, check_file, kind_of, parse_json, read_json, read_text
+from common.files import check_file, json_lines, kind_of, read_json, read_text
 from common.files import field as member
 from tools.delimited import Delimited
 from training.data.imagenet import ImageFolder
@@ -230,15 +230,8 @@ def _delimited_rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
 
 
 def _json_lines(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
-    with table.open("rb") as file:
-        is_wide = file.read(4).startswith(tuple(ENCODINGS))  # UTF-16, whose lines do not end with a byte
-        file.seek(0)
-        for number, line in enumerate(read_text(table).split("\n") if is_wide else file, 1):
-            try:
-                if line.strip():
-                    yield parse_json(line, f"{table}: line {number}", dict)
-            except UserError as error:
-                yield Skipped(MALFORMED_ITEM, str(error))
+    for _, _, record in json_lines(table):
+        yield record if isinstance(record, dict) else Skipped(MALFORMED_ITEM, str(record))
 
 
 def _json_records(table: Path, choose: Choose) -> Iterator[dict | Skipped]:

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from common.config import leaves, read_yaml
 from common.errors import UserError
 from common.files import field as member
-from common.files import read_json
+from common.files import read_json, write_bytes, write_json
 from common.settings import free_keys
-from common.tracking import read_lines, write_whole
+from common.tracking import read_lines
 from models.checkpoint_io import check_finite, quietly
 from training.data.streams import StreamState
 from training.optimization import decay_steps
@@ -183,14 +183,14 @@ def _set_aside(output_dir: Path, start: Start | None) -> None:
     numbers = [int(name) for f in output_dir.glob("abandoned-*") if (name := f.name.split("-")[1]).isdecimal()]
     to = before["to"] if unfinished else f"abandoned-{max(numbers, default=0) + 1}"
     course = {"start": _path_from(output_dir, start.folder) if elsewhere else None, "leaving": leaving, "to": to}
-    write_whole(output_dir / COURSE, json.dumps(course).encode())
+    write_json(output_dir / COURSE, course, flush=True)
     _flush(output_dir)
     for name in leaving:
         (output_dir / to / name).parent.mkdir(parents=True, exist_ok=True)
         (output_dir / name).rename(output_dir / to / name)
     _divide_metrics(output_dir, output_dir / to, last, start if elsewhere else None)
     if elsewhere:
-        write_whole(output_dir / COURSE, json.dumps(course | {"leaving": []}).encode())
+        write_json(output_dir / COURSE, course | {"leaving": []}, flush=True)
     else:
         (output_dir / COURSE).unlink()
     if leaving or unfinished:
@@ -216,9 +216,9 @@ def _divide_metrics(output_dir: Path, abandoned: Path, last: int, elsewhere: Sta
         there = [line for _, line in read_lines(abandoned / "metrics.jsonl")]
         known = {*kept, *there}
         there += [line for step, line in lines if step < float("inf") and line not in known]
-        write_whole(abandoned / "metrics.jsonl", b"".join(there))
+        write_bytes(abandoned / "metrics.jsonl", b"".join(there), flush=True)
     if lines or kept:
-        write_whole(output_dir / "metrics.jsonl", b"".join(kept))
+        write_bytes(output_dir / "metrics.jsonl", b"".join(kept), flush=True)
 
 
 def _describe_abandoned(folder: Path) -> None:

@@ -123,3 +123,20 @@ def test_files_without_documents_are_named(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         documents(write(tmp_path / name, content))
     assert read_all(documents(write(tmp_path / "b.txt", ""), write(tmp_path / "c.txt", "x"))) == (["x"], [])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("parted", ["\n", "\n\n"])
+def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch, name, parted):
+    monkeypatch.setattr(language, "CHUNK", 64)
+    monkeypatch.setattr(language, "MAX_LINE", 100)
+    texts = [f"text {number:02d}" for number in range(20)]
+    parts = [json.dumps({"content": text}) for text in texts] if name == "a.jsonl" else list(texts)
+    file = tmp_path / name
+    read, bad = read_all(documents(write(file, parted.join([*parts[:9], "x" * 1000, *parts[9:]]))))
+    assert read == texts and [raw.kind for raw in bad] == ["malformed_item"] and "over " in bad[0].detail
+    with pytest.raises(UserError, match=f"{name} begins with a document of over .* end each with a line end"):
+        documents(write(file, "x" * 1000))
+    if name == "a.txt" and parted == "\n\n":
+        read, bad = read_all(documents(write(file, "one\n\n" + "two\n" * 400 + "\nthree\n\nfour")))
+        assert read == ["four", "one", "three"] and len(bad) == 1
