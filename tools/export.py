@@ -21,11 +21,10 @@ if __name__ == "__main__":
     import common  # noqa: F401  Ctrl-C is one word from here on
 
 import torch
-from safetensors import SafetensorError
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import REPOSITORY, disk_errors, expand, read_json, real_path
+from common.files import REPOSITORY, expand, folder_aside, read_json, real_path
 from common.settings import setting
 from models import MAGVITv2, Showo
 from models.checkpoint_io import INDEX_NAMES, WEIGHT_NAMES, quietly
@@ -85,31 +84,24 @@ def replacing(goal: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written; what was there stays.
     """
-    new, old = (goal.with_name(f".{goal.name}.{what}") for what in ("new", "old"))
-    replaced = {*WEIGHT_NAMES, *INDEX_NAMES}
-    with disk_errors(goal):
+    old, replaced = goal.with_name(f".{goal.name}.old"), {*WEIGHT_NAMES, *INDEX_NAMES}
+    with folder_aside(goal) as new:
         if old.exists() and not goal.exists():
             old.rename(goal)  # an export was killed between the last two renames
-        for left_over in (new, old):
-            shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        yield new
+        for file in goal.iterdir() if goal.exists() else ():
+            if file.is_dir() and not file.is_symlink():
+                shutil.copytree(file, new / file.name, symlinks=True)
+            elif not (SHARD_NAMES.fullmatch(file.name) or file.name in replaced | set(os.listdir(new))):
+                shutil.copy2(file, new / file.name, follow_symlinks=False)
+        if goal.exists():
+            goal.rename(old)
         try:
-            yield new
-            for file in goal.iterdir() if goal.exists() else ():
-                if file.is_dir() and not file.is_symlink():
-                    shutil.copytree(file, new / file.name, symlinks=True)
-                elif not (SHARD_NAMES.fullmatch(file.name) or file.name in replaced | set(os.listdir(new))):
-                    shutil.copy2(file, new / file.name, follow_symlinks=False)
-            if goal.exists():
-                goal.rename(old)
-            try:
-                new.rename(goal)
-            except OSError:
-                old.rename(goal)
-                raise
-        except SafetensorError as error:  # how a full disk reaches us from its writer
-            raise UserError(f"cannot write {goal} ({error}); make room, or give another place") from None
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+            new.rename(goal)
+        except OSError:
+            old.rename(goal)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -30,22 +30,13 @@ from PIL import Image
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import check_file, write_json
+from common.files import check_file
 from common.progress import progress
 from common.schema import ImageSection
 from common.settings import setting
 from llava import question_prompt_vq
 from tools.make_shards import image_members
-from tools.shard_writing import (
-    counted,
-    in_order,
-    made_from,
-    manifest_path,
-    new_set,
-    read_prefix,
-    refuse_others,
-    write_shards,
-)
+from tools.shard_writing import counted, in_order, new_set, write_manifest, write_shards
 from training.data.json_records import JsonRecords
 from training.data.llava import LlavaRecord
 from training.data.sources import BAD_CONVERSATION, MISSING_FILE, SkipCounters, Skipped, SkipSample
@@ -150,22 +141,14 @@ def main(argv: list[str]) -> None:
     json = check_file(config.json, f"json={config.json}")
     repeat, records, counters = read_repeat(config.repeat), JsonRecords(str(json)), SkipCounters()
     chosen = list(planned(records, config, repeat, counters))
-    if not chosen:
-        what = f"skipped {counters.describe()}" if counters.seen else "no record has an image"
-        raise UserError(f"json={config.json}: no sample is left to write: {what}")
     random.Random(config.seed).shuffle(chosen)
-    prefix = read_prefix(config.output)
-    refuse_others(prefix, config)
-    with new_set(prefix) as new, progress(total=len(chosen), unit=" samples", desc="writing shards") as bar:
+    with new_set(config) as new, progress(total=len(chosen), unit=" samples", desc="writing shards") as bar:
         make = partial(make_sample, records=records, config=config)
         samples = in_order(make, chosen, config.num_workers, ahead=8 * config.num_workers)
-        entries = write_shards(new, counted(samples, counters, bar), config.shard_size)
-        if not entries:
-            raise UserError(f"json={config.json}: no sample is left to write: skipped {counters.describe()}")
-        counts = {"samples": sum(entry["samples"] for entry in entries), "skipped": dict(counters.skipped)}
-        write_json(manifest_path(new), {"shards": entries, **counts, "settings": made_from(config)})
+        shards = write_shards(new, counted(samples, counters, bar), config.shard_size)
+        manifest = write_manifest(new, shards, counters, config)
     counters.print()
-    print(f"{config.output}: {counts['samples']} samples")
+    print(f"{config.output}: {manifest['samples']} samples")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ written last: ``{"shards": [{"file", "samples", "sha256"}, …], "samples": n, "
 import hashlib
 import itertools
 import re
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from common.errors import UserError, shown
-from common.files import make_folder, read_json, write_json, writing
+from common.files import folder_aside, make_folder, read_json, write_json, writing
 from training.data.sources import ROTATED, SkipCounters, Skipped
 
 KINDS = {"file": str, "samples": int, "sha256": str}  # of a manifest's entry
@@ -109,17 +108,37 @@ def _listed(manifest: dict) -> set[str]:
 
 
 @contextmanager
-def new_set(prefix: Path) -> Iterator[Path]:
-    """A prefix in a folder aside, for the shards and the manifest of a new data set; at the end they take the place of
-    the old ones at `prefix`. If anything fails, the old ones stay."""
-    temporary = prefix.with_name(f".{prefix.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    make_folder(temporary)
-    try:
-        yield temporary / prefix.name
-        _publish(temporary / prefix.name, prefix)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def new_set(config) -> Iterator[Path]:
+    """A prefix in a folder aside, for the shards and the manifest of the data set `config.output`; at the end they take
+    the place of the old ones. If anything fails, the old ones stay.
+
+    Raises:
+        UserError: what is there must not be replaced, see `refuse_others`.
+    """
+    prefix = read_prefix(config.output)
+    refuse_others(prefix, config)
+    with folder_aside(prefix) as aside:
+        yield aside / prefix.name
+        _publish(aside / prefix.name, prefix)
+
+
+def write_manifest(prefix: Path, shards: list[dict], counters: SkipCounters, config, **more: Any) -> dict:
+    """Writes and returns the manifest of a data set.
+
+    Args:
+        shards: as `write_shards` returns them.
+        more: further entries.
+
+    Raises:
+        UserError: there is not one sample.
+    """
+    if not shards:
+        why = f"skipped {counters.describe()}" if counters.seen else "there is not a single image"
+        raise UserError(f"output={config.output}: nothing is left to write: {why}")
+    counts = {"samples": sum(shard["samples"] for shard in shards), "skipped": dict(counters.skipped)}
+    manifest = {"shards": shards, **counts, **more, "settings": made_from(config)}
+    write_json(manifest_path(prefix), manifest)
+    return manifest
 
 
 def _publish(new: Path, prefix: Path) -> None:
