@@ -19,8 +19,8 @@ from tests.training.test_checkpointing import pickles
 from tests.training.tiny import config_of, make_trainer, metrics_of, poison, same, steps_of, weights
 from tests.training.tiny import train as run
 from training import guards
-from training.checkpointing import check_same_config, checkpoints, describe_decay
-from training.guards import FiniteLosses, StopSignals, check_output_dir, disk_errors_as_user_errors, only_run_in
+from training.checkpointing import check_same_config, checkpoints, describe_decay, disk_errors_as_user_errors
+from training.guards import FiniteLosses, StopSignals, check_output_dir, only_run_in
 from training.processes import ProcessGroup
 
 STEPS = "training.max_train_steps"
@@ -110,8 +110,8 @@ def test_a_disk_that_is_full_says_so_wherever_it_is_noticed(world, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_other_failures_keep_their_traceback():
-    with pytest.raises(FileNotFoundError), disk_errors_as_user_errors(str):
+def test_other_failures_keep_their_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError), disk_errors_as_user_errors(tmp_path):
         open("/nowhere/at/all")
 
 
