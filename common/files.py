@@ -147,11 +147,8 @@ def check_file(path: str | Path, what: str | None = None, limit: int | None = No
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8, or UTF-16 and UTF-32 that begin with their mark; byte order marks, also of joined files, are left out.
-
-    Raises:
-        UnicodeDecodeError: it is another encoding.
-    """
+    """UTF-8, or UTF-16 and UTF-32 that begin with their mark; byte order marks, also of joined files, are left out;
+    `UnicodeDecodeError` if it is another encoding."""
     encoding = next((name for mark, name in ENCODINGS.items() if data.startswith(mark)), "utf-8")
     return data.decode(encoding).replace(BYTE_ORDER_MARK, "")
 
@@ -343,11 +340,8 @@ def write_json(path: str | Path, value: Any, flush: bool = False) -> None:
 
 @contextmanager
 def folder_aside(goal: Path) -> Iterator[Path]:
-    """An empty folder beside `goal` to write to; at the end it is gone, with what was not moved out of it.
-
-    Raises:
-        UserError: the disk is full or cannot be written to.
-    """
+    """An empty folder beside `goal` to write to; at the end it is gone, with what was not moved out of it; `UserError`
+    if the disk is full or cannot be written to."""
     aside = goal.with_name(f".{goal.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)  # of a command that was killed
     with disk_errors(goal):

@@ -150,11 +150,8 @@ def _images(count: int) -> str:
 
 
 def read_results(lines: Path) -> dict[str, str]:
-    """{image: mode} of a `results.jsonl`.
-
-    Raises:
-        UserError: it is a link or no regular file, or holds lines that no run has written.
-    """
+    """{image: mode} of a `results.jsonl`; `UserError` if it is a link or no regular file, or holds lines that no run
+    has written."""
     found: dict[str, str] = {}
     if not os.path.lexists(lines):
         return found

@@ -124,11 +124,8 @@ class Tracker:
 
 
 def read_lines(file: Path) -> list[tuple[float, bytes]]:
-    """(step, line with its end) of a `metrics.jsonl`; the step of a line that a crash has cut off is infinite.
-
-    Raises:
-        UserError: it is no regular file.
-    """
+    """(step, line with its end) of a `metrics.jsonl`; the step of a line that a crash has cut off is infinite;
+    `UserError` if it is no regular file."""
     lines = json_lines(file) if file.exists() else ()
     return [(_step_of(record), line.rstrip(b"\n") + b"\n") for _, line, record in lines]
 
@@ -153,11 +150,8 @@ def _plain(config: DictConfig | dict | None) -> dict[str, Any]:
 
 
 def _start_run(project: str, name: str, folder: Path, config: dict, options: dict) -> Any:
-    """A wandb run, or None if wandb is disabled or not installed. Never prompts.
-
-    Raises:
-        UserError: the environment variable WANDB_MODE has an unknown value.
-    """
+    """A wandb run, or None if wandb is disabled or not installed. Never prompts; `UserError` if the environment
+    variable WANDB_MODE has an unknown value."""
     mode = options.get("mode") or _mode_of_environment()
     if mode == "disabled":
         return None

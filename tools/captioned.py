@@ -66,24 +66,17 @@ class Listing:
         yield self.entries
 
 
-def captions_of(value: Any) -> list[str]:
-    """A cell as captions: none, a text, or several texts.
-
-    Raises:
-        TypeError: it is neither.
-    """
+def captions_of(value: Any, where: str) -> list[str]:
+    """A cell as captions: none, a text, or several texts; raises `Skipped` if it is neither."""
     texts = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"the caption is {str(value)[:60]!r}, not text")
+        raise Skipped(MALFORMED_ITEM, f"{where}: the caption is {str(value)[:60]!r}, not text")
     return texts
 
 
 def of_one_split(files: list[Path], root: Path, split: str) -> list[Path]:
-    """The files of one split, so that held-out images do not slip into a training set unnoticed.
-
-    Raises:
-        UserError: `split` has no file; or it is not given, and the files belong to several.
-    """
+    """The files of one split, so that held-out images do not slip into a training set unnoticed; `UserError` if `split`
+    has no file; or it is not given, and the files belong to several."""
     of_file = {file: split_of(file.relative_to(root).as_posix()) for file in files}
     found = sorted(set(of_file.values()) - {""})
     if not split and len(found) > 1:
@@ -188,10 +181,10 @@ def in_table(table: Path, folder: Path, image_column: str = "", caption_column: 
         file = row.get(columns[0])
         try:
             if not isinstance(file, str) or not file.strip():
-                raise TypeError(f"the image is {kind_of(file)}, not the name of a file")
-            captions = captions_of(row.get(columns[1]))
-        except TypeError as error:
-            entries[where] = Skipped(MALFORMED_ITEM, f"{where}: {error}")
+                raise Skipped(MALFORMED_ITEM, f"{where}: the image is {kind_of(file)}, not the name of a file")
+            captions = captions_of(row.get(columns[1]), where)
+        except Skipped as skipped:
+            entries[where] = skipped
             continue
         if not any(map(str.strip, captions)):  # counted even if the image has a caption in another row
             entries[where] = Skipped(EMPTY_TEXT if captions else NO_CAPTION, f"{where}: {file}")

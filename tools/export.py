@@ -79,11 +79,8 @@ def check_goal(goal: Path, source: Path) -> None:
 
 @contextmanager
 def replacing(goal: Path) -> Iterator[Path]:
-    """A folder to write to that then takes the place of `goal`, along with the files there that are not its weights.
-
-    Raises:
-        UserError: it cannot be written; what was there stays.
-    """
+    """A folder to write to that then takes the place of `goal`, along with the files there that are not its weights;
+    `UserError` if it cannot be written; what was there stays."""
     old, replaced = goal.with_name(f".{goal.name}.old"), {*WEIGHT_NAMES, *INDEX_NAMES}
     with folder_aside(goal) as new:
         if old.exists() and not goal.exists():

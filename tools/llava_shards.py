@@ -39,7 +39,7 @@ from tools.make_shards import image_members
 from tools.shard_writing import counted, in_order, new_set, write_manifest, write_shards
 from training.data.json_records import JsonRecords
 from training.data.llava import LlavaRecord
-from training.data.sources import BAD_CONVERSATION, MISSING_FILE, SkipCounters, Skipped, SkipSample
+from training.data.sources import BAD_CONVERSATION, MISSING_FILE, SkipCounters, Skipped
 
 MOST_REPEATS = 10_000
 
@@ -81,10 +81,10 @@ def planned(records: JsonRecords, config, repeat: dict[str, int], counters: Skip
             image = Path(config.image_root) / record.image
             if not image.is_file():
                 name = f"record {record.content['id']!r}: " if "id" in record.content else ""
-                raise SkipSample(MISSING_FILE, f"{name}image {image} does not exist; check image_root")
+                raise Skipped(MISSING_FILE, f"{name}image {image} does not exist; check image_root")
             if not (pairs := questions_and_answers(record.turns)):
-                raise SkipSample(BAD_CONVERSATION, "there is no question with an answer")
-        except SkipSample as skipped:
+                raise Skipped(BAD_CONVERSATION, "there is no question with an answer")
+        except Skipped as skipped:
             counters.seen += 1
             named = skipped.detail.startswith(where)
             counters.skip(skipped.kind, skipped.detail if named else f"{where}: {skipped.detail}")
@@ -100,32 +100,25 @@ def make_sample(one: Planned, records: JsonRecords, config) -> dict | Skipped:
     """The members of a sample, its image read and checked."""
     try:
         image = image_members(one.image, str(one.image), config)
-    except SkipSample as skipped:
-        return Skipped(skipped.kind, skipped.detail)
+    except Skipped as skipped:
+        return skipped
     text = {"json": records[one.record]} if one.text is None else {"txt": one.text.encode()}
     return {"__key__": one.key, **image, **text}
 
 
 def questions_and_answers(turns: list[dict]) -> list[tuple[str, str]]:
-    """Pairs of a conversation without their image tags; a leading answer and a trailing question are dropped.
-
-    Raises:
-        SkipSample: questions and answers do not alternate.
-    """
+    """Pairs of a conversation without their image tags; a leading answer and a trailing question are dropped; `Skipped`
+    if questions and answers do not alternate."""
     if turns and turns[0]["from"] == "gpt":
         turns = turns[1:]
     if any(turn["from"] != ("human", "gpt")[number % 2] for number, turn in enumerate(turns)):
-        raise SkipSample(BAD_CONVERSATION, f"questions and answers do not alternate: {turns!r:.80}")
+        raise Skipped(BAD_CONVERSATION, f"questions and answers do not alternate: {turns!r:.80}")
     texts = [turn["value"].replace("<image>", "").strip() for turn in turns]
     return list(zip(texts[::2], texts[1::2], strict=False))
 
 
 def read_repeat(setting: str) -> dict[str, int]:
-    """``name:3,style:1`` as a dictionary.
-
-    Raises:
-        UserError: it is not of that form.
-    """
+    """``name:3,style:1`` as a dictionary; `UserError` if it is not of that form."""
     try:
         repeat = {task: int(times) for task, times in (part.split(":") for part in setting.split(",") if part)}
     except ValueError:

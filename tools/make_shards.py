@@ -68,10 +68,10 @@ from training.data.paths import PARQUET, has_suffix
 from training.data.sources import (
     EMPTY_TEXT,
     MISSING_FILE,
+    ROTATED,
     UNREADABLE_IMAGE,
     SkipCounters,
     Skipped,
-    SkipSample,
     checked_text,
 )
 
@@ -105,11 +105,8 @@ class MakeShardsConfig:
 
 
 def open_source(config) -> CaptionedSource:
-    """The images that the settings name.
-
-    Raises:
-        UserError: there are none, or none with a caption, or a table or column is missing.
-    """
+    """The images that the settings name; `UserError` if there are none, or none with a caption, or a table or column is
+    missing."""
     folder = Path(config.source)
     if not folder.is_dir():
         raise UserError(f"source={config.source} is no folder that exists; give the one that holds the images")
@@ -172,31 +169,31 @@ def make_sample(entry: Captioned | Skipped, config) -> dict[str, bytes] | Skippe
         if not text:
             return Skipped(EMPTY_TEXT, entry.name)
         image = image_members(entry.image, entry.name, config)
-    except SkipSample as skipped:
-        return Skipped(skipped.kind, skipped.detail)
+    except Skipped as skipped:
+        return skipped
     extra = {"json": json.dumps(entry.extra, default=str).encode()} if config.metadata else {}
     return {**image, "txt": text.encode(), **extra}
 
 
 def image_members(image: bytes | Path, name: str, config) -> dict[str, Any]:
-    """The member of an image by its suffix; with `_rotated` if EXIF data say that it is to be turned.
+    """The member of an image by its suffix; with `_notes` if EXIF data say that it is to be turned.
 
     Args:
         config: settings `resize`, `quality` and `image`.
 
     Raises:
-        SkipSample: it does not exist or cannot be read.
+        Skipped: it does not exist or cannot be read.
     """
     try:
         data = image if isinstance(image, bytes) else check_file(image, f"image {name}", MAX_BYTES).read_bytes()
     except (UserError, OSError) as error:
-        raise SkipSample(MISSING_FILE, str(error)) from None
+        raise Skipped(MISSING_FILE, str(error)) from None
     try:
         options = ImageOptions(config.image.exif, config.image.background)
         suffix, data, is_rotated = checked_image(data, config.resize, config.quality, name, options)
     except UserError as error:
-        raise SkipSample(UNREADABLE_IMAGE, str(error)) from None
-    return {suffix: data} | ({"_rotated": True} if is_rotated else {})
+        raise Skipped(UNREADABLE_IMAGE, str(error)) from None
+    return {suffix: data} | ({"_notes": (ROTATED,)} if is_rotated else {})
 
 
 def checked_image(
@@ -236,11 +233,8 @@ def checked_image(
 
 
 def make_shards(source: CaptionedSource, config) -> tuple[dict, SkipCounters]:
-    """Writes the data set; returns its manifest and the counters of seen and skipped images.
-
-    Raises:
-        UserError: another data set is there, nothing could be read, or the disk is full.
-    """
+    """Writes the data set; returns its manifest and the counters of seen and skipped images; `UserError` if another
+    data set is there, nothing could be read, or the disk is full."""
     counters, bar = SkipCounters(), progress(total=source.num_images, unit=" samples", desc="writing shards")
     with new_set(config) as new, bar:
         heldout, make = Holdout(new, config, source.num_images), partial(make_sample, config=config)

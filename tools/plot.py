@@ -93,11 +93,8 @@ class Run:
 
 
 def read_run(path: Path, label: str) -> Run:
-    """A run's numbers. Lines cut in two by a crash are skipped; steps done again count as the last time.
-
-    Raises:
-        UserError: there is no such file, or no loss in it.
-    """
+    """A run's numbers. Lines cut in two by a crash are skipped; steps done again count as the last time; `UserError` if
+    there is no such file, or no loss in it."""
     file = path / "metrics.jsonl" if path.is_dir() else path
     metrics: dict[str, dict[int, float]] = defaultdict(dict)
     last = 0

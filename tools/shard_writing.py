@@ -20,18 +20,15 @@ from tqdm import tqdm
 
 from common.errors import UserError, shown
 from common.files import folder_aside, make_folder, read_json, write_json, writing
-from training.data.sources import ROTATED, SkipCounters, Skipped
+from training.data.sources import SkipCounters, Skipped
 
 KINDS = {"file": str, "samples": int, "sha256": str}  # of a manifest's entry
 SETS = ("shards", "heldout", "unfinished")  # the entries of a manifest, all of them shards of ours
 
 
 def read_prefix(output: str) -> Path:
-    """The setting `output`, after creating its folder.
-
-    Raises:
-        UserError: it names a folder, or the folder cannot be made.
-    """
+    """The setting `output`, after creating its folder; `UserError` if it names a folder, or the folder cannot be
+    made."""
     prefix = Path(output)
     if output.endswith("/") or prefix.is_dir():
         raise UserError(f"output={output} is a folder; add how the shards' names begin, as in output={prefix}/train")
@@ -75,11 +72,8 @@ def made_from(config) -> dict:
 
 
 def refuse_others(prefix: Path, config) -> None:
-    """Makes sure that what is at the prefix may be replaced by the data set of a command's settings.
-
-    Raises:
-        UserError: it is another data set and `overwrite` is not given, or shards that no command of ours wrote.
-    """
+    """Makes sure that what is at the prefix may be replaced by the data set of a command's settings; `UserError` if it
+    is another data set and `overwrite` is not given, or shards that no command of ours wrote."""
     old, settings = read_manifest(prefix), made_from(config)
     heldout = find_shards(heldout_prefix(prefix)) if config.get("holdout") else []
     if others := foreign_shards([*find_shards(prefix), *heldout], old):
@@ -170,20 +164,20 @@ def write_shards(prefix: Path, samples: Iterator[dict], shard_size: int) -> list
 def counted(
     samples: Iterable[dict | Skipped], counters: SkipCounters, bar: tqdm, name: Callable[[str], str] = str
 ) -> Iterator[dict]:
-    """The samples that could be read; every one is counted, and rotations that are ignored are noted.
+    """The samples that could be read; every one is counted, and the ``_notes`` of those that are used.
 
     Args:
         name: what a sample of this key is called in messages.
     """
     for number, sample in enumerate(samples, 1):
-        bar.total = max(bar.total, number)  # an image of several captions is several samples
+        bar.total = bar.total and max(bar.total, number)  # an image of several captions is several samples
         bar.update()
         counters.seen += 1
         if isinstance(sample, Skipped):
-            counters.skip(sample.kind, sample.detail)
+            counters.skip(sample.kind, sample.detail, sample.count)
             continue
-        if sample.pop("_rotated", False):
-            counters.note(ROTATED, name(sample["__key__"]))
+        for note in sample.pop("_notes", ()):
+            counters.note(note, name(sample["__key__"]))
         yield sample
 
 
@@ -215,11 +209,7 @@ def write_shard(path: Path, samples: Iterable[dict]) -> dict:
 
 
 def read_manifest(prefix: Path) -> dict:
-    """The manifest of a prefix; empty where there is none.
-
-    Raises:
-        UserError: it is no manifest.
-    """
+    """The manifest of a prefix; empty where there is none; `UserError` if it is no manifest."""
     path = manifest_path(prefix)
     if not path.exists():
         return {}

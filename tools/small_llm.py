@@ -55,11 +55,7 @@ class SmallLlmConfig:
 
 
 def train_tokenizer(lines: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of exactly `vocab_size` entries.
-
-    Raises:
-        UserError: the corpus is too small for so many entries.
-    """
+    """Byte-level BPE of exactly `vocab_size` entries; `UserError` if the corpus is too small for so many entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

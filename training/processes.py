@@ -77,11 +77,8 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
 
 
 def _configure_deepspeed(plugin, config, rows: int) -> None:
-    """Sets the run's settings in the launch file's; the launch file's gradient clipping is kept if the run has none.
-
-    Raises:
-        UserError: a setting that DeepSpeed cannot honour.
-    """
+    """Sets the run's settings in the launch file's, whose gradient clipping is kept if the run has none; `UserError`
+    for one that DeepSpeed cannot honour."""
     training, settings = config.training, plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = rows  # DeepSpeed cannot infer it, as no loader is prepared
     settings["gradient_accumulation_steps"] = training.gradient_accumulation_steps

@@ -8,7 +8,7 @@ import pytest
 from common.errors import UserError
 from training.data import language
 from training.data.language import Documents, text_sample
-from training.data.sources import Epochs, Skipped, SkipSample
+from training.data.sources import Epochs, Skipped
 
 
 def documents(*paths, column="content") -> Documents:
@@ -46,7 +46,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text():
     + [(text, "malformed_item") for text in (7, ["a"], "half of \ud83d")],
 )
 def test_empty_texts_and_what_is_none_are_skipped(text, kind):
-    with pytest.raises(SkipSample) as problem:
+    with pytest.raises(Skipped) as problem:
         text_sample({"__key__": "a.parquet: row 3", "text": text}, random.Random(0))
     assert problem.value.kind == kind and "a.parquet: row 3" in problem.value.detail
 

@@ -17,7 +17,7 @@ import torch
 from common.errors import UserError
 from tests.data.test_sources import Parts
 from training.data import sources, streams
-from training.data.sources import CUT, Epochs, Resampled, SkipCounters, Skipped, SkipSample
+from training.data.sources import CUT, Epochs, Resampled, SkipCounters, Skipped
 from training.data.streams import Batch, Flow, StreamState, pack, stack, unpack
 
 
@@ -36,7 +36,7 @@ def read(seed: int):
 def transform(raw: int, rng: random.Random):
     """A third of the samples is unreadable."""
     if raw % 3 == 0:
-        raise SkipSample("unreadable", f"number {raw}")
+        raise Skipped("unreadable", f"number {raw}")
     return raw, rng.random()
 
 
@@ -213,7 +213,7 @@ def refusing(kind: str, bad):
 
     def using(raw, rng):
         if bad(raw):
-            raise SkipSample(kind, f"number {raw}")
+            raise Skipped(kind, f"number {raw}")
         return raw
 
     return using

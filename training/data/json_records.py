@@ -55,11 +55,8 @@ class JsonRecords:
 
 
 class JsonTable:
-    """The values of a ``.json`` file of the form ``{key: value, …}``, found by their keys.
-
-    Raises:
-        UserError: the file cannot be read or is not of that form.
-    """
+    """The values of a ``.json`` file of the form ``{key: value, …}``, found by their keys; `UserError` if the file
+    cannot be read or is not of that form."""
 
     def __init__(self, path: str):
         self.path = path

@@ -14,7 +14,6 @@ from training.data.sources import (
     MISSING_FILE,
     TRUNCATED_SHARD,
     Skipped,
-    SkipSample,
     checked_text,
 )
 
@@ -25,16 +24,12 @@ Parts = Iterator[tuple[int, bytes | None]]  # (place, document, or None in place
 
 
 def text_sample(raw: str | dict | None, rng: random.Random) -> str:
-    """Newlines removed; texts over 8000 characters cut to a random window.
-
-    Raises:
-        SkipSample: it is empty or no text.
-    """
+    """Newlines removed; texts over 8000 characters cut to a random window; `Skipped` if it is empty or no text."""
     name = raw.get("__key__", "") if isinstance(raw, dict) else ""
     raw = raw.get("text") if isinstance(raw, dict) else raw
     text = checked_text("" if raw is None else raw, name).replace("\n", "")
     if not text.strip():
-        raise SkipSample(EMPTY_TEXT, name)
+        raise Skipped(EMPTY_TEXT, name)
     if len(text) > MAX_CHARACTERS:
         start = rng.randrange(len(text) - MAX_CHARACTERS + 1)
         text = text[start : start + MAX_CHARACTERS]

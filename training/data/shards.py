@@ -15,7 +15,7 @@ import stat
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -92,7 +92,7 @@ def read_shard(url: str, expected: int = 0) -> Iterator[dict | Skipped]:
         read += 1
     for problem in problems:
         lost = 1 if problem.kind == MALFORMED_ITEM else max(1, expected - read)
-        yield replace(problem, count=lost)
+        yield Skipped(problem.kind, problem.detail, lost)
 
 
 def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:

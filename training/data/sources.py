@@ -161,39 +161,27 @@ NOTES = {
 }
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """Yielded by a reader in place of a raw sample, or of the rest of a file, that it cannot read.
+class Skipped(Exception):
+    """What cannot be used: raised for a sample, or yielded by a reader in place of one, or of the rest of a file.
 
     Args:
         count: number of lost samples, as far as the reader can know.
     """
 
-    kind: str
-    detail: str
-    count: int = 1
-
-
-class SkipSample(Exception):
-    """Raised by a transform: this sample cannot be used."""
-
-    def __init__(self, kind: str, detail: str):
-        super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail
+    def __init__(self, kind: str, detail: str, count: int = 1):
+        super().__init__(kind, detail, count)
+        self.kind, self.detail, self.count = kind, detail, count
 
 
 def checked_text(text: object, name: str) -> str:
-    """Returns `text`, without byte order marks, if it is valid.
-
-    Raises:
-        SkipSample: not a string, or with a lone surrogate (``"\\ud83d"`` in JSON), which tokenizers reject.
-    """
+    """The text without byte order marks; `Skipped` if it is none, or has a lone surrogate (``"\\ud83d"`` in JSON),
+    which tokenizers reject."""
     if not isinstance(text, str):
-        raise SkipSample(MALFORMED_ITEM, f"{name}: {text!r:.80} is no text")
+        raise Skipped(MALFORMED_ITEM, f"{name}: {text!r:.80} is no text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise SkipSample(MALFORMED_ITEM, f"{name}: {error}") from None
+        raise Skipped(MALFORMED_ITEM, f"{name}: {error}") from None
     return text.replace(BYTE_ORDER_MARK, "")
 
 
