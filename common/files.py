@@ -198,7 +198,9 @@ def parse_json(text: str | bytes, where: str, kind: type | None = None) -> Any:
         _check_depth(value)
         if HALF_PAIR.search(text):
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could not be stored
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one of them
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is no UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{where} is no valid JSON ({reason}); mend or fetch it again") from None
     if kind is not None and not isinstance(value, kind):
@@ -327,15 +329,14 @@ def write_bytes(path: str | Path, data: bytes, flush: bool = False) -> None:
         temporary.write_bytes(data)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, flush: bool = False) -> None:
     """Writes a file as UTF-8; names that are no UTF-8 are written with escapes."""
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), flush)
 
 
 def write_json(path: str | Path, value: Any, flush: bool = False) -> None:
     """Writes a JSON file."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_bytes(path, text.encode("utf-8", "backslashreplace"), flush)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", flush)
 
 
 @contextmanager
@@ -400,6 +401,9 @@ class Owned:
         self.folder = Path(folder)
         self.file = self.folder / self.RECORD
         self.written: dict[str, list[int] | None] = {}
+        self._read()
+
+    def _read(self) -> None:
         if not os.path.lexists(self.file):
             return
         if self.file.is_symlink() or not self.file.is_file():
@@ -429,8 +433,10 @@ class Owned:
         Raises:
             UserError: names the first one that is somebody else's.
         """
-        for name in names:
-            if os.path.lexists(self.folder / name) and not self.is_ours(name):
+        if there := [name for name in names if os.path.lexists(self.folder / name)]:
+            self._read()  # after that look: other processes note files, then write them
+        for name in there:
+            if not self.is_ours(name):
                 raise UserError(
                     f"{setting}: {shown(self.folder / name)} is there and was not written by this command, or was "
                     "changed since; move it away or give another folder"
@@ -441,6 +447,32 @@ class Owned:
         self.written[name] = None if grows else _state(self.folder / name)
         with disk_errors(self.file):
             append_lines(self.file, json.dumps({"file": name, "state": self.written[name]}) + "\n")
+
+
+@contextmanager
+def owned_folder(folder: str, setting: str) -> Iterator[Path]:
+    """A folder aside to save to; at the end its files move into `folder`, over nothing but what commands of ours wrote.
+
+    Args:
+        setting: the key that names the folder, for messages.
+
+    Raises:
+        UserError: a file of that name is somebody else's, or the disk is full. What was there stays.
+    """
+    was_there = os.path.lexists(folder)
+    goal = make_folder(folder)
+    try:
+        with folder_aside(goal) as aside:
+            yield aside
+            owned, names = Owned(goal), sorted(file.name for file in aside.iterdir())
+            owned.claim(names, f"{setting}={folder}")
+            for name in names:
+                (aside / name).replace(goal / name)
+                owned.record(name)
+    finally:
+        if not was_there:
+            with suppress(OSError):
+                goal.rmdir()  # if nothing came of it
 
 
 def _state(path: Path) -> list[int] | None:

@@ -21,14 +21,8 @@ NUMBERED, OVERVIEW = re.compile(r"(\d{4,9})\.png"), re.compile(r"grid(-\d+)*\.pn
 
 
 def check_output_dir(folder: str | Path, setting: str = "output_dir") -> Path:
-    """Checks that results could be written to a folder, without creating it; returns its path.
-
-    Args:
-        setting: the key that names it.
-
-    Raises:
-        UserError: it is a file, or cannot be written to.
-    """
+    """The path of a folder, which the key `setting` names and which is not created; `UserError` if it is a file, or
+    nothing could be written to it."""
     folder = expand(folder)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():

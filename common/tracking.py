@@ -57,7 +57,10 @@ class Tracker:
         if enabled:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             if last_step is not None:
-                _remove_lines_after(last_step, self.metrics)
+                lines = read_lines(self.metrics)  # a last one may be cut off
+                kept = [line for step, line in lines if step <= last_step]
+                if len(kept) < len(lines):
+                    write_bytes(self.metrics, b"".join(kept), flush=True)
             self.run = _start_run(project, name, self.output_dir, _plain(config), _plain(wandb_config))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -128,14 +131,6 @@ def read_lines(file: Path) -> list[tuple[float, bytes]]:
     `UserError` if it is no regular file."""
     lines = json_lines(file) if file.exists() else ()
     return [(_step_of(record), line.rstrip(b"\n") + b"\n") for _, line, record in lines]
-
-
-def _remove_lines_after(last_step: int, file: Path) -> None:
-    """Removes lines of later steps, and a last line that a crash has cut off, from `metrics.jsonl`."""
-    lines = read_lines(file)
-    kept = [line for step, line in lines if step <= last_step]
-    if len(kept) < len(lines):
-        write_bytes(file, b"".join(kept), flush=True)
 
 
 def _step_of(record: dict | UserError) -> float:

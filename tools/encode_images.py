@@ -71,11 +71,7 @@ class EncodeImagesConfig:
 
 
 class ImageEncoder:
-    """The tokenizer, with codes that do not depend on the other images of the batch.
-
-    Args:
-        vq_model: in fp32.
-    """
+    """The tokenizer, in fp32, with codes that do not depend on the other images of the batch."""
 
     def __init__(self, vq_model: MAGVITv2):
         self.vq_model = vq_model
@@ -132,11 +128,7 @@ def with_codes(raw: dict, codes: np.ndarray, keep_image: bool) -> dict:
 
 
 def encode_shards(plan: Plan, encoder: ImageEncoder, config, rank: int, world_size: int) -> SkipCounters:
-    """Encode every world_size-th of the unfinished shards, starting from number `rank`.
-
-    Returns:
-        the counters of seen and skipped samples.
-    """
+    """Encodes every world_size-th of the unfinished shards from number `rank` on; returns what was seen and skipped."""
     share, total = plan.unfinished(rank, world_size), SkipCounters()
     promised = promised_samples(plan.sources)
     known = [promised.get(plan.sources[index]) for index in share]

@@ -124,14 +124,8 @@ class Plan:
         return records
 
     def finish(self) -> dict | None:
-        """Write the manifest if all shards are finished, by any process.
-
-        Returns:
-            the manifest; None while others are at work.
-
-        Raises:
-            UserError: not one sample is left.
-        """
+        """Writes the manifest if all shards are finished, and returns it; None while other processes are at work.
+        `UserError` if not one sample is left."""
         records = self.records()
         if any(index not in records for index in range(len(self.sources))):
             return None

@@ -54,13 +54,10 @@ def load(folder: Path, dtype: torch.dtype) -> Showo | MAGVITv2:
     model = CLASSES[kind].from_pretrained(str(folder), dtype=dtype)
     path = getattr(model.config, "llm_model_path", None)
     if path and Path(path).is_absolute():
-        model.config.llm_model_path = portable(Path(path))
+        path = Path(path)  # as others can read it: from the repository, or its last part only
+        is_ours = path.is_relative_to(REPOSITORY)
+        model.config.llm_model_path = str(path.relative_to(REPOSITORY)) if is_ours else path.name
     return model
-
-
-def portable(path: Path) -> str:
-    """An absolute path as others can read it: from the repository, or its last part only."""
-    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else path.name
 
 
 def check_goal(goal: Path, source: Path) -> None:

@@ -81,13 +81,12 @@ def planned(records: JsonRecords, config, repeat: dict[str, int], counters: Skip
             image = Path(config.image_root) / record.image
             if not image.is_file():
                 name = f"record {record.content['id']!r}: " if "id" in record.content else ""
-                raise Skipped(MISSING_FILE, f"{name}image {image} does not exist; check image_root")
-            if not (pairs := questions_and_answers(record.turns)):
-                raise Skipped(BAD_CONVERSATION, "there is no question with an answer")
+                raise Skipped(MISSING_FILE, f"{where}: {name}image {image} does not exist; check image_root")
+            if not (pairs := questions_and_answers(record.turns, where)):
+                raise Skipped(BAD_CONVERSATION, f"{where}: there is no question with an answer")
         except Skipped as skipped:
             counters.seen += 1
-            named = skipped.detail.startswith(where)
-            counters.skip(skipped.kind, skipped.detail if named else f"{where}: {skipped.detail}")
+            counters.skip(skipped.kind, skipped.detail)
             continue
         task = record.content.get("task")
         texts = [f"{question_prompt_vq(question)} {answer}" for question, answer in pairs]
@@ -106,13 +105,13 @@ def make_sample(one: Planned, records: JsonRecords, config) -> dict | Skipped:
     return {"__key__": one.key, **image, **text}
 
 
-def questions_and_answers(turns: list[dict]) -> list[tuple[str, str]]:
+def questions_and_answers(turns: list[dict], where: str = "") -> list[tuple[str, str]]:
     """Pairs of a conversation without their image tags; a leading answer and a trailing question are dropped; `Skipped`
     if questions and answers do not alternate."""
     if turns and turns[0]["from"] == "gpt":
         turns = turns[1:]
     if any(turn["from"] != ("human", "gpt")[number % 2] for number, turn in enumerate(turns)):
-        raise Skipped(BAD_CONVERSATION, f"questions and answers do not alternate: {turns!r:.80}")
+        raise Skipped(BAD_CONVERSATION, f"{where}: questions and answers do not alternate: {turns!r:.80}")
     texts = [turn["value"].replace("<image>", "").strip() for turn in turns]
     return list(zip(texts[::2], texts[1::2], strict=False))
 

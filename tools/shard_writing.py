@@ -117,15 +117,7 @@ def new_set(config) -> Iterator[Path]:
 
 
 def write_manifest(prefix: Path, shards: list[dict], counters: SkipCounters, config, **more: Any) -> dict:
-    """Writes and returns the manifest of a data set.
-
-    Args:
-        shards: as `write_shards` returns them.
-        more: further entries.
-
-    Raises:
-        UserError: there is not one sample.
-    """
+    """Writes and returns the manifest with the entries of `write_shards` and `more`; `UserError` if there are none."""
     if not shards:
         why = f"skipped {counters.describe()}" if counters.seen else "there is not a single image"
         raise UserError(f"output={config.output}: nothing is left to write: {why}")
@@ -164,11 +156,8 @@ def write_shards(prefix: Path, samples: Iterator[dict], shard_size: int) -> list
 def counted(
     samples: Iterable[dict | Skipped], counters: SkipCounters, bar: tqdm, name: Callable[[str], str] = str
 ) -> Iterator[dict]:
-    """The samples that could be read; every one is counted, and the ``_notes`` of those that are used.
-
-    Args:
-        name: what a sample of this key is called in messages.
-    """
+    """The samples that could be read; every one is counted, and the ``_notes`` of those that are used, by the `name` of
+    their key."""
     for number, sample in enumerate(samples, 1):
         bar.total = bar.total and max(bar.total, number)  # an image of several captions is several samples
         bar.update()
@@ -182,17 +171,10 @@ def counted(
 
 
 def write_shard(path: Path, samples: Iterable[dict]) -> dict:
-    """Writes one shard under a temporary name and renames it; the same samples give the same bytes.
+    """Writes one shard as `writing` does, and returns its entry of a manifest: ``file``, ``samples``, ``sha256``.
 
-    Args:
-        path: its place.
-        samples: ``__key__`` (text) and members of bytes by suffix; other keys that begin with ``_`` are left out.
-
-    Returns:
-        its entry of a manifest: ``file``, ``samples``, ``sha256``.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written to.
+    Samples have ``__key__`` (text) and members of bytes by suffix; other keys that begin with ``_`` are left out. The
+    same ones give the same bytes.
     """
     count = 0
     # GNU's format: the default refuses names over 100 characters.

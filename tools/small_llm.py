@@ -21,10 +21,9 @@ from transformers.activations import ACT2FN
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import read_text
+from common.files import owned_folder, read_text
 from common.settings import setting
 from models.backbones import BACKBONES, DEFAULT_MODEL_TYPE, make_llm_config
-from tools.owned_folder import owned_folder
 
 END_OF_TEXT = "<|endoftext|>"  # bos, eos and unk at once, as in the published model's tokenizer
 FEWEST = 257  # the bytes and the end of text

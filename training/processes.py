@@ -93,12 +93,9 @@ def _configure_deepspeed(plugin, config, rows: int) -> None:
 
 
 def call_before_deepspeed_steps(engine, hook) -> None:
-    """Calls a hook before each optimiser step of DeepSpeed.
+    """Calls a hook with the engine, on all processes, before each optimiser step of DeepSpeed.
 
     DeepSpeed steps inside `accelerator.backward` and frees the gradients, so this is the only place to read them.
-
-    Args:
-        hook: called with the engine, on all processes.
     """
     step = engine.step
 
@@ -216,11 +213,8 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def full_state_dict(accelerator: Accelerator, model, wrapped) -> dict[str, torch.Tensor]:
-    """The unwrapped model's state dict. If it is sharded, all processes must call this; the main one gets full tensors.
-
-    Args:
-        model, wrapped: the plain model, and the wrapper that is trained (DDP, DeepSpeed engine, …).
-    """
+    """The plain model's state dict, also of one that the wrapper which is trained (DDP, DeepSpeed engine, …) has
+    sharded: then all processes must call this, and the main one gets full tensors."""
     return accelerator.get_state_dict(wrapped) if is_sharded(accelerator) else model.state_dict()
 
 

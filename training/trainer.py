@@ -211,11 +211,7 @@ class Trainer:
                 return batch, outcome
 
     def finish_gradients(self, keys: list[str]) -> None:
-        """Clips gradients, drops non-finite ones, and computes their norms at steps that log them.
-
-        Args:
-            keys: of the samples of this step.
-        """
+        """Clips gradients, drops those of samples `keys` if non-finite, and computes norms at steps that log them."""
         limit, scaler = self.config.training.max_grad_norm, self.accelerator.scaler
         if limit:
             norm = full_tensor(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))

@@ -278,9 +278,8 @@ REFUSALS = {
 def test_refusals(load, monkeypatch, schema, given, message):
     monkeypatch.setenv("SHOWO_UNSET_A", "")  # empty is unset
     text, arguments = (given, []) if ": " in given else ("", given.split(" ") if "[" not in given else [given])
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message):
         load(text, *arguments, schema=schema)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,8 @@ def test_a_disk_that_is_full_says_so_wherever_it_is_noticed(world, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
     trainer.step = lambda: (trainer.state.global_step == 4 and setattr(trainer.tracker, "log", full), step())[1]
-    with pytest.raises(UserError, match="No space left.*last good checkpoint is .*checkpoint-3. Make room") as error:
+    with pytest.raises(UserError, match="No space left.*last good checkpoint is .*checkpoint-3. Make room"):
         trainer.train()
-    assert "\n" not in str(error.value)
 
 
 def test_other_failures_keep_their_traceback(tmp_path):
@@ -454,9 +453,8 @@ def test_a_checkpoint_of_another_shape_is_refused(world, tmp_path, copied):
     settings = json.loads((tmp_path / "llm" / "config.json").read_text())
     (tmp_path / "llm" / "config.json").write_text(json.dumps(settings | {"hidden_size": 16, "intermediate_size": 32}))
     changes = {"model.showo.llm_model_path": tmp_path / "llm", "experiment.accept_config_changes": True}
-    with pytest.raises(UserError, match="checkpoint-6 cannot be continued from") as error:
+    with pytest.raises(UserError, match="checkpoint-6 cannot be continued from"):
         run(world, copied, changes | {"training.max_train_steps": 7})
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -381,8 +381,10 @@ class T2IReader(ImageTextReader):
     def files(self) -> list[str]:
         """As ever, or the folder of an ImageNet."""
         value = self.params[self.setting]
-        if self.kind == "imagenet1k" and isinstance(value, str) and _has_folders(resolve_path(value)):
-            return [str(resolve_path(value))]
+        if self.kind == "imagenet1k" and isinstance(value, str):
+            folder = resolve_path(value)
+            if folder.is_dir() and visible_folders(folder):
+                return [str(folder)]
         return super().files
 
     def units(self, paths: list[str]) -> Units:
@@ -420,10 +422,6 @@ class MmuReader(ImageTextReader):
                 raise UserError(f"conversation=chat: {error}") from None
         room = reading.text_length or self.config.dataset.preprocessing.max_seq_length
         return LlavaSample(images, encode, reading.tokenizer, room)
-
-
-def _has_folders(path: Path) -> bool:
-    return path.is_dir() and bool(visible_folders(path))
 
 
 def _resolved(path: str | None) -> str | None:

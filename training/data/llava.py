@@ -60,14 +60,9 @@ class LlavaRecord:
         if not isinstance(turns, list) or not turns:
             raise Skipped(BAD_CONVERSATION, f"{name}: the conversation is {kind_of(turns)}, no list of turns")
         turns = [_turn(turn, f"{name}: turn {index}") for index, turn in enumerate(turns)]
-        return cls(cls._image(record, name), turns, record)
-
-    @staticmethod
-    def _image(record: dict, name: str) -> str | None:
-        image = image_of(record)
-        if image is not None and not isinstance(image, str):
+        if not isinstance(image := image_of(record), str | None):
             raise Skipped(MALFORMED_ITEM, f"{name}: 'image' is {kind_of(image)}, expected one file name")
-        return image
+        return cls(image, turns, record)
 
 
 def image_of(record: dict) -> Any:

@@ -296,10 +296,7 @@ def with_images(manifest: dict, background: str | None) -> dict:
     """A manifest of codes with the settings of images, which earlier releases did not have.
 
     They turned nothing and dropped alpha. Codes of images without alpha are the same on every background, so such
-    codes are also taken for those of the default one.
-
-    Args:
-        background: the one that is asked for.
+    codes are also taken for those of the default one, if that is the `background` that is asked for.
     """
     earlier = ImageOptions(background=background if background == DEFAULT.background else None)
     return asdict(earlier) | manifest

@@ -241,10 +241,6 @@ class SkipCounters:
         self.largest = max(self.largest, other.largest)
         self.examples = other.examples | self.examples
 
-    @property
-    def share(self) -> float:
-        return self.skipped.total() / self.seen if self.seen else 0.0
-
     def exceeds(self, fraction: float, enough: int) -> bool:
         """Whether more than `fraction` of the samples were skipped, judged once `enough` were seen.
 
@@ -257,8 +253,10 @@ class SkipCounters:
 
     def describe(self) -> str:
         """``12 of 200 samples (6.0%): 9 unreadable_image (such as a/b.jpg: …), 3 empty_text (such as …)``."""
-        kinds = [f"{count} {kind}{self._example(kind)}" for kind, count in self.skipped.most_common()]
-        return f"{self.skipped.total()} of {self.seen} samples ({self.share:.1%}): {', '.join(kinds)}"
+        known = {kind: f" (such as {example})" for kind, example in self.examples.items()}  # none survives a restart
+        kinds = [f"{count} {kind}{known.get(kind, '')}" for kind, count in self.skipped.most_common()]
+        total = self.skipped.total()
+        return f"{total} of {self.seen} samples ({total / (self.seen or 1):.1%}): {', '.join(kinds)}"
 
     def print(self) -> None:
         """Says what a command has skipped, and what was noted of samples that it used."""
@@ -271,6 +269,3 @@ class SkipCounters:
         """``15 images carry a rotation, …``, one line for each kind."""
         earlier = "one before the last restart"  # which examples do not survive
         return [f"{n} {NOTES[kind].format(self.examples.get(kind, earlier))}" for kind, n in self.noted.items()]
-
-    def _example(self, kind: str) -> str:
-        return f" (such as {self.examples[kind]})" if kind in self.examples else ""  # examples do not survive a restart

@@ -267,7 +267,8 @@ class Flow:
         self.batches += 1
         self.chunks[delivery.stream], self.positions[delivery.stream] = delivery.chunk, delivery.position
         self.deferred[delivery.stream] = delivery.deferred
-        if not self.persistent_workers and self.num_workers and self._at_epoch_end():
+        epoch = self.batches_per_epoch
+        if not self.persistent_workers and self.num_workers and epoch and self.batches % epoch == 0:
             self.close()
         return unpack(delivery.packed)
 
@@ -299,9 +300,6 @@ class Flow:
             f"skipped {self.counters.describe()}; that is more than dataset.params.max_skipped_fraction "
             f"{self.max_skipped_fraction}; fix the data, or raise the fraction"
         )
-
-    def _at_epoch_end(self) -> bool:
-        return bool(self.batches_per_epoch) and self.batches % self.batches_per_epoch == 0
 
     def close(self) -> None:
         """Stops the loader's workers at once, without waiting for garbage collection. `next` starts new ones."""
