@@ -10,7 +10,8 @@ from typing import Any, get_args, get_origin
 
 from transformers.activations import ACT2FN
 
-from common.settings import Rule, Setting
+from common.schema import MagvitSection, TrainedShowoSection
+from common.settings import Rule, Setting, settings_of
 
 MOST_LEVELS = 12  # entries of a list
 
@@ -56,28 +57,16 @@ CLIP_FIELDS = {
     "patch_size": size(2**10),
     "num_channels": size(3, 3),
 }
+SECTION = settings_of(TrainedShowoSection)
 SHOWO_FIELDS = {
+    **{key: SECTION[key] for key in ("vocab_size", "llm_vocab_size", "codebook_size", "num_vq_tokens")},
+    **{key: SECTION[key] for key in ("w_clip_vit", "qk_norm")},
     "llm_model_path": within(str),
-    "vocab_size": size(2**23),
-    "llm_vocab_size": size(2**22),
     "num_new_special_tokens": size(2**12, 0),
-    "codebook_size": size(2**22),
-    "num_vq_tokens": size(2**16),
     "clip_feature_size": size(2**16),
-    "w_clip_vit": SWITCH,
-    "qk_norm": within(bool | None),
 }
 TOKENIZER_FIELDS = {"model_max_length": within(float, 1, 1e31)}
-LEVELS = size(2**8, hint=list[int])
-MAGVIT_FIELDS = {
-    "ch": size(2**14),
-    **dict.fromkeys(("encoder_ch_mult", "decoder_ch_mult", "encoder_num_res_blocks", "decoder_num_res_blocks"), LEVELS),
-    "code_bits": size(22),
-    "num_groups": size(2**14),
-    "stem_patch_size": size(2**6),
-    "encoder_mid": SWITCH,
-    "decoder_mid": SWITCH,
-}
+MAGVIT_FIELDS = settings_of(MagvitSection)
 
 
 def check_fields(settings: Mapping[str, Any], fields: Mapping[str, Setting]) -> None:

@@ -56,14 +56,7 @@ from tools.captioned import (
 )
 from tools.captioned_parquet import CaptionedParquet
 from tools.holdout import Holdout
-from tools.shard_writing import (
-    counted,
-    heldout_prefix,
-    in_order,
-    new_set,
-    write_manifest,
-    write_shards,
-)
+from tools.shard_writing import counted, heldout_prefix, in_order, new_set, write_manifest, write_shards
 from training.data.paths import PARQUET, has_suffix
 from training.data.sources import (
     EMPTY_TEXT,

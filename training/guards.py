@@ -15,11 +15,11 @@ from common import results
 from common.errors import UserError
 from common.files import Owned
 from common.launch import find_launcher
+from training.checkpointing import COURSE, FINAL_MODEL
 
 LOCK = ".lock"  # in the output folder
-SIGNS_OF_A_RUN = (".course.json", "checkpoint-0", "checkpoint-*/metadata.json")
-WRITTEN = ("config.yaml", "metrics.jsonl", "config.json", "generation_config.json", "model*.safetensors")
-WRITTEN += ("model*.index.json", "images/*.png")
+SIGNS_OF_A_RUN = (COURSE, "checkpoint-0", "checkpoint-*/metadata.json")
+WRITTEN = ("config.yaml", "metrics.jsonl", *FINAL_MODEL, "images/*.png")
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 

@@ -285,11 +285,7 @@ def test_refusals(load, monkeypatch, schema, given, message):
 @pytest.mark.parametrize(
     ("schema", "argv", "message"),
     [
-        (
-            ExportConfig,
-            "form=x dtype=int4",
-            "key form; .* is from; from and to not given; for example this; dtype is",
-        ),
+        (ExportConfig, "form=x dtype=int4", "key form; .* is from; from and to not given; for example this; dtype is"),
         (ExportConfig, "from", "'from' is not of the form key=value, as in this"),
         (MakeShardsConfig, "source=x output=y quality=0", "quality is 0; it must be from 1 to 100"),
         (SmallClipConfig, "output_dir=x layers=0 heads=5", "layers is 0; .*hidden_size is 192; it must be a multiple"),

@@ -469,10 +469,7 @@ FILES = {
         ({"source": "hub", "image_column": "photo"}, "no column 'photo'; its columns are image, text, label"),
         ({"captions": "none.csv"}, "none.csv does not exist"),
         ({"captions": "lfs/train.parquet"}, "must be a file of .csv"),
-        (
-            {"captions": "c.csv"},
-            "no column 'caption' or .*; its columns are image, number; name one by caption_c",
-        ),
+        ({"captions": "c.csv"}, "no column 'caption' or .*; its columns are image, number; name one by caption_c"),
         ({"captions": "c.csv", "caption_column": "says"}, "no column 'says'"),
         ({"captions": "c.json"}, "no valid JSON"),
         ({"captions": "fifo.csv"}, "captions=fifo.csv is no regular file"),

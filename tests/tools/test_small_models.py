@@ -108,16 +108,8 @@ def test_files_of_somebody_else_are_not_replaced(tmp_path, name):
         (small_llm.main, {"hidden_act": "gelo"}, "hidden_act is 'gelo'; allowed: gelu"),
         (small_llm.main, {"hidden_size": 0}, "hidden_size is 0; it must be from 1"),
         (small_llm.main, {"num_hidden_layers": 10**7}, "num_hidden_layers is 10000000; it must be from 1 to 512"),
-        (
-            small_llm.main,
-            {"num_attention_heads": 5},
-            "hidden_size is 192; it must be a multiple of num_attention",
-        ),
-        (
-            small_llm.main,
-            {"num_key_value_heads": 2},
-            "num_attention_heads is 3; it must be a multiple of num_key",
-        ),
+        (small_llm.main, {"num_attention_heads": 5}, "hidden_size is 192; it must be a multiple of num_attention"),
+        (small_llm.main, {"num_key_value_heads": 2}, "num_attention_heads is 3; it must be a multiple of num_key"),
         (small_llm.main, {"hidden_size": 6}, "that must be an even number"),
         (
             small_clip.main,

@@ -8,14 +8,7 @@ from functools import lru_cache
 from common.errors import UserError
 from common.files import BYTE_ORDER_MARK, MAX_LINE, kind_of, open_utf8, parse_json
 from training.data.paths import choose_column
-from training.data.sources import (
-    EMPTY_TEXT,
-    MALFORMED_ITEM,
-    MISSING_FILE,
-    TRUNCATED_SHARD,
-    Skipped,
-    checked_text,
-)
+from training.data.sources import EMPTY_TEXT, MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped, checked_text
 
 MAX_CHARACTERS = 8000
 CHUNK = 4 * 2**20  # bytes of a unit; its documents are in memory together

@@ -14,14 +14,7 @@ from llava.conversation import IGNORE_INDEX
 from training.data.image_text import ImageTransform, noted
 from training.data.json_records import JsonRecords
 from training.data.shards import members_of
-from training.data.sources import (
-    BAD_CONVERSATION,
-    CUT,
-    MALFORMED_ITEM,
-    MISSING_FILE,
-    Skipped,
-    checked_text,
-)
+from training.data.sources import BAD_CONVERSATION, CUT, MALFORMED_ITEM, MISSING_FILE, Skipped, checked_text
 
 logger = logging.getLogger(__name__)
 

@@ -142,15 +142,7 @@ EMPTY_TEXT = "empty_text"
 MALFORMED_ITEM = "malformed_item"  # parts are missing, of the wrong type, or cannot be parsed
 BAD_CONVERSATION = "bad_conversation"  # turns out of order, or no supervised token
 BAD_CODES = "bad_codes"  # of another length or range than the model's
-KINDS = (
-    UNREADABLE_IMAGE,
-    TRUNCATED_SHARD,
-    MISSING_FILE,
-    EMPTY_TEXT,
-    MALFORMED_ITEM,
-    BAD_CONVERSATION,
-    BAD_CODES,
-)
+KINDS = (UNREADABLE_IMAGE, TRUNCATED_SHARD, MISSING_FILE, EMPTY_TEXT, MALFORMED_ITEM, BAD_CONVERSATION, BAD_CODES)
 
 # What is noted of samples that are used.
 ROTATED = "rotated"  # by EXIF data that were not applied
