@@ -74,11 +74,6 @@ def is_hidden(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name in JUNK or name.endswith(".partial")
 
 
-def is_hidden_member(path: str) -> bool:
-    """Whether a part of the path of an archive's member is hidden."""
-    return any(is_hidden(part) for part in path.split("/"))
-
-
 def visible_files(folder: str | Path) -> list[Path]:
     """All regular files at any depth, sorted, without hidden ones. Links are followed, each folder is visited once."""
     files, waiting, visited = [], deque([Path(folder)]), set()

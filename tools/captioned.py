@@ -206,8 +206,11 @@ def _rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
     check_file(table, f"captions={table}")
     if not has_suffix(table.name, TABLES):
         raise UserError(f"captions={table} must be a file of {', '.join(TABLES)}")
-    readers = {".jsonl": _json_lines, ".json": _json_records}
-    yield from readers.get(table.suffix.lower(), _delimited_rows)(table, choose)
+    if has_suffix(table.name, (".jsonl",)):
+        records = (record for _, _, record in json_lines(table))
+        yield from (one if isinstance(one, dict) else Skipped(MALFORMED_ITEM, str(one)) for one in records)
+    else:
+        yield from _json_records(table) if has_suffix(table.name, (".json",)) else _delimited_rows(table, choose)
 
 
 def _delimited_rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
@@ -222,12 +225,7 @@ def _delimited_rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
             yield dict(zip(header, row.cells, strict=True))
 
 
-def _json_lines(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
-    for _, _, record in json_lines(table):
-        yield record if isinstance(record, dict) else Skipped(MALFORMED_ITEM, str(record))
-
-
-def _json_records(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
+def _json_records(table: Path) -> Iterator[dict | Skipped]:
     try:
         content = read_json(table, f"captions={table}", kind=None, limit=MAX_TABLE)
     except UserError as error:

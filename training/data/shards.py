@@ -24,7 +24,7 @@ import webdataset
 from webdataset.tariterators import group_by_keys
 
 from common.errors import UserError
-from common.files import is_hidden_member, read_json
+from common.files import is_hidden, read_json
 from models.images import DEFAULT, ImageOptions
 from training.data.paths import is_address
 from training.data.sources import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped, mixed
@@ -105,7 +105,7 @@ def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
         head = stream.peek(8)
         unpack = next((of_form for magic, of_form in COMPRESSED.items() if head.startswith(magic)), None)
         for name, content in tar_members(unpack(stream) if unpack else stream):
-            if not is_hidden_member(name) and not re.match(r"__[^/]*__($|/)", name):
+            if not any(map(is_hidden, name.split("/"))) and not re.match(r"__[^/]*__($|/)", name):
                 yield {"fname": name, "data": content, "__url__": url}
     except FileNotFoundError:
         problems.append(Skipped(MISSING_FILE, url))
