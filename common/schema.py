@@ -19,11 +19,7 @@ WANDB_MODES = ("online", "offline", "disabled")
 MOST_STEPS, TOKENS, IDS, PIXELS = 10**12, 2**16, 2**23, 2**13
 STEPS, ROWS, WEIGHT = {"low": 1, "high": MOST_STEPS}, {"low": 1, "high": TOKENS}, {"low": 0, "high": 10**6}
 # Scripts that read the same YAML files: in a file, each skips the keys that only the others know.
-SHOWO_SCHEMAS = (
-    "common.schema:TrainingConfig",
-    "common.schema:InferenceConfig",
-    "evaluation.schema:EvaluationConfig",
-)
+SHOWO_SCHEMAS = ("common.schema:TrainingConfig", "common.schema:InferenceConfig", "evaluation.schema:EvaluationConfig")
 
 # ---- what several scripts read ----
 
@@ -72,6 +68,22 @@ class VqModelSection:
     type: str = setting("magvitv2", "kind of image tokenizer", choices=("magvitv2",))
     vq_model_name: str = setting("showlab/magvitv2", "image tokenizer: a folder or hub name")
     pretrained_model_path: str | None = setting(None, "a file with its state dict under the key `model`, used instead")
+
+
+@dataclass
+class MagvitSection:
+    """The sizes of an image tokenizer."""
+
+    ch: int = setting(128, "channels of the first level", low=1, high=2**14)
+    encoder_ch_mult: list[int] = setting([1, 2, 2, 4, 4], "channels of each level, as multiples of ch", low=1, high=256)
+    decoder_ch_mult: list[int] = setting([1, 1, 2, 2, 4], "the same for the decoder", low=1, high=256)
+    encoder_num_res_blocks: list[int] = setting([4, 3, 4, 3, 4], "residual blocks of each level", low=1, high=256)
+    decoder_num_res_blocks: list[int] = setting([4, 4, 3, 4, 3], "the same for the decoder", low=1, high=256)
+    code_bits: int = setting(13, "bits of a code: 2^code_bits codes", low=1, high=22)
+    num_groups: int = setting(32, "groups of the group norms", low=1, high=2**14)
+    stem_patch_size: int = setting(1, "pixels per side that the first layer makes one position of", low=1, high=64)
+    encoder_mid: bool = setting(True, "blocks between encoder and codes")
+    decoder_mid: bool = setting(True, "blocks between codes and decoder")
 
 
 @dataclass

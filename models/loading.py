@@ -175,16 +175,11 @@ def load_text_tokenizer(
         UserError: there is no such tokenizer, it is unusable, or has another number of ids.
     """
     name = name or DEFAULT_LLM
-    folder = find_folder(name, TOKENIZER_FILES)
-    try:
+    with _usable(f"model.showo.llm_model_path={name}", "tokenizer"):
+        folder = find_folder(name, TOKENIZER_FILES)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
         check_fields({"model_max_length": tokenizer.model_max_length}, TOKENIZER_FIELDS)
         prompting = UniversalPrompting(tokenizer, max_text_len, cond_dropout_prob=cond_dropout_prob)
-    except Exception as error:  # missing files and broken JSON raise a dozen unrelated classes
-        raise UserError(
-            f"model.showo.llm_model_path={name} holds no usable tokenizer ({first_line(error)}); copy its tokenizer "
-            "files again"
-        ) from error
     found = prompting.vocabulary.llm_vocab_size
     if found != llm_vocab_size:
         raise UserError(
@@ -195,11 +190,8 @@ def load_text_tokenizer(
 
 
 def load_image_tokenizer(name: str, weights_file: str | None = None) -> MAGVITv2:
-    """The image tokenizer in fp32, frozen, with the weights of its folder or those of `weights_file`.
-
-    Raises:
-        UserError: there is no such tokenizer or file, or the weights do not fit.
-    """
+    """The image tokenizer in fp32, frozen, with the weights of its folder or those of `weights_file`; `UserError` if
+    there is no such tokenizer or file, or the weights do not fit."""
     file = weights_file and located(weights_file)
     return MAGVITv2.from_pretrained(find_folder(name), weights_file=file).requires_grad_(False)
 
@@ -212,28 +204,27 @@ def load_clip(name: str, feature_size: int) -> CLIPVisionTower:
             f"model.clip_vit_name={name} has features of size {width}, but the checkpoint expects {feature_size}; "
             f"the published one is {CLIP_VIT_L_336}"
         )
-    with _clip_errors(name):
+    with _usable(f"model.clip_vit_name={name}", "CLIP vision model"):
         return CLIPVisionTower(find_folder(name))
 
 
 def read_clip(name: str) -> tuple[CLIPVisionConfig, Any]:
     """The settings of a CLIP vision tower and its image processor; `UserError` if they are unusable."""
-    with _clip_errors(name):
+    with _usable(f"model.clip_vit_name={name}", "CLIP vision model"):
         folder = find_folder(name)
         config = read_clip_config(folder)
         return config, read_image_processor(folder, config)
 
 
 @contextmanager
-def _clip_errors(name: str) -> Iterator[None]:
+def _usable(place: str, what: str) -> Iterator[None]:
+    """Turns what missing and damaged files raise, a dozen unrelated classes, into one line."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # damaged files raise a dozen unrelated classes
-        raise UserError(
-            f"model.clip_vit_name={name} holds no usable CLIP vision model ({first_line(error)})"
-        ) from error
+    except Exception as error:
+        raise UserError(f"{place} holds no usable {what} ({first_line(error)}); copy its files again") from error
 
 
 def initial_showo(
