@@ -434,32 +434,34 @@ class SceneExtrapolation(DrawnTask):
     """
 
     name = "scenes_extrapolation"
-    kinds = dict.fromkeys(DIRECTIONS, CHANGED_SPLITS)
-    parts = (CHANGED, KEPT)
+    kinds = {"canvas": CHANGED_SPLITS}
+    parts = (CHANGED, KEPT, *DIRECTIONS)  # a direction: what is right of the canvases that were extended there
 
     def items_of(self, kind, split, number) -> list[Item]:
         rng = generator(self.name, kind, split, self._seed, self.cells, number)
+        direction = DIRECTIONS[number % len(DIRECTIONS)]
         while True:
             scene = sample_scene(rng, self.cells, split, (1, 2, 2, 3))
-            halves = [half_of(scene, thing, kind) for thing in scene.things]
+            halves = [half_of(scene, thing, direction) for thing in scene.things]
             if None in halves or True not in halves:
                 continue
             shared = [thing for thing, new in zip(scene.things, halves, strict=True) if not new]
-            given = replace(scene, things=tuple(moved(thing, kind, self.cells // 2) for thing in shared))
+            given = replace(scene, things=tuple(moved(thing, direction, self.cells // 2) for thing in shared))
             outer = add_thing(rng, given.things, *_any_kind(rng), self.cells, overlapping=False)
-            if outer is None or half_of(given, outer, kind) is not False:
+            if outer is None or half_of(given, outer, direction) is not False:
                 continue
             given = replace(given, things=(*given.things, outer))
             if held_out(given.things) <= held_out(scene.things):
                 rest = replace(scene, things=tuple(shared))
-                item = _item(kind, split, number, scene, caption(scene, rng), given=given, rest=rest)
+                facts = {"given": given, "rest": rest, "direction": direction}
+                item = _item(kind, split, number, scene, caption(scene, rng), **facts)
                 return [replace(item, expected=f"{described(given)} | {described(scene)}")]
 
     def generated_by(self, model, items, generator) -> list[Image.Image]:
         given = self._codes(model, items, "given")
         blank = torch.full_like(given, UNKNOWN)
         windows = torch.stack(
-            [new_window(own, new, item.facts["kind"]) for own, new, item in zip(given, blank, items, strict=True)]
+            [new_window(own, new, item.facts["direction"]) for own, new, item in zip(given, blank, items, strict=True)]
         )
         prompts = [item.prompt for item in items]
         new = model.generate_codes(prompts, windows.flatten(1), generator=generator, **self.generation)
@@ -476,30 +478,31 @@ class SceneExtrapolation(DrawnTask):
 
     def _decoded(self, model, items: Sequence[Item], given: torch.Tensor, new: torch.Tensor) -> list[Image.Image]:
         canvases = [
-            extended(own, window, item.facts["kind"]) for own, window, item in zip(given, new, items, strict=True)
+            extended(own, window, item.facts["direction"]) for own, window, item in zip(given, new, items, strict=True)
         ]
         return [model.decode(canvas.flatten()[None], tuple(canvas.shape))[0] for canvas in canvases]
 
     def true_image(self, item) -> Image.Image:
         given, new = (torch.from_numpy(render(item.facts[name])) for name in ("given", "scene"))
-        return Image.fromarray(extended(given, new, item.facts["kind"]).numpy())
+        return Image.fromarray(extended(given, new, item.facts["direction"]).numpy())
 
     def windows(self, item, image) -> list[Image.Image]:
         """The window that was given, and the new one."""
-        size, kind = CELL * self.cells, item.facts["kind"]
+        size = CELL * self.cells
         boxes = [(0, 0, size, size), (image.width - size, image.height - size, image.width, image.height)]
-        return [image.crop(box) for box in (boxes if _is_at_end(kind) else boxes[::-1])]
+        return [image.crop(box) for box in (boxes if _is_at_end(item.facts["direction"]) else boxes[::-1])]
 
     def rate(self, item, scenes) -> dict[str, bool]:
         (given, new), facts = scenes, item.facts
 
         def is_inside(thing: Thing) -> bool:
-            middle = new.centre(thing)[_axis(facts["kind"]) == 0]
-            return (middle > new.cells) == _is_at_end(facts["kind"])
+            middle = new.centre(thing)[_axis(facts["direction"]) == 0]
+            return (middle > new.cells) == _is_at_end(facts["direction"])
 
         found, before = rate_change(new, facts["rest"], facts["claims"], is_inside), facts["given"]
         as_before = given.ground == before.ground and set(given.things) == set(before.things)
-        return found if as_before else found | {RIGHT: False, KEPT: False}
+        found |= {} if as_before else {RIGHT: False, KEPT: False}
+        return found | {facts["direction"]: found[RIGHT]}
 
 
 def _axis(direction: str) -> int:
