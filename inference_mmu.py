@@ -76,10 +76,10 @@ def main(argv: list[str]) -> None:
 
     from models import ShowoPipeline
     from models.loading import check_sizes
-    from models.pipeline_showo import check_texts
+    from models.pipeline_inputs import check_texts
 
     check_sizes(config.model.showo, config.dataset.preprocessing.resolution, config.model.vq_model.vq_model_name)
-    check_texts(questions)
+    check_texts(filter(None, questions))
     paths = find_images(config)
     pipeline = ShowoPipeline.from_config(config)
     pipeline.check_questions(questions, config.max_new_tokens)
@@ -131,7 +131,7 @@ def answer_all(pipeline, config, paths: list[Path], questions, results: ResultFo
         questions,
         batch_size=config.batch_size,
         generator=generator,
-        callback=Transcript(paths, questions).add,
+        stream=Transcript(paths, questions).add,
         **{key: config[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")},
     )
     panel, start = [], 0

@@ -11,6 +11,7 @@ Adds `0000.png` …, `results.jsonl` and `grid.png` to `output_dir` (default: `{
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +22,6 @@ from common.errors import UserError, run_cli, shown
 from common.inputs import SEPARATOR, read_prompts, required_path, rotation_note, split_pieces
 from common.results import ResultFolder
 from common.tracking import Tracker
-
-MAX_SEED = 2**63 - 1
 
 
 class TextToImage:
@@ -40,17 +39,17 @@ class TextToImage:
         self.repeats = config.num_images_per_prompt or 1
         self.count = len(self.prompts) * self.repeats
 
-    def captions(self, numbers: range) -> list[str]:
-        """The prompt of each of these images."""
-        return [self.prompts[number // self.repeats] for number in numbers]
+    def caption(self, number: int) -> str:
+        """The prompt of this image."""
+        return self.prompts[number // self.repeats]
 
     def inputs(self, pipeline) -> list[tuple[Image.Image, str]]:
         """The user's images as the model sees them, with captions."""
         return []
 
-    def generate(self, pipeline, prompts: list[str], **sampling) -> list[Image.Image]:
-        """An image for each of these captions."""
-        return pipeline.text_to_image(prompts, **sampling)
+    def generate(self, pipeline, **settings) -> Iterator[Image.Image]:
+        """All images in their order, each as soon as its batch is done."""
+        return pipeline.iter_text_to_image(self.prompts, num_images_per_prompt=self.repeats, **settings)
 
 
 class Inpainting:
@@ -58,7 +57,7 @@ class Inpainting:
 
     def __init__(self, config):
         from models.images import MASK, load_image
-        from models.pipeline_showo import mask_tokens
+        from models.pipeline_inputs import mask_tokens
 
         if not config.prompt:
             raise UserError("prompt is not given; add prompt='what the white regions of the mask should show'")
@@ -71,40 +70,44 @@ class Inpainting:
         side = math.isqrt(config.model.showo.num_vq_tokens)
         mask_tokens(self.mask, self.image, config.dataset.preprocessing.resolution, side)
 
-    def captions(self, numbers: range) -> list[str]:
-        return self.prompts * len(numbers)
+    def caption(self, number: int) -> str:
+        return self.prompts[0]
 
     def inputs(self, pipeline) -> list[tuple[Image.Image, str]]:
         mask = self.mask.convert("L")
         return [(pipeline.view(self.image), "original image"), (pipeline.view(mask), "inpainting mask")]
 
-    def generate(self, pipeline, prompts: list[str], **sampling) -> list[Image.Image]:
-        settings = {"num_images_per_prompt": len(prompts), "keep_outside_mask": self.keep_outside_mask}
-        return pipeline.inpaint(self.image, self.mask, prompts[0], **settings, **sampling)
+    def generate(self, pipeline, **settings) -> Iterator[Image.Image]:
+        settings |= {"num_images_per_prompt": self.count, "keep": self.keep_outside_mask}
+        return pipeline.iter_inpaint(self.image, self.mask, self.prompts, **settings)
 
 
 class Extrapolation:
     """The image extended in each direction of `extra_direction` in turn, `batch_size` times."""
 
     def __init__(self, config):
-        from models.pipeline_showo import check_extrapolation
+        from models.pipeline_inputs import check_extrapolation
 
         self.prompts = split_pieces("prompt", config.prompt)
         self.directions = split_pieces("extra_direction", config.extra_direction)
         self.offset = config.offset
         self.count = config.num_images_per_prompt or config.batch_size
-        check_extrapolation(self.directions, self.prompts, self.offset, math.isqrt(config.model.showo.num_vq_tokens))
+        side = math.isqrt(config.model.showo.num_vq_tokens)
+        try:
+            check_extrapolation(self.directions, self.prompts, self.offset, side)
+        except UserError as error:
+            raise UserError(f"extra_direction={config.extra_direction!r:.100}: {error}") from None
         self.image = open_input(config)
 
-    def captions(self, numbers: range) -> list[str]:
-        return [SEPARATOR.join(self.prompts)] * len(numbers)
+    def caption(self, number: int) -> str:
+        return SEPARATOR.join(self.prompts)
 
     def inputs(self, pipeline) -> list[tuple[Image.Image, str]]:
         return [(pipeline.view(self.image), "original image")]
 
-    def generate(self, pipeline, prompts: list[str], **sampling) -> list[Image.Image]:
-        settings = {"num_images_per_prompt": len(prompts), "offset": self.offset}
-        return pipeline.extrapolate(self.image, self.directions, self.prompts, **settings, **sampling)
+    def generate(self, pipeline, **settings) -> Iterator[Image.Image]:
+        settings |= {"num_images_per_prompt": self.count, "offset": self.offset}
+        return pipeline.iter_extrapolate(self.image, self.directions, self.prompts, **settings)
 
 
 MODES = {"t2i": TextToImage, "inpainting": Inpainting, "extrapolation": Extrapolation}
@@ -129,7 +132,7 @@ def main(argv: list[str]) -> None:
     if config.mode is None:
         raise UserError(f"mode is not given; add mode={', mode='.join(MODES)}")
     from models.loading import check_sizes
-    from models.pipeline_showo import check_texts
+    from models.pipeline_inputs import check_texts
 
     check_sizes(config.model.showo, config.dataset.preprocessing.resolution, config.model.vq_model.vq_model_name)
     results = ResultFolder(config.output_dir or Path(config.experiment.output_dir) / config.mode, config.overwrite)
@@ -152,35 +155,37 @@ def main(argv: list[str]) -> None:
 def generate_all(task, pipeline, config, results: ResultFolder, tracker: Tracker) -> None:
     """Generates, writes and logs batch by batch, with one random generator or one for each image."""
     from models import SamplingParameters
+    from models.pipeline_inputs import image_seed
 
     generator = pipeline.generator(config.seed)
-    seed = generator.initial_seed()
+    seeds = [generator.initial_seed()] * task.count
+    if config.seed_per_image:
+        generator = seeds = [image_seed(seed, number) for number, seed in enumerate(seeds)]
     inputs = task.inputs(pipeline)
     for image, caption in inputs:
         results.show(image, caption)
-    settings = {
-        "guidance_scale": config.guidance_scale,
-        "timesteps": config.generation_timesteps,
-        "temperature": config.generation_temperature,
-        "progress": True,
-        "sampling": SamplingParameters(**config.sampling),
-    }
-    for start in range(0, task.count, config.batch_size):
-        numbers = range(start, min(start + config.batch_size, task.count))
-        prompts, seeds = task.captions(numbers), [seed] * len(numbers)
-        if config.seed_per_image:
-            seeds = [(seed + number) % (MAX_SEED + 1) for number in numbers]
-            generator = [pipeline.generator(one) for one in seeds]
-        generated = task.generate(pipeline, prompts, generator=generator, **settings)
-        for prompt, image, one in zip(prompts, generated, seeds, strict=True):
-            name = results.save(image)
-            results.add(file=name, mode=config.mode, prompt=prompt, seed=one)
-            results.show(image, prompt)
-            print(f"{name}  {prompt}", flush=True)
-        if config.mode == "extrapolation":
-            prompts = [prompt.replace(SEPARATOR, " ") for prompt in prompts]
-        images, captions = zip(*inputs, *zip(generated, prompts, strict=True), strict=True)
-        tracker.log_images("generated_images", list(images), list(captions), start, save=False)
+    generated = task.generate(
+        pipeline,
+        generator=generator,
+        batch_size=config.batch_size,
+        guidance_scale=config.guidance_scale,
+        timesteps=config.generation_timesteps,
+        temperature=config.generation_temperature,
+        progress=True,
+        sampling=SamplingParameters(**config.sampling),
+    )
+    panel, start = list(inputs), 0
+    for number, (image, seed) in enumerate(zip(generated, seeds, strict=True)):
+        prompt = task.caption(number)
+        name = results.save(image)
+        results.add(file=name, mode=config.mode, prompt=prompt, seed=seed)
+        results.show(image, prompt)
+        print(f"{name}  {prompt}", flush=True)
+        panel.append((image, prompt.replace(SEPARATOR, " ") if config.mode == "extrapolation" else prompt))
+        if len(panel) == len(inputs) + config.batch_size or number + 1 == task.count:
+            images, captions = zip(*panel, strict=True)
+            tracker.log_images("generated_images", list(images), list(captions), start, save=False)
+            panel, start = list(inputs), number + 1
 
 
 if __name__ == "__main__":

@@ -173,6 +173,8 @@ def read_yaml(path: Path, what: str | None = None) -> dict[str, Any]:
             if depth > MAX_DEPTH or aliases > MAX_ALIASES:
                 raise UserError(f"{what} is nested too deeply, or has more than {MAX_ALIASES} aliases (`*name`)")
         tree = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
+    except UserError:
+        raise
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 
-class UserError(Exception):
-    """An error that the user can fix.
+class UserError(ValueError):
+    """An error that the user can fix; a ValueError, as which programs that use the parts in Python may catch it.
 
     The message is one line: the setting, what was given, what is allowed and how to fix it. For our own mistakes there
     are `assert` and ordinary exceptions, which keep their traceback.

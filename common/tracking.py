@@ -215,5 +215,5 @@ def _logged_in() -> bool:
     try:
         path = check_file(expand(os.environ.get("NETRC", "~/.netrc")))
         return netrc.netrc(path).authenticators(host) is not None
-    except (UserError, OSError, ValueError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         return False

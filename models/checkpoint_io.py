@@ -3,16 +3,19 @@
 import logging
 import os
 import pickle
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
-from common.files import check_file, expand, read_json
+from common.files import REPOSITORY, check_file, disk_errors, expand, read_json
 from models.config_fields import check_memory
 
 logger = logging.getLogger(__name__)
@@ -25,6 +28,7 @@ WEIGHT_NAMES = (
     "diffusion_pytorch_model.bin",
 )
 INDEX_NAMES = tuple(f"{name}.index.json" for name in WEIGHT_NAMES)  # of sharded checkpoints
+SHARD_NAMES = re.compile(r"((diffusion_)?pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
 CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.bin", "*.txt")
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 # Keys of a stored configuration that are the caller's to choose: some would fetch and run code from the hub.
@@ -163,6 +167,59 @@ def check_state_dict(name: str, expected: dict, given: dict, allow_missing: tupl
 def _some(names: list[str], limit: int = 6) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{len(names)} ({', '.join(names[:limit])}{more})"
+
+
+def portable(path: str) -> str:
+    """A path as others can read it: an absolute one from the repository on, or its last part only."""
+    place = Path(path)
+    if not place.is_absolute():
+        return path
+    return str(place.relative_to(REPOSITORY)) if place.is_relative_to(REPOSITORY) else place.name
+
+
+@contextmanager
+def replacing(goal: Path) -> Iterator[Path]:
+    """A folder to write to that then takes the place of `goal`, along with the files there that are not its weights.
+
+    Raises:
+        UserError: it cannot be written; what was there stays.
+    """
+    new, old = (goal.with_name(f".{goal.name}.{what}") for what in ("new", "old"))
+    with disk_errors(goal):
+        if old.exists() and not goal.exists():
+            old.rename(goal)  # an export was killed between the last two renames
+        for left_over in (new, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        try:
+            yield new
+            for file in new.rglob("*"):
+                file.chmod(0o755 if file.is_dir() else 0o644)
+            if goal.exists():
+                _keep_others(goal, new)
+                goal.rename(old)
+            try:
+                new.rename(goal)
+            except OSError:
+                old.rename(goal)
+                raise
+        except SafetensorError as error:  # how a full disk reaches us from its writer
+            raise UserError(f"cannot write {goal} ({error}); make room, or give another place") from None
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Copies to a checkpoint folder the files of another that it does not have, except for weights."""
+    replaced = {*WEIGHT_NAMES, *INDEX_NAMES, *os.listdir(new)}
+    for file in old.iterdir():
+        if file.is_dir() and not file.is_symlink():
+            if (new / file.name).is_dir():
+                _keep_others(file, new / file.name)
+            else:
+                shutil.copytree(file, new / file.name, symlinks=True)
+        elif not (SHARD_NAMES.fullmatch(file.name) or file.name in replaced):
+            shutil.copy2(file, new / file.name, follow_symlinks=False)
 
 
 def silence_deepspeed() -> None:

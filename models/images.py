@@ -35,6 +35,64 @@ class ImageOptions:
 
 DEFAULT = ImageOptions()
 MASK = ImageOptions(background="black")  # of inpainting: what is transparent is kept
+# An image, the path of one, or its pixels: an array (H, W, C) or a tensor (C, H, W), see `from_pixels`.
+OUTPUT_TYPES = ("pil", "np", "pt")
+ImageInput = Image.Image | str | Path | np.ndarray | torch.Tensor
+
+
+def read_image(image: ImageInput, options: ImageOptions = DEFAULT) -> Image.Image:
+    """An image in any form that a program may have it → RGB, see `to_rgb`.
+
+    Raises:
+        UserError: a file cannot be read, see `open_image`, or pixels are not as `from_pixels` expects them.
+        TypeError: it is something else.
+    """
+    if isinstance(image, (str, Path)):
+        return load_image(image, options)
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        image = from_pixels(image)
+    if not isinstance(image, Image.Image):
+        kind = type(image).__name__
+        raise TypeError(f"an image is of type {kind}, expected a PIL image, a path, a numpy array or a torch tensor")
+    return to_rgb(image, options)
+
+
+def from_pixels(pixels: np.ndarray | torch.Tensor) -> Image.Image:
+    """Pixels → a PIL image of the same values.
+
+    Args:
+        pixels: uint8 in [0, 255], floats in [0, 1] or bool. An array (H, W) or (H, W, C), a tensor (H, W) or (C, H, W);
+            C is 1 (grey), 3 (RGB) or 4 (RGBA).
+
+    Raises:
+        UserError: another shape or type, or floats out of range.
+    """
+    shape, dtype, expected = tuple(pixels.shape), pixels.dtype, "an array (H, W, 3)"
+    if isinstance(pixels, torch.Tensor):
+        expected = "a tensor (3, H, W)"
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).detach().cpu().numpy()
+        pixels = np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 else pixels
+    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)) or 0 in shape:
+        raise UserError(f"an image has pixels of shape {shape}, expected {expected}, or 1 or 4 channels instead of 3")
+    if pixels.dtype.kind == "f":
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            found = f"{pixels.min():.4g} to {pixels.max():.4g}"
+            raise UserError(f"an image of dtype {dtype} has values from {found}, expected 0 to 1, or uint8")
+        pixels = np.rint(pixels * 255)
+    elif pixels.dtype == bool:
+        pixels = pixels * np.uint8(255)
+    elif pixels.dtype != np.uint8:
+        raise UserError(f"an image has pixels of dtype {dtype}, expected uint8, or floats from 0 to 1")
+    pixels = np.ascontiguousarray(pixels, np.uint8)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+
+
+def converted(images: list[Image.Image], output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
+    """RGB images of one size as ``pil``: a list, ``np``: (B, H, W, 3), or ``pt``: (B, 3, H, W), float32 in [0, 1]."""
+    if output_type == "pil":
+        return images
+    pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255
+    return pixels if output_type == "np" else torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def load_image(path: str | Path, options: ImageOptions = DEFAULT) -> Image.Image:

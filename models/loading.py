@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +19,21 @@ import torch
 from transformers import AutoTokenizer, CLIPVisionConfig
 
 from common.errors import UserError, first_line
-from common.files import resolve_path
+from common.files import expand, field, make_folder, read_json, resolve_path, write_json
 from llava import QuestionFormat
 from models.backbones import DEFAULT_LLM
-from models.checkpoint_io import CHECKPOINT_FILES, TOKENIZER_FILES, resolve_folder
+from models.checkpoint_io import (
+    CHECKPOINT_FILES,
+    TOKENIZER_FILES,
+    portable,
+    quietly,
+    replacing,
+    resolve_folder,
+)
 from models.clip_encoder import CLIP_VIT_L_336, CLIPVisionTower, read_clip_config, read_image_processor
 from models.config_fields import TOKENIZER_FIELDS, check_fields
 from models.generation import cpu
+from models.generation.sampling import Schedule
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
 from models.modeling_showo import Showo, ShowoConfig
 from models.prompting import UniversalPrompting
@@ -35,6 +45,10 @@ logger = logging.getLogger(__name__)
 
 PUBLISHED_VQ = "showlab/magvitv2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARTS = {"showo": "showo", "vq_model": "magvitv2", "llm": "llm", "clip": "clip"}  # sub-folders of a whole pipeline
+PIPELINE_FILES = (*CHECKPOINT_FILES, "*.model")
+INDEX, PIPELINE_CLASS = "model_index.json", "ShowoPipeline"
+SAVED_SETTINGS = {"max_seq_length": int, "resolution": int, "conversation": str, "noise_schedule": str}
 VOCABULARY_SIZES = ("vocab_size", "llm_vocab_size", "num_new_special_tokens", "codebook_size")
 
 
@@ -81,10 +95,13 @@ def choose_device(name: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype of this name; by default bf16 on a GPU and fp32 elsewhere."""
+    """The dtype of this name; by default bf16 on a GPU and fp32 elsewhere. Raises `UserError` for any other."""
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name] if isinstance(name, str) else name
+    dtype = DTYPES.get(name) if isinstance(name, str) else name
+    if dtype not in DTYPES.values():
+        raise UserError(f"dtype is {name!r}, expected {', '.join(DTYPES)} or torch's own of this precision")
+    return dtype
 
 
 # ---- whether the sizes fit ----
@@ -259,13 +276,66 @@ def initial_showo(
 # ---- the parts of a pipeline ----
 
 
-def find_parts(name_or_path: str | Path) -> dict[str, str]:
-    """Names for `load_parts`: of a Showo checkpoint, or of the sub-folders `showo/`, `magvitv2/`, `llm/`, `clip/`."""
+def find_parts(name_or_path: str | Path) -> dict[str, Any]:
+    """Arguments of `load_parts`: a Showo checkpoint, or sub-folders in `PARTS` and the settings that were saved."""
     folder = Path(located(name_or_path))
     if not (folder / "showo").is_dir():
         return {"showo": str(name_or_path)}
-    parts = {"showo": "showo", "vq_model": "magvitv2", "llm": "llm", "clip": "clip"}
-    return {key: str(folder / part) for key, part in parts.items() if (folder / part).is_dir()}
+    found = {key: str(folder / part) for key, part in PARTS.items() if (folder / part).is_dir()}
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        found |= {key: field(index, key, kind, INDEX) for key, kind in SAVED_SETTINGS.items() if key in index}
+    return found
+
+
+def save_parts(
+    folder: str | Path,
+    model: Showo,
+    vq_model: MAGVITv2,
+    prompting: UniversalPrompting,
+    clip: CLIPVisionTower | None,
+    settings: dict[str, Any],
+) -> None:
+    """Writes what `find_parts` finds again; the folder is whole or absent, and files of others in it stay.
+
+    Args:
+        settings: of `SAVED_SETTINGS`.
+
+    Raises:
+        UserError: the folder holds anything but a pipeline that was saved, or cannot be written.
+    """
+    goal = Path(os.path.abspath(expand(folder)))
+    if goal.is_symlink():
+        raise UserError(f"{goal} is a link, which would be replaced; give the folder that it leads to")
+    if goal.exists() and not (goal.is_dir() and not any(goal.iterdir())):
+        index = goal / INDEX
+        if not index.is_file() or read_json(index).get("_class_name") != PIPELINE_CLASS:
+            raise UserError(f"{goal} exists and holds no pipeline that was saved by Show-o; give a new folder")
+    make_folder(goal.parent)
+    with replacing(goal) as new, quietly():
+        named, model.config.llm_model_path = model.config.llm_model_path, portable(model.config.llm_model_path)
+        try:
+            model.save_pretrained(new / "showo")
+        finally:
+            model.config.llm_model_path = named
+        vq_model.save_pretrained(new / "magvitv2")
+        prompting.tokenizer.save_pretrained(new / "llm")
+        write_json(new / "llm" / "config.json", model.config.llm_config)
+        if clip is not None:
+            clip.vision_tower.save_pretrained(new / "clip")
+            clip.image_processor.save_pretrained(new / "clip")
+        write_json(new / INDEX, {"_class_name": PIPELINE_CLASS} | settings)
+
+
+def in_python(error: UserError) -> str:
+    """The message of an error with the names of `from_pretrained` instead of a script's settings."""
+    names = {
+        "model.showo.pretrained_model_path": "name_or_path",
+        "model.showo.llm_model_path": "llm",
+        "model.vq_model.vq_model_name": "vq_model",
+        "model.clip_vit_name": "clip",
+    }
+    return re.sub(r"\b(model|dataset)(\.\w+)+", lambda found: names.get(found[0], found[0].split(".")[-1]), str(error))
 
 
 def load_parts(
@@ -284,8 +354,9 @@ def load_parts(
     compile: bool = False,
     cpu_kernels: bool = True,
     conversation: str = "vicuna",
+    noise_schedule: str | Schedule = "cosine",
 ) -> dict[str, Any]:
-    """Loads the arguments of `ShowoPipeline`: `model`, `vq_model`, `prompting`, `resolution`, `clip`, `conversation`.
+    """Loads the arguments of `ShowoPipeline`.
 
     Args:
         showo, vq_model, clip: names of the parts; `clip` is used with `w_clip_vit` only.
@@ -319,7 +390,7 @@ def load_parts(
     elif cpu_kernels and device.type == "cpu":
         cpu.enable(model)
     parts = {"model": model, "vq_model": tokenizer, "prompting": prompting, "clip": tower}
-    return parts | {"resolution": resolution, "conversation": conversation}
+    return parts | {"resolution": resolution, "conversation": conversation, "noise_schedule": noise_schedule}
 
 
 def _check_section(section: ShowoSection, folder: Path, config: ShowoConfig) -> None:

@@ -1,142 +1,79 @@
 """The user-facing pipeline: text to image, inpainting, extrapolation and visual question answering (spec §7, §8).
 
-Takes and returns strings and PIL images; tokenizers, prompt formats and devices are handled inside.
+Takes and returns strings and images; tokenizers, prompt formats and devices are handled inside.
 
 pipeline = ShowoPipeline.from_pretrained("checkpoints/showo-tiny")
-pipeline.text_to_image(["red apple in noto style"], generator=pipeline.generator(7))[0].save("apple.png")
-pipeline.answer(["apple.png"], ["What is this?"])[0][0]
+pipeline("red apple in noto style", generator=7).images[0].save("apple.png")
+pipeline.answer("apple.png", "What is this?")[0][0]
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from itertools import islice
+from numbers import Integral
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import TextStreamer
+from transformers.utils import ModelOutput
 
-from common.errors import UserError, shown
-from common.launch import use_physical_cores
+from common.errors import UserError
 from common.progress import progress as progress_bar
-from llava import QuestionFormat
-from models.clip_encoder import CLIPVisionTower
-from models.generation.sampling import Generators, SamplingParameters, Schedule, get_mask_schedule
-from models.images import DEFAULT, MASK, ImageOptions, has_rotation, load_image, preprocess, to_pil, to_rgb
-from models.loading import check_sizes, find_parts, load_parts
-from models.modeling_magvitv2 import MAGVITv2
-from models.modeling_showo import Showo
-from models.prompting import Rows, UniversalPrompting
-from models.vocabulary import PAD_TOKEN, SPECIAL_TOKENS
+from models.generation.sampling import Generators, SamplingParameters
+from models.images import (
+    MASK,
+    OUTPUT_TYPES,
+    ImageInput,
+    converted,
+    preprocess,
+    read_image,
+    to_pil,
+)
+from models.pipeline_inputs import (
+    as_list,
+    batches,
+    check_extrapolation,
+    check_texts,
+    distinct,
+    for_each,
+    image_seed,
+    mask_tokens,
+    soft_mask,
+)
+from models.pipeline_parts import PipelineParts
+from models.prompting import Rows
 
 # B images, W tokens along the side of the model's square window (N = W * W), h x w tokens of a larger canvas
 UNKNOWN = -1  # in a tensor of codes: to be generated
-DIRECTIONS = ("left", "right", "up", "down")
 MAX_NEW_TOKENS = 100  # of an answer, by default
-MAX_WINDOWS = 64  # of a canvas, whose pixels are decoded at once
-ImageInput = Image.Image | str | Path  # an image, or the path of one
+Seeds = Generators | int | Sequence[int]  # see ShowoPipeline
 
 
-class ShowoPipeline:
-    """A Show-o model, its text and image tokenizers and, for `w_clip_vit` models, the CLIP vision tower.
+@dataclass
+class ImageOutput(ModelOutput):
+    """What a call of the pipeline returns: `images`, of the type `output_type`."""
 
-    The generating methods pass extra keyword arguments to `generate_codes`: guidance_scale, timesteps, temperature,
-    generator, callback, progress, sampling. A `generator` (on the model's device) may be reused for any number of
-    calls; its random numbers are then consumed in the order of the published scripts. A sequence of generators, one for
-    each image, makes every image depend on its own alone: it is the same whatever else is generated with it.
+    images: list[Image.Image] | np.ndarray | torch.Tensor | None = None
 
-    Args:
-        model: on its device, in its dtype. `vq_model` and `clip` stay in fp32.
-        prompting: the text tokenizer with Show-o's special tokens; `max_text_len` limits a prompt, in tokens.
-        resolution: side of an image in pixels; default: the one that gives the model's `num_vq_tokens` tokens.
-        noise_schedule: mask schedule of image generation, see `get_mask_schedule`.
-        conversation: prompt format of questions: ``vicuna``, as published, or ``chat``, the tokenizer's chat template.
-        image_options: how images and masks are read, see `ImageOptions`.
 
-    Raises:
-        ValueError: the resolution is not a multiple of the image tokenizer's downsampling factor, or a `w_clip_vit`
-            model comes without `clip`.
+class ShowoPipeline(PipelineParts):
+    """Generates and extends images and answers questions with the parts of a Show-o, see `PipelineParts`.
+
+    Images and masks are PIL images, paths, arrays or tensors, see `models.images.read_image`, or lists of them. The
+    generating methods pass extra keyword arguments to `generate_codes`: guidance_scale, negative_prompt, timesteps,
+    temperature, generator, callback_on_step_end, progress, sampling. Of these `generator` is one of:
+
+    - a `torch.Generator` on the model's device. It may be reused for any number of calls; its random numbers are then
+      consumed in the order of the published scripts;
+    - a list of generators or seeds, one for each image, which then depends on its own alone: it is the same whatever
+      else is generated with it;
+    - an int, the seed of the first image; those of the next ones are the next numbers (`image_seed`).
+
+    What is wrong with an argument is raised as a ValueError or TypeError.
     """
-
-    def __init__(
-        self,
-        model: Showo,
-        vq_model: MAGVITv2,
-        prompting: UniversalPrompting,
-        resolution: int | None = None,
-        clip: CLIPVisionTower | None = None,
-        noise_schedule: str | Schedule = "cosine",
-        conversation: str = "vicuna",
-        image_options: ImageOptions = DEFAULT,
-    ):
-        factor = vq_model.downsampling_factor
-        self.resolution = resolution or factor * math.isqrt(model.config.num_vq_tokens)
-        self.window = self.resolution // factor  # W
-        if self.resolution % factor:
-            raise ValueError(f"resolution is {resolution}, expected a multiple of {factor}")
-        if model.config.w_clip_vit and clip is None:
-            raise ValueError("a model with w_clip_vit=True sees images through CLIP; pass clip=CLIPVisionTower(…)")
-        self.model, self.vq_model, self.clip = model.eval(), vq_model.eval(), clip
-        self.prompting, self.noise_schedule, self.image_options = prompting, noise_schedule, image_options
-        self.question_format = QuestionFormat.of(conversation, prompting.tokenizer, model.config.w_clip_vit)
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **settings) -> "ShowoPipeline":
-        """Loads a pipeline from the hub (`showlab/show-o`) or a folder.
-
-        Args:
-            name_or_path: a Showo checkpoint, or a folder with sub-folders `showo/`, `magvitv2/`, `llm/` (tokenizer and
-                config.json of the language model) and, with CLIP-ViT, `clip/`.
-            settings: `vq_model`, `llm`, `clip` (folder or hub name; default: the sub-folder, or the published one),
-                `max_seq_length` (128), `resolution`, `device` (default: a GPU if there is one), `dtype` (`fp32`,
-                `bf16`, `fp16`; default: bf16 on a GPU, else fp32), `attn_implementation`, `compile`, `cpu_kernels`,
-                `conversation`, `image_options`; None: the default.
-
-        Raises:
-            UserError: a component is missing, broken, or does not match the others.
-        """
-        given = {key: value for key, value in settings.items() if value is not None}
-        image_options = given.pop("image_options", DEFAULT)
-        return cls(**load_parts(**find_parts(name_or_path) | given), image_options=image_options)
-
-    @classmethod
-    def from_config(cls, config) -> "ShowoPipeline":
-        """Loads the components that a script's config (`InferenceConfig`) names; its sizes must match the checkpoint.
-
-        Raises:
-            UserError: as `from_pretrained`. Cheap checks run before any weights are read.
-        """
-        from common.schema import mask_schedule_of  # needs OmegaConf, which the networks do without (`make gpu-check`)
-
-        showo, vq_model, images = config.model.showo, config.model.vq_model, config.dataset.preprocessing
-        check_sizes(showo, images.resolution, vq_model.vq_model_name)
-        name, parameters = mask_schedule_of(config)
-        try:
-            noise_schedule = get_mask_schedule(name, **parameters)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"mask_schedule: {error}") from None
-        how = ("device", "dtype", "attn_implementation", "compile", "cpu_kernels", "conversation")
-        parts = load_parts(
-            showo.pretrained_model_path,
-            vq_model=vq_model.vq_model_name,
-            llm=showo.llm_model_path,
-            clip=config.model.clip_vit_name,
-            vq_weights=vq_model.pretrained_model_path,
-            max_seq_length=images.max_seq_length,
-            resolution=images.resolution,
-            section=showo,
-            **{key: config[key] for key in how},
-        )
-        pipeline = cls(**parts, noise_schedule=noise_schedule, image_options=ImageOptions(**config.image))
-        if pipeline.device.type == "cpu":  # scripts alone: other programs decide about their threads themselves
-            use_physical_cores()
-        return pipeline
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def generator(self, seed: int | None = None) -> torch.Generator:
         """A generator on the model's device; without a seed, seeded by the system (`initial_seed()` tells the seed)."""
@@ -153,21 +90,22 @@ class ShowoPipeline:
 
     def open(self, image: ImageInput) -> Image.Image:
         """The image, or the one in this file, in RGB as `image_options` say."""
-        return _open(image, self.image_options)
+        return read_image(image, self.image_options)
 
     def view(self, image: ImageInput) -> Image.Image:
         """The image as the model sees it: resized and centre-cropped to its resolution."""
         return to_pil(preprocess(self.open(image), self.resolution)[None])[0]
 
     def encode(self, images: Sequence[ImageInput]) -> torch.Tensor:
-        """Images of any size → codes (B, N) int64.
+        """Images of any size → codes (B, N) int64; an object that occurs several times is encoded once.
 
         Raises:
             UserError: the image tokenizer produced a code that the model does not have.
         """
-        pixels = (preprocess(self.open(image), self.resolution)[None].to(self.device) for image in images)
+        different, index = distinct(images)
+        pixels = (preprocess(self.open(image), self.resolution)[None].to(self.device) for image in different)
         # one at a time, as published: a batch is no faster, and 20 images of 512 x 512 would need tens of GB
-        codes = torch.cat([self.vq_model.get_code(one) for one in pixels])
+        codes = torch.cat([self.vq_model.get_code(one) for one in pixels])[index]
         if codes.max() >= (limit := self.model.config.codebook_size):
             raise UserError(
                 f"the image tokenizer produced code {codes.max()}, but the model has only {limit} codes; give the "
@@ -175,9 +113,12 @@ class ShowoPipeline:
             )
         return codes
 
-    def decode(self, codes: torch.Tensor, shape: tuple[int, int] | None = None) -> list[Image.Image]:
-        """Codes (B, h * w) → images; `shape` = (h, w), default: a square."""
-        return to_pil(self.vq_model.decode_code(codes, shape))
+    def decode(self, codes: torch.Tensor) -> list[Image.Image]:
+        """Codes (B, h, w), or (B, N) of a square → images, grey where a code is −1 (not generated yet)."""
+        codes = codes.unflatten(1, (math.isqrt(codes.shape[1]), -1)) if codes.ndim == 2 else codes
+        pixels = self.vq_model.decode_code(codes.clamp(min=0).flatten(1), tuple(codes.shape[1:]))
+        unknown = F.interpolate((codes == UNKNOWN)[:, None].float(), pixels.shape[2:]).bool()  # nearest
+        return to_pil(pixels.masked_fill(unknown, 0))
 
     def generate_codes(
         self,
@@ -185,10 +126,11 @@ class ShowoPipeline:
         codes: torch.Tensor,
         *,
         guidance_scale: float = 1.75,
+        negative_prompt: str | Sequence[str] | None = None,
         timesteps: int = 18,
         temperature: float = 1.0,
         generator: Generators = None,
-        callback: Callable[[int, torch.Tensor], None] | None = None,
+        callback_on_step_end: Callable[[int, int, torch.Tensor], None] | None = None,
         progress: bool = False,
         sampling: SamplingParameters | None = None,
     ) -> torch.Tensor:
@@ -198,32 +140,43 @@ class ShowoPipeline:
             prompts: B texts.
             codes: (B, N) int64, −1 where unknown; known codes are kept.
             guidance_scale, timesteps, temperature, generator, sampling: see `Showo.t2i_generate`.
-            callback: called as ``callback(step, codes)`` after each step; `decode(codes)` turns them into images.
+            negative_prompt: what guidance leads away from, in place of the empty prompt; a text for all, or for each.
+            callback_on_step_end: called as ``callback_on_step_end(step, timestep, codes)`` after each step: its number
+                from 0 on, how many are left, and the codes (B, N) as sampled so far, of which `decode` makes images.
+                `extrapolate` calls it so in each window, with the codes (B, h, w) of the whole canvas.
             progress: whether to show a progress bar; in a log file, a line a minute.
 
         Returns:
             (B, N) int64 codes.
 
         Raises:
-            UserError: a prompt holds a special token, or makes a row with more positions than the model has.
+            UserError: a prompt holds a special token, or makes a row with more positions than the model has;
+                `negative_prompt` without guidance, or not as many as prompts.
         """
         vocabulary = self.model.vocabulary
         image_ids = torch.where(codes == UNKNOWN, vocabulary.mask_token_id, codes + vocabulary.image_offset)
-        check_texts(prompts)
-        texts = [*prompts, *[""] * len(prompts)] if guidance_scale > 0 else list(prompts)
+        texts = list(prompts)
+        if guidance_scale > 0:
+            texts += for_each("negative_prompt", negative_prompt or "", len(texts), "prompt")
+        elif any(as_list(negative_prompt or "")):
+            raise UserError(
+                f"negative_prompt has no effect with guidance_scale={guidance_scale}; give a guidance_scale above 0, "
+                "or no negative_prompt"
+            )
+        check_texts(texts)
         rows = self.prompting((texts, image_ids.repeat(len(texts) // len(codes), 1)), "t2i_gen")
         if (used := int((rows.input_ids != vocabulary.pad_id).sum(1).max())) > self.num_positions:
             raise UserError(
                 f"a prompt and its image take {used} positions, but the model knows {self.num_positions}; shorten it, "
-                "or lower dataset.preprocessing.max_seq_length, to which prompts are cut"
+                "or lower max_seq_length, to which prompts are cut"
             )
         cond, uncond = rows.input_ids[: len(codes)], rows.input_ids[len(codes) :]
         with progress_bar(total=timesteps, desc="generating", leave=False, disable=not progress) as bar:
 
             def after_step(step: int, sampled: torch.Tensor) -> None:
                 bar.update()
-                if callback is not None:
-                    callback(step, sampled)
+                if callback_on_step_end is not None:
+                    callback_on_step_end(step, timesteps - 1 - step, sampled)
 
             return self.model.t2i_generate(
                 cond,
@@ -240,40 +193,115 @@ class ShowoPipeline:
 
     # ---- image generation ----
 
-    def text_to_image(
-        self, prompts: Sequence[str] | str, *, num_images_per_prompt: int = 1, batch_size: int | None = None, **settings
-    ) -> list[Image.Image]:
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_inference_steps: int = 18,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **settings,
+    ) -> ImageOutput | tuple:
+        """`text_to_image` as pipelines of diffusers are called.
+
+        Args:
+            num_inference_steps: `timesteps`.
+            output_type: of `images`, see `models.images.converted`.
+            return_dict: whether the result has names; else it is a tuple.
+            settings: see `text_to_image`. `guidance_scale` is w of the paper: diffusers would call it w + 1.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}, expected at least 1")
+        images = self.text_to_image(prompt, timesteps=num_inference_steps, **settings)
+        output = ImageOutput(images=converted(images, output_type))
+        return output if return_dict else output.to_tuple()
+
+    def text_to_image(self, prompts: Sequence[str] | str, **settings) -> list[Image.Image]:
         """Generates `num_images_per_prompt` images per prompt, in the order of the prompts.
 
         Args:
             prompts: longer ones than `prompting.max_text_len` are cut, see `cut_prompts`.
-            batch_size: images generated at once; default: all.
-            settings: see `generate_codes`.
+            settings: `num_images_per_prompt` (default 1), `batch_size` (images generated at once; default: all), and
+                those of `generate_codes`.
         """
-        prompts = [prompt for prompt in _as_list(prompts) for _ in range(num_images_per_prompt)]
-        blank = torch.full((1, self.window**2), UNKNOWN, device=self.device)
-        return self._complete(prompts, blank, batch_size, settings)
+        return list(self.iter_text_to_image(prompts, **settings))
+
+    def iter_text_to_image(
+        self, prompts: Sequence[str] | str, *, num_images_per_prompt: int = 1, batch_size: int | None = None, **settings
+    ) -> Iterator[Image.Image]:
+        """As `text_to_image`, but yields the images of a batch as soon as it is done."""
+        prompts = as_list(prompts)
+        blank = torch.full((1, self.window**2), UNKNOWN, device=self.device).expand(len(prompts), -1)
+        return self._complete(prompts, blank, num_images_per_prompt, batch_size, settings)
 
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
         """The prompts that have no room in a row, so that their ends are not seen."""
         return [prompt for prompt in dict.fromkeys(prompts) if not self.prompting.fits(prompt)]
 
     def _complete(
-        self, prompts: Sequence[str], codes: torch.Tensor, batch_size: int | None, settings: dict
-    ) -> list[Image.Image]:
-        """An image for each prompt, in which the known ones of the codes (1, N) are kept."""
-        images = []
-        for part, given in _parts(len(prompts), batch_size, settings):
-            batch = prompts[part]
-            images += self._decode(self.generate_codes(batch, codes.repeat(len(batch), 1), **given), given)
-        return images
+        self, prompts: list[str], codes: torch.Tensor, num_images: int, batch_size: int | None, settings: dict
+    ) -> Iterator[Image.Image]:
+        """Images for each prompt, in which the known ones of its codes (B, N) are kept."""
+        negative = for_each("negative_prompt", settings.get("negative_prompt") or "", len(prompts), "prompt")
+        index = [number for number in range(len(prompts)) for _ in range(num_images)]  # of an image's prompt
 
-    def _decode(self, codes: torch.Tensor, settings: dict, shape: tuple[int, int] | None = None) -> list[Image.Image]:
-        """Decodes images with generators of their own alone, since the rounding of a pixel depends on the batch."""
-        alone = isinstance(settings.get("generator"), Sequence)
-        return [image for part in codes.split(1 if alone else len(codes)) for image in self.decode(part, shape)]
+        def generate(part: slice, given: dict) -> torch.Tensor:
+            texts = [prompts[number] for number in index[part]]
+            given |= {"negative_prompt": [negative[number] for number in index[part]]}
+            return self.generate_codes(texts, codes[index[part]], **given)
 
-    def inpaint(
+        return self._in_batches(len(index), batch_size, settings, generate)
+
+    def _in_batches(
+        self, count: int, batch_size: int | None, settings: dict, generate: Callable[[slice, dict], torch.Tensor]
+    ) -> Iterator[Image.Image]:
+        """Images of the codes that `generate` makes of a part of them with the settings of this part."""
+        generators = self._generators(settings.get("generator"), count)
+        alone = isinstance(generators, list)
+        for batch in batches(range(count), batch_size):
+            part = slice(batch.start, batch.stop)
+            codes = generate(part, settings | {"generator": generators[part] if alone else generators})
+            # the rounding of a pixel depends on the batch, and an image with a generator of its own must not
+            for some in codes.split(1 if alone else len(codes)):
+                yield from self.decode(some)
+
+    def _generators(self, generator: Seeds, count: int) -> torch.Generator | list[torch.Generator] | None:
+        """One generator of all images, or one for each, see the class."""
+        if isinstance(generator, Integral):
+            generator = [image_seed(int(generator), number) for number in range(count)]
+        given = generator if isinstance(generator, Sequence) else [generator]
+        for one in given:
+            if not isinstance(one, Integral | torch.Generator | None):
+                kind = type(one).__name__
+                raise TypeError(f"generator is of type {kind}, expected an int, a torch.Generator, or a list of them")
+            if isinstance(one, torch.Generator) and one.device.type != self.device.type:
+                raise UserError(f"generator is on {one.device}, the model on {self.device}; give the seed as an int")
+        if given is not generator:
+            return generator
+        if len(given) != count:
+            raise UserError(f"generator holds {len(given)} for {count} images; give one for each, or one for all")
+        return [self.generator(int(one)) if isinstance(one, Integral) else one for one in given]
+
+    def inpaint(self, image: ImageInput, mask: ImageInput, prompt: str, **settings) -> list[Image.Image]:
+        """Regenerates the white region of the mask.
+
+        Args:
+            image, mask, prompt: one each, or lists; of what is given once, each has the same.
+            mask: same aspect ratio as the image; white is regenerated, black and transparent regions are kept. Decided
+                per token, at mid-grey.
+            settings: `num_images_per_prompt` (default 1); `batch_size` (images generated at once; default: all);
+                `keep`: put the pixels of `view(image)` back where the mask is darker than mid-grey, with an edge as
+                soft as half a token around white. Without it the whole image is decoded from its tokens, as published,
+                so that it differs a little everywhere; and those of `generate_codes`.
+
+        Raises:
+            UserError: the mask is unusable, see `mask_tokens`.
+        """
+        return list(self.iter_inpaint(image, mask, prompt, **settings))
+
+    def iter_inpaint(
         self,
         image: ImageInput,
         mask: ImageInput,
@@ -281,32 +309,44 @@ class ShowoPipeline:
         *,
         num_images_per_prompt: int = 1,
         batch_size: int | None = None,
-        keep_outside_mask: bool = False,
+        keep: bool = False,
         **settings,
-    ) -> list[Image.Image]:
-        """Regenerates the white region of the mask.
-
-        Args:
-            mask: same aspect ratio as the image; white is regenerated, black and transparent regions are kept. Decided
-                per token, at mid-grey.
-            keep_outside_mask: put the pixels of `view(image)` back where the mask is darker than mid-grey. Without it
-                the whole image is decoded from its tokens, as published, so that it differs a little everywhere.
-            settings: see `generate_codes`.
-
-        Raises:
-            UserError: the mask is unusable, see `mask_tokens`.
-        """
-        image, mask = self.open(image), _open(mask, replace(MASK, exif=self.image_options.exif))
-        unknown = mask_tokens(mask, image, self.resolution, self.window).to(self.device)  # (1, N)
-        codes = self.encode([image]).masked_fill(unknown, UNKNOWN)
-        images = self._complete([prompt] * num_images_per_prompt, codes, batch_size, settings)
-        if not keep_outside_mask:
-            return images
-        white = mask_pixels(mask, self.resolution)[0, 0].numpy() >= 0.5
-        original, white = self.view(image), Image.fromarray(white.astype(np.uint8) * 255)
-        return [Image.composite(generated, original, white) for generated in images]
+    ) -> Iterator[Image.Image]:
+        """As `inpaint`, but yields the images of a batch as soon as it is done."""
+        options = replace(MASK, exif=self.image_options.exif)
+        images, prompts = [self.open(one) for one in as_list(image)], as_list(prompt)
+        masks = [read_image(one, options) for one in as_list(mask)]
+        count = max(len(images), len(masks), len(prompts))
+        images, masks = for_each("image", images, count), for_each("mask", masks, count)
+        prompts, pairs = for_each("prompt", prompts, count), list(zip(images, masks, strict=True))
+        unknown = torch.cat([mask_tokens(mask, image, self.resolution, self.window) for image, mask in pairs])
+        codes = self.encode(images).masked_fill(unknown.to(self.device), UNKNOWN)
+        generated = self._complete(prompts, codes, num_images_per_prompt, batch_size, settings)
+        for image, mask in pairs:
+            made = islice(generated, num_images_per_prompt)
+            if keep:
+                original, white = self.view(image), soft_mask(mask, self.resolution, self.vq_model.downsampling_factor)
+                made = [Image.composite(one, original, white) for one in made]
+            yield from made
 
     def extrapolate(
+        self, image: ImageInput, directions: Sequence[str] | str, prompts: Sequence[str] | str, **settings
+    ) -> list[Image.Image]:
+        """Extends images by W/2 + `offset` tokens in each of the given directions, one after another.
+
+        Args:
+            image: one, or a list of images that are all extended so.
+            directions: `left`, `right`, `up`, `down`, one for each prompt.
+            settings: `offset`: W/2 − `offset` known tokens are the context of each extension; |offset| < W/2;
+                `num_images_per_prompt` (of each image; default 1); `batch_size` (images generated at once; default:
+                all); and those of `generate_codes`, with a negative prompt for all directions, or for each.
+
+        Raises:
+            UserError: invalid directions, prompts or offset, see `check_extrapolation`.
+        """
+        return list(self.iter_extrapolate(image, directions, prompts, **settings))
+
+    def iter_extrapolate(
         self,
         image: ImageInput,
         directions: Sequence[str] | str,
@@ -316,28 +356,24 @@ class ShowoPipeline:
         num_images_per_prompt: int = 1,
         batch_size: int | None = None,
         **settings,
-    ) -> list[Image.Image]:
-        """Extends the image by W/2 + `offset` tokens in each of the given directions, one after another.
-
-        Args:
-            directions: `left`, `right`, `up`, `down`, one for each prompt.
-            offset: W/2 − `offset` known tokens are the context of each extension; |offset| < W/2.
-            settings: see `generate_codes`.
-
-        Raises:
-            UserError: invalid directions, prompts or offset, see `check_extrapolation`.
-        """
-        directions, prompts = _as_list(directions), _as_list(prompts)
+    ) -> Iterator[Image.Image]:
+        """As `extrapolate`, but yields the images of a batch as soon as it is done."""
+        directions, prompts = as_list(directions), as_list(prompts)
         check_extrapolation(directions, prompts, offset, self.window)
-        square = self.encode([image]).view(1, self.window, self.window)
-        images = []
-        for part, given in _parts(num_images_per_prompt, batch_size, settings):
-            count = len(range(num_images_per_prompt)[part])
-            canvas = square.repeat(count, 1, 1)
-            for direction, prompt in zip(directions, prompts, strict=True):
-                canvas = self._grow(canvas, direction, [prompt] * count, offset, given)
-            images += self._decode(canvas.flatten(1), given, tuple(canvas.shape[1:]))
-        return images
+        negatives = for_each("negative_prompt", settings.get("negative_prompt") or "", len(prompts), "prompt")
+        steps = list(zip(directions, prompts, negatives, strict=True))
+        images = as_list(image)
+        squares = self.encode(for_each("image", images, max(len(images), 1)))
+        squares = squares.unflatten(1, (self.window, self.window)).repeat_interleave(num_images_per_prompt, 0)
+
+        def extend(part: slice, given: dict) -> torch.Tensor:
+            canvas = squares[part]
+            for direction, prompt, negative in steps:
+                given |= {"negative_prompt": negative}
+                canvas = self._grow(canvas, direction, [prompt] * len(canvas), offset, given)
+            return canvas
+
+        return self._in_batches(len(squares), batch_size, settings, extend)
 
     def _grow(
         self, canvas: torch.Tensor, direction: str, prompts: list[str], offset: int, settings: dict
@@ -354,6 +390,15 @@ class ShowoPipeline:
         strip = (num_new, 0) if at_start else (0, num_new)
         canvas = F.pad(canvas, (0, 0, *strip) if axis == 1 else strip, value=UNKNOWN)
         band = canvas.narrow(axis, 0 if at_start else canvas.shape[axis] - self.window, self.window)
+        show = settings.get("callback_on_step_end")
+
+        def after_step(step: int, timestep: int, codes: torch.Tensor) -> None:
+            known = window.clone()
+            window.copy_(codes.view_as(window))
+            show(step, timestep, canvas.clone())
+            window.copy_(known)
+
+        settings = settings | {"callback_on_step_end": after_step if show else None}
         for start in range(0, canvas.shape[across] - self.window + 1, num_new):
             window = band.narrow(across, start, self.window)  # (B, W, W), a view
             window.copy_(self.generate_codes(prompts, window.flatten(1), **settings).view_as(window))
@@ -366,7 +411,7 @@ class ShowoPipeline:
         self, images: Sequence[ImageInput] | ImageInput, questions: Sequence[str] | str, **settings
     ) -> list[list[str]]:
         """The answer to every question about every image, as `answers[image][question]`; see `iter_answers`."""
-        images, questions = _as_list(images), _as_list(questions)
+        images, questions = as_list(images), as_list(questions)
         answers = self.iter_answers(images, questions, **settings)
         return [[next(answers)[2] for _ in questions] for _ in images]
 
@@ -376,7 +421,7 @@ class ShowoPipeline:
         It is what a model says that was trained on captions without an instruction (`add_caption_prompt=false`, or the
         projector's pre-training with CLIP-ViT): its rows are the image alone, and bos for models that see codes.
         """
-        return [text for _, _, text in self.iter_answers(_as_list(images), [None], **settings)]
+        return [text for _, _, text in self.iter_answers(as_list(images), [None], **settings)]
 
     def iter_answers(
         self,
@@ -384,39 +429,41 @@ class ShowoPipeline:
         questions: Sequence[str | None],
         *,
         batch_size: int | None = None,
-        callback: Callable[[int, int, str], None] | None = None,
+        stream: Callable[[int, int, str], None] | None = None,
         **settings,
     ) -> Iterator[tuple[int, int, str]]:
         """Yields (image index, question index, answer without surrounding whitespace), in this order, batch by batch.
 
         Args:
-            images: PIL images or paths; paths are opened when their batch begins.
+            images: in any form, see the class; paths are opened when their batch begins.
             questions: None asks for the bare caption, see `caption`.
             batch_size: (image, question) pairs answered at once; default: all.
-            callback: streaming: called as ``callback(image index, question index, text)`` with the next words of an
-                answer as soon as they are generated, and with "" when it is complete.
-            settings: max_new_tokens, temperature, top_k, top_p, generator; see `answer_each`.
+            stream: called as ``stream(image index, question index, text)`` with the next words of an answer as soon
+                as they are generated, and with "" when it is complete.
+            settings: max_new_tokens, temperature, top_k, top_p, generator (or its seed); see `answer_each`.
 
         Raises:
             UserError: a question is unusable, see `check_questions`.
         """
+        if isinstance(settings.get("generator"), Integral):
+            settings["generator"] = self.generator(int(settings["generator"]))
         self.check_questions(questions, **{key: settings[key] for key in ("max_new_tokens",) if key in settings})
         pairs = [(image, question) for image in range(len(images)) for question in range(len(questions))]
-        for batch in _batches(pairs, batch_size):
-            streams = [_AnswerStreamer(self, callback, pair) for pair in batch] if callback else []
+        for batch in batches(pairs, batch_size):
+            streamers = [_AnswerStreamer(self, stream, pair) for pair in batch] if stream else []
 
-            def put(ids: torch.Tensor, streams=streams) -> None:
-                for stream, one in zip(streams, ids.cpu().split(1), strict=True):
-                    stream.put(one)
+            def put(ids: torch.Tensor, streamers=streamers) -> None:
+                for streamer, one in zip(streamers, ids.cpu().split(1), strict=True):
+                    streamer.put(one)
 
             texts = self.answer_each(
                 [images[image] for image, _ in batch],
                 [questions[question] for _, question in batch],
-                callback=put if streams else None,
+                callback=put if streamers else None,
                 **settings,
             )
-            for stream in streams:
-                stream.end()
+            for streamer in streamers:
+                streamer.end()
             yield from ((*pair, text) for pair, text in zip(batch, texts, strict=True))
 
     def answer_each(
@@ -439,10 +486,8 @@ class ShowoPipeline:
             callback: called with the (B,) new ids after each token.
         """
         assert len(images) == len(questions), f"{len(images)} images, {len(questions)} questions"
-        distinct = list({id(image): image for image in images}.values())
-        place = {id(image): index for index, image in enumerate(distinct)}
         new_ids = self.model.mmu_generate(
-            **self._question_rows(distinct, [place[id(image)] for image in images], list(questions)),
+            **self._question_rows(images, list(questions)),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -460,7 +505,7 @@ class ShowoPipeline:
         Returns:
             mean cross-entropy of its tokens, without the end token; whether each of them is the likeliest one.
         """
-        rows = self._question_rows([image], [0], [question])
+        rows = self._question_rows([image], [question])
         text = self.question_format.answer_gap + answer.strip()
         ids = self.prompting.tokenizer(text, add_special_tokens=False, verbose=False, return_tensors="pt")["input_ids"]
         ids = ids.to(self.device)
@@ -481,12 +526,13 @@ class ShowoPipeline:
                     f"{max_new_tokens} is more than the {limit} that the model knows; {remedy}"
                 )
 
-    def _question_rows(self, images: list[ImageInput], index: list[int], questions: list[str | None]) -> dict:
-        """Inputs of `mmu_generate` for questions i about `images[index[i]]`, given as image codes or CLIP features."""
+    def _question_rows(self, images: Sequence[ImageInput], questions: list[str | None]) -> dict:
+        """Inputs of `mmu_generate` for one question about each image, given as image codes or CLIP features."""
         if not self.model.config.w_clip_vit:
-            rows = self._rows(questions, self.encode(images)[index] + self.model.vocabulary.image_offset)
+            rows = self._rows(questions, self.encode(images) + self.model.vocabulary.image_offset)
             return {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
-        features = self.clip(self.clip.preprocess([self.open(image) for image in images]))  # (n, F, C)
+        different, index = distinct(images)
+        features = self.clip(self.clip.preprocess([self.open(image) for image in different]))  # (n, F, C)
         rows = self._rows(questions)
         return {
             "input_ids": rows.input_ids.to(self.device),
@@ -496,7 +542,7 @@ class ShowoPipeline:
 
     def _rows(self, questions: Sequence[str | None], image_ids: torch.Tensor | None = None) -> Rows:
         """The rows of questions, with image ids (B, N) or, for CLIP-ViT, places for features."""
-        check_texts(questions)
+        check_texts(question for question in questions if question is not None)
         texts = ["" if question is None else self.question_format.prompt(question) for question in questions]
         if not self.model.config.w_clip_vit:
             return self.prompting((image_ids, texts), "mmu_gen")
@@ -507,12 +553,12 @@ class ShowoPipeline:
 
 
 class _AnswerStreamer(TextStreamer):
-    """Streams one answer to a callback, word by word."""
+    """Streams one answer to a function, word by word."""
 
-    def __init__(self, pipeline: ShowoPipeline, callback: Callable[[int, int, str], None], pair: tuple[int, int]):
+    def __init__(self, pipeline: ShowoPipeline, stream: Callable[[int, int, str], None], pair: tuple[int, int]):
         super().__init__(pipeline.prompting.tokenizer, skip_special_tokens=True)
         self.stop_ids = pipeline.question_format.stop_ids
-        self.callback, self.pair = callback, pair
+        self.stream, self.pair = stream, pair
         self.begun = self.ended = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -531,95 +577,6 @@ class _AnswerStreamer(TextStreamer):
         text = text if self.begun else text.lstrip()
         self.begun = self.begun or bool(text)
         if text:
-            self.callback(*self.pair, text)
+            self.stream(*self.pair, text)
         if stream_end:
-            self.callback(*self.pair, "")
-
-
-# ---- checks of user input ----
-
-
-def check_texts(texts: Sequence[str | None]) -> None:
-    """Raises `UserError` for a prompt or question that is no text, or contains a special token such as ``<|soi|>``."""
-    for text in filter(None, texts):
-        if shown(text) != text:
-            raise UserError(f"the text '{shown(text)[:200]}' is no UTF-8; give it in this encoding")
-        if held := [token for token in (PAD_TOKEN, *SPECIAL_TOKENS) if token in text]:
-            raise UserError(f"the text {text[:200]!r} contains the special token {held[0]}; remove it")
-
-
-def mask_tokens(mask: ImageInput, image: Image.Image, resolution: int, window: int) -> torch.Tensor:
-    """An inpainting mask → (1, N) bool, True = regenerate (spec §7).
-
-    Raises:
-        UserError: the mask is coloured, has another aspect ratio than the image, or has no white region.
-    """
-    mask = _open(mask, MASK)
-    colours = np.asarray(mask.resize((64, 64)), dtype=np.int16)
-    if (np.ptp(colours, axis=-1) > 48).mean() > 0.02:
-        raise UserError("the inpainting mask is a colour image; it must be black (keep) and white (regenerate)")
-    if abs(mask.width * image.height / (mask.height * image.width) - 1) > 0.02:
-        turned = next((name for name, one in {"image": image, "mask": mask}.items() if has_rotation(one)), None)
-        raise UserError(
-            f"the inpainting mask has {mask.width} x {mask.height} pixels, the image {image.width} x {image.height}; "
-            "they must have the same aspect ratio"
-            + (f" (the {turned} carries an EXIF rotation, which is ignored; image.exif=apply turns it)" * bool(turned))
-        )
-    # Faithful: bicubic without antialiasing, although it skips most pixels (pinned by test_pipeline_showo.py).
-    tokens = F.interpolate(mask_pixels(mask, resolution), size=(window, window), mode="bicubic")
-    unknown = tokens.flatten(1) >= 0.5
-    if not unknown.any():
-        raise UserError(
-            "the inpainting mask has no white region, so nothing would be regenerated; paint that part white"
-        )
-    return unknown
-
-
-def mask_pixels(mask: Image.Image, resolution: int) -> torch.Tensor:
-    """(1, 1, P, P) float32 in [0, 1], 1 = white."""
-    return preprocess(mask.convert("L"), resolution, normalize=False)[None]
-
-
-def check_extrapolation(directions: Sequence[str], prompts: Sequence[str], offset: int, window: int) -> None:
-    """Raises `UserError` for unknown directions, a number of prompts other than that of directions, or a bad offset."""
-    if unknown := [direction for direction in directions if direction not in DIRECTIONS]:
-        raise UserError(f"extra_direction contains {unknown[0]!r}; allowed: {', '.join(DIRECTIONS)}")
-    if not directions or len(directions) != len(prompts):
-        raise UserError(
-            f"extra_direction has {len(directions)} directions and prompt {len(prompts)} prompts; give one prompt for "
-            "each direction, separated by ' *** '"
-        )
-    limit = window // 2 - 1
-    if abs(offset) > limit:
-        raise UserError(
-            f"offset is {offset}; with a window of {window} x {window} tokens it must be from {-limit} to {limit}"
-        )
-    across, down = (
-        1 + sum(direction in axis for direction in directions) * (window // 2 + offset) / window
-        for axis in (DIRECTIONS[:2], DIRECTIONS[2:])
-    )
-    if across * down > MAX_WINDOWS:
-        raise UserError(
-            f"extra_direction has {len(directions)} directions, which make the image {across * down:.0f} times as "
-            f"large; at most {MAX_WINDOWS} times are possible; leave some out"
-        )
-
-
-def _open(image: ImageInput, options: ImageOptions) -> Image.Image:
-    return to_rgb(image, options) if isinstance(image, Image.Image) else load_image(image, options)
-
-
-def _as_list(items) -> list:
-    return [items] if isinstance(items, (str, Path, Image.Image)) else list(items)
-
-
-def _batches(items: Sequence, size: int | None) -> Iterator[Sequence]:
-    size = size or max(len(items), 1)
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _parts(count: int, size: int | None, settings: dict) -> Iterator[tuple[slice, dict]]:
-    """The images of each batch, with its settings: if every image has a generator of its own, with theirs alone."""
-    for batch in _batches(range(count), size):
-        part, generator = slice(batch.start, batch.stop), settings.get("generator")
-        yield part, settings | ({"generator": generator[part]} if isinstance(generator, Sequence) else {})
+            self.stream(*self.pair, "")

@@ -7,12 +7,7 @@ The new folder is whole or absent. Where `to` is a checkpoint already, its weigh
 (a model card) stay. No path of this machine is written.
 """
 
-import os
-import re
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +16,16 @@ if __name__ == "__main__":
     import common  # noqa: F401  Ctrl-C is one word from here on
 
 import torch
-from safetensors import SafetensorError
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import REPOSITORY, disk_errors, expand, read_json, real_path
+from common.files import expand, read_json, real_path
 from common.settings import setting
 from models import MAGVITv2, Showo
-from models.checkpoint_io import INDEX_NAMES, WEIGHT_NAMES, quietly
+from models.checkpoint_io import portable, quietly, replacing
 from models.loading import DTYPES, find_folder
 
 CLASSES = {"Showo": Showo, "showo": Showo, "MAGVITv2": MAGVITv2, "magvitv2": MAGVITv2}
-SHARD_NAMES = re.compile(r"((diffusion_)?pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
 
 
 @dataclass
@@ -53,15 +46,9 @@ def load(folder: Path, dtype: torch.dtype) -> Showo | MAGVITv2:
     if (kind := kind_of(folder)) not in CLASSES:
         raise UserError(f"{folder} holds a {kind!r} checkpoint; only Showo and MAGVITv2 can be exported")
     model = CLASSES[kind].from_pretrained(str(folder), dtype=dtype)
-    path = getattr(model.config, "llm_model_path", None)
-    if path and Path(path).is_absolute():
-        model.config.llm_model_path = portable(Path(path))
+    if path := getattr(model.config, "llm_model_path", None):
+        model.config.llm_model_path = portable(path)
     return model
-
-
-def portable(path: Path) -> str:
-    """An absolute path as others can read it: from the repository, or its last part only."""
-    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else path.name
 
 
 def check_goal(goal: Path, source: Path) -> None:
@@ -78,41 +65,6 @@ def check_goal(goal: Path, source: Path) -> None:
         raise UserError(f"to={goal} and from={source} are one folder, or one is in the other; give a new one")
 
 
-@contextmanager
-def replacing(goal: Path) -> Iterator[Path]:
-    """A folder to write to that then takes the place of `goal`, along with the files there that are not its weights.
-
-    Raises:
-        UserError: it cannot be written; what was there stays.
-    """
-    new, old = (goal.with_name(f".{goal.name}.{what}") for what in ("new", "old"))
-    replaced = {*WEIGHT_NAMES, *INDEX_NAMES}
-    with disk_errors(goal):
-        if old.exists() and not goal.exists():
-            old.rename(goal)  # an export was killed between the last two renames
-        for left_over in (new, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-        try:
-            yield new
-            for file in goal.iterdir() if goal.exists() else ():
-                if file.is_dir() and not file.is_symlink():
-                    shutil.copytree(file, new / file.name, symlinks=True)
-                elif not (SHARD_NAMES.fullmatch(file.name) or file.name in replaced | set(os.listdir(new))):
-                    shutil.copy2(file, new / file.name, follow_symlinks=False)
-            if goal.exists():
-                goal.rename(old)
-            try:
-                new.rename(goal)
-            except OSError:
-                old.rename(goal)
-                raise
-        except SafetensorError as error:  # how a full disk reaches us from its writer
-            raise UserError(f"cannot write {goal} ({error}); make room, or give another place") from None
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def export(source: str, target: str, dtype: str) -> str:
     """Writes the folder; returns a one-line summary.
 
@@ -126,10 +78,7 @@ def export(source: str, target: str, dtype: str) -> str:
     with replacing(goal) as new:
         with quietly():
             model.save_pretrained(new)
-        files = list(new.iterdir())
-        for file in files:
-            file.chmod(0o644)
-        size = sum(file.stat().st_size for file in files)
+        size = sum(file.stat().st_size for file in new.iterdir())
     return f"{target}: {type(model).__name__}, {model.num_parameters():,} parameters, {dtype}, {size / 1e6:.1f} MB"
 
 

@@ -180,8 +180,10 @@ def packed_sdpa(
     if sample_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows = []
-    for row, (lengths, masks) in enumerate(zip(sample_lengths, sample_masks, strict=True)):
-        samples = zip(*(part[row : row + 1].split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    # split, not indexed: the gradient of an index is a zero tensor of the whole
+    one_by_one = (part.split(1) for part in (query, key, value))
+    for lengths, masks, *row in zip(sample_lengths, sample_masks, *one_by_one, strict=True):
+        samples = zip(*(part.split(lengths, dim=2) for part in row), strict=True)
         outputs = [  # transformers' own, which repeats keys and values where several heads share them
             sdpa_attention_forward(module, *sample, mask, scaling=scaling)[0]  # (1, n, heads, D)
             for sample, mask in zip(samples, masks, strict=False)

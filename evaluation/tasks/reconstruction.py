@@ -139,8 +139,9 @@ class Reconstruction(TokenizerTask):
 
 def read_codes(file: Path, size: int) -> np.ndarray:
     """(N,) the codes of one image, 0 … size − 1; `UserError` if they are damaged."""
+    check_file(file)
     try:
-        codes = np.load(check_file(file))  # pickles are refused
+        codes = np.load(file)  # pickles are refused
         if codes.ndim == 1 and codes.dtype.kind == "i" and (0 <= codes).all() and (codes < size).all():
             return codes
     except (OSError, ValueError, EOFError):

@@ -4,9 +4,9 @@
 
     classes/train/{name}/*.png                   one large icon each, a folder for each class
     captions/{split}-*.tar, …-manifest.json      shards: png, txt (the caption), json (scene, and what the caption says)
-    questions/{split}-*.tar, {split}.json        shards: png, txt (question and answer), json (LLaVA's record); the
-                                                 same records with images/ as LLaVA's json
+    questions/{split}.json, images/              LLaVA's json: all questions of an image in one conversation
     several/{split}.json, images/                questions on two or three images, in LLaVA's form
+    crowds/{split}-*.tar                         shards: png with up to eight things, for the image tokenizer
     edits/{split}.jsonl, images/                 documents of segments: image, instruction, image
     stories/{split}.jsonl, images/               documents: text, image, text, image, …
     texts/{split}.jsonl, train.txt               sentences (`content`); all texts of training, for a BPE tokenizer
@@ -49,6 +49,7 @@ from examples.scenes.world import CELL, COLOURS, GROUNDS, ICONS, LICENCES, SIDES
 from llava import question_prompt_vq
 from tools.shard_writing import manifest_path, shard_path, write_shard
 
+DESCRIBE = "describe the image."
 HELD_OUT = {"captions": SPLITS[1:], "questions": SPLITS[1:], "classes": ()}  # splits beside train; else the first
 MANIFEST, WORLD, SHEET = "manifest.json", "scenes", "sheet.png"
 
@@ -61,6 +62,7 @@ class ScenesConfig:
     classes: int = setting(2560, "images of single icons", low=0)
     captions: int = setting(20_000, "images with captions", low=0)
     questions: int = setting(5_000, "images with six to eight questions each", low=0)
+    crowds: int = setting(25_000, "images full of things, without texts", low=0)
     edits: int = setting(4_000, "scenes before and after an instruction", low=0)
     stories: int = setting(2_000, "stories of two to four images", low=0)
     several: int = setting(2_000, "questions on several images", low=0)
@@ -106,31 +108,26 @@ class Writer:
         }
 
     def write_questions(self) -> None:
-        with (self.folder / f"{self.split}.json").open("w", encoding="utf-8") as file:
-            file.write("[\n")
-            self._shards(self._asked(file))
-            file.write("\n]\n")
+        """All questions of an image, and a request for a caption, which may come first or last, in one conversation."""
+        records = []
+        for number, one in enumerate(self.samples):
+            self._image(one.key, one.scenes[0])
+            asked = [(asked["question"], asked["answer"]) for asked in one.said["questions"]]
+            asked.insert(0 if number % 2 else len(asked), (DESCRIBE, one.said["caption"]))
+            records.append(_record(one.key, f"{one.key}.png", asked, "questions", one.scenes))
+            self.texts += [f"{question_prompt_vq(question)} {answer}" for question, answer in asked]
+        self._json(records)
 
-    def _asked(self, file) -> Iterator[dict]:
-        """Every question as a sample of a shard; its record is written to the file, too."""
-        first = True
-        for one in self.samples:
-            png = self._image(one.key, one.scenes[0])
-            for number, asked in enumerate(one.said["questions"]):
-                question, answer = asked["question"], asked["answer"]
-                record = _record(f"{one.key}-{number}", f"{one.key}.png", question, answer, asked["kind"], one.scenes)
-                file.write(("" if first else ",\n") + json.dumps(record))
-                first, text = False, f"{question_prompt_vq(question)} {answer}"
-                self.texts.append(text)
-                yield {"__key__": record["id"], "png": png, "txt": text.encode(), "json": _json(record)}
+    def write_crowds(self) -> None:
+        self._shards({"__key__": one.key, "png": _png(one.scenes[0])} for one in self.samples)
 
     def write_several(self) -> None:
         records = []
         for one in self.samples:
             said, images = one.said, self._images(one)
-            records.append(_record(one.key, images, said["question"], said["answer"], said["kind"], one.scenes))
+            records.append(_record(one.key, images, [(said["question"], said["answer"])], said["kind"], one.scenes))
             self.texts.append(f"{question_prompt_vq(said['question'])} {said['answer']}")
-        self._lines(f"{self.split}.json", records, "[\n", ",\n", "\n]\n")
+        self._json(records)
 
     def write_edits(self) -> None:
         self._documents(
@@ -152,12 +149,12 @@ class Writer:
             record = {"id": one.key, "segments": segments(one, [f"images/{name}" for name in self._images(one)])}
             records.append(record | one.said | {"scenes": [scene.as_json() for scene in one.scenes]})
             self.texts += [segment["text"] for segment in record["segments"] if "text" in segment]
-        self._lines(f"{self.split}.jsonl", records)
+        self._lines(records)
 
     def write_texts(self) -> None:
         records = [one.said for one in self.samples]
         self.texts += [record["content"] for record in records]
-        self._lines(f"{self.split}.jsonl", records)
+        self._lines(records)
 
     def write_pairs(self) -> None:
         records = []
@@ -170,7 +167,7 @@ class Writer:
                 record["image"] = images[0]
                 self.texts.append(f"{question_prompt_vq(record['question'])} {record['chosen']}")
             records.append({"id": one.key} | record | {"scenes": [scene.as_json() for scene in one.scenes]})
-        self._lines(f"{self.split}.jsonl", records)
+        self._lines(records)
 
     # ---- files ----
 
@@ -194,9 +191,15 @@ class Writer:
             self._image(key, scene)
         return [f"{key}.png" for key in keys]
 
-    def _lines(self, name: str, records: list[dict], start: str = "", between: str = "\n", end: str = "\n") -> None:
-        text = start + between.join(map(json.dumps, records)) + end
-        (self.folder / name).write_text(text, encoding="utf-8")
+    def _lines(self, records: list[dict]) -> None:
+        (self.folder / f"{self.split}.jsonl").write_text(
+            "".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8"
+        )
+
+    def _json(self, records: list[dict]) -> None:
+        """LLaVA's form: one list, here with a record on each line."""
+        text = ",\n".join(map(json.dumps, records))
+        (self.folder / f"{self.split}.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
 
 
 def _png(scene: Scene) -> bytes:
@@ -216,11 +219,13 @@ def _text(text: str, loss: bool = False) -> dict:
 
 
 def _record(
-    key: str, images: str | list[str], question: str, answer: str, task: str, scenes: tuple[Scene, ...]
+    key: str, images: str | list[str], asked: list[tuple[str, str]], task: str, scenes: tuple[Scene, ...]
 ) -> dict:
-    """A record of LLaVA's form, with the true scenes."""
-    tags = "<image>\n" * (1 if isinstance(images, str) else len(images))
-    turns = [{"from": "human", "value": f"{tags}{question}"}, {"from": "gpt", "value": answer}]
+    """A record of LLaVA's form, with the true scenes; `asked` are questions with their answers."""
+    tags, turns = "<image>\n" * (1 if isinstance(images, str) else len(images)), []
+    for question, answer in asked:
+        turns += [{"from": "human", "value": f"{tags}{question}"}, {"from": "gpt", "value": answer}]
+        tags = ""
     truth = [scene.as_json() for scene in scenes]
     return {"id": key, "image": images, "task": task, "conversations": turns, "scenes": truth}
 

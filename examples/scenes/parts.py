@@ -87,10 +87,16 @@ def _caption(rng: random.Random, split: str, cells: int, number: int):
 
 
 def _questions(rng: random.Random, split: str, cells: int, number: int):
-    """`questions`: a list of `{"kind", "question", "answer"}`, with a yes for every no."""
+    """`questions`: a list of `{"kind", "question", "answer"}`, with a yes for every no; and a `caption`."""
     scene = sample_scene(rng, cells, split)
     found = questions(scene, rng)
-    return [scene], {"questions": [{"kind": one.kind, "question": one.text, "answer": one.answer} for one in found]}
+    records = [{"kind": one.kind, "question": one.text, "answer": one.answer} for one in found]
+    return [scene], {"questions": records, "caption": caption(scene, rng).text}
+
+
+def _crowd(rng: random.Random, split: str, cells: int, number: int):
+    """More things than a scene that is spoken of has, so that an image tokenizer sees many in each image."""
+    return [sample_scene(rng, cells, split, counts=(6, 7, 8) if cells >= 12 else (4, 5))], {}
 
 
 def _text(rng: random.Random, split: str, cells: int, number: int):
@@ -319,6 +325,7 @@ PARTS: dict[str, Callable] = {
     "classes": _class,
     "captions": _caption,
     "questions": _questions,
+    "crowds": _crowd,
     "edits": _edit,
     "stories": _story,
     "several": _several,

@@ -132,3 +132,12 @@ def test_what_published_names_have_become_is_there():
         assert [name for name in re.findall(r"`(\w+)`", names.partition("(")[0]) if not hasattr(module, name)] == [], (
             file
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/inference.md"])
+def test_the_python_of_a_page_runs_as_it_is_written(page, tmp_path, monkeypatch):
+    """On the shipped checkpoint, from another folder."""
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)), {})
+    assert (tmp_path / "sunflower.png").is_file()

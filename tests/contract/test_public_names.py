@@ -17,7 +17,8 @@ EXPORTS = {
     models: """Showo ShowoConfig MAGVITv2 MAGVITv2Config CLIPVisionTower UniversalPrompting OmniMask ShowoPipeline
         SamplingParameters get_mask_schedule get_mask_chedule""",
     llava: "encode_conversation encode_plain collate",
-    models.ShowoPipeline: "from_pretrained from_config text_to_image inpaint extrapolate answer",
+    models.ShowoPipeline: """from_pretrained from_config save_pretrained push_to_hub to __call__ text_to_image inpaint
+        extrapolate answer caption""",
     models.OmniMask: "lm t2i mmu mmu_vit from_ids cat rows select dense block_mask",
 }
 # What comes before the star may be given by position; further parameters may follow.

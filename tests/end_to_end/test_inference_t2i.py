@@ -12,7 +12,7 @@ from PIL import Image
 
 import inference_t2i
 from common.errors import UserError
-from models import ShowoPipeline
+from models import MAGVITv2, ShowoPipeline
 from tests.parity.goldens import PHI, facts, prompting, tensors, tiny_showo
 from tests.tiny import RESOLUTION, tiny_vq
 
@@ -83,6 +83,29 @@ def test_inpainting_repeats_its_prompt_batch_size_times(places, tmp_path):
     assert first != second
     lines = run(places, tmp_path / "more", *inpainting(places, "batch_size=2", "num_images_per_prompt=3"))
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize("mode", [inpainting, lambda places, *more: extrapolation(places, "up", "w1", *more)])
+def test_the_image_is_encoded_once_and_each_batch_is_on_the_disk_when_it_is_done(places, tmp_path, monkeypatch, mode):
+    encoded, batches, get_code, generate = [], [], MAGVITv2.get_code, ShowoPipeline.generate_codes
+
+    def counted(self, pixels):
+        encoded.append(len(pixels))
+        return get_code(self, pixels)
+
+    def interrupted(self, prompts, *given, **settings):
+        batches.append(len(prompts))
+        assert len(images_in(tmp_path)) == 2 * (len(batches) - 1)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return generate(self, prompts, *given, **settings)
+
+    monkeypatch.setattr(MAGVITv2, "get_code", counted)
+    monkeypatch.setattr(ShowoPipeline, "generate_codes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(places, tmp_path, *mode(places, "batch_size=2", "num_images_per_prompt=5"))
+    assert encoded == [1] and batches == [2, 2, 1]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
 
 
 def test_extrapolation_with_a_prompt_for_each_direction(places, tmp_path):

@@ -9,7 +9,17 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from models.images import MASK, ImageOptions, has_rotation, load_image, open_image, preprocess, to_pil
+from models.images import (
+    MASK,
+    ImageOptions,
+    from_pixels,
+    has_rotation,
+    load_image,
+    open_image,
+    preprocess,
+    read_image,
+    to_pil,
+)
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -89,6 +99,53 @@ def test_to_pil_clamps_and_truncates():
     assert len(images) == 2 and images[0].size == (6, 1) and images[0].mode == "RGB"
     assert [images[1].getpixel((x, 0))[0] for x in range(6)] == [0, 0, 127, 254, 255, 255]
     assert np.asarray(to_pil(pixels.bfloat16())[0]).max() == 255
+
+
+# --- pixels of other programs
+
+
+@pytest.mark.parametrize("channels", [(), (1,), (3,), (4,)])
+def test_arrays_and_tensors_are_the_images_that_they_came_from(channels):
+    values = np.random.randint(0, 256, (6, 9, *channels), dtype=np.uint8)
+    image = Image.fromarray(values[..., 0] if channels == (1,) else values)
+    tensor = torch.from_numpy(values)
+    tensor = tensor.permute(2, 0, 1) if channels else tensor
+    for pixels in (
+        values,
+        values / 255,
+        (values / 255).astype(np.float32),
+        tensor,
+        tensor / 255,
+        tensor.double() / 255,
+    ):
+        made = from_pixels(pixels)
+        assert made.mode == image.mode and made.tobytes() == image.tobytes()
+        assert read_image(pixels).mode == "RGB"
+    if not channels:
+        assert np.array_equal(np.asarray(from_pixels(values > 100)), (values > 100) * 255)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.zeros((3, 8, 8), np.uint8), r"shape \(3, 8, 8\), expected an array \(H, W, 3\)"),
+        (torch.zeros(8, 8, 3), r"shape \(8, 8, 3\), expected a tensor \(3, H, W\)"),
+        (torch.zeros(1, 3, 8, 8), r"shape \(1, 3, 8, 8\)"),
+        (np.zeros((0, 8, 3)), r"shape \(0, 8, 3\)"),
+        (np.full((8, 8, 3), 255.0), "float64 has values from 255 to 255, expected 0 to 1, or uint8"),
+        (torch.full((3, 8, 8), -1.0), "torch.float32 has values from -1 to -1"),
+        (np.full((8, 8), np.nan), "values from nan to nan"),
+        (np.zeros((8, 8, 3), int), "dtype int64, expected uint8"),
+    ],
+)
+def test_pixels_that_are_no_image_are_refused_in_words(pixels, message):
+    with pytest.raises(ValueError, match=message):
+        read_image(pixels)
+
+
+def test_what_is_no_image_at_all_is_of_the_wrong_type():
+    with pytest.raises(TypeError, match="an image is of type int, expected a PIL image, a path"):
+        read_image(7)
 
 
 # --- load_image

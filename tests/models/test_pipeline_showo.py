@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from common.errors import UserError
 from llava import encode_plain
 from models import CLIPVisionTower, Showo, ShowoConfig, ShowoPipeline, UniversalPrompting
 from models.generation.cpu import SkinnyLinear
-from models.pipeline_showo import _AnswerStreamer, mask_tokens
+from models.images import from_pixels
+from models.pipeline_inputs import image_seed, mask_tokens
+from models.pipeline_showo import _AnswerStreamer
 from tests.parity.goldens import PHI, facts, prompting, tensors, tiny_showo
 from tests.tiny import NUM_FEATURES, RESOLUTION, WINDOW, clip_showo, tiny_vq, write_checkpoints, write_clip
 from tests.tiny_llms import qwen_like, showo_config
@@ -106,9 +108,80 @@ def test_texts_that_are_no_utf_8_are_refused(pipeline):
 
 def test_a_callback_sees_every_step_and_can_look(pipeline):
     seen = []
-    last = pipeline.text_to_image("w1", callback=lambda step, codes: seen.append((step, codes)), **FAST)
-    assert [step for step, _ in seen] == [0, 1, 2]
-    assert same(pipeline.decode(seen[-1][1]), last)
+    last = pipeline.text_to_image("w1", callback_on_step_end=lambda *step: seen.append(step), **FAST)
+    assert [step[:2] for step in seen] == [(0, 2), (1, 1), (2, 0)]
+    assert same(pipeline.decode(seen[-1][2]), last)
+
+
+def test_a_call_is_a_door_to_text_to_image(pipeline):
+    settings = {"guidance_scale": 2.0, "num_images_per_prompt": 2}
+    images = pipeline.text_to_image(["w1", "w2"], timesteps=3, generator=pipeline.generator(5), **settings)
+    settings |= {"num_inference_steps": 3, "generator": pipeline.generator(5)}
+    arrays = pipeline(["w1", "w2"], output_type="np", **settings).images
+    assert arrays.shape == (4, RESOLUTION, RESOLUTION, 3) and arrays.dtype == np.float32
+    assert same([from_pixels(one) for one in arrays], images)
+    (tensors,) = pipeline(["w1", "w2"], output_type="pt", return_dict=False, **settings | {"generator": [5, 6, 7, 8]})
+    assert tensors.shape == (4, 3, RESOLUTION, RESOLUTION) and 0 <= tensors.min() < tensors.max() <= 1
+    (image,) = pipeline("w1", num_inference_steps=3, guidance_scale=2.0, generator=5).images
+    assert same([image], [from_pixels(tensors[0])])
+
+
+def test_a_seed_is_that_of_the_first_image_and_each_one_can_be_made_again_alone(pipeline):
+    images = pipeline.text_to_image(["w1", "w2"], num_images_per_prompt=2, generator=7, **FAST)
+    for given in ([7, 8, 9, 10], [pipeline.generator(7), 8, np.int64(9), 10]):
+        again = pipeline.text_to_image(["w1", "w2"], num_images_per_prompt=2, batch_size=3, generator=given, **FAST)
+        assert same(again, images)
+    for number, prompt in enumerate(("w1", "w1", "w2", "w2")):
+        for seed in (7 + number, pipeline.generator(7 + number)):
+            assert same(pipeline.text_to_image(prompt, generator=seed, **FAST), images[number : number + 1])
+    assert image_seed(2**63 - 1, 1) == 0
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(pipeline, monkeypatch):
+    seen, generate = [], pipeline.model.t2i_generate
+
+    def watched(input_ids, uncond_input_ids, **settings):
+        seen.append(uncond_input_ids)
+        return generate(input_ids, uncond_input_ids, **settings)
+
+    monkeypatch.setattr(pipeline.model, "t2i_generate", watched)
+    plain, empty, other = (
+        pipeline.text_to_image(["w1", "w2"], negative_prompt=negative, generator=3, **FAST)
+        for negative in (None, "", "w7 w8")
+    )
+    assert same(plain, empty) and not same(plain, other)
+    ids = torch.full((3, WINDOW**2), facts()["mask_token_id"])
+    each = {"negative_prompt": ["w7", ""], "num_images_per_prompt": 2, "batch_size": 3}
+    pipeline.text_to_image(["w1", "w2"], **each, **FAST)
+    expected = pipeline.prompting((["w7", "w7", ""], ids), "t2i_gen").input_ids
+    assert torch.equal(seen[3], expected) and torch.equal(seen[4], expected[2:])
+    pipeline.inpaint(noise(0), mask((24, 0, 48, 40)), ["w1", "w2"], negative_prompt=["w7", ""], **FAST)
+    assert torch.equal(seen[5][:, : -(WINDOW**2) - 1], expected[1:, : -(WINDOW**2) - 1])
+    pipeline.extrapolate([noise(0), noise(1)], ["up", "left"], ["w1", "w2"], negative_prompt=["w7", ""], **FAST)
+    assert [torch.equal(rows[0, : -(WINDOW**2) - 1], expected[0, : -(WINDOW**2) - 1]) for rows in seen[6:]] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"negative_prompt": "w1", "guidance_scale": 0}, ValueError, "negative_prompt has no effect with guidance_sc"),
+        ({"negative_prompt": ["w1"] * 3}, ValueError, "negative_prompt holds 3, expected one for all, or 2: one for"),
+        ({"negative_prompt": 5}, TypeError, "got 5 of type int, expected texts"),
+        ({"negative_prompt": "<|soi|>"}, ValueError, "contains the special token"),
+        ({"prompt": ["w1", None]}, TypeError, "is None of type NoneType, expected text"),
+        ({"prompt": None}, TypeError, "got None of type NoneType"),
+        ({"generator": [1, 2, 3]}, ValueError, "generator holds 3 for 2 images"),
+        ({"generator": "7"}, TypeError, "generator is of type str|expected an int"),
+        ({"generator": [1.5, 2]}, TypeError, "generator is of type float, expected an int"),
+        ({"output_type": "jpg"}, ValueError, "output_type is 'jpg', expected one of pil, np, pt"),
+        ({"num_inference_steps": 0}, ValueError, "num_inference_steps is 0"),
+        ({"steps": 3}, TypeError, "steps"),
+    ],
+)
+def test_mistakes_in_a_call_are_told_in_pythons_words(pipeline, settings, error, message, monkeypatch):
+    monkeypatch.setattr(pipeline.model, "t2i_generate", None)
+    with pytest.raises(error, match=message):
+        pipeline(**{"prompt": ["w1", "w2"]} | settings)
 
 
 def test_generators_without_a_seed_differ(pipeline):
@@ -128,12 +201,37 @@ def mask(box: tuple[int, int, int, int], size=(48, 40)) -> Image.Image:
 def test_inpainting_keeps_the_black_part_and_generates_the_white_one(pipeline):
     seen = []
     settings = {"num_images_per_prompt": 3, "batch_size": 2, "generator": pipeline.generator(1)}
-    settings["callback"] = lambda step, codes: seen.append(codes.view(-1, WINDOW, WINDOW))
+    settings["callback_on_step_end"] = lambda step, timestep, codes: seen.append(codes.view(-1, WINDOW, WINDOW))
     images = pipeline.inpaint(noise(0), mask((24, 0, 48, 40)), "w5", **settings, **FAST)
     before = pipeline.encode([noise(0)]).view(WINDOW, WINDOW)
     assert [len(codes) for codes in seen] == [2, 2, 2, 1, 1, 1] and len(images) == 3
     assert all((codes[:, :, :HALF] == before[:, :HALF]).all() for codes in seen)
     assert any((codes[:, :, HALF:] != before[:, HALF:]).any() for codes in seen)
+
+
+def test_lists_of_images_and_arrays_are_inpainted_and_extended(pipeline, monkeypatch):
+    """Each as alone; what is given once serves all. The images are encoded once, however many batches there are."""
+    seen, get_code = [], pipeline.vq_model.get_code
+    monkeypatch.setattr(pipeline.vq_model, "get_code", lambda pixels: seen.append(len(pixels)) or get_code(pixels))
+    images, masks = [noise(0), noise(1)], [mask((24, 0, 48, 40)), mask((0, 0, 48, 20))]
+    settings = {"num_images_per_prompt": 2, "batch_size": 1, "generator": 4, **FAST}
+    made = pipeline.inpaint(images, masks, "w5", keep=True, **settings)
+    assert len(made) == 4 and seen == [1, 1]
+    second = pipeline.inpaint(images[1], masks[1], "w5", keep=True, **settings | {"generator": 6})
+    assert same(made[2:], second)
+    arrays = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    painted = [np.asarray(one) > 0 for one in masks]
+    assert same(pipeline.inpaint(arrays, painted, ["w5", "w5"], keep=True, **settings), made)
+    assert len(pipeline.inpaint(images[0], masks[0], ["w5", "w6"], **FAST)) == 2
+    seen.clear()
+    wide = pipeline.extrapolate(arrays / 255, "right", "w5", **settings)
+    assert seen == [1, 1]
+    assert same(wide[2:], pipeline.extrapolate(images[1], "right", "w5", **settings | {"generator": 6}))
+    with pytest.raises(ValueError, match="mask holds 2, expected one for all, or 3"):
+        pipeline.inpaint([noise(0)] * 3, masks, "w5")
+    for nothing in (lambda: pipeline.inpaint([], masks[0], "w5"), lambda: pipeline.extrapolate([], "up", "w5")):
+        with pytest.raises(ValueError, match="image holds 0"):
+            nothing()
 
 
 def test_the_mask_follows_the_published_rule():
@@ -199,13 +297,17 @@ def test_pixels_outside_the_mask_can_be_kept(pipeline):
     settings, box = FAST | {"num_images_per_prompt": 2}, (24, 0, 48, 10)
     given = (noise(0), mask(box), "w5")
     plain = pipeline.inpaint(*given, generator=pipeline.generator(1), **settings)
-    kept = pipeline.inpaint(*given, keep_outside_mask=True, generator=pipeline.generator(1), **settings)
-    original = np.asarray(pipeline.view(noise(0)))
+    kept = pipeline.inpaint(*given, keep=True, generator=pipeline.generator(1), **settings)
+    original = np.asarray(pipeline.view(noise(0))).astype(int)
     white = np.asarray(pipeline.view(mask(box)))[..., 0] >= 128
     assert 0 < white.mean() < 0.2
+    near = np.asarray(Image.fromarray(white).filter(ImageFilter.MaxFilter(2 * 4 + 1)))  # half a token of 8 pixels
+    edge = near & ~white
     for before, after in zip(map(np.asarray, plain), map(np.asarray, kept), strict=True):
-        assert (after[~white] == original[~white]).all() and (before[~white] != original[~white]).any()
+        assert (after[~near] == original[~near]).all() and (before[~near] != original[~near]).any()
         assert (after[white] == before[white]).all()
+        share = np.abs(after[edge] - original[edge]).sum() / np.abs(before[edge] - original[edge]).sum()
+        assert 0.3 < share < 0.7, "between both"
 
 
 # --- extrapolation
@@ -232,7 +334,7 @@ def test_steps_along_one_axis_are_the_published_ones(pipeline, steps, offset):
     expected = published(pipeline, noise(2), directions, prompts, offset, pipeline.generator(9))
     settings = FAST | {"offset": offset, "num_images_per_prompt": 2, "generator": pipeline.generator(9)}
     images = pipeline.extrapolate(noise(2), directions, prompts, **settings)
-    assert same(images, pipeline.decode(expected.flatten(1), tuple(expected.shape[1:])))
+    assert same(images, pipeline.decode(expected))
     grown = WINDOW + len(directions) * (HALF + offset)
     assert expected.shape[1:] == ((WINDOW, grown) if directions[0] in ("left", "right") else (grown, WINDOW))
 
@@ -242,16 +344,17 @@ def test_steps_along_one_axis_are_the_published_ones(pipeline, steps, offset):
 def test_any_order_of_directions(pipeline, steps, offset, monkeypatch):
     """Windows slide along sides that have outgrown them; each token is generated once, beside known ones."""
     directions, windows, canvases = steps.split(), [], []
-    generate, decode = pipeline.generate_codes, pipeline.decode
+    generate, decode, seen = pipeline.generate_codes, pipeline.decode, []
 
     def watched(prompts, codes, **settings):
         windows.append((codes == -1).view(-1, WINDOW, WINDOW)[0])
         return generate(prompts, codes, **settings)
 
     monkeypatch.setattr(pipeline, "generate_codes", watched)
-    monkeypatch.setattr(pipeline, "decode", lambda codes, shape: canvases.append(codes.view(-1, *shape)) or [])
+    monkeypatch.setattr(pipeline, "decode", lambda codes: canvases.append(codes) or [])
     prompts = [f"w{number}" for number in range(len(directions))]
-    pipeline.extrapolate(noise(3), directions, prompts, offset=offset, timesteps=1)
+    given = {"offset": offset, "timesteps": 2, "callback_on_step_end": lambda *step: seen.append(step)}
+    pipeline.extrapolate(noise(3), directions, prompts, **given)
 
     (canvas,) = canvases
     new = HALF + offset
@@ -262,17 +365,22 @@ def test_any_order_of_directions(pipeline, steps, offset, monkeypatch):
     assert torch.equal(original.flatten(), pipeline.encode([noise(3)])[0])
     assert sum(int(unknown.sum()) for unknown in windows) == height * width - WINDOW**2
     assert all(0 < unknown.sum() <= WINDOW * new for unknown in windows)
-    assert decode(canvas.flatten(1), (height, width))[0].size == (width * 8, height * 8)
+    assert decode(canvas)[0].size == (width * 8, height * 8)
+    assert [step[:2] for step in seen] == [(0, 1), (1, 0)] * len(windows)
+    assert torch.equal(seen[-1][2], canvas)
+    partly = next(codes for *_, codes in seen if (codes == -1).any())  # the first window of a strip that has several
+    grey = np.asarray(decode(partly)[0])[(partly[0] == -1).numpy().repeat(8, 0).repeat(8, 1)]
+    assert 0 < len(grey) < partly.numel() * 64 and (grey == 127).all()
 
 
 @pytest.mark.parametrize(
     ("directions", "prompts", "offset", "message"),
     [
-        (["left"], ["a", "b"], 0, "1 directions and prompt 2 prompts"),
-        (["left", "north"], ["a", "b"], 0, "'north'; allowed: left, right, up, down"),
+        (["left"], ["a", "b"], 0, "1 directions and 2 prompts"),
+        (["left", "north"], ["a", "b"], 0, "'north' is no direction; allowed: left, right, up, down"),
         (["left"], ["a"], 2, "offset is 2; .* from -1 to 1"),
         (["left"], ["a"], -2, "offset is -2"),
-        (["left", "up"] * 20, ["a"] * 40, 0, "40 directions, which make the image 121 times as large"),
+        (["left", "up"] * 20, ["a"] * 40, 0, "40 directions make the image 121 times as large"),
         ([], [], 0, "0 directions"),
     ],
 )
@@ -320,7 +428,7 @@ def test_a_bare_caption_is_asked_with_what_precedes_it_in_training(pipeline, mon
 
 def test_a_bare_caption_of_a_clip_model_is_asked_as_its_projector_is_trained(clip_pipeline):
     """Without bos and system prompt, as rows of `llava_pretrain` are."""
-    rows = clip_pipeline._question_rows([noise(0)], [0], [None])["input_ids"]
+    rows = clip_pipeline._question_rows([noise(0)], [None])["input_ids"]
     tokenizer = clip_pipeline.prompting.tokenizer
     sample = encode_plain([{"from": "human", "value": "w5"}, {"from": "gpt", "value": "w1"}], tokenizer)
     builder = SimpleNamespace(prompting=clip_pipeline.prompting, row_length=NUM_FEATURES + 10)
@@ -339,7 +447,7 @@ def test_words_are_streamed_as_they_come(branch, request):
     def listen(image, question, words):
         heard.setdefault((image, question), []).append(words)
 
-    answers = pipeline.answer([noise(0), noise(1)], ["w3 w4 w5 w6", "w10"], max_new_tokens=8, callback=listen)
+    answers = pipeline.answer([noise(0), noise(1)], ["w3 w4 w5 w6", "w10"], max_new_tokens=8, stream=listen)
     assert len(heard) == 4
     assert all("".join(words).strip() == answers[image][question] for (image, question), words in heard.items())
     assert max(len(words) for words in heard.values()) > 2
@@ -374,10 +482,24 @@ def test_a_chat_asks_by_the_template_and_stops_at_the_end_of_the_turn(monkeypatc
         return ids
 
     monkeypatch.setattr(pipeline.model, "mmu_generate", generate)
-    answers = pipeline.answer(noise(0), "Who?", callback=lambda image, question, text: heard.append(text))
+    answers = pipeline.answer(noise(0), "Who?", stream=lambda image, question, text: heard.append(text))
     assert given["text"] == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", "bos once"
     assert end in given["eot_token"] and prompting.eos_id in given["eot_token"]
     assert answers == [["A cat."]] and "".join(heard) == "A cat." and heard.index("") == len(heard) - 1
+
+
+def test_arrays_and_tensors_are_asked_about(pipeline):
+    image, asked = noise(1), {"questions": "w3 w4", "max_new_tokens": 6}
+    (expected,) = pipeline.answer(image, **asked)
+    values = np.asarray(image)
+    tensor = torch.from_numpy(values.copy()).permute(2, 0, 1)
+    for images in (values, tensor, tensor / 255, [values, image], np.stack([values, values / 255 * 255]).astype("u1")):
+        assert set(map(tuple, pipeline.answer(images, **asked))) == {tuple(expected)}
+    assert pipeline.caption(tensor[None].bfloat16() / 255)[0]
+    drawn = {"generator": 3, "top_k": None, **asked}
+    assert pipeline.answer([image, noise(0)], batch_size=1, **drawn) == pipeline.answer(
+        [image, noise(0)], batch_size=1, **drawn | {"generator": pipeline.generator(3)}
+    )
 
 
 def test_images_are_encoded_one_at_a_time_and_may_be_paths(pipeline, monkeypatch, tmp_path):
@@ -413,8 +535,7 @@ def test_a_showo_folder_with_its_parts_named_and_in_bf16(tmp_path):
     named = {"vq_model": places["magvitv2"], "clip": str(places["clip"]), "llm": PHI}
     how = {"dtype": "bf16", "attn_implementation": "eager"}
     loaded = ShowoPipeline.from_pretrained(places["showo_clip"], **named, **how)
-    assert loaded.model.dtype == torch.bfloat16 and loaded.vq_model.dtype == torch.float32
-    assert next(loaded.clip.parameters()).dtype == torch.float32
+    assert {loaded.dtype, loaded.vq_model.dtype, next(loaded.clip.parameters()).dtype} == {torch.bfloat16}
     assert loaded.answer(noise(0), "w1", max_new_tokens=4)[0][0]
     assert loaded.text_to_image("w1", **FAST)[0].size == (RESOLUTION, RESOLUTION)
 

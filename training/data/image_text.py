@@ -103,7 +103,7 @@ class ImageTransform:
             if self.processor is None:
                 return {"image": resized(image, self.resolution)} | notes
             return {"pixel_values": self.processor(image, return_tensors="pt")["pixel_values"][0]} | notes
-        except (UserError, ValueError) as error:  # of a strip so long that it cannot be resized
+        except ValueError as error:  # of a strip so long that it cannot be resized
             raise SkipSample(UNREADABLE_IMAGE, f"{name}: {error}") from None
 
     def _opened(self, encoded: bytes | str | None, name: str) -> Image.Image:

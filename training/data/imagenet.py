@@ -102,5 +102,5 @@ def _read_names(path: str) -> dict[str, str]:
             lines = re.split(r"\r\n|\r|\n", read_text(path))
             pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
         return {str(folder): name.strip() for folder, name in pairs}
-    except (UserError, ValueError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path} does not give a name for each class folder, one a line: {error}") from None

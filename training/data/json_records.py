@@ -114,6 +114,8 @@ def _guarded(read: Callable[[str], Iterator], path: str) -> Iterator:
     check_file(path)
     try:
         yield from read(_text(path))
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
 

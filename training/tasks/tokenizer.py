@@ -59,6 +59,8 @@ class TokenizerTask(Task):
                 model = MAGVITv2.from_pretrained(folder, dtype=torch.float32)
             else:
                 model = MAGVITv2.from_config(MAGVITv2Config(**sizes))
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(f"model: {error}") from None
         factor, resolution = model.downsampling_factor, self.config.dataset.params.resolution
