@@ -44,7 +44,8 @@ from examples.scenes.world import (
     side_of,
 )
 from models.images import load_image
-from models.pipeline_showo import DIRECTIONS, UNKNOWN, mask_tokens
+from models.pipeline_inputs import DIRECTIONS, mask_tokens
+from models.pipeline_showo import UNKNOWN
 
 SEEN, HELD_OUT = "seen", "held out"
 OTHERS = SPLITS[2:]  # those with held-out combinations: colours, pairs, counts
@@ -480,7 +481,7 @@ class SceneExtrapolation(DrawnTask):
         canvases = [
             extended(own, window, item.facts["direction"]) for own, window, item in zip(given, new, items, strict=True)
         ]
-        return [model.decode(canvas.flatten()[None], tuple(canvas.shape))[0] for canvas in canvases]
+        return [model.decode(canvas[None])[0] for canvas in canvases]
 
     def true_image(self, item) -> Image.Image:
         given, new = (torch.from_numpy(render(item.facts[name])) for name in ("given", "scene"))
