@@ -158,11 +158,8 @@ def _parse(key: str, text: str, one: Setting | None) -> Any:
 
 
 def read_yaml(path: Path, what: str | None = None) -> dict[str, Any]:
-    """The keys and values of a YAML file; `what` names it in messages, where it is not `config=`.
-
-    Raises:
-        UserError: it is missing, no YAML, or holds anything else.
-    """
+    """The keys and values of a YAML file; `what` names it in messages, where it is not `config=`; `UserError` if it is
+    missing, no YAML, or holds anything else."""
     what = what or f"config={path}"
     text = read_text(path, what, MAX_YAML)
     try:

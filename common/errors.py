@@ -46,7 +46,9 @@ def run_cli(main: Callable[[list[str]], None]) -> None:
         if (cause := _users_cause(error)) is None:
             raise
         line = f"error: {cause}"
-        _tell_launcher(line)
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the report of torch's launcher repeats it
+            with suppress(OSError):
+                Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
         _end(line, 2)
     except KeyboardInterrupt as error:
         _end("; ".join(("interrupted", *map(str, error.args))), 130)
@@ -126,10 +128,3 @@ def keep_terminal() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
         setattr(sys, name, stream if isinstance(stream, LastingStream) else LastingStream(stream))
-
-
-def _tell_launcher(message: str) -> None:
-    """Lets the report with which torch's launcher of several processes ends repeat the message."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with suppress(OSError):
-            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

@@ -4,23 +4,28 @@ Reading: only regular files, of bounded size, in a known encoding; hidden files 
 goal and then renamed, and only over what a command of this project wrote itself. Every error names file and remedy.
 """
 
+import io
 import json
 import os
 import re
+import shutil
 import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import UserError, describe_os_error, shown
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_TEXT = 2**31  # bytes of a file that is read into memory at once
 MAX_JSON = 2**30
+MAX_LINE = 2**26
 MAX_DEPTH = 200  # of nested JSON
 JUNK = ("__MACOSX", "lost+found")
+RUST = "(os error "  # in the messages of tokenizers and safetensors, whose errors are no `OSError`
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 BYTE_ORDER_MARK = "\ufeff"
 ENCODINGS = {  # by the byte order mark that a file begins with; the longer marks first
@@ -67,11 +72,6 @@ def real_path(path: str | Path) -> Path:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is nobody's data: hidden, a system's own, or left by a killed command."""
     return (name.startswith(".") and name not in (".", "..")) or name in JUNK or name.endswith(".partial")
-
-
-def is_hidden_member(path: str) -> bool:
-    """Whether a part of the path of an archive's member is hidden."""
-    return any(is_hidden(part) for part in path.split("/"))
 
 
 def visible_files(folder: str | Path) -> list[Path]:
@@ -142,11 +142,8 @@ def check_file(path: str | Path, what: str | None = None, limit: int | None = No
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8, or UTF-16 and UTF-32 that begin with their mark; byte order marks, also of joined files, are left out.
-
-    Raises:
-        UnicodeDecodeError: it is another encoding.
-    """
+    """UTF-8, or UTF-16 and UTF-32 that begin with their mark; byte order marks, also of joined files, are left out;
+    `UnicodeDecodeError` if it is another encoding."""
     encoding = next((name for mark, name in ENCODINGS.items() if data.startswith(mark)), "utf-8")
     return data.decode(encoding).replace(BYTE_ORDER_MARK, "")
 
@@ -162,6 +159,22 @@ def read_text(path: str | Path, what: str | None = None, limit: int = MAX_TEXT) 
         raise UserError(f"{what} is no UTF-8 text ({error.reason} in line {line}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{what} cannot be read ({error.strerror or error})") from None
+
+
+def is_wide(path: str | Path) -> bool:
+    """Whether a file of text begins with the mark of UTF-16 or UTF-32."""
+    with open(path, "rb") as file:
+        return file.read(4).startswith(tuple(ENCODINGS))
+
+
+def open_utf8(path: str | Path) -> BinaryIO:
+    """A file of text as bytes of UTF-8: the file itself, or the text of a wide one encoded anew."""
+    return io.BytesIO(_encoded_anew(path)) if is_wide(path) else open(path, "rb")
+
+
+@lru_cache(maxsize=2)  # their parts are asked for one by one
+def _encoded_anew(path: str | Path) -> bytes:
+    return read_text(path).encode()
 
 
 def parse_json(text: str | bytes, where: str, kind: type | None = None) -> Any:
@@ -180,7 +193,9 @@ def parse_json(text: str | bytes, where: str, kind: type | None = None) -> Any:
         _check_depth(value)
         if HALF_PAIR.search(text):
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could not be stored
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one of them
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is no UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{where} is no valid JSON ({reason}); mend or fetch it again") from None
     if kind is not None and not isinstance(value, kind):
@@ -192,6 +207,25 @@ def read_json(path: str | Path, what: str | None = None, kind: type | None = dic
     """The JSON value in a file, of the type `kind`; `UserError` if it cannot be read, see `parse_json`."""
     what = what or shown(path)
     return parse_json(read_text(path, what, limit), what, kind)
+
+
+def json_lines(path: str | Path, what: str | None = None) -> Iterator[tuple[int, bytes, dict | UserError]]:
+    """(number, line, its object) of each line of a file that is not blank.
+
+    In place of the object of a line that holds none, such as a last one that a crash has cut off, comes the error. Only
+    ``\\n`` ends a line: texts may hold other signs of that kind.
+
+    Raises:
+        UserError: the file cannot be read, see `check_file`.
+    """
+    with open_utf8(check_file(path, what)) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
+            if line.strip():
+                try:
+                    value = parse_json(line, f"{shown(path)}: line {number}", dict)
+                except UserError as error:
+                    value = error
+                yield number, line, value
 
 
 def field(record: dict, name: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -284,15 +318,38 @@ def writing(path: str | Path, flush: bool = False) -> Iterator[Path]:
             raise
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a file as UTF-8, completely or not at all; `UserError` if that is impossible."""
-    with writing(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # such as names that are no UTF-8
+def write_bytes(path: str | Path, data: bytes, flush: bool = False) -> None:
+    """Writes a file, completely or not at all; arguments and errors as of `writing`."""
+    with writing(path, flush) as temporary:
+        temporary.write_bytes(data)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes a JSON file, completely or not at all; `UserError` if that is impossible."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+def write_text(path: str | Path, text: str, flush: bool = False) -> None:
+    """Writes a file as UTF-8; names that are no UTF-8 are written with escapes."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), flush)
+
+
+def write_json(path: str | Path, value: Any, flush: bool = False) -> None:
+    """Writes a JSON file."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", flush)
+
+
+@contextmanager
+def folder_aside(goal: Path) -> Iterator[Path]:
+    """An empty folder beside `goal` to write to; at the end it is gone, with what was not moved out of it; `UserError`
+    if the disk is full or cannot be written to."""
+    aside = goal.with_name(f".{goal.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # of a command that was killed
+    with disk_errors(goal):
+        try:
+            aside.mkdir(parents=True)
+            yield aside
+        except Exception as error:
+            if RUST not in str(error):
+                raise
+            raise OSError(str(error)) from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def append_lines(path: str | Path, text: str, at: int | None = None, flush: bool = False) -> None:
@@ -339,14 +396,17 @@ class Owned:
         self.folder = Path(folder)
         self.file = self.folder / self.RECORD
         self.written: dict[str, list[int] | None] = {}
+        self._read()
+
+    def _read(self) -> None:
         if not os.path.lexists(self.file):
             return
         if self.file.is_symlink() or not self.file.is_file():
             raise UserError(f"{shown(self.file)} is no regular file; remove it")
-        for line in self.file.read_bytes().split(b"\n"):
+        for _, _, record in json_lines(self.file):
             with suppress(UserError):  # a line that was cut off
-                record = parse_json(line, self.RECORD, dict)
-                self.written[field(record, "file", str, self.RECORD)] = record.get("state", [])
+                name = field(record, "file", str, self.RECORD)
+                self.written[name] = record.get("state", [])
 
     def is_ours(self, name: str) -> bool:
         """Whether a file is as a command of ours wrote it; of one that `grows`, whether it is one."""
@@ -368,8 +428,10 @@ class Owned:
         Raises:
             UserError: names the first one that is somebody else's.
         """
-        for name in names:
-            if os.path.lexists(self.folder / name) and not self.is_ours(name):
+        if there := [name for name in names if os.path.lexists(self.folder / name)]:
+            self._read()  # after that look: other processes note files, then write them
+        for name in there:
+            if not self.is_ours(name):
                 raise UserError(
                     f"{setting}: {shown(self.folder / name)} is there and was not written by this command, or was "
                     "changed since; move it away or give another folder"
@@ -380,6 +442,32 @@ class Owned:
         self.written[name] = None if grows else _state(self.folder / name)
         with disk_errors(self.file):
             append_lines(self.file, json.dumps({"file": name, "state": self.written[name]}) + "\n")
+
+
+@contextmanager
+def owned_folder(folder: str, setting: str) -> Iterator[Path]:
+    """A folder aside to save to; at the end its files move into `folder`, over nothing but what commands of ours wrote.
+
+    Args:
+        setting: the key that names the folder, for messages.
+
+    Raises:
+        UserError: a file of that name is somebody else's, or the disk is full. What was there stays.
+    """
+    was_there = os.path.lexists(folder)
+    goal = make_folder(folder)
+    try:
+        with folder_aside(goal) as aside:
+            yield aside
+            owned, names = Owned(goal), sorted(file.name for file in aside.iterdir())
+            owned.claim(names, f"{setting}={folder}")
+            for name in names:
+                (aside / name).replace(goal / name)
+                owned.record(name)
+    finally:
+        if not was_there:
+            with suppress(OSError):
+                goal.rmdir()  # if nothing came of it
 
 
 def _state(path: Path) -> list[int] | None:

@@ -10,11 +10,7 @@ SEPARATOR = " *** "  # separates several prompts, directions or questions in one
 
 
 def split_pieces(key: str, text: str | None) -> list[str]:
-    """The non-empty pieces of `a *** b`.
-
-    Raises:
-        UserError: there are none; the message names the setting `key`.
-    """
+    """The non-empty pieces of `a *** b`; `UserError` if there are none; the message names the setting `key`."""
     pieces = [piece for piece in (text or "").split(SEPARATOR) if piece]
     if not pieces:
         raise UserError(f"{key} is not given; add {key}='…' (separate several by '{SEPARATOR}')")
@@ -22,11 +18,8 @@ def split_pieces(key: str, text: str | None) -> list[str]:
 
 
 def required_path(key: str, value: str | None) -> Path:
-    """The path that the setting `key` names, relative to the current folder or the repository.
-
-    Raises:
-        UserError: it is not given or does not exist.
-    """
+    """The path that the setting `key` names, relative to the current folder or the repository; `UserError` if it is not
+    given or does not exist."""
     if not value:
         raise UserError(f"{key} is not given; add {key}=PATH")
     path = resolve_path(value)

@@ -12,24 +12,17 @@ from PIL import Image
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError, shown
-from common.files import Owned, append_lines, disk_errors, expand, field, make_folder, parse_json, writing
+from common.files import Owned, append_lines, disk_errors, expand, field, json_lines, make_folder, write_bytes, writing
 
 MAX_CELLS = 64  # of the overview, so that it can be looked at after thousands of prompts too
 CELL_SIDE = 384
-MAX_LINE = 2**24  # bytes of a line of results
 LINES = "results.jsonl"
 NUMBERED, OVERVIEW = re.compile(r"(\d{4,9})\.png"), re.compile(r"grid(-\d+)*\.png")
 
 
 def check_output_dir(folder: str | Path, setting: str = "output_dir") -> Path:
-    """Checks that results could be written to a folder, without creating it; returns its path.
-
-    Args:
-        setting: the key that names it.
-
-    Raises:
-        UserError: it is a file, or cannot be written to.
-    """
+    """The path of a folder, which the key `setting` names and which is not created; `UserError` if it is a file, or
+    nothing could be written to it."""
     folder = expand(folder)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
@@ -131,10 +124,9 @@ class ResultFolder:
                     (self.folder / name).unlink()
             self.earlier = [name for name in self.earlier if os.path.lexists(self.folder / name)]
             if self.lines.exists():
-                lines, kept = self.lines.read_bytes().splitlines(), set(self.earlier)
-                lines = [line + b"\n" for line in lines if kept.intersection(_image_of(line)[:1])]
-                with writing(self.lines) as temporary:
-                    temporary.write_bytes(b"".join(lines))
+                kept = set(self.earlier)
+                lines = [line for _, line, record in json_lines(self.lines) if kept.intersection(_image_of(record)[:1])]
+                write_bytes(self.lines, b"".join(lines))
             self.number = 0
             name = self._free_number(written)
             (self.folder / written).rename(self.folder / name)
@@ -152,23 +144,19 @@ def _images(count: int) -> str:
 
 
 def read_results(lines: Path) -> dict[str, str]:
-    """{image: mode} of a `results.jsonl`.
-
-    Raises:
-        UserError: it is a link or no regular file, or holds lines that no run has written.
-    """
+    """{image: mode} of a `results.jsonl`; `UserError` if it is a link or no regular file, or holds lines that no run
+    has written."""
     found: dict[str, str] = {}
     if not os.path.lexists(lines):
         return found
     foreign = f"{lines} was not written by this command; move it away or give another output_dir"
     if lines.is_symlink() or not lines.is_file():
         raise UserError(foreign)
-    with lines.open("rb") as file:
-        for line in iter(lambda: file.readline(MAX_LINE), b""):
-            image = _image_of(line)
-            if not image and line.strip() and not line.startswith(b'{"file": "'):  # which a crash has cut off
-                raise UserError(foreign)
-            found.update([image] if image else [])
+    for _, line, record in json_lines(lines):
+        image = _image_of(record)
+        if not image and not line.startswith(b'{"file": "'):  # which a crash has cut off
+            raise UserError(foreign)
+        found.update([image] if image else [])
     return found
 
 
@@ -181,10 +169,9 @@ def copies_in(folder: Path) -> set[str]:
     return {name for name in Owned(folder).names() if name in asked or OVERVIEW.fullmatch(name)}
 
 
-def _image_of(line: bytes) -> tuple[str, str] | tuple[()]:
-    """(image, mode) of a line of results; nothing of any other line."""
+def _image_of(record: dict | UserError) -> tuple[str, str] | tuple[()]:
+    """(image, mode) of a record of results; nothing of any other line."""
     try:
-        record = parse_json(line, LINES, dict)
         name, mode = (field(record, key, str, LINES) for key in ("file", "mode"))
     except UserError:
         return ()

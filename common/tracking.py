@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.contact_sheet import contact_sheet
 from common.errors import UserError
-from common.files import MAX_TEXT, append_lines, check_file, disk_errors, expand, field, parse_json, writing
+from common.files import append_lines, check_file, disk_errors, expand, field, json_lines, write_bytes, writing
 from common.schema import WANDB_MODES
 
 INIT_TIMEOUT = 20  # seconds; an online run that has not started by then becomes an offline one
@@ -57,7 +57,10 @@ class Tracker:
         if enabled:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             if last_step is not None:
-                _remove_lines_after(last_step, self.metrics)
+                lines = read_lines(self.metrics)  # a last one may be cut off
+                kept = [line for step, line in lines if step <= last_step]
+                if len(kept) < len(lines):
+                    write_bytes(self.metrics, b"".join(kept), flush=True)
             self.run = _start_run(project, name, self.output_dir, _plain(config), _plain(wandb_config))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -124,32 +127,15 @@ class Tracker:
 
 
 def read_lines(file: Path) -> list[tuple[float, bytes]]:
-    """(step, line with its end) of a `metrics.jsonl`; the step of a line that a crash has cut off is infinite.
-
-    Raises:
-        UserError: it is no regular file.
-    """
-    lines = check_file(file, limit=MAX_TEXT).read_bytes().split(b"\n") if file.exists() else []
-    return [(_step_of(line), line + b"\n") for line in lines if line]
+    """(step, line with its end) of a `metrics.jsonl`; the step of a line that a crash has cut off is infinite;
+    `UserError` if it is no regular file."""
+    lines = json_lines(file) if file.exists() else ()
+    return [(_step_of(record), line.rstrip(b"\n") + b"\n") for _, line, record in lines]
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file so that a crash leaves the old one or the new one."""
-    with writing(file, flush=True) as temporary:
-        temporary.write_bytes(content)
-
-
-def _remove_lines_after(last_step: int, file: Path) -> None:
-    """Removes lines of later steps, and a last line that a crash has cut off, from `metrics.jsonl`."""
-    lines = read_lines(file)
-    kept = [line for step, line in lines if step <= last_step]
-    if len(kept) < len(lines):
-        write_whole(file, b"".join(kept))
-
-
-def _step_of(line: bytes) -> float:
+def _step_of(record: dict | UserError) -> float:
     try:
-        return field(parse_json(line, "metrics.jsonl", dict), "step", int, "metrics.jsonl")
+        return field(record, "step", int, "metrics.jsonl")
     except UserError:
         return math.inf
 
@@ -159,11 +145,8 @@ def _plain(config: DictConfig | dict | None) -> dict[str, Any]:
 
 
 def _start_run(project: str, name: str, folder: Path, config: dict, options: dict) -> Any:
-    """A wandb run, or None if wandb is disabled or not installed. Never prompts.
-
-    Raises:
-        UserError: the environment variable WANDB_MODE has an unknown value.
-    """
+    """A wandb run, or None if wandb is disabled or not installed. Never prompts; `UserError` if the environment
+    variable WANDB_MODE has an unknown value."""
     mode = options.get("mode") or _mode_of_environment()
     if mode == "disabled":
         return None
@@ -172,7 +155,6 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
     except ImportError:
         print(f"wandb is not installed: metrics and images go to {folder} only")
         return None
-    logging.raiseExceptions = False  # wandb's own log files on a full disk are nobody's trouble
     if mode != "offline" and not _logged_in():
         print("wandb: not logged in, so this run is recorded offline (upload it later with `wandb sync`)")
         mode = "offline"
@@ -189,11 +171,18 @@ def _start_run(project: str, name: str, folder: Path, config: dict, options: dic
     if mode != "offline":
         try:
             resume = options.get("resume") if run_id else None  # as published, only a run with an id is resumed
-            return wandb.init(**arguments, mode=mode or "online", resume=resume, settings=settings)
+            return _quiet(wandb.init(**arguments, mode=mode or "online", resume=resume, settings=settings))
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split())[:200]
             print(f"wandb: no connection ({reason}); this run is recorded offline")
-    return wandb.init(**arguments, mode="offline", settings=settings)
+    return _quiet(wandb.init(**arguments, mode="offline", settings=settings))
+
+
+def _quiet(run: Any) -> Any:
+    """The run; that its own log files cannot be written, as on a full disk, is nobody's trouble."""
+    for handler in logging.getLogger("wandb").handlers:
+        handler.handleError = lambda record: None
+    return run
 
 
 def _mode_of_environment() -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, shown
-from common.files import MAX_TEXT, append_lines, check_file, disk_errors, field, parse_json, read_json, visible_in
+from common.files import append_lines, disk_errors, field, json_lines, read_json, visible_in
 from evaluation.output import Output
 from evaluation.task import Item
 from models.backbones import DEFAULT_LLM
@@ -65,9 +65,8 @@ class AnswerStore:
         prompts = {item.key: item.prompt for item in items}
         answers = {}
         for file in self._files():
-            for line in check_file(file, limit=MAX_TEXT).read_bytes().split(b"\n"):  # answers may hold U+2028
+            for _, _, record in json_lines(file):
                 try:
-                    record = parse_json(line, "", dict)
                     key, prompt, answer = (field(record, name, str, "") for name in ("key", "prompt", "answer"))
                 except UserError:
                     continue

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import field, kind_of, parse_json, read_json, read_text
+from common.files import field, json_lines, kind_of, read_json
 
 
 def read_official(path: Path, what: str) -> dict:
@@ -19,10 +19,10 @@ def read_official(path: Path, what: str) -> dict:
 
 def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, dict]]:
     """(place, record) of a file with one JSON object a line; blank lines are skipped."""
-    for number, line in enumerate(read_text(path, _named(path, what)).split("\n"), 1):  # texts may hold U+2028
-        if line.strip():
-            place = f"{path}, line {number}"
-            yield place, parse_json(line, place, dict)
+    for number, _, record in json_lines(path, _named(path, what)):
+        if isinstance(record, UserError):
+            raise record
+        yield f"{path}, line {number}", record
 
 
 def records_of(file: Path, tree: dict, name: str) -> Iterator[tuple[str, dict]]:

@@ -1,7 +1,6 @@
 """The files that an evaluation writes: each completely or not at all, and never over somebody else's."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +23,7 @@ class Output(Owned):
 
     def check(self, names: Iterable[str]) -> None:
         """`UserError` if one of the files is there and no evaluation wrote it."""
-        if there := [name for name in names if os.path.lexists(self.folder / name)]:
-            self.written |= Owned(self.folder).written  # after that look: other processes note files, then write them
-            self.claim(there, "output_dir")
+        self.claim(names, "output_dir")
 
     def note(self, name: str) -> Path:
         """The path of a file that is about to be written or added to; its folder is made."""

@@ -183,7 +183,7 @@ def show(one: Scored, tracker: Tracker) -> None:
     if not chosen or images[0] is None:
         return
     lines = records(run.items, one.answers, one.verdicts)
-    captions = [caption(which, lines[index]) for which, index in chosen]
+    captions = [caption(which, lines[index], task.answers_are_files) for which, index in chosen]
     sheet = contact_sheet(images, captions, columns=4, title=f"{task.name}: the best items, then the worst")
     task.output.save(SHEET, sheet)
     columns = ["picture", "which", "prompt", "answer", "expected", "parsed", "score"]
@@ -206,8 +206,10 @@ def extremes(items: Sequence[Item], verdicts: Sequence[Verdict]) -> list[tuple[s
     return [("best", index) for index in best] + [("worst", index) for index in worst]
 
 
-def caption(which: str, line: dict) -> str:
+def caption(which: str, line: dict, is_file: bool) -> str:
+    """Below an item on the sheet; in place of a file that is shown, how it was read, if it was."""
+    answer = line["parsed"] if is_file and line["parsed"] else line["answer"]
     return (
-        f"{which}: {line['score']:.2f}\nanswer: {line['answer'] or '(nothing)'}\n"
+        f"{which}: {line['score']:.2f}\nanswer: {answer or '(nothing)'}\n"
         f"expected: {line['expected']}\n{line['prompt']}"  # last, since a long one is cut
     )

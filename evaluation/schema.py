@@ -41,6 +41,7 @@ class EvaluationConfig(PipelineConfig):
     reconstruction_images: str | None = setting(None, "a folder of images")
     reconstruction_fid: bool = setting(True, "rFID too")
     emoji_world: str = setting("emoji_world", "the folder in data_root that `make data-emoji` wrote")
+    scenes_samples: int = setting(100, "scenes of each kind and split in the tasks of the scene world", low=1)
     flickr30k_prompt: str = setting(
         "Provide a one-sentence caption for the provided image.", "question asked about every image", is_prose=True
     )

@@ -98,6 +98,7 @@ class Task(ABC):
     asked_by: ClassVar[tuple[str, ...]] = ()  # settings that select items: runs that differ are not compared
     reads_root: ClassVar[bool] = True  # whether its files are in `data_root`
     reads_images: ClassVar[bool] = True  # whether the model is given `Item.open_image()`
+    answers_are_files: ClassVar[bool] = False  # names of images, in whose place people are shown how they were read
     images_expected: ClassVar[str] = "the benchmark's images"  # where they are, for the message when some are missing
     ceilings: ClassVar[tuple[str, ...]] = ()  # columns for figures "x: ceiling" beside each figure "x"
 
@@ -220,7 +221,7 @@ class QuestionTask(Task):
 class GenerationTask(Task):
     """A benchmark that generates an image for each prompt, into its folder; an answer is an image's file name."""
 
-    reads_images = False
+    reads_images, answers_are_files = False, True
 
     @property
     def is_random(self) -> bool:
@@ -251,15 +252,19 @@ class GenerationTask(Task):
     def files_of(self, item) -> list[str]:
         return [self.file_of(item)]
 
+    @property
+    def generation(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's generating methods."""
+        config = self.config
+        return {
+            "guidance_scale": config.guidance_scale,
+            "timesteps": config.generation_timesteps,
+            "temperature": config.generation_temperature,
+            "sampling": SamplingParameters(**config.sampling),
+        }
+
     def predict(self, model, items, images, generator) -> list[str]:
-        generated = model.text_to_image(
-            [item.prompt for item in items],
-            guidance_scale=self.config.guidance_scale,
-            timesteps=self.config.generation_timesteps,
-            temperature=self.config.generation_temperature,
-            generator=generator,
-            sampling=SamplingParameters(**self.config.sampling),
-        )
+        generated = model.text_to_image([item.prompt for item in items], generator=generator, **self.generation)
         return [self.output.save(self.file_of(item), image) for item, image in zip(items, generated, strict=True)]
 
     def sheet_image(self, item, answer) -> Image.Image:

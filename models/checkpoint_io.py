@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
-from common.files import REPOSITORY, check_file, disk_errors, expand, read_json
+from common.files import REPOSITORY, check_file, expand, folder_aside, read_json
 from models.config_fields import check_memory
 
 logger = logging.getLogger(__name__)
@@ -184,28 +183,22 @@ def replacing(goal: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written; what was there stays.
     """
-    new, old = (goal.with_name(f".{goal.name}.{what}") for what in ("new", "old"))
-    with disk_errors(goal):
+    old = goal.with_name(f".{goal.name}.old")
+    with folder_aside(goal) as new:
         if old.exists() and not goal.exists():
             old.rename(goal)  # an export was killed between the last two renames
-        for left_over in (new, old):
-            shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        yield new
+        for file in new.rglob("*"):  # safetensors writes files that nobody else may read
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        if goal.exists():
+            _keep_others(goal, new)
+            goal.rename(old)
         try:
-            yield new
-            for file in new.rglob("*"):
-                file.chmod(0o755 if file.is_dir() else 0o644)
-            if goal.exists():
-                _keep_others(goal, new)
-                goal.rename(old)
-            try:
-                new.rename(goal)
-            except OSError:
-                old.rename(goal)
-                raise
-        except SafetensorError as error:  # how a full disk reaches us from its writer
-            raise UserError(f"cannot write {goal} ({error}); make room, or give another place") from None
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+            new.rename(goal)
+        except OSError:
+            old.rename(goal)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 

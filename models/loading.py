@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ PUBLISHED_VQ = "showlab/magvitv2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = {"showo": "showo", "vq_model": "magvitv2", "llm": "llm", "clip": "clip"}  # sub-folders of a whole pipeline
 PIPELINE_FILES = (*CHECKPOINT_FILES, "*.model")
-INDEX = "model_index.json"
+INDEX, PIPELINE_CLASS = "model_index.json", "ShowoPipeline"
 SAVED_SETTINGS = {"max_seq_length": int, "resolution": int, "conversation": str, "noise_schedule": str}
 VOCABULARY_SIZES = ("vocab_size", "llm_vocab_size", "num_new_special_tokens", "codebook_size")
 
@@ -174,16 +175,11 @@ def load_text_tokenizer(
         UserError: there is no such tokenizer, it is unusable, or has another number of ids.
     """
     name = name or DEFAULT_LLM
-    folder = find_folder(name, TOKENIZER_FILES)
-    try:
+    with _usable(f"model.showo.llm_model_path={name}", "tokenizer"):
+        folder = find_folder(name, TOKENIZER_FILES)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
         check_fields({"model_max_length": tokenizer.model_max_length}, TOKENIZER_FIELDS)
         prompting = UniversalPrompting(tokenizer, max_text_len, cond_dropout_prob=cond_dropout_prob)
-    except Exception as error:  # missing files and broken JSON raise a dozen unrelated classes
-        raise UserError(
-            f"model.showo.llm_model_path={name} holds no usable tokenizer ({first_line(error)}); copy its tokenizer "
-            "files again"
-        ) from error
     found = prompting.vocabulary.llm_vocab_size
     if found != llm_vocab_size:
         raise UserError(
@@ -194,11 +190,8 @@ def load_text_tokenizer(
 
 
 def load_image_tokenizer(name: str, weights_file: str | None = None) -> MAGVITv2:
-    """The image tokenizer in fp32, frozen, with the weights of its folder or those of `weights_file`.
-
-    Raises:
-        UserError: there is no such tokenizer or file, or the weights do not fit.
-    """
+    """The image tokenizer in fp32, frozen, with the weights of its folder or those of `weights_file`; `UserError` if
+    there is no such tokenizer or file, or the weights do not fit."""
     file = weights_file and located(weights_file)
     return MAGVITv2.from_pretrained(find_folder(name), weights_file=file).requires_grad_(False)
 
@@ -211,28 +204,27 @@ def load_clip(name: str, feature_size: int) -> CLIPVisionTower:
             f"model.clip_vit_name={name} has features of size {width}, but the checkpoint expects {feature_size}; "
             f"the published one is {CLIP_VIT_L_336}"
         )
-    with _clip_errors(name):
+    with _usable(f"model.clip_vit_name={name}", "CLIP vision model"):
         return CLIPVisionTower(find_folder(name))
 
 
 def read_clip(name: str) -> tuple[CLIPVisionConfig, Any]:
     """The settings of a CLIP vision tower and its image processor; `UserError` if they are unusable."""
-    with _clip_errors(name):
+    with _usable(f"model.clip_vit_name={name}", "CLIP vision model"):
         folder = find_folder(name)
         config = read_clip_config(folder)
         return config, read_image_processor(folder, config)
 
 
 @contextmanager
-def _clip_errors(name: str) -> Iterator[None]:
+def _usable(place: str, what: str) -> Iterator[None]:
+    """Turns what missing and damaged files raise, a dozen unrelated classes, into one line."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # damaged files raise a dozen unrelated classes
-        raise UserError(
-            f"model.clip_vit_name={name} holds no usable CLIP vision model ({first_line(error)})"
-        ) from error
+    except Exception as error:
+        raise UserError(f"{place} holds no usable {what} ({first_line(error)}); copy its files again") from error
 
 
 def initial_showo(
@@ -303,11 +295,13 @@ def save_parts(
     Raises:
         UserError: the folder holds anything but a pipeline that was saved, or cannot be written.
     """
-    goal = expand(folder)
+    goal = Path(os.path.abspath(expand(folder)))
     if goal.is_symlink():
         raise UserError(f"{goal} is a link, which would be replaced; give the folder that it leads to")
-    if goal.exists() and not (goal.is_dir() and ((goal / INDEX).is_file() or not any(goal.iterdir()))):
-        raise UserError(f"{goal} exists and holds no saved pipeline ({INDEX} is missing); give a new folder")
+    if goal.exists() and not (goal.is_dir() and not any(goal.iterdir())):
+        index = goal / INDEX
+        if not index.is_file() or read_json(index).get("_class_name") != PIPELINE_CLASS:
+            raise UserError(f"{goal} exists and holds no pipeline that was saved by Show-o; give a new folder")
     make_folder(goal.parent)
     with replacing(goal) as new, quietly():
         named, model.config.llm_model_path = model.config.llm_model_path, portable(model.config.llm_model_path)
@@ -321,7 +315,7 @@ def save_parts(
         if clip is not None:
             clip.vision_tower.save_pretrained(new / "clip")
             clip.image_processor.save_pretrained(new / "clip")
-        write_json(new / INDEX, {"_class_name": "ShowoPipeline"} | settings)
+        write_json(new / INDEX, {"_class_name": PIPELINE_CLASS} | settings)
 
 
 def in_python(error: UserError) -> str:

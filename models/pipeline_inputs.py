@@ -120,9 +120,9 @@ def for_each(name: str, items, count: int, what: str = "image") -> list:
 
 def distinct(images: Sequence[ImageInput]) -> tuple[list[ImageInput], list[int]]:
     """The objects without repetitions, and the index of each one among them."""
-    distinct = {id(image): image for image in images}
-    place = {key: index for index, key in enumerate(distinct)}
-    return list(distinct.values()), [place[id(image)] for image in images]
+    found = {id(image): image for image in images}
+    place = {key: index for index, key in enumerate(found)}
+    return list(found.values()), [place[id(image)] for image in images]
 
 
 def batches(items: Sequence, size: int | None) -> Iterator[Sequence]:

@@ -435,12 +435,12 @@ class ShowoPipeline(PipelineParts):
         """Yields (image index, question index, answer without surrounding whitespace), in this order, batch by batch.
 
         Args:
-            images: PIL images or paths; paths are opened when their batch begins.
+            images: in any form, see the class; paths are opened when their batch begins.
             questions: None asks for the bare caption, see `caption`.
             batch_size: (image, question) pairs answered at once; default: all.
             stream: called as ``stream(image index, question index, text)`` with the next words of an answer as soon
                 as they are generated, and with "" when it is complete.
-            settings: max_new_tokens, temperature, top_k, top_p, generator; see `answer_each`.
+            settings: max_new_tokens, temperature, top_k, top_p, generator (or its seed); see `answer_each`.
 
         Raises:
             UserError: a question is unusable, see `check_questions`.

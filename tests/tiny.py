@@ -1,6 +1,8 @@
 """Whole checkpoints of a few kilobytes in the published layout (spec §12), for tests that start from files."""
 
 import json
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +28,17 @@ VQ_SIZES = {
 }
 CLIP_WIDTH = 32
 NUM_FEATURES = 9  # of the tiny CLIP tower
+
+
+@contextmanager
+def largest_file(size: int):
+    """Files that grow beyond this cannot be written, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def tiny_vq() -> MAGVITv2:

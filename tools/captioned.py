@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError
-from common.files import ENCODINGS, check_file, kind_of, parse_json, read_json, read_text
+from common.files import check_file, json_lines, kind_of, read_json, read_text
 from common.files import field as member
 from tools.delimited import Delimited
 from training.data.imagenet import ImageFolder
@@ -66,24 +66,17 @@ class Listing:
         yield self.entries
 
 
-def captions_of(value: Any) -> list[str]:
-    """A cell as captions: none, a text, or several texts.
-
-    Raises:
-        TypeError: it is neither.
-    """
+def captions_of(value: Any, where: str) -> list[str]:
+    """A cell as captions: none, a text, or several texts; raises `Skipped` if it is neither."""
     texts = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"the caption is {str(value)[:60]!r}, not text")
+        raise Skipped(MALFORMED_ITEM, f"{where}: the caption is {str(value)[:60]!r}, not text")
     return texts
 
 
 def of_one_split(files: list[Path], root: Path, split: str) -> list[Path]:
-    """The files of one split, so that held-out images do not slip into a training set unnoticed.
-
-    Raises:
-        UserError: `split` has no file; or it is not given, and the files belong to several.
-    """
+    """The files of one split, so that held-out images do not slip into a training set unnoticed; `UserError` if `split`
+    has no file; or it is not given, and the files belong to several."""
     of_file = {file: split_of(file.relative_to(root).as_posix()) for file in files}
     found = sorted(set(of_file.values()) - {""})
     if not split and len(found) > 1:
@@ -188,10 +181,10 @@ def in_table(table: Path, folder: Path, image_column: str = "", caption_column: 
         file = row.get(columns[0])
         try:
             if not isinstance(file, str) or not file.strip():
-                raise TypeError(f"the image is {kind_of(file)}, not the name of a file")
-            captions = captions_of(row.get(columns[1]))
-        except TypeError as error:
-            entries[where] = Skipped(MALFORMED_ITEM, f"{where}: {error}")
+                raise Skipped(MALFORMED_ITEM, f"{where}: the image is {kind_of(file)}, not the name of a file")
+            captions = captions_of(row.get(columns[1]), where)
+        except Skipped as skipped:
+            entries[where] = skipped
             continue
         if not any(map(str.strip, captions)):  # counted even if the image has a caption in another row
             entries[where] = Skipped(EMPTY_TEXT if captions else NO_CAPTION, f"{where}: {file}")
@@ -213,8 +206,11 @@ def _rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
     check_file(table, f"captions={table}")
     if not has_suffix(table.name, TABLES):
         raise UserError(f"captions={table} must be a file of {', '.join(TABLES)}")
-    readers = {".jsonl": _json_lines, ".json": _json_records}
-    yield from readers.get(table.suffix.lower(), _delimited_rows)(table, choose)
+    if has_suffix(table.name, (".jsonl",)):
+        records = (record for _, _, record in json_lines(table))
+        yield from (one if isinstance(one, dict) else Skipped(MALFORMED_ITEM, str(one)) for one in records)
+    else:
+        yield from _json_records(table) if has_suffix(table.name, (".json",)) else _delimited_rows(table, choose)
 
 
 def _delimited_rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
@@ -229,19 +225,7 @@ def _delimited_rows(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
             yield dict(zip(header, row.cells, strict=True))
 
 
-def _json_lines(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
-    with table.open("rb") as file:
-        is_wide = file.read(4).startswith(tuple(ENCODINGS))  # UTF-16, whose lines do not end with a byte
-        file.seek(0)
-        for number, line in enumerate(read_text(table).split("\n") if is_wide else file, 1):
-            try:
-                if line.strip():
-                    yield parse_json(line, f"{table}: line {number}", dict)
-            except UserError as error:
-                yield Skipped(MALFORMED_ITEM, str(error))
-
-
-def _json_records(table: Path, choose: Choose) -> Iterator[dict | Skipped]:
+def _json_records(table: Path) -> Iterator[dict | Skipped]:
     try:
         content = read_json(table, f"captions={table}", kind=None, limit=MAX_TABLE)
     except UserError as error:

@@ -59,11 +59,7 @@ class CaptionedParquet:
         return [image, caption, *(others if extra else ())]
 
     def blocks(self, order: random.Random | None) -> Iterator[list[Captioned | Skipped]]:
-        """Row groups, in an order drawn from `order`.
-
-        Raises:
-            UserError: a file is damaged.
-        """
+        """Row groups, in an order drawn from `order`; `UserError` if a file is damaged."""
         groups = order.sample(self.groups, len(self.groups)) if order else self.groups
         for file, group, first in groups:
             try:
@@ -80,9 +76,10 @@ class CaptionedParquet:
             return Skipped(MALFORMED_ITEM, f"{name}: {row}")
         try:
             extra = {other: row[other] for other in others}
-            return Captioned(_image_data(row[image], file.parent), name, captions_of(row[caption]), extra)
-        except TypeError as error:
-            return Skipped(MALFORMED_ITEM, f"{name}: {error}")
+            image_data = _image_data(row[image], file.parent, name)
+            return Captioned(image_data, name, captions_of(row[caption], name), extra)
+        except Skipped as skipped:
+            return skipped
 
 
 def _holds_images(kind: pyarrow.DataType) -> bool:
@@ -97,16 +94,12 @@ def _holds_text(kind: pyarrow.DataType) -> bool:
     return types.is_string(kind) or types.is_large_string(kind)
 
 
-def _image_data(value, folder: Path) -> bytes | Path:
-    """Bytes, or the file that ``path`` names.
-
-    Raises:
-        TypeError: neither is there.
-    """
+def _image_data(value, folder: Path, name: str) -> bytes | Path:
+    """Bytes, or the file that ``path`` names; raises `Skipped` if neither is there."""
     if isinstance(value, dict):
         value = value["bytes"] or value.get("path")
     if isinstance(value, str):
         return folder / value
     if not isinstance(value, bytes) or not value:
-        raise TypeError("no image")
+        raise Skipped(MALFORMED_ITEM, f"{name}: no image")
     return value

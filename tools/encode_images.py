@@ -42,11 +42,11 @@ from models import MAGVITv2
 from models.images import ImageOptions, normalized
 from models.loading import PUBLISHED_VQ, choose_device, load_image_tokenizer
 from tools.encoding_records import Encoding, Plan
-from tools.shard_writing import in_order, read_prefix, shard_path, write_shard
+from tools.shard_writing import counted, in_order, read_prefix, shard_path, write_shard
 from training.data.image_text import IMAGE_KEYS, ImageTransform
 from training.data.paths import SHARDS, expand_paths, is_address
 from training.data.shards import CODES, promised_samples, read_shard, tokenizer_sha256
-from training.data.sources import SkipCounters, Skipped, SkipSample
+from training.data.sources import SkipCounters, Skipped
 
 # Latents this close to 0, as a share of their mean size, may change sign with the batch size: sums are then taken in
 # another order. Measured: 4e-6 of the mean (showo-tiny), 1.5e-6 (the published sizes), on a CPU in fp32.
@@ -71,11 +71,7 @@ class EncodeImagesConfig:
 
 
 class ImageEncoder:
-    """The tokenizer, with codes that do not depend on the other images of the batch.
-
-    Args:
-        vq_model: in fp32.
-    """
+    """The tokenizer, in fp32, with codes that do not depend on the other images of the batch."""
 
     def __init__(self, vq_model: MAGVITv2):
         self.vq_model = vq_model
@@ -94,16 +90,16 @@ class ImageEncoder:
         return codes.cpu().numpy().astype(np.uint16)
 
 
-def decode(raw: dict | Skipped, images: ImageTransform) -> tuple[dict, torch.Tensor] | Skipped:
-    """A raw sample with its pixels (3, R, R)."""
+def decode(raw: dict | Skipped, images: ImageTransform) -> dict | Skipped:
+    """A raw sample with its ``_pixels`` (3, R, R)."""
     if isinstance(raw, Skipped):
         return raw
     try:
         old = {key: value for key, value in raw.items() if key != CODES}  # which may be another tokenizer's
         found = images.of(old, random.Random(0))
-        return raw | {"_notes": found.get("notes", ())}, normalized(found["image"])
-    except SkipSample as problem:
-        return Skipped(problem.kind, problem.detail)
+        return raw | {"_notes": found.get("notes", ()), "_pixels": normalized(found["image"])}
+    except Skipped as skipped:
+        return skipped
 
 
 def encoded_samples(
@@ -113,23 +109,11 @@ def encoded_samples(
     options = ImageOptions(config.image.exif, config.image.background)
     images = ImageTransform(config.resolution, num_codes=0, codebook_size=0, options=options)
     decoded = in_order(partial(decode, images=images), raws, config.num_workers, ahead=2 * config.batch_size)
-    good = _only_good(decoded, counters)
+    good = counted(decoded, counters, bar)
     while batch := list(islice(good, config.batch_size)):
-        codes = encoder(torch.stack([pixels for _, pixels in batch]))
-        bar.update(len(batch))
-        for (raw, _), row in zip(batch, codes, strict=True):
-            yield with_codes(raw, row, config.keep_images)
-
-
-def _only_good(decoded: Iterable[tuple | Skipped], counters: SkipCounters) -> Iterator[tuple[dict, torch.Tensor]]:
-    for result in decoded:
-        counters.seen += 1
-        if isinstance(result, Skipped):
-            counters.skip(result.kind, result.detail, result.count)
-            continue
-        for note in result[0].pop("_notes"):
-            counters.note(note, result[0]["__key__"])
-        yield result
+        codes = encoder(torch.stack([sample.pop("_pixels") for sample in batch]))
+        for sample, row in zip(batch, codes, strict=True):
+            yield with_codes(sample, row, config.keep_images)
 
 
 def with_codes(raw: dict, codes: np.ndarray, keep_image: bool) -> dict:
@@ -144,11 +128,7 @@ def with_codes(raw: dict, codes: np.ndarray, keep_image: bool) -> dict:
 
 
 def encode_shards(plan: Plan, encoder: ImageEncoder, config, rank: int, world_size: int) -> SkipCounters:
-    """Encode every world_size-th of the unfinished shards, starting from number `rank`.
-
-    Returns:
-        the counters of seen and skipped samples.
-    """
+    """Encodes every world_size-th of the unfinished shards from number `rank` on; returns what was seen and skipped."""
     share, total = plan.unfinished(rank, world_size), SkipCounters()
     promised = promised_samples(plan.sources)
     known = [promised.get(plan.sources[index]) for index in share]
@@ -183,11 +163,7 @@ def read_sources(config) -> list[str]:
 
 
 def load_tokenizer(config, device: torch.device) -> MAGVITv2:
-    """The image tokenizer in fp32.
-
-    Raises:
-        UserError: it does not exist or cannot make such codes.
-    """
+    """The image tokenizer in fp32; `UserError` if it does not exist or cannot make such codes."""
     vq_model = load_image_tokenizer(config.vq_model_name)
     if config.resolution % vq_model.downsampling_factor:
         raise UserError(

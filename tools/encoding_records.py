@@ -63,11 +63,8 @@ class Plan:
         return self.prefix.with_name(f".{self.prefix.name}.parts")
 
     def begin(self, is_main: bool) -> None:
-        """Checks that the shards may be written here. Every process must call it first.
-
-        Raises:
-            UserError: other shards are there.
-        """
+        """Checks that the shards may be written here. Every process must call it first; `UserError` if other shards are
+        there."""
         outputs = [*find_shards(self.prefix), *(shard_path(self.prefix, index) for index in range(len(self.sources)))]
         if set(map(real_path, outputs)) & set(map(real_path, self.sources)):
             raise UserError(f"output={self.prefix} would replace the very shards that are read; choose another output")
@@ -96,11 +93,8 @@ class Plan:
         return f" ({', '.join(found)})" if found else ""
 
     def unfinished(self, rank: int, world_size: int) -> list[int]:
-        """The numbers of the unfinished shards among every world_size-th one from `rank` on.
-
-        Raises:
-            UserError: a shard of another source is there.
-        """
+        """The numbers of the unfinished shards among every world_size-th one from `rank` on; `UserError` if a shard of
+        another source is there."""
         records, missing = self.records(), []
         for index in range(rank, len(self.sources), world_size):
             record, path = records.get(index), shard_path(self.prefix, index)
@@ -130,14 +124,8 @@ class Plan:
         return records
 
     def finish(self) -> dict | None:
-        """Write the manifest if all shards are finished, by any process.
-
-        Returns:
-            the manifest; None while others are at work.
-
-        Raises:
-            UserError: not one sample is left.
-        """
+        """Writes the manifest if all shards are finished, and returns it; None while other processes are at work.
+        `UserError` if not one sample is left."""
         records = self.records()
         if any(index not in records for index in range(len(self.sources))):
             return None

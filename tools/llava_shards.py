@@ -30,25 +30,16 @@ from PIL import Image
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import check_file, write_json
+from common.files import check_file
 from common.progress import progress
 from common.schema import ImageSection
 from common.settings import setting
 from llava import question_prompt_vq
 from tools.make_shards import image_members
-from tools.shard_writing import (
-    counted,
-    in_order,
-    made_from,
-    manifest_path,
-    new_set,
-    read_prefix,
-    refuse_others,
-    write_shards,
-)
+from tools.shard_writing import counted, in_order, new_set, write_manifest, write_shards
 from training.data.json_records import JsonRecords
 from training.data.llava import LlavaRecord
-from training.data.sources import BAD_CONVERSATION, MISSING_FILE, SkipCounters, Skipped, SkipSample
+from training.data.sources import BAD_CONVERSATION, MISSING_FILE, SkipCounters, Skipped
 
 MOST_REPEATS = 10_000
 
@@ -90,13 +81,12 @@ def planned(records: JsonRecords, config, repeat: dict[str, int], counters: Skip
             image = Path(config.image_root) / record.image
             if not image.is_file():
                 name = f"record {record.content['id']!r}: " if "id" in record.content else ""
-                raise SkipSample(MISSING_FILE, f"{name}image {image} does not exist; check image_root")
-            if not (pairs := questions_and_answers(record.turns)):
-                raise SkipSample(BAD_CONVERSATION, "there is no question with an answer")
-        except SkipSample as skipped:
+                raise Skipped(MISSING_FILE, f"{where}: {name}image {image} does not exist; check image_root")
+            if not (pairs := questions_and_answers(record.turns, where)):
+                raise Skipped(BAD_CONVERSATION, f"{where}: there is no question with an answer")
+        except Skipped as skipped:
             counters.seen += 1
-            named = skipped.detail.startswith(where)
-            counters.skip(skipped.kind, skipped.detail if named else f"{where}: {skipped.detail}")
+            counters.skip(skipped.kind, skipped.detail)
             continue
         task = record.content.get("task")
         texts = [f"{question_prompt_vq(question)} {answer}" for question, answer in pairs]
@@ -109,32 +99,25 @@ def make_sample(one: Planned, records: JsonRecords, config) -> dict | Skipped:
     """The members of a sample, its image read and checked."""
     try:
         image = image_members(one.image, str(one.image), config)
-    except SkipSample as skipped:
-        return Skipped(skipped.kind, skipped.detail)
+    except Skipped as skipped:
+        return skipped
     text = {"json": records[one.record]} if one.text is None else {"txt": one.text.encode()}
     return {"__key__": one.key, **image, **text}
 
 
-def questions_and_answers(turns: list[dict]) -> list[tuple[str, str]]:
-    """Pairs of a conversation without their image tags; a leading answer and a trailing question are dropped.
-
-    Raises:
-        SkipSample: questions and answers do not alternate.
-    """
+def questions_and_answers(turns: list[dict], where: str = "") -> list[tuple[str, str]]:
+    """Pairs of a conversation without their image tags; a leading answer and a trailing question are dropped; `Skipped`
+    if questions and answers do not alternate."""
     if turns and turns[0]["from"] == "gpt":
         turns = turns[1:]
     if any(turn["from"] != ("human", "gpt")[number % 2] for number, turn in enumerate(turns)):
-        raise SkipSample(BAD_CONVERSATION, f"questions and answers do not alternate: {turns!r:.80}")
+        raise Skipped(BAD_CONVERSATION, f"{where}: questions and answers do not alternate: {turns!r:.80}")
     texts = [turn["value"].replace("<image>", "").strip() for turn in turns]
     return list(zip(texts[::2], texts[1::2], strict=False))
 
 
 def read_repeat(setting: str) -> dict[str, int]:
-    """``name:3,style:1`` as a dictionary.
-
-    Raises:
-        UserError: it is not of that form.
-    """
+    """``name:3,style:1`` as a dictionary; `UserError` if it is not of that form."""
     try:
         repeat = {task: int(times) for task, times in (part.split(":") for part in setting.split(",") if part)}
     except ValueError:
@@ -150,22 +133,14 @@ def main(argv: list[str]) -> None:
     json = check_file(config.json, f"json={config.json}")
     repeat, records, counters = read_repeat(config.repeat), JsonRecords(str(json)), SkipCounters()
     chosen = list(planned(records, config, repeat, counters))
-    if not chosen:
-        what = f"skipped {counters.describe()}" if counters.seen else "no record has an image"
-        raise UserError(f"json={config.json}: no sample is left to write: {what}")
     random.Random(config.seed).shuffle(chosen)
-    prefix = read_prefix(config.output)
-    refuse_others(prefix, config)
-    with new_set(prefix) as new, progress(total=len(chosen), unit=" samples", desc="writing shards") as bar:
+    with new_set(config) as new, progress(total=len(chosen), unit=" samples", desc="writing shards") as bar:
         make = partial(make_sample, records=records, config=config)
         samples = in_order(make, chosen, config.num_workers, ahead=8 * config.num_workers)
-        entries = write_shards(new, counted(samples, counters, bar), config.shard_size)
-        if not entries:
-            raise UserError(f"json={config.json}: no sample is left to write: skipped {counters.describe()}")
-        counts = {"samples": sum(entry["samples"] for entry in entries), "skipped": dict(counters.skipped)}
-        write_json(manifest_path(new), {"shards": entries, **counts, "settings": made_from(config)})
+        shards = write_shards(new, counted(samples, counters, bar), config.shard_size)
+        manifest = write_manifest(new, shards, counters, config)
     counters.print()
-    print(f"{config.output}: {counts['samples']} samples")
+    print(f"{config.output}: {manifest['samples']} samples")
 
 
 if __name__ == "__main__":

@@ -35,11 +35,10 @@ if __name__ == "__main__":
     import common  # noqa: F401  Ctrl-C is one word from here on
 
 from PIL import ExifTags, Image
-from tqdm import tqdm
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import check_file, visible_files, write_json
+from common.files import check_file, visible_files
 from common.progress import progress
 from common.schema import ImageSection
 from common.settings import setting
@@ -57,25 +56,15 @@ from tools.captioned import (
 )
 from tools.captioned_parquet import CaptionedParquet
 from tools.holdout import Holdout
-from tools.shard_writing import (
-    counted,
-    heldout_prefix,
-    in_order,
-    made_from,
-    manifest_path,
-    new_set,
-    read_prefix,
-    refuse_others,
-    write_shards,
-)
+from tools.shard_writing import counted, heldout_prefix, in_order, new_set, write_manifest, write_shards
 from training.data.paths import PARQUET, has_suffix
 from training.data.sources import (
     EMPTY_TEXT,
     MISSING_FILE,
+    ROTATED,
     UNREADABLE_IMAGE,
     SkipCounters,
     Skipped,
-    SkipSample,
     checked_text,
 )
 
@@ -109,11 +98,8 @@ class MakeShardsConfig:
 
 
 def open_source(config) -> CaptionedSource:
-    """The images that the settings name.
-
-    Raises:
-        UserError: there are none, or none with a caption, or a table or column is missing.
-    """
+    """The images that the settings name; `UserError` if there are none, or none with a caption, or a table or column is
+    missing."""
     folder = Path(config.source)
     if not folder.is_dir():
         raise UserError(f"source={config.source} is no folder that exists; give the one that holds the images")
@@ -176,31 +162,31 @@ def make_sample(entry: Captioned | Skipped, config) -> dict[str, bytes] | Skippe
         if not text:
             return Skipped(EMPTY_TEXT, entry.name)
         image = image_members(entry.image, entry.name, config)
-    except SkipSample as skipped:
-        return Skipped(skipped.kind, skipped.detail)
+    except Skipped as skipped:
+        return skipped
     extra = {"json": json.dumps(entry.extra, default=str).encode()} if config.metadata else {}
     return {**image, "txt": text.encode(), **extra}
 
 
 def image_members(image: bytes | Path, name: str, config) -> dict[str, Any]:
-    """The member of an image by its suffix; with `_rotated` if EXIF data say that it is to be turned.
+    """The member of an image by its suffix; with `_notes` if EXIF data say that it is to be turned.
 
     Args:
         config: settings `resize`, `quality` and `image`.
 
     Raises:
-        SkipSample: it does not exist or cannot be read.
+        Skipped: it does not exist or cannot be read.
     """
     try:
         data = image if isinstance(image, bytes) else check_file(image, f"image {name}", MAX_BYTES).read_bytes()
     except (UserError, OSError) as error:
-        raise SkipSample(MISSING_FILE, str(error)) from None
+        raise Skipped(MISSING_FILE, str(error)) from None
     try:
         options = ImageOptions(config.image.exif, config.image.background)
         suffix, data, is_rotated = checked_image(data, config.resize, config.quality, name, options)
     except UserError as error:
-        raise SkipSample(UNREADABLE_IMAGE, str(error)) from None
-    return {suffix: data} | ({"_rotated": True} if is_rotated else {})
+        raise Skipped(UNREADABLE_IMAGE, str(error)) from None
+    return {suffix: data} | ({"_notes": (ROTATED,)} if is_rotated else {})
 
 
 def checked_image(
@@ -240,40 +226,16 @@ def checked_image(
 
 
 def make_shards(source: CaptionedSource, config) -> tuple[dict, SkipCounters]:
-    """Write the shards and their manifest to a temporary folder, then replace the previous ones.
-
-    Returns:
-        the manifest; the counters of seen and skipped images.
-
-    Raises:
-        UserError: another data set is there, nothing could be read, or the disk is full.
-    """
-    prefix, counters = read_prefix(config.output), SkipCounters()
-    refuse_others(prefix, config)
-    with new_set(prefix) as new:
-        entries, heldout = write_all(new, source, config, counters)
-        if not entries:
-            why = f"skipped {counters.describe()}" if counters.seen else "there is not a single image"
-            raise UserError(f"source={config.source}: nothing is left to write: {why}")
-        counts = {"samples": sum(entry["samples"] for entry in entries), "skipped": dict(counters.skipped)}
-        manifest = {"shards": entries, **counts, "heldout": heldout, "settings": made_from(config)}
-        write_json(manifest_path(new), manifest)
-    return manifest, counters
-
-
-def write_all(prefix: Path, source: CaptionedSource, config, counters: SkipCounters) -> tuple[list[dict], list[dict]]:
-    """All shards of a source, one after another; their entries of the manifest, and those of what is held out."""
-    heldout = Holdout(prefix, config, source.num_images)
-    with progress(total=source.num_images, unit=" samples", desc="writing shards") as bar:
-        samples = heldout.divert(numbered(entries_of(source, config), config, counters, bar))
-        return write_shards(prefix, samples, config.shard_size), heldout.entries
-
-
-def numbered(entries: Iterator[Captioned | Skipped], config, counters: SkipCounters, bar: tqdm) -> Iterator[dict]:
-    """The samples that could be read, with their keys; everything is counted."""
-    made = in_order(partial(make_sample, config=config), entries, config.num_workers, ahead=8 * config.num_workers)
-    keyed = (one if isinstance(one, Skipped) else {"__key__": f"{n:08d}", **one} for n, one in enumerate(made))
-    return counted(keyed, counters, bar, name=lambda key: f"number {int(key)}")
+    """Writes the data set; returns its manifest and the counters of seen and skipped images; `UserError` if another
+    data set is there, nothing could be read, or the disk is full."""
+    counters, bar = SkipCounters(), progress(total=source.num_images, unit=" samples", desc="writing shards")
+    with new_set(config) as new, bar:
+        heldout, make = Holdout(new, config, source.num_images), partial(make_sample, config=config)
+        made = in_order(make, entries_of(source, config), config.num_workers, ahead=8 * config.num_workers)
+        keyed = (one if isinstance(one, Skipped) else {"__key__": f"{n:08d}", **one} for n, one in enumerate(made))
+        samples = counted(keyed, counters, bar, name=lambda key: f"number {int(key)}")
+        shards = write_shards(new, heldout.divert(samples), config.shard_size)
+        return write_manifest(new, shards, counters, config, heldout=heldout.entries), counters
 
 
 def main(argv: list[str]) -> None:

@@ -30,7 +30,7 @@ from matplotlib.lines import Line2D
 
 from common.config import read_settings
 from common.errors import UserError, run_cli, shown
-from common.files import Owned, expand, field, make_folder, parse_json, read_text, real_path, writing
+from common.files import Owned, expand, field, json_lines, make_folder, real_path, writing
 from common.settings import setting
 
 TITLES = {"t2i": "text to image", "mmu": "image to text", "lm": "text"}  # of the published flows; others by name
@@ -93,17 +93,13 @@ class Run:
 
 
 def read_run(path: Path, label: str) -> Run:
-    """A run's numbers. Lines cut in two by a crash are skipped; steps done again count as the last time.
-
-    Raises:
-        UserError: there is no such file, or no loss in it.
-    """
+    """A run's numbers. Lines cut in two by a crash are skipped; steps done again count as the last time; `UserError` if
+    there is no such file, or no loss in it."""
     file = path / "metrics.jsonl" if path.is_dir() else path
     metrics: dict[str, dict[int, float]] = defaultdict(dict)
     last = 0
-    for line in read_text(file, f"runs: {shown(file)}").splitlines():
+    for _, _, values in json_lines(file, f"runs: {shown(file)}"):
         try:
-            values = parse_json(line, str(file), dict)
             step = field(values, "step", int, str(file))
         except UserError:
             continue

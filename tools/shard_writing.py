@@ -7,7 +7,6 @@ written last: ``{"shards": [{"file", "samples", "sha256"}, …], "samples": n, "
 import hashlib
 import itertools
 import re
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,19 +19,16 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from common.errors import UserError, shown
-from common.files import make_folder, read_json, write_json, writing
-from training.data.sources import ROTATED, SkipCounters, Skipped
+from common.files import folder_aside, make_folder, read_json, write_json, writing
+from training.data.sources import SkipCounters, Skipped
 
 KINDS = {"file": str, "samples": int, "sha256": str}  # of a manifest's entry
 SETS = ("shards", "heldout", "unfinished")  # the entries of a manifest, all of them shards of ours
 
 
 def read_prefix(output: str) -> Path:
-    """The setting `output`, after creating its folder.
-
-    Raises:
-        UserError: it names a folder, or the folder cannot be made.
-    """
+    """The setting `output`, after creating its folder; `UserError` if it names a folder, or the folder cannot be
+    made."""
     prefix = Path(output)
     if output.endswith("/") or prefix.is_dir():
         raise UserError(f"output={output} is a folder; add how the shards' names begin, as in output={prefix}/train")
@@ -76,11 +72,8 @@ def made_from(config) -> dict:
 
 
 def refuse_others(prefix: Path, config) -> None:
-    """Makes sure that what is at the prefix may be replaced by the data set of a command's settings.
-
-    Raises:
-        UserError: it is another data set and `overwrite` is not given, or shards that no command of ours wrote.
-    """
+    """Makes sure that what is at the prefix may be replaced by the data set of a command's settings; `UserError` if it
+    is another data set and `overwrite` is not given, or shards that no command of ours wrote."""
     old, settings = read_manifest(prefix), made_from(config)
     heldout = find_shards(heldout_prefix(prefix)) if config.get("holdout") else []
     if others := foreign_shards([*find_shards(prefix), *heldout], old):
@@ -109,17 +102,29 @@ def _listed(manifest: dict) -> set[str]:
 
 
 @contextmanager
-def new_set(prefix: Path) -> Iterator[Path]:
-    """A prefix in a folder aside, for the shards and the manifest of a new data set; at the end they take the place of
-    the old ones at `prefix`. If anything fails, the old ones stay."""
-    temporary = prefix.with_name(f".{prefix.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    make_folder(temporary)
-    try:
-        yield temporary / prefix.name
-        _publish(temporary / prefix.name, prefix)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def new_set(config) -> Iterator[Path]:
+    """A prefix in a folder aside, for the shards and the manifest of the data set `config.output`; at the end they take
+    the place of the old ones. If anything fails, the old ones stay.
+
+    Raises:
+        UserError: what is there must not be replaced, see `refuse_others`.
+    """
+    prefix = read_prefix(config.output)
+    refuse_others(prefix, config)
+    with folder_aside(prefix) as aside:
+        yield aside / prefix.name
+        _publish(aside / prefix.name, prefix)
+
+
+def write_manifest(prefix: Path, shards: list[dict], counters: SkipCounters, config, **more: Any) -> dict:
+    """Writes and returns the manifest with the entries of `write_shards` and `more`; `UserError` if there are none."""
+    if not shards:
+        why = f"skipped {counters.describe()}" if counters.seen else "there is not a single image"
+        raise UserError(f"output={config.output}: nothing is left to write: {why}")
+    counts = {"samples": sum(shard["samples"] for shard in shards), "skipped": dict(counters.skipped)}
+    manifest = {"shards": shards, **counts, **more, "settings": made_from(config)}
+    write_json(manifest_path(prefix), manifest)
+    return manifest
 
 
 def _publish(new: Path, prefix: Path) -> None:
@@ -151,35 +156,25 @@ def write_shards(prefix: Path, samples: Iterator[dict], shard_size: int) -> list
 def counted(
     samples: Iterable[dict | Skipped], counters: SkipCounters, bar: tqdm, name: Callable[[str], str] = str
 ) -> Iterator[dict]:
-    """The samples that could be read; every one is counted, and rotations that are ignored are noted.
-
-    Args:
-        name: what a sample of this key is called in messages.
-    """
+    """The samples that could be read; every one is counted, and the ``_notes`` of those that are used, by the `name` of
+    their key."""
     for number, sample in enumerate(samples, 1):
-        bar.total = max(bar.total, number)  # an image of several captions is several samples
+        bar.total = bar.total and max(bar.total, number)  # an image of several captions is several samples
         bar.update()
         counters.seen += 1
         if isinstance(sample, Skipped):
-            counters.skip(sample.kind, sample.detail)
+            counters.skip(sample.kind, sample.detail, sample.count)
             continue
-        if sample.pop("_rotated", False):
-            counters.note(ROTATED, name(sample["__key__"]))
+        for note in sample.pop("_notes", ()):
+            counters.note(note, name(sample["__key__"]))
         yield sample
 
 
 def write_shard(path: Path, samples: Iterable[dict]) -> dict:
-    """Writes one shard under a temporary name and renames it; the same samples give the same bytes.
+    """Writes one shard as `writing` does, and returns its entry of a manifest: ``file``, ``samples``, ``sha256``.
 
-    Args:
-        path: its place.
-        samples: ``__key__`` (text) and members of bytes by suffix; other keys that begin with ``_`` are left out.
-
-    Returns:
-        its entry of a manifest: ``file``, ``samples``, ``sha256``.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written to.
+    Samples have ``__key__`` (text) and members of bytes by suffix; other keys that begin with ``_`` are left out. The
+    same ones give the same bytes.
     """
     count = 0
     # GNU's format: the default refuses names over 100 characters.
@@ -196,11 +191,7 @@ def write_shard(path: Path, samples: Iterable[dict]) -> dict:
 
 
 def read_manifest(prefix: Path) -> dict:
-    """The manifest of a prefix; empty where there is none.
-
-    Raises:
-        UserError: it is no manifest.
-    """
+    """The manifest of a prefix; empty where there is none; `UserError` if it is no manifest."""
     path = manifest_path(prefix)
     if not path.exists():
         return {}

@@ -20,11 +20,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from common.config import read_settings
 from common.errors import run_cli
+from common.files import owned_folder
 from common.settings import setting
 from models.checkpoint_io import quietly
 from models.clip_encoder import image_processor_class, num_features
 from models.config_fields import check_memory
-from tools.owned_folder import owned_folder
 
 
 @dataclass

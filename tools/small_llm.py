@@ -21,10 +21,9 @@ from transformers.activations import ACT2FN
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import read_text
+from common.files import owned_folder, read_text
 from common.settings import setting
 from models.backbones import BACKBONES, DEFAULT_MODEL_TYPE, make_llm_config
-from tools.owned_folder import owned_folder
 
 END_OF_TEXT = "<|endoftext|>"  # bos, eos and unk at once, as in the published model's tokenizer
 FEWEST = 257  # the bytes and the end of text
@@ -55,11 +54,7 @@ class SmallLlmConfig:
 
 
 def train_tokenizer(lines: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of exactly `vocab_size` entries.
-
-    Raises:
-        UserError: the corpus is too small for so many entries.
-    """
+    """Byte-level BPE of exactly `vocab_size` entries; `UserError` if the corpus is too small for so many entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

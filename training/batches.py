@@ -237,11 +237,7 @@ FLOWS: dict[str, FlowKind] = {
 
 
 def flow_readers(config, split: str) -> list[FlowReader]:
-    """The flows that a run reads of a split.
-
-    Raises:
-        UserError: there is none to train on.
-    """
+    """The flows that a run reads of a split; `UserError` if there is none to train on."""
     readers = [kind.reader(config, name, split) for name, kind in FLOWS.items()]
     on = [reader for reader in readers if reader.is_on]
     if split == "train" and not on:

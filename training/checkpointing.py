@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from common.config import leaves, read_yaml
 from common.errors import UserError
 from common.files import field as member
-from common.files import read_json
+from common.files import read_json, write_bytes, write_json
 from common.settings import free_keys
-from common.tracking import read_lines, write_whole
+from common.tracking import read_lines
 from models.checkpoint_io import check_finite, quietly
 from training.data.streams import StreamState
 from training.optimization import decay_steps
@@ -34,6 +34,7 @@ MOST_STEPS = 10**12  # of a run
 FINAL_MODEL = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors")
 FINAL_MODEL += ("model.safetensors.index.json",)
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 # torch reports a full disk as a RuntimeError with one of these texts; other RuntimeErrors have other causes.
 TORCH_CANNOT_WRITE = re.compile(r"inline_container|PytorchStreamWriter|write failed")
 
@@ -183,14 +184,14 @@ def _set_aside(output_dir: Path, start: Start | None) -> None:
     numbers = [int(name) for f in output_dir.glob("abandoned-*") if (name := f.name.split("-")[1]).isdecimal()]
     to = before["to"] if unfinished else f"abandoned-{max(numbers, default=0) + 1}"
     course = {"start": _path_from(output_dir, start.folder) if elsewhere else None, "leaving": leaving, "to": to}
-    write_whole(output_dir / COURSE, json.dumps(course).encode())
+    write_json(output_dir / COURSE, course, flush=True)
     _flush(output_dir)
     for name in leaving:
         (output_dir / to / name).parent.mkdir(parents=True, exist_ok=True)
         (output_dir / name).rename(output_dir / to / name)
     _divide_metrics(output_dir, output_dir / to, last, start if elsewhere else None)
     if elsewhere:
-        write_whole(output_dir / COURSE, json.dumps(course | {"leaving": []}).encode())
+        write_json(output_dir / COURSE, course | {"leaving": []}, flush=True)
     else:
         (output_dir / COURSE).unlink()
     if leaving or unfinished:
@@ -216,9 +217,9 @@ def _divide_metrics(output_dir: Path, abandoned: Path, last: int, elsewhere: Sta
         there = [line for _, line in read_lines(abandoned / "metrics.jsonl")]
         known = {*kept, *there}
         there += [line for step, line in lines if step < float("inf") and line not in known]
-        write_whole(abandoned / "metrics.jsonl", b"".join(there))
+        write_bytes(abandoned / "metrics.jsonl", b"".join(there), flush=True)
     if lines or kept:
-        write_whole(output_dir / "metrics.jsonl", b"".join(kept))
+        write_bytes(output_dir / "metrics.jsonl", b"".join(kept), flush=True)
 
 
 def _describe_abandoned(folder: Path) -> None:
@@ -276,26 +277,38 @@ def save_checkpoint(
 
 @contextmanager
 def _temporary_folder(accelerator: Accelerator, final: Path) -> Iterator[Path]:
-    """The path of a temporary folder for the content of `final`. Earlier incomplete folders are removed first.
+    """The path of a temporary folder for the content of `final`; removed if that cannot be written.
 
-    Raises:
-        UserError: it cannot be written; names the last good checkpoint. The temporary folder is removed.
+    Earlier incomplete folders are removed first.
     """
     temporary = final.with_name(f".incomplete-{final.name}")
-    try:
+    with disk_errors_as_user_errors(final.parent):
         if accelerator.is_main_process:
             for incomplete in final.parent.glob(".incomplete-*"):
                 shutil.rmtree(incomplete)
         accelerator.wait_for_everyone()
-        yield temporary
+        try:
+            yield temporary
+        except (Exception, CheckpointException):
+            if accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def disk_errors_as_user_errors(output_dir: Path) -> Iterator[None]:
+    """Ends the run with one line, which names the last good checkpoint, when a write finds the disk full or gone."""
+    try:
+        yield
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         cause = _cause(error)
-        if not isinstance(cause, (OSError, SafetensorError)) and not TORCH_CANNOT_WRITE.search(str(cause)):
+        is_of_disk = cause.errno in DISK_ERRORS if isinstance(cause, OSError) else isinstance(cause, SafetensorError)
+        if not is_of_disk and not TORCH_CANNOT_WRITE.search(str(cause)):
             raise
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        reason = f"could not be written ({_reason(error)}); {describe_last_checkpoint(final.parent)}"
-        raise UserError(f"{final} {reason}. Make room on the disk and start again") from error
+        raise UserError(
+            f"experiment.output_dir {output_dir} cannot be written to ({_reason(error)}); "
+            f"{describe_last_checkpoint(output_dir)}. Make room on the disk, or mend it, and start again"
+        ) from error
 
 
 def describe_last_checkpoint(output_dir: Path) -> str:

@@ -1,7 +1,6 @@
-"""Safeguards of a run: output folder, lock, signals, full disks, and non-finite losses and gradients."""
+"""Safeguards of a run: output folder, lock, signals, and non-finite losses and gradients."""
 
 import ctypes
-import errno
 import os
 import signal
 import time
@@ -16,12 +15,11 @@ from common import results
 from common.errors import UserError
 from common.files import Owned
 from common.launch import find_launcher
+from training.checkpointing import COURSE, FINAL_MODEL
 
 LOCK = ".lock"  # in the output folder
-SIGNS_OF_A_RUN = (".course.json", "checkpoint-0", "checkpoint-*/metadata.json")
-WRITTEN = ("config.yaml", "metrics.jsonl", "config.json", "generation_config.json", "model*.safetensors")
-WRITTEN += ("model*.index.json", "images/*.png")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+SIGNS_OF_A_RUN = (COURSE, "checkpoint-0", "checkpoint-*/metadata.json")
+WRITTEN = ("config.yaml", "metrics.jsonl", *FINAL_MODEL, "images/*.png")
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
@@ -43,11 +41,8 @@ def check_output_dir(folder: Path) -> None:
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the operating system releases however the process ends.
-
-    Raises:
-        UserError: another run holds it.
-    """
+    """Holds the folder's lock, which the operating system releases however the process ends; `UserError` if another run
+    holds it."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -59,27 +54,6 @@ def only_run_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def disk_errors_as_user_errors(remains: Callable[[], str]) -> Iterator[None]:
-    """Ends the run with one line when any write finds the disk full or gone.
-
-    Args:
-        remains: returns the part of the message that names the last good checkpoint.
-
-    Raises:
-        UserError: nothing can be written any more.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise UserError(
-            f"experiment.output_dir cannot be written to ({error.strerror}: {error.filename or 'a file'}); "
-            f"{remains()}. Make room on the disk, or mend it, and start again"
-        ) from error
 
 
 def follow_launcher() -> None:
@@ -170,11 +144,7 @@ class FiniteLosses:
         self.dropped = 0
 
     def accept(self, losses: dict[str, torch.Tensor], keys: list[str], step: int) -> bool:
-        """Whether the batch may be used.
-
-        Raises:
-            UserError: the limit is exceeded.
-        """
+        """Whether the batch may be used; `UserError` if the limit is exceeded."""
         if self.limit is None:
             return True
         finite = torch.stack(list(losses.values())).isfinite().tolist()  # one GPU sync, not one per task
@@ -186,11 +156,8 @@ class FiniteLosses:
         return False
 
     def accept_gradients(self, norm: torch.Tensor, keys: list[str], step: int) -> bool:
-        """Whether gradients of this norm, which is the same on all processes, may be used.
-
-        Raises:
-            UserError: the limit is exceeded.
-        """
+        """Whether gradients of this norm, which is the same on all processes, may be used; `UserError` if the limit is
+        exceeded."""
         if self.limit is None or norm.isfinite():
             return True
         self._drop(f"step {step}: gradients dropped, their norm is not finite; samples: {', '.join(keys)}")

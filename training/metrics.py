@@ -56,11 +56,7 @@ class StepMetrics:
 
 
 def total(sums: Sums, over_processes: Callable[[torch.Tensor], torch.Tensor], device) -> dict[str, torch.Tensor]:
-    """The sums of all processes, float32 on the host, exchanged as one tensor.
-
-    Args:
-        over_processes: sums a tensor over all processes, all of which must call this.
-    """
+    """The sums of all processes, float32 on the host, exchanged as one tensor by `over_processes`, which all call."""
     tensors = {name: torch.as_tensor(value).to(device, torch.float32) for name, value in sums.items()}
     flat = over_processes(torch.cat([tensor.flatten() for tensor in tensors.values()])).cpu()
     parts = flat.split([tensor.numel() for tensor in tensors.values()])

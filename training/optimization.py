@@ -31,12 +31,7 @@ def parameter_groups(named_parameters, weight_decay: float, undecayed: Collectio
 def make_optimizer(
     model: nn.Module, config, scale: float = 1.0, undecayed: Collection[str] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW as configured by `optimizer.params`.
-
-    Args:
-        scale: multiplies the learning rate.
-        undecayed: see `parameter_groups`.
-    """
+    """AdamW as configured by `optimizer.params`, with `scale` times the rate; `undecayed` as in `parameter_groups`."""
     params = config.optimizer.params
     return adamw(
         model.named_parameters(),

@@ -11,11 +11,8 @@ LAST_BLOCKS = (0, 2, 4, 10)  # the last block at 1/2, 1/4, 1/8 and 1/16 of the r
 
 
 class PerceptualLoss(nn.Module):
-    """Mean squared distance of EfficientNet-Lite0 features, each position scaled to unit length, at four resolutions.
-
-    Raises:
-        UserError: the two packages that hold the network (Apache-2.0) and its weights are not installed.
-    """
+    """Mean squared distance of EfficientNet-Lite0 features, each position scaled to unit length, at four resolutions;
+    `UserError` if the two packages that hold the network (Apache-2.0) and its weights are not installed."""
 
     def __init__(self):
         super().__init__()

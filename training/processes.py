@@ -77,11 +77,8 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
 
 
 def _configure_deepspeed(plugin, config, rows: int) -> None:
-    """Sets the run's settings in the launch file's; the launch file's gradient clipping is kept if the run has none.
-
-    Raises:
-        UserError: a setting that DeepSpeed cannot honour.
-    """
+    """Sets the run's settings in the launch file's, whose gradient clipping is kept if the run has none; `UserError`
+    for one that DeepSpeed cannot honour."""
     training, settings = config.training, plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = rows  # DeepSpeed cannot infer it, as no loader is prepared
     settings["gradient_accumulation_steps"] = training.gradient_accumulation_steps
@@ -96,12 +93,9 @@ def _configure_deepspeed(plugin, config, rows: int) -> None:
 
 
 def call_before_deepspeed_steps(engine, hook) -> None:
-    """Calls a hook before each optimiser step of DeepSpeed.
+    """Calls a hook with the engine, on all processes, before each optimiser step of DeepSpeed.
 
     DeepSpeed steps inside `accelerator.backward` and frees the gradients, so this is the only place to read them.
-
-    Args:
-        hook: called with the engine, on all processes.
     """
     step = engine.step
 
@@ -219,11 +213,8 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def full_state_dict(accelerator: Accelerator, model, wrapped) -> dict[str, torch.Tensor]:
-    """The unwrapped model's state dict. If it is sharded, all processes must call this; the main one gets full tensors.
-
-    Args:
-        model, wrapped: the plain model, and the wrapper that is trained (DDP, DeepSpeed engine, …).
-    """
+    """The plain model's state dict, also of one that the wrapper which is trained (DDP, DeepSpeed engine, …) has
+    sharded: then all processes must call this, and the main one gets full tensors."""
     return accelerator.get_state_dict(wrapped) if is_sharded(accelerator) else model.state_dict()
 
 

@@ -36,11 +36,14 @@ def make_task(argv: list[str], name: str | None = None):
     return task(config or load_config(argv, task.settings))
 
 
-def main(argv: list[str]) -> None:
-    task = make_task(argv)
+def train(task) -> None:
     from training.trainer import Trainer  # after the settings: their mistakes, and --help, are told at once
 
     Trainer(task).train()
+
+
+def main(argv: list[str]) -> None:
+    train(make_task(argv))
 
 
 if __name__ == "__main__":

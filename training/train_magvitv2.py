@@ -13,14 +13,11 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
 
 from common.errors import run_cli
-from training.train import make_task
+from training.train import make_task, train
 
 
 def main(argv: list[str]) -> None:
-    task = make_task(argv, "tokenizer")
-    from training.trainer import Trainer  # after the settings: their mistakes, and --help, are told at once
-
-    Trainer(task).train()
+    train(make_task(argv, "tokenizer"))
 
 
 if __name__ == "__main__":

@@ -10,16 +10,14 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
 
 from common.errors import UserError, run_cli
-from training.train import make_task
+from training.train import make_task, train
 
 
 def main(argv: list[str]) -> None:
     task = make_task(argv, "showo")
     if not task.config.model.showo.w_clip_vit:
         raise UserError("model.showo.w_clip_vit is false; set it to true, or train with training/train.py")
-    from training.trainer import Trainer  # after the settings: their mistakes, and --help, are told at once
-
-    Trainer(task).train()
+    train(task)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from training.checkpointing import (
     describe_decay,
     describe_images,
     describe_last_checkpoint,
+    disk_errors_as_user_errors,
     find_start,
     load_checkpoint,
     save_checkpoint,
@@ -39,7 +40,7 @@ from training.data.flows import open_flows
 from training.data.sources import KINDS
 from training.data.streams import StreamState
 from training.evaluation import evaluate, own_random_numbers
-from training.guards import LOCK, FiniteLosses, StopSignals, check_output_dir, disk_errors_as_user_errors, only_run_in
+from training.guards import LOCK, FiniteLosses, StopSignals, check_output_dir, only_run_in
 from training.metrics import StepMetrics, total
 from training.optimization import WeightAverage, gradient_norms, make_optimizer, make_schedule, set_rate
 from training.processes import (
@@ -138,7 +139,7 @@ class Trainer:
         """Trains from the current step to `max_train_steps`, then saves the final model in `output_dir`."""
         with ExitStack() as stack:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(disk_errors_as_user_errors(lambda: describe_last_checkpoint(self.output_dir)))
+            stack.enter_context(disk_errors_as_user_errors(self.output_dir))
             if self.accelerator.is_main_process:
                 stack.enter_context(only_run_in(self.output_dir))
             self.check_shared_folder()
@@ -210,11 +211,7 @@ class Trainer:
                 return batch, outcome
 
     def finish_gradients(self, keys: list[str]) -> None:
-        """Clips gradients, drops non-finite ones, and computes their norms at steps that log them.
-
-        Args:
-            keys: of the samples of this step.
-        """
+        """Clips gradients, drops those of samples `keys` if non-finite, and computes norms at steps that log them."""
         limit, scaler = self.config.training.max_grad_norm, self.accelerator.scaler
         if limit:
             norm = full_tensor(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))

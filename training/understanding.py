@@ -120,11 +120,8 @@ def system_ids(prompting) -> list[int]:
 
 
 def room_for_text(config, num_image: int, num_system: int) -> int:
-    """Number of text tokens that fit in a row with `num_image` image positions and a system prompt.
-
-    Raises:
-        UserError: none fit.
-    """
+    """Number of text tokens that fit in a row with `num_image` image positions and a system prompt; `UserError` if none
+    fit."""
     max_text_len = config.dataset.preprocessing.max_seq_length
     if not config.training.batch_size_mmu or not config.dataset.und_type.startswith("llava"):
         return max_text_len

@@ -18,8 +18,15 @@ TASKS = {  # name -> module:class, imported when the task is asked for
     "emoji_naming": "examples.emoji_world.benchmark:EmojiNaming",
     "emoji_yes_no": "examples.emoji_world.benchmark:EmojiYesNo",
     "emoji_style": "examples.emoji_world.benchmark:EmojiStyle",
+    "scenes_drawing": "examples.scenes.benchmark:SceneDrawing",
+    "scenes_answers": "examples.scenes.benchmark:SceneAnswers",
+    "scenes_reconstruction": "examples.scenes.benchmark:SceneReconstruction",
+    "scenes_inpainting": "examples.scenes.benchmark:SceneInpainting",
+    "scenes_extrapolation": "examples.scenes.benchmark:SceneExtrapolation",
 }
-GROUPS = {"emoji": tuple(name for name in TASKS if name.startswith("emoji_"))}  # several tasks by one name
+GROUPS = {  # several tasks by one name
+    group: tuple(name for name in TASKS if name.startswith(f"{group}_")) for group in ("emoji", "scenes")
+}
 
 
 def task_class(name: str) -> type[Task]:

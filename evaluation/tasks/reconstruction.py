@@ -4,6 +4,7 @@ An image is compared as the model sees it: resized and cropped to its resolution
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,59 @@ SET_FILE = "set.json"  # figures of the whole set
 CODES, RFID = "codebook use, %", "rFID"
 
 
-class Reconstruction(Task):
+class TokenizerTask(Task):
+    """Images through the image tokenizer and back; an answer is the file of what came back."""
+
+    reads_root, answers_are_files = False, True
+
+    def files_of(self, item) -> list[str]:
+        """The image, and its codes."""
+        return [f"images/{item.facts['file']}{suffix}" for suffix in (".png", ".npy")]
+
+    def predict(self, model, items, images, generator) -> list[str]:
+        codes = model.encode(images)
+        answers = []
+        for item, image, own in zip(items, model.decode(codes), codes.cpu().numpy(), strict=True):
+            picture, numbers = self.files_of(item)
+            answers.append(self.output.save(picture, image))
+            with self.output.writing(numbers) as temporary, temporary.open("wb") as file:
+                np.save(file, own.astype(np.int32))
+        self.output.write_json(CODEBOOK_FILE, {"codebook_size": model.vq_model.config.codebook_size})
+        return answers
+
+    def seen(self, item: Item) -> Image.Image:
+        """The image as the model sees it."""
+        return square(item.open_image(), self.config.dataset.preprocessing.resolution)
+
+    def codes_used(self, answers: Sequence[str]) -> dict[str, float]:
+        """How much of the codebook the whole set uses, and 2 to the entropy of its codes."""
+        file = self.folder / CODEBOOK_FILE
+        size = field(read_json(file), "codebook_size", int, str(file))
+        files = ((self.folder / answer).with_suffix(".npy") for answer in answers)
+        counts = sum(np.bincount(read_codes(codes, size), minlength=size) for codes in files)
+        shares = counts[counts > 0] / counts.sum()
+        perplexity = float(2 ** -(shares * np.log2(shares)).sum())
+        return {
+            CODES: 100 * float((counts > 0).mean()),
+            "codes used": float((counts > 0).sum()),
+            "perplexity": perplexity,
+        }
+
+    def set_figures(self, folder, samples, seed) -> dict[str, np.ndarray]:
+        """Without intervals: a resample holds fewer different images, and so fewer codes."""
+        file = folder / SET_FILE
+        tree = read_json(file)
+        return {name: np.array([field(tree, name, float, str(file))]) for name in tree}
+
+    def sheet_image(self, item, answer) -> Image.Image:
+        """What the tokenizer made of it and, right of it, the image."""
+        return side_by_side(load_image(self.folder / answer), self.seen(item))
+
+
+class Reconstruction(TokenizerTask):
     name = "reconstruction"
     headline = "PSNR"
     unit = "dB"
-    reads_root = False
 
     def check(self) -> None:
         need("torchmetrics", "reconstruction", "pip install 'torchmetrics>=1.4'")
@@ -57,51 +106,20 @@ class Reconstruction(Task):
         file = hashlib.sha256(key.encode()).hexdigest()[:16]
         return Item(key, "", self.image(path), name, facts={"file": file})
 
-    def files_of(self, item) -> list[str]:
-        return [f"images/{item.facts['file']}{suffix}" for suffix in (".png", ".npy")]
-
-    def predict(self, model, items, images, generator) -> list[str]:
-        codes = model.encode(images)
-        answers = []
-        for item, image, own in zip(items, model.decode(codes), codes.cpu().numpy(), strict=True):
-            picture, numbers = self.files_of(item)
-            answers.append(self.output.save(picture, image))
-            with self.output.writing(numbers) as temporary, temporary.open("wb") as file:
-                np.save(file, own.astype(np.int32))
-        self.output.write_json(CODEBOOK_FILE, {"codebook_size": model.vq_model.config.codebook_size})
-        return answers
-
     def judge(self, items, answers) -> list[Verdict]:
         restored = [self.folder / answer for answer in answers]
         verdicts = []
         for item, path in zip(items, restored, strict=True):
-            ((psnr, ssim),) = psnr_and_ssim([load_image(path)], [self._seen(item)])
+            ((psnr, ssim),) = psnr_and_ssim([load_image(path)], [self.seen(item)])
             verdicts.append(Verdict("", psnr, {"SSIM": ssim}))
-        figures = self._codes([path.with_suffix(".npy") for path in restored])
+        figures = self.codes_used(answers)
         if self.network:
             fid = FID(self.config)
-            fid.add(len(items), lambda number: self._seen(items[number]), real=True)
+            fid.add(len(items), lambda number: self.seen(items[number]), real=True)
             fid.add(len(items), lambda number: load_image(restored[number]), real=False)
             figures[RFID] = fid.value()
         self.output.write_json(SET_FILE, figures)
         return verdicts
-
-    def _seen(self, item: Item) -> Image.Image:
-        """The image as the model sees it."""
-        return square(item.open_image(), self.config.dataset.preprocessing.resolution)
-
-    def _codes(self, files) -> dict[str, float]:
-        """How much of the codebook the whole set uses, and 2 to the entropy of its codes."""
-        file = self.folder / CODEBOOK_FILE
-        size = field(read_json(file), "codebook_size", int, str(file))
-        counts = sum(np.bincount(read_codes(codes, size), minlength=size) for codes in files)
-        shares = counts[counts > 0] / counts.sum()
-        perplexity = float(2 ** -(shares * np.log2(shares)).sum())
-        return {
-            CODES: 100 * float((counts > 0).mean()),
-            "codes used": float((counts > 0).sum()),
-            "perplexity": perplexity,
-        }
 
     def counts(self, items, verdicts) -> dict[str, float]:
         found = {"PSNR": sum(v.score for v in verdicts), "SSIM": sum(v.facts["SSIM"] for v in verdicts)}
@@ -110,16 +128,6 @@ class Reconstruction(Task):
     def figures(self, sums) -> dict[str, np.ndarray]:
         ssim = 100 * ratio(sums["SSIM"], sums["pictures"])
         return {"PSNR": ratio(sums["PSNR"], sums["pictures"]), "SSIM x 100": ssim}
-
-    def set_figures(self, folder, samples, seed) -> dict[str, np.ndarray]:
-        """Without intervals: a resample holds fewer different images, and so fewer codes."""
-        file = folder / SET_FILE
-        tree = read_json(file)
-        return {name: np.array([field(tree, name, float, str(file))]) for name in tree}
-
-    def sheet_image(self, item, answer) -> Image.Image:
-        """What the tokenizer made of it and, right of it, the image."""
-        return side_by_side(load_image(self.folder / answer), self._seen(item))
 
     def notes(self) -> list[str]:
         size = self.config.dataset.preprocessing.resolution
@@ -131,8 +139,9 @@ class Reconstruction(Task):
 
 def read_codes(file: Path, size: int) -> np.ndarray:
     """(N,) the codes of one image, 0 … size − 1; `UserError` if they are damaged."""
+    check_file(file)
     try:
-        codes = np.load(check_file(file))  # pickles are refused
+        codes = np.load(file)  # pickles are refused
         if codes.ndim == 1 and codes.dtype.kind == "i" and (0 <= codes).all() and (codes < size).all():
             return codes
     except (OSError, ValueError, EOFError):

@@ -12,7 +12,7 @@ from itertools import count
 from examples.scenes.words import (
     at,
     caption,
-    listed,
+    described,
     may_be_said,
     named,
     noun,
@@ -255,23 +255,13 @@ def _edit(rng: random.Random, split: str, cells: int, number: int):
 def _story(rng: random.Random, split: str, cells: int, number: int):
     """Two to four scenes, each with one of `texts`; after the first, a text tells what happens and nothing else."""
     scenes = [sample_scene(rng, cells, split, counts=(2,) if split == "pairs" else (1, 1, 2))]
-    texts, kinds = [_opening(scenes[0])], ["opening"]
+    texts, kinds = [described(scenes[0])], ["opening"]
     for _ in range(rng.randint(1, 3)):
         done = change(scenes[-1], rng, split, ("colour", "size", "remove", "add", "add", "move", "ground"))
         scenes.append(done.scene)
         texts.append(done.event)
         kinds.append(done.kind)
     return scenes, {"texts": texts, "kinds": kinds}
-
-
-def _opening(scene: Scene) -> str:
-    """Everything about a scene in words."""
-    phrases = [
-        f"{with_article(noun({part: getattr(thing, part) for part in ('icon', 'colour', 'size')}))} "
-        f"{at(scene.place(thing))}"
-        for thing in scene.things
-    ]
-    return f"{listed(phrases)} on a {scene.ground} ground"
 
 
 # ---- several images ----

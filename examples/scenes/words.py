@@ -88,6 +88,15 @@ def noun(parts: dict) -> str:
     return " ".join(parts[part] for part in ("size", "colour", "icon") if parts.get(part))
 
 
+def described(scene: Scene) -> str:
+    """Everything about a scene in words, but what is in front of what."""
+    phrases = [
+        f"{with_article(noun(_parts(scene, thing, 'icon', 'colour', 'size')))} {at(scene.place(thing))}"
+        for thing in scene.things
+    ]
+    return f"{listed(phrases) if phrases else 'nothing'} on a {scene.ground} ground"
+
+
 # ---- captions ----
 
 

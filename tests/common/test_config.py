@@ -278,19 +278,14 @@ REFUSALS = {
 def test_refusals(load, monkeypatch, schema, given, message):
     monkeypatch.setenv("SHOWO_UNSET_A", "")  # empty is unset
     text, arguments = (given, []) if ": " in given else ("", given.split(" ") if "[" not in given else [given])
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=message):
         load(text, *arguments, schema=schema)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("schema", "argv", "message"),
     [
-        (
-            ExportConfig,
-            "form=x dtype=int4",
-            "key form; .* is from; from and to not given; for example this; dtype is",
-        ),
+        (ExportConfig, "form=x dtype=int4", "key form; .* is from; from and to not given; for example this; dtype is"),
         (ExportConfig, "from", "'from' is not of the form key=value, as in this"),
         (MakeShardsConfig, "source=x output=y quality=0", "quality is 0; it must be from 1 to 100"),
         (SmallClipConfig, "output_dir=x layers=0 heads=5", "layers is 0; .*hidden_size is 192; it must be a multiple"),

@@ -9,7 +9,17 @@ import pytest
 
 from common import files
 from common.errors import UserError
-from common.files import Owned, field, parse_json, read_json, read_text, visible_files, write_json, writing
+from common.files import (
+    Owned,
+    field,
+    owned_folder,
+    parse_json,
+    read_json,
+    read_text,
+    visible_files,
+    write_json,
+    writing,
+)
 
 
 def test_visible_files_are_everybody_s_own_and_each_folder_counts_once(tmp_path):
@@ -156,3 +166,35 @@ def test_home(monkeypatch, tmp_path):
     assert files.resolve_path("configs").name == "configs"
     assert json.dumps(files.shown(Path(os.fsdecode(b"caf\xe9.png"))))
     assert files.shown("half a pair: \ud83d") == r"half a pair: \ud83d"
+
+
+def test_what_a_killed_command_left_does_not_come_along(tmp_path):
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".new.partial" / "stale.json").touch()
+    with owned_folder(str(tmp_path / "new"), "output_dir") as folder:
+        (folder / "fresh.json").touch()
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [".written.jsonl", "fresh.json"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), Exception("I/O error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(tmp_path, error):
+    with (
+        pytest.raises(UserError, match="cannot write .*new .*No space left on device.*; make room"),
+        owned_folder(str(tmp_path / "new"), "output_dir") as folder,
+    ):
+        (folder / "config.json").write_text("{}")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lines_of_json_are_read_one_by_one(tmp_path, monkeypatch, encoding):
+    monkeypatch.setattr(files, "MAX_LINE", 40)
+    lines = ['{"a": "two\u2028lines"}', "", "[1]", '{"a": "' + "x" * 50 + '"}', '{"a": 2}', '{"a": "cut']
+    (tmp_path / "x.jsonl").write_bytes("\n".join(lines).encode(encoding))
+    found = list(files.json_lines(tmp_path / "x.jsonl"))
+    assert [value for *_, value in found if isinstance(value, dict)] == [{"a": "two\u2028lines"}, {"a": 2}]
+    errors = [str(value) for *_, value in found if isinstance(value, UserError)]
+    assert "x.jsonl: line 3 holds a list of 1, expected an object" in errors[0] and len(errors) == 4

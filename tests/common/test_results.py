@@ -2,8 +2,6 @@
 
 import json
 import os
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.results import ResultFolder, copies_in
+from tests.tiny import largest_file
 
 PICTURE = Image.new("RGB", (8, 8), "red")
 
@@ -95,17 +94,6 @@ def test_names_that_are_no_text_are_written_readably(tmp_path):
     results.add(file=results.save(PICTURE), mode="mmu", image=os.fsdecode(b"caf\xe9.png"), answer="é")
     record = json.loads((tmp_path / "results.jsonl").read_text(encoding="utf-8"))
     assert record["image"] == r"caf\xe9.png" and record["answer"] == "é"
-
-
-@contextmanager
-def largest_file(size: int):
-    """Files that grow beyond this cannot be written, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

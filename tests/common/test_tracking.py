@@ -2,8 +2,10 @@
 
 import errno
 import json
+import logging
 import os
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from common.tracking import Tracker, _logged_in, _mode_of_environment
+from common.tracking import Tracker, _logged_in, _mode_of_environment, _quiet
 
 
 def lines(folder) -> list[dict]:
@@ -211,3 +213,17 @@ def test_an_odd_file_of_logins_holds_none(tmp_path, nobody, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NETRC", place)
     assert not _logged_in()
+
+
+def test_a_log_of_wandbs_own_on_a_full_disk_is_nobodys_trouble(capsys):
+    handler = logging.FileHandler("/dev/full")
+    logger = logging.getLogger("wandb")
+    logger.addHandler(handler)
+    try:
+        _quiet(None)
+        logger.error("a line")
+        assert capsys.readouterr().err == "" and logging.raiseExceptions
+    finally:
+        logger.removeHandler(handler)
+        with suppress(OSError):
+            handler.close()

@@ -26,7 +26,7 @@ from training.data.image_text import (
     jittered,
 )
 from training.data.json_records import JsonTable
-from training.data.sources import CUT, ROTATED, SkipSample
+from training.data.sources import CUT, ROTATED, Skipped
 from training.data.streams import unpack
 
 DATA = image_bytes(picture(CAPTIONS[0]))
@@ -39,7 +39,7 @@ def item_of(raw: dict, seed: int = 0, resolution: int = 32, **settings) -> dict:
 
 
 def kind_of(call, *args, **settings) -> str:
-    with pytest.raises(SkipSample) as problem:
+    with pytest.raises(Skipped) as problem:
         call(*args, **settings)
     return problem.value.kind
 
@@ -134,7 +134,7 @@ def test_damaged_bytes_never_raise_anything_else(form):
         data[rng.randrange(len(data))] = rng.randrange(256)
         try:
             item_of({"png": bytes(data[: rng.randrange(1, len(data) + 1)]), "txt": b"x"})
-        except SkipSample as skipped:
+        except Skipped as skipped:
             kinds.append(skipped.kind)
     assert len(kinds) > 50 and set(kinds) == {"unreadable_image"}
 
@@ -148,7 +148,7 @@ def test_the_members_of_an_unusable_sample_are_named():
             "v1.0/s has no image; its members are input.png, outputs.txt, txt; read are jpg, png, jpeg,",
         ),
     ):
-        with pytest.raises(SkipSample, match="malformed_item") as problem:
+        with pytest.raises(Skipped, match="malformed_item") as problem:
             item_of(members)
         assert message in problem.value.detail
 

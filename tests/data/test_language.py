@@ -8,7 +8,7 @@ import pytest
 from common.errors import UserError
 from training.data import language
 from training.data.language import Documents, text_sample
-from training.data.sources import Epochs, Skipped, SkipSample
+from training.data.sources import Epochs, Skipped
 
 
 def documents(*paths, column="content") -> Documents:
@@ -46,7 +46,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text():
     + [(text, "malformed_item") for text in (7, ["a"], "half of \ud83d")],
 )
 def test_empty_texts_and_what_is_none_are_skipped(text, kind):
-    with pytest.raises(SkipSample) as problem:
+    with pytest.raises(Skipped) as problem:
         text_sample({"__key__": "a.parquet: row 3", "text": text}, random.Random(0))
     assert problem.value.kind == kind and "a.parquet: row 3" in problem.value.detail
 
@@ -123,3 +123,20 @@ def test_files_without_documents_are_named(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         documents(write(tmp_path / name, content))
     assert read_all(documents(write(tmp_path / "b.txt", ""), write(tmp_path / "c.txt", "x"))) == (["x"], [])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+@pytest.mark.parametrize("parted", ["\n", "\n\n"])
+def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch, name, parted):
+    monkeypatch.setattr(language, "CHUNK", 64)
+    monkeypatch.setattr(language, "MAX_LINE", 100)
+    texts = [f"text {number:02d}" for number in range(20)]
+    parts = [json.dumps({"content": text}) for text in texts] if name == "a.jsonl" else list(texts)
+    file = tmp_path / name
+    read, bad = read_all(documents(write(file, parted.join([*parts[:9], "x" * 1000, *parts[9:]]))))
+    assert read == texts and [raw.kind for raw in bad] == ["malformed_item"] and "over " in bad[0].detail
+    with pytest.raises(UserError, match=f"{name} begins with a document of over .* end each with a line end"):
+        documents(write(file, "x" * 1000))
+    if name == "a.txt" and parted == "\n\n":
+        read, bad = read_all(documents(write(file, "one\n\n" + "two\n" * 400 + "\nthree\n\nfour")))
+        assert read == ["four", "one", "three"] and len(bad) == 1

@@ -13,7 +13,7 @@ from tests.parity.goldens import PHI
 from tests.training.tiny import CAPTIONS, image_bytes, picture, sample
 from training.data.image_text import ImageTransform
 from training.data.llava import LlavaRecords, LlavaSample
-from training.data.sources import CUT, SkipSample
+from training.data.sources import CUT, Skipped
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A red square."}]
 
@@ -46,7 +46,7 @@ def made(units: LlavaRecords, transform: LlavaSample) -> list:
     for raw in (raw for index in range(len(units)) for raw in units.read(index, random.Random(0))):
         try:
             found.append(transform(raw, random.Random(0)))
-        except SkipSample as skipped:
+        except Skipped as skipped:
             found.append(skipped.kind)
     return found
 
@@ -65,7 +65,7 @@ def test_images_are_found_under_their_root_and_shards_bring_them_along(tmp_path,
     (item,) = made(units, transform(tokenizer, root=str(tmp_path / "a")))
     raw = sample(CAPTIONS[0]) | {"__key__": "a", "json": json.dumps(record(image="elsewhere.png")).encode()}
     assert torch.equal(transform(tokenizer)(raw, random.Random(0))["image"], item["image"])
-    with pytest.raises(SkipSample, match="malformed_item"):
+    with pytest.raises(Skipped, match="malformed_item"):
         transform(tokenizer)(sample(CAPTIONS[0]) | {"__key__": "a"}, random.Random(0))
 
 
@@ -103,7 +103,7 @@ def test_other_words_and_forms_mean_the_same(tmp_path, tokenizer):
 def test_a_missing_image_names_the_setting_and_the_json(tmp_path, tokenizer):
     path = write(tmp_path, [record(image="gone.png")])
     raw = next(LlavaRecords([path]).read(0, random.Random(0)))
-    with pytest.raises(SkipSample) as problem:
+    with pytest.raises(Skipped) as problem:
         transform(tokenizer, root="/pictures")(raw, random.Random(0))
     assert problem.value.detail == (
         f"/pictures/gone.png, named by {path}: record 0, relative to dataset.params.train_mmu_image_root=/pictures"

@@ -104,8 +104,8 @@ def test_no_name_of_a_file_is_run_as_a_command(tmp_path, monkeypatch, value):
         (expand_paths, "/dev/zero", "x: /dev/zero is no regular file; give files"),
         (expand_paths, ["", "b"], "x holds an empty path"),
         (expand_paths, "~nobody-of-this-name/x.tar", "there is no such home folder"),
-        (existing_folder, "/nowhere", "x: folder /nowhere does not exist"),
-        (existing_folder, "", "x is not set; give a folder"),
+        (existing_folder, "/nowhere", "x=/nowhere does not exist"),
+        (existing_folder, "", "x is not given; add x=PATH"),
     ],
 )
 def test_missing_and_malformed_settings_are_named(tmp_path, call, value, message):

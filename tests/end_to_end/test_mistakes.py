@@ -133,7 +133,7 @@ SHOWO, TOKENIZER = "model.showo.pretrained_model_path=", "model.vq_model.vq_mode
             T2I + SHOWO + "{tmp}/words model.showo.llm_vocab_size=117 model.showo.vocab_size=192",
             "has 118 tokens, but model.showo.llm_vocab_size is 117",
         ),
-        (T2I + "model.showo.llm_model_path={tmp}/damaged", "copy its tokenizer files again"),
+        (T2I + "model.showo.llm_model_path={tmp}/damaged", "copy its files again"),
         # names on the hub, which cannot be reached
         (T2I + SHOWO + "a/showo", "'a/showo' is not a local folder and could not be fetched from the hub"),
         (T2I + TOKENIZER + "a/vq", "'a/vq' is not a local folder"),

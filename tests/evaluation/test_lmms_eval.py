@@ -139,7 +139,7 @@ def test_loglikelihood(make, pipeline):
     for result, doc in zip(found, DOCS, strict=False):
         assert type(result).__name__ == "GenerationResult" and not result.text
         loss, is_greedy = result.text
-        rows = pipeline._question_rows([doc["image"]], [0], ["Which?"])
+        rows = pipeline._question_rows([doc["image"]], ["Which?"])
         ids = pipeline.prompting.tokenizer(f" {doc['target']}", add_special_tokens=False)["input_ids"]
         row = torch.cat([rows["input_ids"], torch.tensor([ids])], dim=1)
         logs = pipeline.model(row).logits[0, -len(ids) - 1 : -1].log_softmax(-1)

@@ -63,8 +63,9 @@ def test_a_saved_pipeline_is_loaded_with_its_settings(pipeline, saved):
     assert again.prompting.max_text_len == 5 and made(again)[0] != made(pipeline)[0]
 
 
-def test_a_saved_pipeline_with_clip(clip_pipeline, tmp_path):
-    clip_pipeline.save_pretrained(tmp_path)
+def test_a_saved_pipeline_with_clip(clip_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip_pipeline.save_pretrained(".")
     assert names(tmp_path) == ["clip", *PARTS]
     assert made(ShowoPipeline.from_pretrained(tmp_path, device="cpu")) == made(clip_pipeline)
 
@@ -101,18 +102,21 @@ def test_saving_again_replaces_what_was_saved_and_nothing_else(pipeline, tmp_pat
 @pytest.mark.parametrize(
     ("goal", "message"),
     [
-        ("full", "full exists and holds no saved pipeline"),
-        ("full/thesis.tex", "thesis.tex exists and holds no saved"),
+        ("full", "full exists and holds no pipeline"),
+        ("full/thesis.tex", "thesis.tex exists and holds no pipeline"),
+        ("other", "other exists and holds no pipeline that was saved by Show-o"),
         ("link", "link is a link"),
     ],
 )
 def test_folders_of_others_are_not_written_to(pipeline, saved, tmp_path, goal, message):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("years of work")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     (tmp_path / "link").symlink_to(saved)
     with pytest.raises(ValueError, match=message):
         pipeline.save_pretrained(tmp_path / goal)
-    assert names(tmp_path) == ["full", "link"] and names(tmp_path / "full") == ["thesis.tex"]
+    assert names(tmp_path) == ["full", "link", "other"] and names(tmp_path / "full") == ["thesis.tex"]
 
 
 def test_a_save_that_fails_leaves_what_was_there(pipeline, saved, monkeypatch):
@@ -187,8 +191,8 @@ def test_mistakes_in_loading_name_the_arguments(saved, settings, message):
 # --- device and precision
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("branch", ["pipeline", "clip_pipeline"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("branch", "dtype"), [("pipeline", torch.float16), ("clip_pipeline", torch.bfloat16)])
 def test_all_parts_take_a_dtype_and_rotary_frequencies_stay_exact(branch, dtype, request, tmp_path):
     pipeline = request.getfixturevalue(branch)
     pipeline.save_pretrained(tmp_path)

@@ -138,7 +138,7 @@ def test_a_disk_that_fills_leaves_what_was_there(world, tmp_path, monkeypatch, s
         raise OSError(28, "No space left on device", str(target))
 
     if stage == "rename":
-        monkeypatch.setattr(Path, "rename", lambda path, to: full() if path.suffix == ".new" else rename(path, to))
+        monkeypatch.setattr(Path, "rename", lambda path, to: full() if path.suffix == ".partial" else rename(path, to))
     else:
         monkeypatch.setattr(*{"weights": (MAGVITv2, "save_pretrained"), "copy": (shutil, "copy2")}[stage], full)
     with pytest.raises(UserError, match="cannot write .*vq .No space left on device.; make room"):

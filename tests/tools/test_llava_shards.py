@@ -102,29 +102,13 @@ def test_records_are_read_as_the_flow_reads_them(source, capsys, name, content, 
 
 
 def test_images_of_any_format_become_members_that_are_read(source):
-    for name, form, mode in (
-        ("a.gif", "GIF", "P"),
-        ("b.jpg", "GIF", "P"),
-        ("c.PNG", "PNG", "I;16"),
-        ("d", "WEBP", "RGB"),
-    ):
+    forms = {"a.gif": ("GIF", "P"), "b.jpg": ("GIF", "P"), "c.PNG": ("PNG", "I;16"), "d": ("WEBP", "RGB")}
+    for name, (form, mode) in forms.items():
         Image.new(mode, (8, 8)).save(source / "images" / name, form)
-    names = ["a.gif", "b.jpg", "c.PNG", "d"]
-    (source / "qa.json").write_text(json.dumps([RECORD | {"image": name} for name in names]))
+    (source / "qa.json").write_text(json.dumps([RECORD | {"image": name} for name in forms]))
     samples = run(source)
-    assert [next(key for key in raw if key in ("png", "webp", "jpg", "gif")) for raw in samples] == [
-        *["png"] * 3,
-        "webp",
-    ]
+    assert [("png" in raw, "webp" in raw) for raw in samples] == [(True, False)] * 3 + [(False, True)]
     assert all(Image.open(io.BytesIO(raw["png"])).mode == "RGB" for raw in samples[:3])
-
-
-def test_shards_of_somebody_else_are_not_replaced(source):
-    (source / "out").mkdir()
-    (source / "out" / "qa-000001.tar").write_bytes(b"theirs")
-    with pytest.raises(UserError, match="qa-000001.tar is there already, without a manifest that lists it"):
-        run(source, overwrite="true")
-    assert [path.name for path in (source / "out").iterdir()] == ["qa-000001.tar"]
 
 
 @pytest.mark.parametrize(
@@ -142,4 +126,4 @@ def test_shards_of_somebody_else_are_not_replaced(source):
 def test_mistakes_are_named(source, settings, message):
     with pytest.raises(UserError, match=message):
         run(source, **settings)
-    assert not (source / "out").exists()
+    assert not list((source / "out").glob("*"))

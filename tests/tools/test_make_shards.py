@@ -454,8 +454,6 @@ FILES = {
     "empty/notes.md": "",
     "empty.csv": "\n",
     "header.csv": "image,caption\n",
-    "deep.json": "[" * 50_000,
-    "latin.csv": "image,caption\nx.png,caf\udce9\n",
 }
 
 
@@ -471,17 +469,10 @@ FILES = {
         ({"source": "hub", "image_column": "photo"}, "no column 'photo'; its columns are image, text, label"),
         ({"captions": "none.csv"}, "none.csv does not exist"),
         ({"captions": "lfs/train.parquet"}, "must be a file of .csv"),
-        (
-            {"captions": "c.csv"},
-            "no column 'caption' or .*; its columns are image, number; name one by caption_c",
-        ),
+        ({"captions": "c.csv"}, "no column 'caption' or .*; its columns are image, number; name one by caption_c"),
         ({"captions": "c.csv", "caption_column": "says"}, "no column 'says'"),
         ({"captions": "c.json"}, "no valid JSON"),
-        ({"captions": "deep.json"}, "captions=deep.json is no valid JSON .it is nested too deeply"),
-        ({"captions": "latin.csv"}, "captions=latin.csv is no UTF-8 text .*; save it as UTF-8"),
         ({"captions": "fifo.csv"}, "captions=fifo.csv is no regular file"),
-        ({"captions": "/dev/zero"}, "captions=/dev/zero is no regular file"),
-        ({"captions": "bare"}, "captions=bare is a folder"),
         ({"captions": "empty.csv"}, "captions=empty.csv is empty"),
         ({"captions": "header.csv"}, "nothing is left to write: there is not a single image"),
         ({"source": "fifo.csv"}, "fifo.csv is no folder that exists"),
@@ -499,7 +490,7 @@ FILES = {
 def test_mistakes_are_named(tmp_path, monkeypatch, settings, message):
     for name, content in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
+        (tmp_path / name).write_text(content)
     os.mkfifo(tmp_path / "fifo.csv")
     hub_data_set(tmp_path / "hub", hub_rows(CAPTIONS[:1]))
     monkeypatch.chdir(tmp_path)

@@ -118,14 +118,3 @@ def test_flows_are_those_of_the_log(tmp_path):
     for _ in range(2):  # the second time over its own file
         main([f"runs={tmp_path}", f"output={tmp_path / 'own.SVG'}", "title=a $\\fra$ b", "layout=overlay"])
     assert (tmp_path / "own.SVG").read_text().startswith("<?xml")
-
-
-def test_a_disk_that_is_full_leaves_no_half_figure(stages, monkeypatch):
-    def full(path, **_):
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **more: full(path, **more))
-    with pytest.raises(UserError, match="cannot write .*x.png .No space left on device"):
-        main([f"runs={stages / 'stage1'}", f"output={stages / 'x.png'}"])
-    assert not list(stages.glob("*x.png*")) and not list(stages.glob(".*partial"))

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import resource
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from common.config import TrainingConfig
 from common.errors import UserError
 from models import Showo
+from tests.tiny import largest_file
 from tests.training.tiny import same, smallest_showo
 from training import checkpointing
 from training.checkpointing import COURSE, TrainState, begin_course, checkpoints, find_resume, find_start
@@ -146,14 +146,10 @@ def save_in_shards(folder: str) -> None:
 @pytest.mark.parametrize("save, cause", [(save_in_one, RuntimeError), (save_in_shards, CheckpointException)])
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
 def test_torchs_own_writers_on_a_full_disk_are_told_as_that(tmp_path, monkeypatch, save, cause):
-    run, limits = Run(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    run = Run()
     monkeypatch.setattr(run.accelerator, "save_state", save)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes a file may have
-    try:
-        with pytest.raises(UserError, match="Make room on the disk") as error:
-            run.save(tmp_path, 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with largest_file(20_000), pytest.raises(UserError, match="Make room on the disk") as error:
+        run.save(tmp_path, 1)
     assert isinstance(error.value.__cause__, cause)
     assert names(tmp_path) == []
 
@@ -268,9 +264,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name, damage):
     folder = run.save(tmp_path, 1)
     file = folder / name
     file.write_text(damage) if isinstance(damage, str) else damage(file)
-    with pytest.raises(UserError, match="checkpoint-1") as error:
+    with pytest.raises(UserError, match="checkpoint-1"):
         run.load(folder)
-    assert "\n" not in str(error.value)
 
 
 # ---- courses: what `latest` means ----
@@ -496,6 +491,9 @@ def test_a_library_that_asks_for_more_than_tensors_does_not_get_it(tmp_path, mon
         (COURSE, json.dumps({"leaving": 3, "to": "abandoned-1", "start": None})),
         ("checkpoint-4/config.yaml", "a: [1"),
         ("checkpoint-4/config.yaml", "- 1"),
+        ("checkpoint-4/config.yaml", "mask_schedule:\n"),
+        ("checkpoint-4/config.yaml", "mask_schedule: 3\n"),
+        ("checkpoint-4/config.yaml", "mask_schedule: []\n"),
         ("checkpoint-4/metadata.json", '{"global_step": 1e99}'),
         ("checkpoint-4/metadata.json", json.dumps({"global_step": 10**30, "num_processes": 1})),
         ("checkpoint-4/metadata.json", json.dumps({"global_step": 4, "num_processes": "2"})),
@@ -504,17 +502,9 @@ def test_a_library_that_asks_for_more_than_tensors_does_not_get_it(tmp_path, mon
 def test_damaged_notes_of_a_run_are_named(tmp_path, name, content):
     write_course(tmp_path, [4], "old")
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=name) as error:
+    with pytest.raises(UserError, match=name):
         begin(tmp_path, "latest")
         checkpointing.check_same_config(tmp_path / "checkpoint-4", OmegaConf.structured(TrainingConfig))
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("content", ["mask_schedule:\n", "mask_schedule: 3\n", "mask_schedule: []\n"])
-def test_a_configuration_of_a_checkpoint_that_no_run_wrote_is_one_line(tmp_path, content):
-    (tmp_path / "config.yaml").write_text(content)
-    with pytest.raises(UserError, match="config.yaml cannot be continued from"):
-        checkpointing.check_same_config(tmp_path, OmegaConf.structured(TrainingConfig))
 
 
 def test_keys_of_a_checkpoints_configuration_may_be_numbers(tmp_path):

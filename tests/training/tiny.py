@@ -140,10 +140,7 @@ def settings(folder: Path) -> dict:
             "showo": showo,
             "gradient_checkpointing": False,
         },
-        "dataset": {
-            "params": params,
-            "preprocessing": {"max_seq_length": MAX_TEXT, "resolution": RESOLUTION},
-        },
+        "dataset": {"params": params, "preprocessing": {"max_seq_length": MAX_TEXT, "resolution": RESOLUTION}},
         "optimizer": {"params": {"learning_rate": 2e-3}},
         "lr_scheduler": {"params": {"warmup_steps": 2}},
         "training": {**training, **sizes},

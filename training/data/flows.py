@@ -109,11 +109,8 @@ class FlowReader:
 
     @cached_property
     def files(self) -> list[str]:
-        """The existing files of the flow, all of one sort; looked up once, as folders may be large and far away.
-
-        Raises:
-            UserError: there are none, some are missing, or of another sort.
-        """
+        """The existing files of the flow, all of one sort; looked up once, as folders may be large and far away;
+        `UserError` if there are none, some are missing, or of another sort."""
         setting = f"dataset.params.{self.setting}"
         paths = expand_paths(setting, self.params[self.setting], self.formats)
         strange = [path for path in paths if not _is_readable(path, self.formats)]
@@ -185,11 +182,7 @@ class FlowReader:
 
 
 def open_flows(readers: Sequence[FlowReader], reading: Reading) -> dict[str, Flow]:
-    """The flows by name.
-
-    Raises:
-        UserError: paths are missing, or data are of another form.
-    """
+    """The flows by name; `UserError` if paths are missing, or data are of another form."""
     sources = dict(zip(readers, all_or_problems(partial(reader.source, reading) for reader in readers), strict=True))
     if reading.end_together:
         end_together({source: reader.batch_size for reader, source in sources.items()})
@@ -205,20 +198,14 @@ def end_together(batch_sizes: dict[Source, int]) -> None:
 
 
 def check_data(readers: Iterable[FlowReader]) -> None:
-    """Whether all paths exist; reads none of them.
-
-    Raises:
-        UserError: paths are not set or missing, all of them in one message.
-    """
+    """Whether all paths exist; reads none of them; `UserError` if paths are not set or missing, all of them in one
+    message."""
     all_or_problems(check for reader in readers for check in reader.checks())
 
 
 def check_tokenizer(readers: Iterable[FlowReader], vq_model) -> None:
-    """Whether shards of codes were made with the image tokenizer of the run, as far as their manifests tell.
-
-    Raises:
-        UserError: with another one.
-    """
+    """Raises `UserError` if shards of codes were made with another image tokenizer than the run's, as far as their
+    manifests tell."""
     made_with = {}
     for reader in readers:
         for file, manifest in manifests(reader.files).items():
@@ -233,11 +220,7 @@ def check_tokenizer(readers: Iterable[FlowReader], vq_model) -> None:
 
 
 def all_or_problems(calls: Iterable[Callable[[], Any]]) -> list:
-    """The results of all calls.
-
-    Raises:
-        UserError: the problems of all of them in one message.
-    """
+    """The results of all calls; `UserError` with the problems of all of them in one message."""
     results, problems = [], []
     for call in calls:
         try:
@@ -398,8 +381,10 @@ class T2IReader(ImageTextReader):
     def files(self) -> list[str]:
         """As ever, or the folder of an ImageNet."""
         value = self.params[self.setting]
-        if self.kind == "imagenet1k" and isinstance(value, str) and _has_folders(resolve_path(value)):
-            return [str(resolve_path(value))]
+        if self.kind == "imagenet1k" and isinstance(value, str):
+            folder = resolve_path(value)
+            if folder.is_dir() and visible_folders(folder):
+                return [str(folder)]
         return super().files
 
     def units(self, paths: list[str]) -> Units:
@@ -437,10 +422,6 @@ class MmuReader(ImageTextReader):
                 raise UserError(f"conversation=chat: {error}") from None
         room = reading.text_length or self.config.dataset.preprocessing.max_seq_length
         return LlavaSample(images, encode, reading.tokenizer, room)
-
-
-def _has_folders(path: Path) -> bool:
-    return path.is_dir() and bool(visible_folders(path))
 
 
 def _resolved(path: str | None) -> str | None:

@@ -29,7 +29,7 @@ from training.data.sources import (
     MISSING_FILE,
     ROTATED,
     UNREADABLE_IMAGE,
-    SkipSample,
+    Skipped,
     checked_text,
 )
 
@@ -70,7 +70,7 @@ class ImageTransform:
         Face's data sets have them), or codes. ``notes`` names what is odd about it, if anything is.
 
         Raises:
-            SkipSample: there is none, or it is unusable.
+            Skipped: there is none, or it is unusable.
             UserError: it is codes, and this flow needs pixels.
         """
         name = raw.get("__key__", "")
@@ -82,7 +82,7 @@ class ImageTransform:
         if isinstance(found, list):
             return self.from_codes(_array(found, name), name)
         if found is None:
-            raise SkipSample(MALFORMED_ITEM, f"{name} has no image; {members_of(raw, IMAGE_KEYS)}")
+            raise Skipped(MALFORMED_ITEM, f"{name} has no image; {members_of(raw, IMAGE_KEYS)}")
         if isinstance(found, str):
             found = os.path.join(self.root or os.path.dirname(raw.get("__url__", "")), found)
         return self.from_encoded(found, rng, name)
@@ -104,29 +104,29 @@ class ImageTransform:
                 return {"image": resized(image, self.resolution)} | notes
             return {"pixel_values": self.processor(image, return_tensors="pt")["pixel_values"][0]} | notes
         except ValueError as error:  # of a strip so long that it cannot be resized
-            raise SkipSample(UNREADABLE_IMAGE, f"{name}: {error}") from None
+            raise Skipped(UNREADABLE_IMAGE, f"{name}: {error}") from None
 
     def _opened(self, encoded: bytes | str | None, name: str) -> Image.Image:
-        """Encoded bytes, or a path → RGB; `SkipSample` if that is impossible."""
+        """Encoded bytes, or a path → RGB; `Skipped` if that is impossible."""
         if not isinstance(encoded, bytes | str):
-            raise SkipSample(MALFORMED_ITEM, f"{name}: no image")
+            raise Skipped(MALFORMED_ITEM, f"{name}: no image")
         if isinstance(encoded, str) and not os.path.exists(encoded):
-            raise SkipSample(MISSING_FILE, encoded)
+            raise Skipped(MISSING_FILE, encoded)
         try:
             return open_image(encoded, name if isinstance(encoded, bytes) else encoded, self.options)
         except UserError as error:
-            raise SkipSample(UNREADABLE_IMAGE, str(error)) from None
+            raise Skipped(UNREADABLE_IMAGE, str(error)) from None
 
     def from_codes(self, codes: np.ndarray, name: str) -> dict[str, torch.Tensor]:
         """``codes`` (N,) int64."""
         if refused := self.refuses_codes():
             raise UserError(f"{name} holds codes in place of an image; {refused}")
         if codes.shape != (self.num_codes,) or codes.dtype.kind not in "ui":
-            raise SkipSample(
+            raise Skipped(
                 BAD_CODES, f"{name}: {codes.shape} of {codes.dtype}, the model takes {self.num_codes} whole numbers"
             )
         if codes.min() < 0 or codes.max() >= self.codebook_size:
-            raise SkipSample(BAD_CODES, f"{name}: codes up to {codes.max()}, the codebook has {self.codebook_size}")
+            raise Skipped(BAD_CODES, f"{name}: codes up to {codes.max()}, the codebook has {self.codebook_size}")
         return {"codes": torch.from_numpy(codes.astype(np.int64))}
 
     def refuses_codes(self) -> str:
@@ -184,7 +184,7 @@ def _array(codes: bytes | list, name: str) -> np.ndarray:
             raise ValueError("an archive of arrays, not one")
         return loaded
     except Exception as error:  # numpy raises OSError, ValueError, EOFError, even SyntaxError of a broken header
-        raise SkipSample(BAD_CODES, f"{name}: {error}") from None
+        raise Skipped(BAD_CODES, f"{name}: {error}") from None
 
 
 # ---- texts ----
@@ -288,14 +288,10 @@ class Captions:
     shorten: bool = False
 
     def __call__(self, raw: dict, rng: random.Random) -> str:
-        """The text of one sample.
-
-        Raises:
-            SkipSample: there is none, or it is empty or no UTF-8.
-        """
+        """The text of one sample; `Skipped` if there is none, or it is empty or no UTF-8."""
         text = self._text(raw, rng).strip()
         if not text:
-            raise SkipSample(EMPTY_TEXT, str(raw.get("__key__", "")))
+            raise Skipped(EMPTY_TEXT, str(raw.get("__key__", "")))
         return f"USER: \n{rng.choice(CAPTION_INSTRUCTIONS)} ASSISTANT: {text}" if self.instructions else text
 
     def _text(self, raw: dict, rng: random.Random) -> str:
@@ -312,13 +308,13 @@ def own_text(raw: dict, rng: random.Random) -> str:
     """The caption a sample brings along; one of several by chance."""
     key = raw.get("__key__", "")
     if not any(suffix in raw for suffix in TEXT_KEYS):
-        raise SkipSample(MALFORMED_ITEM, f"{key} has no text; {members_of(raw, TEXT_KEYS)}")
+        raise Skipped(MALFORMED_ITEM, f"{key} has no text; {members_of(raw, TEXT_KEYS)}")
     value = next(raw[suffix] for suffix in TEXT_KEYS if suffix in raw)
     if isinstance(value, bytes):
         try:
             value = decode_text(value)
         except UnicodeDecodeError as error:
-            raise SkipSample(MALFORMED_ITEM, f"{key}: the caption is no UTF-8 ({error})") from None
+            raise Skipped(MALFORMED_ITEM, f"{key}: the caption is no UTF-8 ({error})") from None
     return _one_of(value, key, rng)
 
 
@@ -326,17 +322,17 @@ def _one_of(value, key: str, rng: random.Random) -> str:
     if isinstance(value, list) and value:
         value = rng.choice(value)
     if value is None or value == []:
-        raise SkipSample(EMPTY_TEXT, key)
+        raise Skipped(EMPTY_TEXT, key)
     return checked_text(value, f"caption of {key}")
 
 
 def _first_line(file: Path) -> str:
     if not file.exists():
-        raise SkipSample(EMPTY_TEXT, f"{file} does not exist")
+        raise Skipped(EMPTY_TEXT, f"{file} does not exist")
     try:
         return re.split(r"[\r\n]", read_text(file, limit=MAX_CAPTION), maxsplit=1)[0]
     except UserError as error:
-        raise SkipSample(MALFORMED_ITEM, str(error)) from None
+        raise Skipped(MALFORMED_ITEM, str(error)) from None
 
 
 def _shortened(text: str, rng: random.Random) -> str:

@@ -5,20 +5,18 @@ Here the workers share the file and an array of byte offsets.
 """
 
 import hashlib
-import io
 import json
 import mmap
 import re
 from array import array
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
-from common.files import ENCODINGS, check_file, parse_json, read_text
+from common.files import check_file, is_wide, open_utf8, parse_json
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _scan = json.JSONDecoder().raw_decode
@@ -57,11 +55,8 @@ class JsonRecords:
 
 
 class JsonTable:
-    """The values of a ``.json`` file of the form ``{key: value, …}``, found by their keys.
-
-    Raises:
-        UserError: the file cannot be read or is not of that form.
-    """
+    """The values of a ``.json`` file of the form ``{key: value, …}``, found by their keys; `UserError` if the file
+    cannot be read or is not of that form."""
 
     def __init__(self, path: str):
         self.path = path
@@ -86,22 +81,6 @@ MARK = "\xef\xbb\xbf"  # UTF-8's byte order mark, byte by byte
 
 def _digest(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest())
-
-
-def is_wide(path: str) -> bool:
-    """Whether a file of text begins with the mark of UTF-16 or UTF-32."""
-    with open(path, "rb") as file:
-        return file.read(4).startswith(tuple(ENCODINGS))
-
-
-def open_utf8(path: str) -> BinaryIO:
-    """A file of text as bytes of UTF-8: the file itself, or the text of a wide one encoded anew."""
-    return io.BytesIO(_encoded_anew(path)) if is_wide(path) else open(path, "rb")
-
-
-@lru_cache(maxsize=2)  # their parts are asked for one by one
-def _encoded_anew(path: str) -> bytes:
-    return read_text(path).encode()
 
 
 def _read(path: str, start, stop) -> bytes:

@@ -6,34 +6,23 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from common.errors import UserError
-from common.files import BYTE_ORDER_MARK, kind_of, parse_json
-from training.data.json_records import open_utf8
+from common.files import BYTE_ORDER_MARK, MAX_LINE, kind_of, open_utf8, parse_json
 from training.data.paths import choose_column
-from training.data.sources import (
-    EMPTY_TEXT,
-    MALFORMED_ITEM,
-    MISSING_FILE,
-    TRUNCATED_SHARD,
-    Skipped,
-    SkipSample,
-    checked_text,
-)
+from training.data.sources import EMPTY_TEXT, MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped, checked_text
 
 MAX_CHARACTERS = 8000
 CHUNK = 4 * 2**20  # bytes of a unit; its documents are in memory together
+TOO_LONG = f"a document of over {MAX_LINE:,} bytes; end each with a line end, or with a blank line"
+Parts = Iterator[tuple[int, bytes | None]]  # (place, document, or None in place of one that is too long)
 
 
 def text_sample(raw: str | dict | None, rng: random.Random) -> str:
-    """Newlines removed; texts over 8000 characters cut to a random window.
-
-    Raises:
-        SkipSample: it is empty or no text.
-    """
+    """Newlines removed; texts over 8000 characters cut to a random window; `Skipped` if it is empty or no text."""
     name = raw.get("__key__", "") if isinstance(raw, dict) else ""
     raw = raw.get("text") if isinstance(raw, dict) else raw
     text = checked_text("" if raw is None else raw, name).replace("\n", "")
     if not text.strip():
-        raise SkipSample(EMPTY_TEXT, name)
+        raise Skipped(EMPTY_TEXT, name)
     if len(text) > MAX_CHARACTERS:
         start = rng.randrange(len(text) - MAX_CHARACTERS + 1)
         text = text[start : start + MAX_CHARACTERS]
@@ -47,7 +36,8 @@ class Documents:
     whose lines are joined by blanks; one without a blank line in its first megabytes holds a document a line.
 
     Raises:
-        UserError: a jsonl file's first line is no record or lacks `column`, or all files are empty.
+        UserError: a jsonl file's first line is no record or lacks `column`, a first line has no end, or all files are
+            empty.
     """
 
     def __init__(self, paths: list[str], column: str):
@@ -57,8 +47,8 @@ class Documents:
         if not self.units:
             raise UserError(f"{paths[0]} and {len(paths) - 1} more are empty")
         for path, size in zip(paths, sizes, strict=True):
-            if size and _is_jsonl(path):
-                _check_column(path, column)
+            if size:
+                _check_first(path, column)
         self.size, self._samples = sum(sizes), None
 
     @property
@@ -91,6 +81,9 @@ class Documents:
         split = _lines if _is_jsonl(path) or not _has_blank_lines(path) else _blocks
         for place, document in split(path, start, start + CHUNK):
             key = f"{path}: byte {place}"
+            if document is None:
+                yield Skipped(MALFORMED_ITEM, f"{key}: {TOO_LONG}")
+                continue
             try:
                 if _is_jsonl(path):
                     yield {"__key__": key, "text": parse_json(document, key, dict)[self.column]}
@@ -120,25 +113,33 @@ def _has_blank_lines(path: str) -> bool:
     return any(not line.strip() for line in lines)
 
 
-def _lines(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """(place, line) of the lines that begin in [start, stop), without empty ones."""
+def _lines(path: str, start: int, stop: int) -> Parts:
+    """The lines that begin in [start, stop), without empty ones."""
     with open_utf8(path) as file:
-        _to_line(file, start)
-        while (place := file.tell()) < stop and (line := file.readline()):
+        _to_line(file, start, stop)
+        while (place := file.tell()) < stop and (line := file.readline(MAX_LINE + 1)):
+            if len(line) > MAX_LINE:
+                yield place, None
+                return  # the next line begins after `stop`
             if line.strip():
                 yield place, line.strip(b"\r\n")
 
 
-def _blocks(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """(place, lines joined by blanks) of the blocks whose blank line before them begins in [start, stop)."""
+def _blocks(path: str, start: int, stop: int) -> Parts:
+    """The blocks whose blank line before them begins in [start, stop), their lines joined by blanks."""
     with open_utf8(path) as file:
-        _to_line(file, start)
+        _to_line(file, start, stop)
         begun, lines, place = start == 0, [], 0
         while True:
-            here, line = file.tell(), file.readline()
+            here, line = file.tell(), file.readline(MAX_LINE + 1)
             if line.strip():
                 place = place if lines else here
                 lines += [line.strip()] if begun else []
+                if lines and here + len(line) - place > MAX_LINE:
+                    yield place, None
+                    return
+                if not begun and here >= stop:
+                    return
                 continue
             if lines:
                 yield place, b" ".join(lines)
@@ -147,15 +148,19 @@ def _blocks(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
                 return
 
 
-def _to_line(file, start: int) -> None:
-    """Moves to the first line that begins at `start` or later."""
+def _to_line(file, start: int, stop: int) -> None:
+    """Moves to the first line that begins in [start, stop), or to `stop`."""
     if start:
         file.seek(start - 1)
-        file.readline()
+        file.readline(stop - start + 1)
 
 
-def _check_column(path: str, column: str) -> None:
+def _check_first(path: str, column: str) -> None:
     _, first = next(_lines(path, 0, CHUNK), (0, b"{}"))
+    if first is None:
+        raise UserError(f"{path} begins with {TOO_LONG}")
+    if not _is_jsonl(path):
+        return
     try:
         record = parse_json(first, path)
     except UserError:

@@ -14,15 +14,7 @@ from llava.conversation import IGNORE_INDEX
 from training.data.image_text import ImageTransform, noted
 from training.data.json_records import JsonRecords
 from training.data.shards import members_of
-from training.data.sources import (
-    BAD_CONVERSATION,
-    CUT,
-    MALFORMED_ITEM,
-    MISSING_FILE,
-    Skipped,
-    SkipSample,
-    checked_text,
-)
+from training.data.sources import BAD_CONVERSATION, CUT, MALFORMED_ITEM, MISSING_FILE, Skipped, checked_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,31 +39,23 @@ class LlavaRecord:
 
     @classmethod
     def parse(cls, raw: bytes, name: str) -> "LlavaRecord":
-        """The record in a JSON text.
-
-        Raises:
-            SkipSample: it is no record, has several images, or a conversation that is none.
-        """
+        """The record in a JSON text; `Skipped` if it is no record, has several images, or a conversation that is
+        none."""
         try:
             record = parse_json(raw, name, dict)
         except UserError as error:
-            raise SkipSample(MALFORMED_ITEM, str(error)) from None
+            raise Skipped(MALFORMED_ITEM, str(error)) from None
         turns = next((record[key] for key in TURNS if record.get(key) is not None), None)
         if isinstance(turns, list) and turns and _is_system(turns[0]):
             turns = turns[1:]
         if not any(key in record for key in TURNS):
-            raise SkipSample(MALFORMED_ITEM, f"{name}: a record needs 'conversations', got {record!r:.80}")
+            raise Skipped(MALFORMED_ITEM, f"{name}: a record needs 'conversations', got {record!r:.80}")
         if not isinstance(turns, list) or not turns:
-            raise SkipSample(BAD_CONVERSATION, f"{name}: the conversation is {kind_of(turns)}, no list of turns")
+            raise Skipped(BAD_CONVERSATION, f"{name}: the conversation is {kind_of(turns)}, no list of turns")
         turns = [_turn(turn, f"{name}: turn {index}") for index, turn in enumerate(turns)]
-        return cls(cls._image(record, name), turns, record)
-
-    @staticmethod
-    def _image(record: dict, name: str) -> str | None:
-        image = image_of(record)
-        if image is not None and not isinstance(image, str):
-            raise SkipSample(MALFORMED_ITEM, f"{name}: 'image' is {kind_of(image)}, expected one file name")
-        return image
+        if not isinstance(image := image_of(record), str | None):
+            raise Skipped(MALFORMED_ITEM, f"{name}: 'image' is {kind_of(image)}, expected one file name")
+        return cls(image, turns, record)
 
 
 def image_of(record: dict) -> Any:
@@ -90,16 +74,13 @@ def _turn(turn: Any, name: str) -> dict:
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         role = ROLES.get(role) if isinstance(role, str) else None
     if role is None or not isinstance(text, str):
-        raise SkipSample(BAD_CONVERSATION, f"{name} is {turn!r:.80}, not a text of {' or '.join(ROLES)}")
+        raise Skipped(BAD_CONVERSATION, f"{name} is {turn!r:.80}, not a text of {' or '.join(ROLES)}")
     return {"from": role, "value": checked_text(text, name)}
 
 
 class LlavaRecords:
-    """Records of LLaVA jsons, undecoded; those without an image are left out.
-
-    Raises:
-        UserError: a file is no JSON list, or no record has an image.
-    """
+    """Records of LLaVA jsons, undecoded; those without an image are left out; `UserError` if a file is no JSON list, or
+    no record has an image."""
 
     def __init__(self, paths: list[str]):
         self.files = [JsonRecords(path, keep=has_image) for path in paths]
@@ -145,21 +126,18 @@ class LlavaSample:
     text_length: int
 
     def __call__(self, raw: dict, rng: random.Random) -> dict:
-        """One sample.
-
-        Raises:
-            SkipSample: the record is malformed, its conversation has nothing to learn, or its image is unreadable.
-        """
+        """One sample; `Skipped` if the record is malformed, its conversation has nothing to learn, or its image is
+        unreadable."""
         key = raw["__key__"]
         if "json" not in raw:
-            raise SkipSample(MALFORMED_ITEM, f"{key} has no record; {members_of(raw, ('json',))}")
+            raise Skipped(MALFORMED_ITEM, f"{key} has no record; {members_of(raw, ('json',))}")
         record = LlavaRecord.parse(raw["json"], key)
         try:
             encoded = self.encode(record.turns, self.tokenizer)
         except ValueError as error:
-            raise SkipSample(BAD_CONVERSATION, f"{key}: {error}") from None
+            raise Skipped(BAD_CONVERSATION, f"{key}: {error}") from None
         if (encoded["labels"][: self.text_length] == IGNORE_INDEX).all():
-            raise SkipSample(BAD_CONVERSATION, f"{key}: no answer within {self.text_length} tokens to learn from")
+            raise Skipped(BAD_CONVERSATION, f"{key}: no answer within {self.text_length} tokens to learn from")
         # A sample of shards brings its image along; else the record names the file.
         sample = {**self._image(raw, record, rng), **encoded, "key": key}
         return noted(sample, CUT) if len(encoded["input_ids"]) > self.text_length else sample
@@ -167,9 +145,9 @@ class LlavaSample:
     def _image(self, raw: dict, record: LlavaRecord, rng: random.Random) -> dict:
         try:
             return self.images.of({"image": record.image} | raw, rng)
-        except SkipSample as skipped:
+        except Skipped as skipped:
             if skipped.kind != MISSING_FILE:
                 raise
             key, root = "dataset.params.train_mmu_image_root", self.images.root
             where = f"relative to {key}={root}" if root else f"relative to its folder, as {key} is not set"
-            raise SkipSample(MISSING_FILE, f"{skipped.detail}, named by {raw['__key__']}, {where}") from None
+            raise Skipped(MISSING_FILE, f"{skipped.detail}, named by {raw['__key__']}, {where}") from None

@@ -56,11 +56,7 @@ class ParquetUnits:
     """
 
     def __init__(
-        self,
-        paths: list[str],
-        columns: dict[str, tuple[str, ...]],
-        settings: dict[str, str],
-        buffer_size: int = 1000,
+        self, paths: list[str], columns: dict[str, tuple[str, ...]], settings: dict[str, str], buffer_size: int = 1000
     ):
         self.paths, self.buffer_size = paths, buffer_size
         with ThreadPoolExecutor(16) as pool:

@@ -11,6 +11,7 @@ import braceexpand
 
 from common.errors import UserError
 from common.files import REPOSITORY, expand, is_hidden, resolve_path, visible_files
+from common.inputs import required_folder
 
 SHARDS = (".tar", ".tgz", ".tar.gz")
 PARQUET = (".parquet",)
@@ -54,18 +55,9 @@ def expand_paths(setting: str, value, suffixes: tuple[str, ...] = ()) -> list[st
 
 
 def existing_folder(setting: str, value) -> str:
-    """The folder that a setting names.
-
-    Raises:
-        UserError: it is not set, needs an environment variable, or does not exist.
-    """
+    """`required_folder`, whose setting may need an environment variable that is not set."""
     _refuse_unset(setting, value)
-    if not value:
-        raise UserError(f"{setting} is not set; give a folder")
-    folder = resolve_path(value)
-    if not folder.is_dir():
-        raise UserError(f"{setting}: folder {value} does not exist")
-    return str(folder)
+    return str(required_folder(setting, value))
 
 
 def _refuse_unset(setting: str, value) -> None:
@@ -77,11 +69,8 @@ def _refuse_unset(setting: str, value) -> None:
 
 
 def choose_column(path: str | Path, columns: Collection[str], candidates: Collection[str], setting: str) -> str:
-    """The first candidate that a file has as a column.
-
-    Raises:
-        UserError: it has none of them; the message names the setting that does.
-    """
+    """The first candidate that a file has as a column; `UserError` if it has none of them; the message names the
+    setting that does."""
     found = next((name for name in candidates if name in columns), None)
     if found is None:
         wanted = " or ".join(map(repr, candidates)) or "of the wanted type"

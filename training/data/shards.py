@@ -15,7 +15,7 @@ import stat
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +24,7 @@ import webdataset
 from webdataset.tariterators import group_by_keys
 
 from common.errors import UserError
-from common.files import is_hidden_member, read_json
+from common.files import is_hidden, read_json
 from models.images import DEFAULT, ImageOptions
 from training.data.paths import is_address
 from training.data.sources import MALFORMED_ITEM, MISSING_FILE, TRUNCATED_SHARD, Skipped, mixed
@@ -92,7 +92,7 @@ def read_shard(url: str, expected: int = 0) -> Iterator[dict | Skipped]:
         read += 1
     for problem in problems:
         lost = 1 if problem.kind == MALFORMED_ITEM else max(1, expected - read)
-        yield replace(problem, count=lost)
+        yield Skipped(problem.kind, problem.detail, lost)
 
 
 def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
@@ -105,7 +105,7 @@ def _members(url: str, problems: list[Skipped]) -> Iterator[dict]:
         head = stream.peek(8)
         unpack = next((of_form for magic, of_form in COMPRESSED.items() if head.startswith(magic)), None)
         for name, content in tar_members(unpack(stream) if unpack else stream):
-            if not is_hidden_member(name) and not re.match(r"__[^/]*__($|/)", name):
+            if not any(map(is_hidden, name.split("/"))) and not re.match(r"__[^/]*__($|/)", name):
                 yield {"fname": name, "data": content, "__url__": url}
     except FileNotFoundError:
         problems.append(Skipped(MISSING_FILE, url))
@@ -296,10 +296,7 @@ def with_images(manifest: dict, background: str | None) -> dict:
     """A manifest of codes with the settings of images, which earlier releases did not have.
 
     They turned nothing and dropped alpha. Codes of images without alpha are the same on every background, so such
-    codes are also taken for those of the default one.
-
-    Args:
-        background: the one that is asked for.
+    codes are also taken for those of the default one, if that is the `background` that is asked for.
     """
     earlier = ImageOptions(background=background if background == DEFAULT.background else None)
     return asdict(earlier) | manifest

@@ -142,15 +142,7 @@ EMPTY_TEXT = "empty_text"
 MALFORMED_ITEM = "malformed_item"  # parts are missing, of the wrong type, or cannot be parsed
 BAD_CONVERSATION = "bad_conversation"  # turns out of order, or no supervised token
 BAD_CODES = "bad_codes"  # of another length or range than the model's
-KINDS = (
-    UNREADABLE_IMAGE,
-    TRUNCATED_SHARD,
-    MISSING_FILE,
-    EMPTY_TEXT,
-    MALFORMED_ITEM,
-    BAD_CONVERSATION,
-    BAD_CODES,
-)
+KINDS = (UNREADABLE_IMAGE, TRUNCATED_SHARD, MISSING_FILE, EMPTY_TEXT, MALFORMED_ITEM, BAD_CONVERSATION, BAD_CODES)
 
 # What is noted of samples that are used.
 ROTATED = "rotated"  # by EXIF data that were not applied
@@ -161,39 +153,27 @@ NOTES = {
 }
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """Yielded by a reader in place of a raw sample, or of the rest of a file, that it cannot read.
+class Skipped(Exception):
+    """What cannot be used: raised for a sample, or yielded by a reader in place of one, or of the rest of a file.
 
     Args:
         count: number of lost samples, as far as the reader can know.
     """
 
-    kind: str
-    detail: str
-    count: int = 1
-
-
-class SkipSample(Exception):
-    """Raised by a transform: this sample cannot be used."""
-
-    def __init__(self, kind: str, detail: str):
-        super().__init__(kind, detail)
-        self.kind, self.detail = kind, detail
+    def __init__(self, kind: str, detail: str, count: int = 1):
+        super().__init__(kind, detail, count)
+        self.kind, self.detail, self.count = kind, detail, count
 
 
 def checked_text(text: object, name: str) -> str:
-    """Returns `text`, without byte order marks, if it is valid.
-
-    Raises:
-        SkipSample: not a string, or with a lone surrogate (``"\\ud83d"`` in JSON), which tokenizers reject.
-    """
+    """The text without byte order marks; `Skipped` if it is none, or has a lone surrogate (``"\\ud83d"`` in JSON),
+    which tokenizers reject."""
     if not isinstance(text, str):
-        raise SkipSample(MALFORMED_ITEM, f"{name}: {text!r:.80} is no text")
+        raise Skipped(MALFORMED_ITEM, f"{name}: {text!r:.80} is no text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise SkipSample(MALFORMED_ITEM, f"{name}: {error}") from None
+        raise Skipped(MALFORMED_ITEM, f"{name}: {error}") from None
     return text.replace(BYTE_ORDER_MARK, "")
 
 
@@ -253,10 +233,6 @@ class SkipCounters:
         self.largest = max(self.largest, other.largest)
         self.examples = other.examples | self.examples
 
-    @property
-    def share(self) -> float:
-        return self.skipped.total() / self.seen if self.seen else 0.0
-
     def exceeds(self, fraction: float, enough: int) -> bool:
         """Whether more than `fraction` of the samples were skipped, judged once `enough` were seen.
 
@@ -269,8 +245,10 @@ class SkipCounters:
 
     def describe(self) -> str:
         """``12 of 200 samples (6.0%): 9 unreadable_image (such as a/b.jpg: …), 3 empty_text (such as …)``."""
-        kinds = [f"{count} {kind}{self._example(kind)}" for kind, count in self.skipped.most_common()]
-        return f"{self.skipped.total()} of {self.seen} samples ({self.share:.1%}): {', '.join(kinds)}"
+        known = {kind: f" (such as {example})" for kind, example in self.examples.items()}  # none survives a restart
+        kinds = [f"{count} {kind}{known.get(kind, '')}" for kind, count in self.skipped.most_common()]
+        total = self.skipped.total()
+        return f"{total} of {self.seen} samples ({total / (self.seen or 1):.1%}): {', '.join(kinds)}"
 
     def print(self) -> None:
         """Says what a command has skipped, and what was noted of samples that it used."""
@@ -283,6 +261,3 @@ class SkipCounters:
         """``15 images carry a rotation, …``, one line for each kind."""
         earlier = "one before the last restart"  # which examples do not survive
         return [f"{n} {NOTES[kind].format(self.examples.get(kind, earlier))}" for kind, n in self.noted.items()]
-
-    def _example(self, kind: str) -> str:
-        return f" (such as {self.examples[kind]})" if kind in self.examples else ""  # examples do not survive a restart

@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
 from models.images import normalized
-from training.data.sources import GIVE_UP, NOTES, SkipCounters, Skipped, SkipSample, Source, seed_of
+from training.data.sources import GIVE_UP, NOTES, SkipCounters, Skipped, Source, seed_of
 
 logger = logging.getLogger(__name__)
 
 ENOUGH_SEEN = 200  # raw samples after which the share of skipped ones is judged
 
-Transform = Callable[[Any, random.Random], Any]  # (raw sample, its own generator) → sample; raises SkipSample
+Transform = Callable[[Any, random.Random], Any]  # (raw sample, its own generator) → sample; raises Skipped
 
 
 @dataclass
@@ -161,7 +161,7 @@ class _Batches(IterableDataset):
                         counters.note(note, f"{sample.get('key', '')}: {sample.get('text', '')!r:.80}")
                     samples.append(sample)
                     limit = max(GIVE_UP, 100 * self.batch_size)
-            except SkipSample as skipped:
+            except Skipped as skipped:
                 counters.skip(skipped.kind, skipped.detail)
             counters.add_deferred(deferred, self.deferred_per_sample)
             if len(samples) == self.batch_size:
@@ -194,7 +194,7 @@ class Flow:
 
     Args:
         source: of raw (undecoded) samples.
-        transform: decodes one raw sample with its own random generator, or raises `SkipSample`.
+        transform: decodes one raw sample with its own random generator, or raises `Skipped`.
         batch_size: samples per batch.
         seed: of the run and of this flow.
         process, num_processes: which share of the data this process reads.
@@ -267,7 +267,8 @@ class Flow:
         self.batches += 1
         self.chunks[delivery.stream], self.positions[delivery.stream] = delivery.chunk, delivery.position
         self.deferred[delivery.stream] = delivery.deferred
-        if not self.persistent_workers and self.num_workers and self._at_epoch_end():
+        epoch = self.batches_per_epoch
+        if not self.persistent_workers and self.num_workers and epoch and self.batches % epoch == 0:
             self.close()
         return unpack(delivery.packed)
 
@@ -300,9 +301,6 @@ class Flow:
             f"{self.max_skipped_fraction}; fix the data, or raise the fraction"
         )
 
-    def _at_epoch_end(self) -> bool:
-        return bool(self.batches_per_epoch) and self.batches % self.batches_per_epoch == 0
-
     def close(self) -> None:
         """Stops the loader's workers at once, without waiting for garbage collection. `next` starts new ones."""
         self._iterator = None
@@ -314,11 +312,8 @@ class Flow:
         return StreamState(self.batches, *position, *counters, deferred, dict(self.counters.noted))
 
     def load_state_dict(self, state: StreamState) -> None:
-        """Resumes after the first `state.batches` batches.
-
-        Raises:
-            UserError: the state was made with another number of workers.
-        """
+        """Resumes after the first `state.batches` batches; `UserError` if the state was made with another number of
+        workers."""
         if len(state.positions) != max(1, self.num_workers):
             raise UserError(
                 f"the checkpoint was made with {len(state.positions)} loader workers, dataset.params.num_workers is "

@@ -111,11 +111,7 @@ class Task(ABC):
 
 
 def find_task(name: str) -> type[Task]:
-    """The task of a name.
-
-    Raises:
-        UserError: there is no such module.
-    """
+    """The task of a name; `UserError` if there is no such module."""
     found = sorted(module.name for module in iter_modules(__path__))
     if name not in found:
         raise UserError(f"task is {name!r}; allowed: {', '.join(found)} (the modules in training/tasks)")
