@@ -4,48 +4,78 @@ Without it a size that cannot be ends in a traceback deep in a library, and one 
 without memory. Keys that are not listed stay as they are.
 """
 
+import math
 import os
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin
+from dataclasses import dataclass
+from typing import Any
 
 from transformers.activations import ACT2FN
 
-from common.schema import MagvitSection, TrainedShowoSection
-from common.settings import Rule, Setting, settings_of
-
-MOST_LEVELS = 12  # entries of a list
+from common.files import KINDS
 
 
-def within(hint: Any, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Setting:
-    """A key whose value has the type `hint`, in this range; every entry of a list."""
-    return Setting("", hint, Rule(low=low, high=high, choices=choices))
+@dataclass(frozen=True)
+class Field:
+    """One key.
+
+    Args:
+        kind: type of the value; a float may be given as a whole number.
+        low, high: the least and the greatest value; of a text the allowed ones are in `choices`.
+        null: whether null is allowed.
+        most: greatest length of a list of such values; None: no list.
+    """
+
+    kind: type
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+    null: bool = False
+    most: int | None = None
+
+    def accepts(self, value: Any) -> bool:
+        if value is None:
+            return self.null
+        if self.most is not None:
+            one = Field(self.kind, self.low, self.high)
+            return isinstance(value, list | tuple) and 0 < len(value) <= self.most and all(map(one.accepts, value))
+        if type(value) is not self.kind and not (self.kind is float and type(value) is int):
+            return False
+        return value in self.choices if self.choices else self.kind in (bool, str) or self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        words = KINDS[self.kind] + (f" from {self.low:g} to {self.high:g}" if self.kind in (int, float) else "")
+        words = words if self.most is None else f"a list of at most {self.most}, each {words}"
+        return words + (" or null" if self.null else "")
 
 
-def size(high: int, low: int = 1, hint: Any = int) -> Setting:
-    return within(hint, low, high)
+def size(high: int, low: int = 1, **more) -> Field:
+    return Field(int, low, high, **more)
 
 
-SWITCH, SHARE = within(bool), within(float, 0, 1)
+SWITCH, SHARE = Field(bool), Field(float, 0, 1)
 LABELS = size(2**12, 0)  # `transformers` makes a dictionary of so many names in every configuration
 LLM_FIELDS = {
     "hidden_size": size(2**16),
     "intermediate_size": size(2**19),
     "num_hidden_layers": size(512),
     "num_attention_heads": size(2**12),
-    "num_key_value_heads": size(2**12, hint=int | None),
-    "head_dim": size(2**12, hint=int | None),
+    "num_key_value_heads": size(2**12, null=True),
+    "head_dim": size(2**12, null=True),
     "vocab_size": size(2**22),
     "max_position_embeddings": size(2**26),
-    "hidden_act": within(str, choices=tuple(ACT2FN)),
-    "initializer_range": within(float, 0, 10),
+    "hidden_act": Field(str, choices=tuple(ACT2FN)),
+    "initializer_range": Field(float, 0, 10),
     "rms_norm_eps": SHARE,
     "layer_norm_eps": SHARE,
     "attention_dropout": SHARE,
     "embd_pdrop": SHARE,
     "resid_pdrop": SHARE,
-    "partial_rotary_factor": within(float, 1e-3, 1),
-    "rope_theta": within(float, 1e-3, 1e12),
-    "factor": within(float, 1e-3, 1e6),
+    "partial_rotary_factor": Field(float, 1e-3, 1),
+    "rope_theta": Field(float, 1e-3, 1e12),
+    "factor": Field(float, 1e-3, 1e6),
     "tie_word_embeddings": SWITCH,
     "attention_bias": SWITCH,
     "mlp_bias": SWITCH,
@@ -57,33 +87,35 @@ CLIP_FIELDS = {
     "patch_size": size(2**10),
     "num_channels": size(3, 3),
 }
-SECTION = settings_of(TrainedShowoSection)
 SHOWO_FIELDS = {
-    **{key: SECTION[key] for key in ("vocab_size", "llm_vocab_size", "codebook_size", "num_vq_tokens")},
-    **{key: SECTION[key] for key in ("w_clip_vit", "qk_norm")},
-    "llm_model_path": within(str),
+    "llm_model_path": Field(str),
+    "vocab_size": size(2**23),
+    "llm_vocab_size": size(2**22),
     "num_new_special_tokens": size(2**12, 0),
+    "codebook_size": size(2**22),
+    "num_vq_tokens": size(2**16),
     "clip_feature_size": size(2**16),
+    "w_clip_vit": SWITCH,
+    "qk_norm": Field(bool, null=True),
 }
-TOKENIZER_FIELDS = {"model_max_length": within(float, 1, 1e31)}
-MAGVIT_FIELDS = settings_of(MagvitSection)
+TOKENIZER_FIELDS = {"model_max_length": Field(float, 1)}
+LEVELS = size(2**8, most=12)
+MAGVIT_FIELDS = {
+    "ch": size(2**14),
+    **dict.fromkeys(("encoder_ch_mult", "decoder_ch_mult", "encoder_num_res_blocks", "decoder_num_res_blocks"), LEVELS),
+    "code_bits": size(22),
+    "num_groups": size(2**14),
+    "stem_patch_size": size(2**6),
+    "encoder_mid": SWITCH,
+    "decoder_mid": SWITCH,
+}
 
 
-def check_fields(settings: Mapping[str, Any], fields: Mapping[str, Setting]) -> None:
+def check_fields(settings: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
     """Raises `ValueError` for the first of the settings that is not what its field says."""
     for key, field in {**fields, "num_labels": LABELS}.items():
-        if key in settings and not _accepts(field.hint, field.rule, settings[key]):
-            raise ValueError(f"{key} is {repr(settings[key])[:60]}; it must be {field.allowed}")
-
-
-def _accepts(hint: Any, rule: Rule, value: Any) -> bool:
-    """Whether a value has a type, of which a whole number is also a number and truth is none, and keeps a rule."""
-    if get_origin(hint) is list:
-        is_list = isinstance(value, list | tuple) and 0 < len(value) <= MOST_LEVELS
-        return is_list and all(_accepts(get_args(hint)[0], rule, one) for one in value)
-    kinds = get_args(hint) or (hint,)
-    is_kind = type(value) in kinds or (type(value) is int and float in kinds)
-    return is_kind and (value is None or rule.problem(value) is None)
+        if key in settings and not field.accepts(settings[key]):
+            raise ValueError(f"{key} is {repr(settings[key])[:60]}; it must be {field}")
 
 
 def check_divides(settings: Mapping[str, Any], whole: str, part: str) -> None:
