@@ -40,7 +40,9 @@ def server(tmp_path_factory) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait()
-        assert "Traceback" not in (written := (folder / "log").read_text()), written
+        # The libraries trace visitors who leave in the middle of a file; no error of ours may be among it.
+        written = (folder / "log").read_text()
+        assert not re.search(rf'File "{re.escape(str(REPOSITORY))}/(?!\.venv/)', written), written[-5000:]
 
 
 @pytest.fixture(scope="session")
