@@ -105,8 +105,8 @@ def test_shards_of_codes_train_no_tokenizer(world, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "part"),
     [
-        ("hidden_act", "gelo", "hidden_act is 'gelo'; it must be gelu"),
-        ("hidden_size", 0, "hidden_size is 0; it must be a whole number, from 1"),
+        ("hidden_act", "gelo", "hidden_act is 'gelo'; it must be one of "),
+        ("hidden_size", 0, "hidden_size is 0; it must be a whole number from 1"),
         ("num_attention_heads", 5, "hidden_size is 32; it must be a multiple of num_attention_heads (5)"),
         ("num_hidden_layers", 10**7, "num_hidden_layers is 10000000; it must be "),
         ("auto_map", {"AutoConfig": "evil.Config"}, "llm_vocab_size is 291"),  # without effect, so the next one is told
