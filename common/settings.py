@@ -91,7 +91,7 @@ class Rule:
             and (self.below is None or value < self.below)
         ):
             return f"is {value}; it must be {self.range}"
-        if isinstance(value, int) and self.high is None and abs(value) > MOST:
+        if isinstance(value, int) and abs(value) > MOST:
             return f"is {value}; whole numbers here go up to {MOST:,}"
         return None
 

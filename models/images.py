@@ -35,8 +35,8 @@ class ImageOptions:
 
 DEFAULT = ImageOptions()
 MASK = ImageOptions(background="black")  # of inpainting: what is transparent is kept
+OUTPUT_TYPES = ("pil", "np", "pt")  # see `converted`
 # An image, the path of one, or its pixels: an array (H, W, C) or a tensor (C, H, W), see `from_pixels`.
-OUTPUT_TYPES = ("pil", "np", "pt")
 ImageInput = Image.Image | str | Path | np.ndarray | torch.Tensor
 
 

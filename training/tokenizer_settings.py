@@ -11,7 +11,6 @@ from common.schema import (
     WEIGHT,
     LoaderParams,
     LoopSection,
-    MagvitSection,
     OptimizerParams,
     OptimizerSection,
     RunConfig,
@@ -34,10 +33,20 @@ class Experiment(RunExperimentSection):
 
 
 @dataclass
-class Model(MagvitSection):
+class Model:
     """Fields of `MAGVITv2Config`; `pretrained_model_path` starts from a folder instead and ignores them."""
 
     pretrained_model_path: str | None = setting(None, "folder of a tokenizer to start from; its sizes are used")
+    ch: int = setting(128, "channels of the first level", low=1, high=2**14)
+    encoder_ch_mult: list[int] = setting([1, 2, 2, 4, 4], "channels of each level, as multiples of ch", low=1, high=256)
+    decoder_ch_mult: list[int] = setting([1, 1, 2, 2, 4], "the same for the decoder", low=1, high=256)
+    encoder_num_res_blocks: list[int] = setting([4, 3, 4, 3, 4], "residual blocks of each level", low=1, high=256)
+    decoder_num_res_blocks: list[int] = setting([4, 4, 3, 4, 3], "the same for the decoder", low=1, high=256)
+    code_bits: int = setting(13, "bits of a code: 2^code_bits codes", low=1, high=22)
+    num_groups: int = setting(32, "groups of the group norms", low=1, high=2**14)
+    stem_patch_size: int = setting(1, "pixels per side that the first layer makes one position of", low=1, high=64)
+    encoder_mid: bool = setting(True, "blocks between encoder and codes")
+    decoder_mid: bool = setting(True, "blocks between codes and decoder")
 
 
 @dataclass
