@@ -15,6 +15,7 @@ import torch
 
 from common.files import resolve_path
 from models import prompting
+from models.generation.document import DocumentGeneration
 from models.generation.image import ImageGeneration
 from models.generation.sampling import get_mask_schedule
 from models.generation.text import TextGeneration
@@ -28,7 +29,7 @@ IN_THE_IDS = ("noise_type", "seq_len", "uni_prompting", "config")  # of `t2i_gen
 get_mask_chedule = get_mask_schedule  # the published spelling
 
 
-class PublishedGeneration(ImageGeneration, TextGeneration):
+class PublishedGeneration(ImageGeneration, TextGeneration, DocumentGeneration):
     """`t2i_generate` and `mmu_generate` that also take the published arguments and dense masks."""
 
     @wraps(ImageGeneration.t2i_generate)

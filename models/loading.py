@@ -162,14 +162,14 @@ def _new_config(section: ShowoSection, keys: Sequence[str], **settings) -> Showo
 
 
 def load_text_tokenizer(
-    name: str | None, llm_vocab_size: int, max_text_len: int = 128, *, cond_dropout_prob: float = 0.1
+    name: str | None, llm_vocab_size: int, max_text_len: int = 128, **settings
 ) -> UniversalPrompting:
     """The text tokenizer of a language model, with Show-o's special tokens added.
 
     Args:
         name: of the language model; default: the published one.
         llm_vocab_size: ids it must have; with another number all special and image ids would shift.
-        max_text_len, cond_dropout_prob: see `UniversalPrompting`.
+        max_text_len, settings: see `UniversalPrompting`.
 
     Raises:
         UserError: there is no such tokenizer, it is unusable, or has another number of ids.
@@ -179,7 +179,7 @@ def load_text_tokenizer(
         folder = find_folder(name, TOKENIZER_FILES)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
         check_fields({"model_max_length": tokenizer.model_max_length}, TOKENIZER_FIELDS)
-        prompting = UniversalPrompting(tokenizer, max_text_len, cond_dropout_prob=cond_dropout_prob)
+        prompting = UniversalPrompting(tokenizer, max_text_len, **settings)
     found = prompting.vocabulary.llm_vocab_size
     if found != llm_vocab_size:
         raise UserError(

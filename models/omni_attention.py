@@ -15,6 +15,7 @@ from models.devices import send
 from models.vocabulary import IMAGE_FEATURE_ID, Vocabulary
 
 # B rows of a batch, L keys (the whole sequence), Q queries (L, or fewer after `at`)
+Span = tuple[int, int]  # start, stop: positions start … stop − 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,25 @@ class OmniMask:
         return cls(visible_from, mask.visible_until)
 
     @classmethod
+    def mixed(cls, images: Sequence[Sequence[Span]], private: Sequence[Sequence[Span]], length: int) -> "OmniMask":
+        """Documents: causal, each image full inside, private spans unseen by what comes after them (docs/mixed.md).
+
+        Args:
+            images: for each row its image blocks (start, stop), `<soi>` and `<eoi>` included.
+            private: for each row spans (start, stop) that no row from `stop` on sees: the masked copy of an image, of
+                which there is a clean one, too.
+            length: of the rows.
+        """
+        mask = cls.lm(len(images), length)
+        visible_from, visible_until = mask.visible_from.clone(), mask.visible_until
+        for row, (blocks, spans) in enumerate(zip(images, private, strict=True)):
+            for start, stop in blocks:
+                visible_from[row, start:stop] = start
+            for start, stop in spans:
+                visible_until[row, start:stop] = stop
+        return cls(visible_from, visible_until)
+
+    @classmethod
     def from_ids(cls, input_ids: torch.Tensor, vocabulary: Vocabulary) -> "OmniMask":
         """The mask that a batch of rows of any kind asks for, read off its ids.
 
@@ -87,7 +107,7 @@ class OmniMask:
         first_id = input_ids.gather(1, num_pads.clamp(max=length - 1)[:, None])  # (B, 1)
         position = mask.visible_from
 
-        block_start = _image_block_start(input_ids, vocabulary)  # (B, L), own position outside image blocks
+        block_start = image_block_start(input_ids, vocabulary)  # (B, L), own position outside image blocks
         is_eoi = input_ids == vocabulary.eoi_id
         up_to_first_eoi = (is_eoi.int().cumsum(1) - is_eoi.int()).eq(0) & is_eoi.any(1, keepdim=True)
         has_features = (input_ids == IMAGE_FEATURE_ID).any(1, keepdim=True)
@@ -163,7 +183,7 @@ class OmniMask:
         return replace(self, visible_until=self.visible_until.masked_fill(keys, 0))
 
     def pad_to(self, length: int) -> "OmniMask":
-        """With keys up to `length` that no row sees: the unused slots of a cache of fixed size."""
+        """With keys up to `length` that no row sees: the unused slots of a cache of fixed size, or right padding."""
         missing = (0, length - self.visible_from.shape[1])
         return replace(
             self,
@@ -255,7 +275,7 @@ def _hide_left_pads(visible_until: torch.Tensor, num_pads: torch.Tensor) -> torc
     return torch.where(position < num_pads[:, None], num_pads[:, None], visible_until)
 
 
-def _image_block_start(input_ids: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+def image_block_start(input_ids: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
     """(B, L): index of the `<soi>` that opens the image block a position lies in, else the position itself."""
     position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     is_soi, is_eoi = input_ids == vocabulary.soi_id, input_ids == vocabulary.eoi_id

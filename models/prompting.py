@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from models.backbones import complete_tokenizer
+from models.documents import HISTORIES, DocumentFormat, learned_images, right_padded
 from models.omni_attention import OmniMask
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID, PAD_TOKEN, SPECIAL_TOKENS, Vocabulary
 
@@ -13,11 +14,15 @@ from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID, PAD_TOKEN, SPECIAL_TO
 
 @dataclass
 class Rows:
-    """A batch of rows: ids (B, L) int64, labels (B, L) int64 or None (generation), and the attention mask."""
+    """A batch of rows: ids (B, L) int64, labels (B, L) int64 or None (generation), and the attention mask.
+
+    position_ids: (B, L) int64 for the rotary embedding where they are not 0, 1, …; else None.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor | None
     attention_mask: OmniMask
+    position_ids: torch.Tensor | None = None
 
 
 class UniversalPrompting:
@@ -29,13 +34,30 @@ class UniversalPrompting:
         max_text_len: M, the most text ids of a row, bos and eos included.
         ignore_id: label of unsupervised positions.
         cond_dropout_prob: probability that a t2i training text is replaced by the empty text, which trains the
-            unconditional model of classifier-free guidance.
+            unconditional model of classifier-free guidance. All texts of a document are replaced together.
+        history: what the later segments of a document see of an image that is learned. ``clean``: the image stands
+            twice in the row, masked, where it is learned and nothing later sees it, and clean, where all later ones do,
+            so that each segment is learned as it is generated; ``masked``: once, masked, as in the paper; ``prefix``:
+            once; the images before a random one are clean and not learned, as in Show-o2.
+        history_dropout_prob: probability that a document whose texts are left out loses, for each image that is
+            learned, all segments before it, too.
 
     Raises:
-        ValueError: the tokenizer has no bos or eos token, or has some of the special tokens at other ids.
+        ValueError: the tokenizer has no bos or eos token, or has some of the special tokens at other ids; no such
+            history.
     """
 
-    def __init__(self, tokenizer, max_text_len: int = 128, ignore_id: int = IGNORE_ID, cond_dropout_prob: float = 0.1):
+    def __init__(
+        self,
+        tokenizer,
+        max_text_len: int = 128,
+        ignore_id: int = IGNORE_ID,
+        cond_dropout_prob: float = 0.1,
+        history: str = "clean",
+        history_dropout_prob: float = 0.5,
+    ):
+        if history not in HISTORIES:
+            raise ValueError(f"history is {history!r}, expected one of {', '.join(HISTORIES)}")
         complete_tokenizer(tokenizer)
         known = tokenizer.get_vocab()
         llm_vocab_size = known.get(PAD_TOKEN, len(tokenizer))
@@ -49,6 +71,7 @@ class UniversalPrompting:
         self.max_text_len = max_text_len
         self.ignore_id = ignore_id
         self.cond_dropout_prob = cond_dropout_prob
+        self.history, self.history_dropout_prob = history, history_dropout_prob
         self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     @property
@@ -69,8 +92,14 @@ class UniversalPrompting:
                 ``"mmu_gen"``: (image_ids (B, N), texts), prompts for `mmu_generate`;
                 ``"mmu_vit"``: (texts, num_features, system_prompt or None), prompts with the placeholder id −200 where
                 CLIP features go.
+                ``"mixed"``: (documents, masking rule of images (K, N) such as `training.masking.MaskingNoise`), for
+                training. A document is a list of segments ``{"text": str, "loss": bool}`` or ``{"image_ids": (N,)
+                int64, "loss": bool}`` in any order; `loss` (default: true) says whether it is learned. Texts that
+                follow each other are one text. Without a rule no token is masked, and all of them are labels;
+                ``"mixed_gen"``: (documents, whether their last text goes on, by default it does not), prompts for
+                `document_generate`.
                 Prompts have no eos; they are padded on the right, and the mask hides the pads.
-            generator: of the text dropout of ``"t2i"``, which draws one number per sample.
+            generator: of the dropout of ``"t2i"``, which draws one number per sample, and of ``"mixed"``.
 
         Raises:
             ValueError: unknown task, or different numbers of texts and images.
@@ -82,10 +111,12 @@ class UniversalPrompting:
             "mmu": self._mmu,
             "mmu_gen": self._mmu_gen,
             "mmu_vit": self._mmu_vit,
+            "mixed": self._mixed,
+            "mixed_gen": self._mixed_gen,
         }
         if task not in builders:
             raise ValueError(f"unknown task {task!r}; known: {', '.join(builders)}")
-        return builders[task](*inputs, **({"generator": generator} if task == "t2i" else {}))
+        return builders[task](*inputs, **({"generator": generator} if task in ("t2i", "mixed") else {}))
 
     # ---- text ----
 
@@ -182,6 +213,43 @@ class UniversalPrompting:
         is_text = after_eoi & (rows.input_ids != self.vocabulary.eoi_id) & (rows.input_ids != self.vocabulary.pad_id)
         rows.labels = torch.where(is_text, rows.input_ids, self.ignore_id)
         return rows
+
+    # ---- documents ----
+
+    @property
+    def document_format(self) -> DocumentFormat:
+        return DocumentFormat(self.vocabulary, self.bos_id, self.eos_id, lambda text: self.text_ids(text)[1:])
+
+    def _mixed(self, documents, noise=None, generator=None) -> Rows:
+        learned = [learned_images(document, self.history, generator) for document in documents]
+        without_text, without_history = torch.rand(2, len(documents), generator=generator)
+        images = [
+            document[number]["image_ids"]
+            for document, numbers in zip(documents, learned, strict=True)
+            for number in numbers
+        ]
+        noised = labels = torch.stack(images) if images else torch.zeros(0, 0, dtype=torch.long)  # (K, N)
+        if noise is not None and images:
+            masked = noise(noised)
+            noised, labels = masked.input_ids, masked.labels
+        pairs = zip(noised.tolist(), labels.tolist(), strict=True)
+        rows = []
+        for number, (document, numbers) in enumerate(zip(documents, learned, strict=True)):
+            drop = bool(numbers) and bool(without_text[number] < self.cond_dropout_prob)
+            rows.append(
+                self.document_format.row(
+                    document,
+                    {segment: next(pairs) for segment in numbers},
+                    history=self.history,
+                    without_text=drop,
+                    without_history=drop and bool(without_history[number] < self.history_dropout_prob),
+                )
+            )
+        input_ids, labels, position_ids, mask = right_padded(rows, self.vocabulary.pad_id)
+        return Rows(input_ids, labels, mask, position_ids)
+
+    def _mixed_gen(self, documents, open_text: bool = False) -> Rows:
+        return self._prompts([self.document_format.prompt(document, open_text) for document in documents])
 
     def _prompts(self, rows: list[list[int]], device=None) -> Rows:
         """Pads prompts on the right, so that a common prefix has the same positions in all rows and is encoded once."""

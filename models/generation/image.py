@@ -8,7 +8,7 @@ image, so it is encoded once; padding in front of all rows is dropped; guidance 
 linear; the head and the sampling run at unknown positions, over the image codes alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.func import functional_call
@@ -84,79 +84,140 @@ class ImageGeneration:
                 f"attention_mask has {mask.shape[0]} rows, but there are {len(rows)} with and without text"
             )
         codes = known_codes(input_ids, self.vocabulary)  # (B, N)
-        batch_size, mask_id = len(codes), self.vocabulary.mask_token_id
-        order = halton_order(codes.shape[1]).to(codes.device) if sampling.order == "halton" else None
-
+        batch_size = len(codes)
         denoisers: dict[float, Denoiser] = {}  # by guidance scale: two, if guidance is on in a part of the steps only
-        try:
-            for step in range(timesteps):
-                scale = guidance_scale if guidance_scale > 0 and sampling.guides(step, timesteps) else 0.0
-                if scale not in denoisers:
-                    used = slice(None) if scale > 0 else slice(batch_size)
-                    denoisers[scale] = Denoiser(
-                        self, rows[used], mask.select(used), batch_size, scale, sampling.refresh_every
-                    )
-                logits, positions = denoisers[scale](step, codes)  # (B, U, C), (B, U)
-                ratio = (step + 1) / timesteps
-                temperature = temperature * (1.0 - ratio)  # Faithful: compounds, before use (pinned by tests/parity)
-                sampled, remaining = maskgit_step(
-                    logits,
-                    codes,
-                    mask_id,
-                    mask_ratio=schedule(torch.tensor(ratio, device=logits.device)),
-                    temperature=temperature,
-                    generator=generator,
-                    positions=positions,
-                    order=order,
-                    multinomial_at=self.multinomial_at,
+
+        def denoiser_at(step: int) -> Denoiser:
+            scale = guidance_scale if guidance_scale > 0 and sampling.guides(step, timesteps) else 0.0
+            if scale not in denoisers:
+                used = slice(None) if scale > 0 else slice(batch_size)
+                denoisers[scale] = Denoiser.of_rows(
+                    self, rows[used], mask.select(used), batch_size, scale, sampling.refresh_every
                 )
-                codes = torch.where(remaining, mask_id, sampled)
-                if callback is not None:
-                    callback(step, sampled)
+            return denoisers[scale]
+
+        try:
+            return denoise(
+                self,
+                codes,
+                denoiser_at,
+                timesteps=timesteps,
+                temperature=temperature,
+                schedule=schedule,
+                generator=generator,
+                sampling=sampling,
+                callback=callback,
+            )
         finally:
             for denoiser in denoisers.values():
                 denoiser.runner.release()
-        return sampled.clamp(0, self.vocabulary.codebook_size - 1)
+
+
+def denoise(
+    model: Model,
+    codes: torch.Tensor,
+    denoiser_at: Callable[[int], "Denoiser"],
+    *,
+    timesteps: int,
+    temperature: float,
+    schedule: Schedule,
+    generator: Generators,
+    sampling: SamplingParameters,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """The MaskGIT loop: codes (B, N), mask token where unknown → all codes (B, N).
+
+    Args:
+        denoiser_at: step → what gives its logits.
+        timesteps, temperature, generator, sampling, callback: of `t2i_generate`.
+    """
+    mask_id = model.vocabulary.mask_token_id
+    order = halton_order(codes.shape[1]).to(codes.device) if sampling.order == "halton" else None
+    for step in range(timesteps):
+        logits, positions = denoiser_at(step)(step, codes)  # (B, U, C), (B, U)
+        ratio = (step + 1) / timesteps
+        temperature = temperature * (1.0 - ratio)  # Faithful: compounds, before use (pinned by tests/parity)
+        sampled, remaining = maskgit_step(
+            logits,
+            codes,
+            mask_id,
+            mask_ratio=schedule(torch.tensor(ratio, device=logits.device)),
+            temperature=temperature,
+            generator=generator,
+            positions=positions,
+            order=order,
+            multinomial_at=model.multinomial_at,
+        )
+        codes = torch.where(remaining, mask_id, sampled)
+        if callback is not None:
+            callback(step, sampled)
+    return sampled.clamp(0, model.vocabulary.codebook_size - 1)
 
 
 class Denoiser:
-    """Logits of the image codes from step to step; the text before them is encoded once, in the first step.
+    """Logits of the image codes from step to step, of a block whose past a runner holds.
 
     Args:
-        rows: (B or 2B, L) ids, conditional and unconditional.
-        mask: of these rows.
-        batch_size: B.
-        guidance_scale: w in ``(1 + w) cond − w uncond``; 0 with B rows.
+        runner: with G rows for each of the B blocks: the G·B rows come group by group.
+        block: positions of ``<soi>``, N image tokens and ``<eoi>``.
+        block_ids: (B, N+2), the same in all groups.
+        weights: of the G groups' logits in their sum.
         refresh_every: see `SamplingParameters`.
+        text_ids: (G·B, T) before the block; they run with it in the first step. None: the runner has them.
+        chosen: (D,) int64, which of the blocks are generated; default: all.
     """
 
     def __init__(
         self,
+        model: Model,
+        runner: Runner,
+        block: slice,
+        block_ids: torch.Tensor,
+        weights: Sequence[float],
+        refresh_every: int = 1,
+        *,
+        text_ids: torch.Tensor | None = None,
+        chosen: torch.Tensor | None = None,
+    ):
+        self.vocabulary, self.weights, self.refresh_every = model.vocabulary, weights, refresh_every
+        self.runner, self.block, self.block_ids = runner, block, block_ids
+        self.text_ids, self.chosen = text_ids, chosen
+        self.head = code_head(model)
+        self.last_refresh = -refresh_every
+        self.stale: torch.Tensor | None = None  # (B, N) bool, unknown at the last refresh
+
+    @classmethod
+    def of_rows(
+        cls,
         model: Model,
         rows: torch.Tensor,
         mask: OmniMask,
         batch_size: int,
         guidance_scale: float,
         refresh_every: int = 1,
-    ):
-        self.vocabulary, self.guidance_scale, self.refresh_every = model.vocabulary, guidance_scale, refresh_every
+    ) -> "Denoiser":
+        """Of t2i rows (B or 2B, L), conditional and unconditional ones; B with a guidance scale of 0."""
         soi = common_soi(rows, model.vocabulary)
         # Padding in front of all rows can go: nothing sees it, and rotary positions are relative.
         first = int((rows == model.vocabulary.pad_id).sum(1).min())
-        self.runner = Runner(model, mask.window(first))
-        self.text_ids = rows[:, first:soi]  # (R, T)
-        self.block = slice(soi - first, rows.shape[1] - first)  # <soi>, N image positions, <eoi>
-        self.block_ids = rows[:batch_size, soi:].clone()  # (B, N+2), the same with and without text
-        self.head = code_head(model)
-        self.last_refresh = -refresh_every
-        self.stale: torch.Tensor | None = None  # (B, N) bool, unknown at the last refresh
+        return cls(
+            model,
+            Runner(model, mask.window(first)),
+            slice(soi - first, rows.shape[1] - first),
+            rows[:batch_size, soi:].clone(),
+            guidance_weights(guidance_scale),
+            refresh_every,
+            text_ids=rows[:, first:soi],
+        )
 
     def __call__(self, step: int, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logits, positions) of codes (B, N), mask token where unknown.
+        """(logits, positions) of codes (B, N), or (D, N) of the chosen blocks, mask token where unknown.
 
         Returns:
             (B, U, C) float32 and (B, U) int64, ascending: every unknown position, and others where a row has fewer.
         """
+        if self.chosen is not None:  # the other blocks are hidden; they have codes that need no logits
+            codes = codes.new_zeros(len(self.block_ids), codes.shape[1]).index_copy_(0, self.chosen, codes)
         unknown = codes == self.vocabulary.mask_token_id  # (B, N)
         self.block_ids[:, 1:-1] = torch.where(unknown, codes, codes + self.vocabulary.image_offset)
         if step - self.last_refresh >= self.refresh_every:
@@ -167,11 +228,15 @@ class Denoiser:
             positions = first_positions(unknown.int() + self.stale, int(unknown.sum(1).max()))
             hidden, indices = self._partial_refresh(positions)
         indices = indices.repeat(len(hidden) // len(indices), 1)[..., None].expand(-1, -1, hidden.shape[-1])
-        return self.head(hidden.gather(1, indices), self.guidance_scale), positions
+        hidden = hidden.gather(1, indices)
+        if self.chosen is not None:
+            hidden = hidden.unflatten(0, (len(self.weights), -1))[:, self.chosen].flatten(0, 1)
+            positions = positions[self.chosen]
+        return self.head(hidden, self.weights), positions
 
     def _refresh(self) -> torch.Tensor:
         """Hidden states (R, N+2, H) of the whole block; the first time, the text before it runs in the same pass."""
-        if self.runner.length:
+        if self.runner.length or self.text_ids is None:
             return self.runner.step(self.block_ids, self.block)
         block_ids = self.block_ids.repeat(len(self.text_ids) // len(self.block_ids), 1)
         return self.runner.prefill(torch.cat([self.text_ids, block_ids], dim=1))[:, self.block]
@@ -189,31 +254,35 @@ class Denoiser:
         return hidden, torch.searchsorted(refreshed, positions + 1)
 
 
-def code_head(model: Model) -> Callable[[torch.Tensor, float], torch.Tensor]:
-    """The function from hidden states (R, U, H) and a guidance scale to logits (B, U, C) of the image codes.
+def code_head(model: Model) -> Callable[[torch.Tensor, Sequence[float]], torch.Tensor]:
+    """The function from hidden states (G·B, U, H) and G weights to logits (B, U, C) of the image codes.
 
-    A plain linear head runs with the codes' rows of its weight alone, and after guidance, which halves its rows. Any
-    other head (adapted, quantised, hooked) runs whole, and guidance follows.
+    A plain linear head runs with the codes' rows of its weight alone, and after guidance, which divides its rows by G.
+    Any other head (adapted, quantised, hooked) runs whole, and guidance follows.
     """
     head, vocabulary = model.showo.get_output_embeddings(), model.vocabulary
     codes = slice(vocabulary.image_offset, vocabulary.image_offset + vocabulary.codebook_size)
     is_linear = is_plain_linear(head)
     rows = {name: parameter[codes] for name, parameter in head.named_parameters()} if is_linear else {}
 
-    def logits_of(hidden: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    def logits_of(hidden: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
         if is_linear:
-            return functional_call(head, rows, (guided(hidden, guidance_scale),)).float()
-        return guided(head(hidden)[..., codes], guidance_scale).float()
+            return functional_call(head, rows, (guided(hidden, weights),)).float()
+        return guided(head(hidden)[..., codes], weights).float()
 
     return logits_of
 
 
-def guided(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """``(1 + w) cond − w uncond`` of (2B, …), computed in float32; unchanged with w = 0."""
-    if scale == 0:
+def guidance_weights(scale: float) -> tuple[float, ...]:
+    """Weights of the rows with and without text: ``(1 + w) cond − w uncond``; with w = 0 there are none without."""
+    return (1 + scale, -scale) if scale else (1.0,)
+
+
+def guided(x: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """The sum of the groups of (G·B, …) by weights, which add up to 1, computed in float32; of one group itself."""
+    if len(weights) == 1:
         return x
-    cond, uncond = x.float().chunk(2)
-    return ((1 + scale) * cond - scale * uncond).to(x.dtype)
+    return sum(weight * part for weight, part in zip(weights, x.float().chunk(len(weights)), strict=True)).to(x.dtype)
 
 
 def known_codes(input_ids: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:

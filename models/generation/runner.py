@@ -36,6 +36,8 @@ class Model(Protocol):
 
     def greedy_chooser(self, count: int) -> Callable: ...
 
+    multinomial_at: Callable
+
 
 class Runner:
     """The rows of a batch on their way through a decoder.
@@ -57,20 +59,26 @@ class Runner:
         """Sets the rows, with an empty cache for them."""
         self.num_rows, length = mask.shape[0], mask.shape[3]
         num_layers, spare = self.decoder.config.num_hidden_layers, self.model.step_caches
-        self.last_slice, self.last_attention = None, None
-        if position_ids is None:
-            position_ids = torch.arange(length, device=mask.device)[None]
         if spare is None:
             self.cache = KVCache(num_layers, length)
         else:
             fixed = -(-length // BUCKET) * BUCKET
-            mask, position_ids = mask.pad_to(fixed), nn.functional.pad(position_ids, (0, fixed - length))
             weight = self.model.get_input_embeddings().weight
             self.cache_key = self.num_rows, fixed, weight.dtype, weight.device
             new = KVCache(num_layers, fixed, static=True)
             self.cache = spare.pop(self.cache_key, new)
             self.cache.reset()
-        self.mask, self.position_ids = mask, position_ids  # over the slots of the cache
+        self.attend(mask, position_ids)
+
+    def attend(self, mask: OmniMask, position_ids: torch.Tensor | None = None) -> None:
+        """Sets who sees whom from now on, where that was not known at the beginning; what is cached stays as it is."""
+        if position_ids is None:
+            position_ids = torch.arange(mask.shape[3], device=mask.device)[None]
+        missing = (0, self.cache.max_length - mask.shape[3])
+        # over the slots of the cache
+        self.mask = mask.pad_to(self.cache.max_length)
+        self.position_ids = nn.functional.pad(position_ids, missing)
+        self.last_slice, self.last_attention = None, None
 
     @property
     def length(self) -> int:

@@ -186,7 +186,7 @@ def test_compiled_on_a_gpu(dtype):
     mask, codes = OmniMask.from_ids(rows, eager.vocabulary), torch.full((2, N), MASK, device="cuda")
     bound = 1e-3 if dtype == torch.float32 else 0.1
     with torch.no_grad():
-        denoisers = [Denoiser(m, rows, mask, 2, 2.0) for m in (eager, compiled)]
+        denoisers = [Denoiser.of_rows(m, rows, mask, 2, 2.0) for m in (eager, compiled)]
         for step in range(4):
             (expected, _), (logits, _) = (denoiser(step, codes) for denoiser in denoisers)
             torch.testing.assert_close(logits, expected, atol=bound, rtol=bound)
@@ -228,7 +228,7 @@ def test_a_partial_refresh_sees_new_tokens_in_place(family, known_share):
     mask, found = OmniMask.from_ids(rows, model.vocabulary), []
     with torch.no_grad():
         for every in (1, 9):
-            denoiser = Denoiser(model, rows, mask, 3, 2.0, every)
+            denoiser = Denoiser.of_rows(model, rows, mask, 3, 2.0, every)
             denoiser(0, codes)
             logits, positions = denoiser(1, later)
             found.append(logits[(later == MASK).gather(1, positions)])
