@@ -152,7 +152,7 @@ def calculated_100m(rows: int) -> float:
     size = training.sizes("100m")
     batch = training.make_batch(size, rows)
     objective = training.objective_of("ours, packed", batch, size.config)
-    found = terms(size.config, 1, objective.packing.num_positions, list(objective.counts))
+    found = terms(size.config, 1, objective.packing.num_positions, list(objective.counts.values()))
     found.buffers["1 GPU"] = found.roots["1 GPU"] = 0.0  # AdamW takes one parameter after the other there
     return found.peak("1 GPU") / MIB
 

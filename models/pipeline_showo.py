@@ -32,6 +32,7 @@ from models.images import (
     read_image,
     to_pil,
 )
+from models.pipeline_documents import DocumentPipeline
 from models.pipeline_inputs import (
     as_list,
     batches,
@@ -43,7 +44,6 @@ from models.pipeline_inputs import (
     mask_tokens,
     soft_mask,
 )
-from models.pipeline_parts import PipelineParts
 from models.prompting import Rows
 
 # B images, W tokens along the side of the model's square window (N = W * W), h x w tokens of a larger canvas
@@ -59,8 +59,8 @@ class ImageOutput(ModelOutput):
     images: list[Image.Image] | np.ndarray | torch.Tensor | None = None
 
 
-class ShowoPipeline(PipelineParts):
-    """Generates and extends images and answers questions with the parts of a Show-o, see `PipelineParts`.
+class ShowoPipeline(DocumentPipeline):
+    """Generates and extends images, answers questions and goes on with documents, see `PipelineParts` for its parts.
 
     Images and masks are PIL images, paths, arrays or tensors, see `models.images.read_image`, or lists of them. The
     generating methods pass extra keyword arguments to `generate_codes`: guidance_scale, negative_prompt, timesteps,
@@ -410,7 +410,10 @@ class ShowoPipeline(PipelineParts):
     def answer(
         self, images: Sequence[ImageInput] | ImageInput, questions: Sequence[str] | str, **settings
     ) -> list[list[str]]:
-        """The answer to every question about every image, as `answers[image][question]`; see `iter_answers`."""
+        """The answer to every question about every image, as `answers[image][question]`; see `iter_answers`.
+
+        A list in the list of images, as in ``answer([[a, b]], "what changed?")``, is asked about together.
+        """
         images, questions = as_list(images), as_list(questions)
         answers = self.iter_answers(images, questions, **settings)
         return [[next(answers)[2] for _ in questions] for _ in images]
@@ -435,7 +438,8 @@ class ShowoPipeline(PipelineParts):
         """Yields (image index, question index, answer without surrounding whitespace), in this order, batch by batch.
 
         Args:
-            images: in any form, see the class; paths are opened when their batch begins.
+            images: in any form, see the class; paths are opened when their batch begins. Of a list of images the
+                question is asked about all of them together.
             questions: None asks for the bare caption, see `caption`.
             batch_size: (image, question) pairs answered at once; default: all.
             stream: called as ``stream(image index, question index, text)`` with the next words of an answer as soon
@@ -481,7 +485,7 @@ class ShowoPipeline(PipelineParts):
         """One batch: the answers, without surrounding whitespace, to one question about each image.
 
         Args:
-            images: one for each question; an object that occurs several times is encoded once.
+            images: one for each question, or a list of several; an object that occurs several times is encoded once.
             temperature, top_k, top_p: see `sample_next`; greedy by default, as published.
             callback: called with the (B,) new ids after each token.
         """
@@ -526,30 +530,51 @@ class ShowoPipeline(PipelineParts):
                     f"{max_new_tokens} is more than the {limit} that the model knows; {remedy}"
                 )
 
-    def _question_rows(self, images: Sequence[ImageInput], questions: list[str | None]) -> dict:
-        """Inputs of `mmu_generate` for one question about each image, given as image codes or CLIP features."""
+    def _question_rows(self, images: Sequence[ImageInput | list], questions: list[str | None]) -> dict:
+        """Inputs of `mmu_generate` for one question about each image, or list of images, as codes or CLIP features."""
+        together = [list(image) if isinstance(image, list | tuple) else [image] for image in images]
+        flat, numbers = [image for row in together for image in row], [len(row) for row in together]
+        if not all(numbers):
+            raise UserError("a question is about an empty list of images; give one or more")
         if not self.model.config.w_clip_vit:
-            rows = self._rows(questions, self.encode(images) + self.model.vocabulary.image_offset)
+            image_ids = self.encode(flat) + self.model.vocabulary.image_offset
+            rows = self._rows(questions, image_ids, numbers if len(numbers) < len(flat) else None)
             return {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
-        different, index = distinct(images)
+        different, index = distinct(flat)
         features = self.clip(self.clip.preprocess([self.open(image) for image in different]))  # (n, F, C)
-        rows = self._rows(questions)
+        rows = self._rows(questions, numbers=numbers)
         return {
             "input_ids": rows.input_ids.to(self.device),
             "attention_mask": rows.attention_mask.to(self.device),
             "image_features": features[index],
         }
 
-    def _rows(self, questions: Sequence[str | None], image_ids: torch.Tensor | None = None) -> Rows:
-        """The rows of questions, with image ids (B, N) or, for CLIP-ViT, places for features."""
+    def _rows(
+        self,
+        questions: Sequence[str | None],
+        image_ids: torch.Tensor | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> Rows:
+        """The rows of questions, with image ids (images, N) or, for CLIP-ViT, places for features.
+
+        Args:
+            numbers: of images of each question, where there are questions about several.
+        """
         check_texts(question for question in questions if question is not None)
         texts = ["" if question is None else self.question_format.prompt(question) for question in questions]
-        if not self.model.config.w_clip_vit:
+        if not self.model.config.w_clip_vit and numbers is None:
             return self.prompting((image_ids, texts), "mmu_gen")
+        if not self.model.config.w_clip_vit:
+            images = image_ids.split(list(numbers))
+            documents = [
+                [*({"image_ids": ids} for ids in several), {"text": text}]
+                for several, text in zip(images, texts, strict=True)
+            ]
+            return self.prompting((documents, True), "mixed_gen")
         if len(bare := {question is None for question in questions}) > 1:
             raise ValueError("with CLIP-ViT a batch holds questions, or None for bare captions, but not both")
         system_prompt = None if bare == {True} else self.question_format.system_prompt
-        return self.prompting((texts, self.clip.num_features, system_prompt), "mmu_vit")
+        return self.prompting((texts, self.clip.num_features, system_prompt, numbers), "mmu_vit")
 
 
 class _AnswerStreamer(TextStreamer):

@@ -90,8 +90,8 @@ class UniversalPrompting:
                 ``"lm"``: (texts, L), for training;
                 ``"mmu"``: (image_ids (B, N), texts), for training;
                 ``"mmu_gen"``: (image_ids (B, N), texts), prompts for `mmu_generate`;
-                ``"mmu_vit"``: (texts, num_features, system_prompt or None), prompts with the placeholder id −200 where
-                CLIP features go.
+                ``"mmu_vit"``: (texts, num_features, system_prompt or None, the number of images of each text, by
+                default one), prompts with the placeholder id −200 where CLIP features go.
                 ``"mixed"``: (documents, masking rule of images (K, N) such as `training.masking.MaskingNoise`), for
                 training. A document is a list of segments ``{"text": str, "loss": bool}`` or ``{"image_ids": (N,)
                 int64, "loss": bool}`` in any order; `loss` (default: true) says whether it is learned. Texts that
@@ -200,17 +200,18 @@ class UniversalPrompting:
         prefix = self._image_prefix(image_ids).tolist()
         return self._prompts([p + self.text_ids(t) for p, t in zip(prefix, texts, strict=True)], image_ids.device)
 
-    def _mmu_vit(self, texts, num_features: int, system_prompt: str | None = None) -> Rows:
+    def _mmu_vit(self, texts, num_features: int, system_prompt: str | None = None, num_images=None) -> Rows:
         """``<mmu>`` system prompt ``<soi>`` features ``<eoi>`` text. No bos, as in LLaVA (spec §2)."""
 
         def ids_of(text):
             return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
-        features = [IMAGE_FEATURE_ID] * num_features
-        prefix = [self.vocabulary.mmu_id, *ids_of(system_prompt), self.vocabulary.soi_id, *features]
-        rows = self._prompts([[*prefix, self.vocabulary.eoi_id, *ids_of(text)] for text in texts])
-        after_eoi = (rows.input_ids == self.vocabulary.eoi_id).int().cumsum(1) > 0
-        is_text = after_eoi & (rows.input_ids != self.vocabulary.eoi_id) & (rows.input_ids != self.vocabulary.pad_id)
+        prefix = [self.vocabulary.mmu_id, *ids_of(system_prompt)]
+        image = [self.vocabulary.soi_id, *[IMAGE_FEATURE_ID] * num_features, self.vocabulary.eoi_id]
+        numbers, text_ids = num_images or [1] * len(texts), [ids_of(text) for text in texts]
+        rows = self._prompts([prefix + image * n + ids for n, ids in zip(numbers, text_ids, strict=True)])
+        begin = torch.tensor([len(prefix) + len(image) * n for n in numbers])[:, None]
+        is_text = (torch.arange(rows.input_ids.shape[1]) >= begin) & (rows.input_ids != self.vocabulary.pad_id)
         rows.labels = torch.where(is_text, rows.input_ids, self.ignore_id)
         return rows
 

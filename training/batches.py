@@ -6,16 +6,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from common.errors import UserError
 from models import OmniMask, UniversalPrompting
 from models.devices import send
 from models.modeling_showo import check_image_features
 from models.prompting import Rows
-from models.vocabulary import Vocabulary
-from training.data.flows import FlowReader, LanguageReader, MmuReader, T2IReader
+from models.vocabulary import IGNORE_ID, Vocabulary
+from training.data.flows import FlowReader, LanguageReader, MixedReader, MmuReader, T2IReader
 from training.data.streams import stack
-from training.loss import Objective, in_place, next_token
+from training.loss import Objective, document_targets, in_place, next_token
 from training.masking import MaskingNoise
 from training.packing import Packing, packing_length
 
@@ -25,7 +26,7 @@ class OmniBatch:
     """One training batch on the device of the model.
 
     Args:
-        input_ids, labels: (B, L) int64.
+        input_ids, labels: (B, L) int64, padded on the right to the longest document, if there is any.
         rows: flow → its rows, in order; 0 for a flow that is absent.
         objective: targets, weights and packing for the loss.
         num_used: number of positions that are not padding.
@@ -77,7 +78,7 @@ class BatchBuilder:
         device: of the model.
         packing_length: length limit of packed rows (sample packing); None: one sample per row.
         bf16: whether the image tokenizer encodes under bf16 autocast, which changes some codes.
-        coefficients: flow → its weight in the loss; None: each flow has a loss of its own.
+        coefficients: loss → its weight in the sum of all; None: there is no sum.
         label_smoothing: of the `Objective`.
     """
 
@@ -106,7 +107,8 @@ class BatchBuilder:
             device,
             packing_length=packing_length(config.dataset, row_length),
             bf16=training.vq_dtype == "bf16",
-            coefficients={name: training[f"{name}_coeff"] for name in FLOWS},
+            coefficients={name: training[f"{name}_coeff"] for name in FLOWS}
+            | {"mixed_text": training.mixed_coeff * config.mixed.text_weight},
             label_smoothing=training.label_smoothing,
         )
 
@@ -144,24 +146,29 @@ class BatchBuilder:
 
     def __call__(self, samples: dict[str, list]) -> OmniBatch:
         """Builds the batch of `samples`: flow → list of samples. Absent flows have no rows."""
-        built, targets, extra = [], [], {}
+        built, extra = {}, {}
         for name in (name for name in FLOWS if samples.get(name)):
-            rows, more = FLOWS[name].rows(samples[name], self)
-            built.append(rows)
-            targets.append(FLOWS[name].targets(rows.labels, self.prompting.max_text_len + 1))
+            built[name], more = FLOWS[name].rows(samples[name], self)
             assert not extra.keys() & more.keys(), "two flows give the same field of OmniBatch"
             extra |= more
         # Everything up to the copy below is on the host: data-dependent sizes would otherwise cause a GPU sync.
-        input_ids, labels = (torch.cat([getattr(rows, name) for rows in built]) for name in ("input_ids", "labels"))
-        mask = OmniMask.cat([rows.attention_mask for rows in built])
+        rows = joined(list(built.values()), self.prompting.vocabulary.pad_id)
+        input_ids, labels, mask, position_ids = rows.input_ids, rows.labels, rows.attention_mask, rows.position_ids
         check_image_features(input_ids, extra.get("image_features"))
         is_used = input_ids != self.prompting.vocabulary.pad_id
         num_rows = {name: len(samples.get(name, ())) for name in FLOWS}
+        first, targets = 0, {}
+        for name, count in num_rows.items():  # the same losses on every process, also if a flow is absent
+            for loss, of_rows in FLOWS[name].targets(labels[first : first + count], self).items():
+                targets[loss] = first, of_rows
+            first += count
+        packs, room = self.packing_length is not None, self.packing_length
         objective = Objective.from_targets(
-            torch.cat(targets),
-            num_rows,
-            packing=Packing.from_mask(is_used, mask, self.packing_length) if self.packing_length else None,
-            coefficients=tuple(self.coefficients[name] for name in num_rows) if self.coefficients else None,
+            targets,
+            num_t2i=num_rows["t2i"],
+            packing=Packing.from_mask(is_used, mask, room, position_ids) if packs else None,
+            position_ids=None if packs else position_ids,
+            coefficients=self.coefficients,
             label_smoothing=self.label_smoothing,
             statistics=True,
         )
@@ -176,6 +183,21 @@ class BatchBuilder:
             keys=[f"{name}: {key}" for name in num_rows for key in sample_keys(samples.get(name, ()))],
             **extra,
         )
+
+
+def joined(parts: list[Rows], pad_id: int) -> Rows:
+    """One batch of the rows of all flows, padded on the right to the longest."""
+    length = max(part.input_ids.shape[1] for part in parts)
+    ids, labels, positions, masks = [], [], [], []
+    for part in parts:
+        missing = (0, length - part.input_ids.shape[1])
+        ids.append(F.pad(part.input_ids, missing, value=pad_id))
+        labels.append(F.pad(part.labels, missing, value=IGNORE_ID))
+        counted = torch.arange(length).expand(len(part.input_ids), -1)
+        positions.append(counted if part.position_ids is None else F.pad(part.position_ids, missing))
+        masks.append(part.attention_mask.pad_to(length))
+    position_ids = None if all(part.position_ids is None for part in parts) else torch.cat(positions)
+    return Rows(torch.cat(ids), torch.cat(labels), OmniMask.cat(masks), position_ids)
 
 
 def sample_keys(samples: Iterable[dict | str]) -> list[str]:
@@ -209,8 +231,23 @@ def mmu_rows(samples: list[dict], builder: BatchBuilder) -> tuple[Rows, dict]:
     return rows, {"image_features": features}
 
 
+def mixed_rows(samples: list[dict], builder: BatchBuilder) -> tuple[Rows, dict]:
+    """Rows of documents."""
+    images = [segment for sample in samples for segment in sample["segments"] if "text" not in segment]
+    ids = iter(builder.image_ids(images) if images else ())
+    documents = [
+        [
+            segment if "text" in segment else {"image_ids": next(ids), "loss": segment["loss"]}
+            for segment in sample["segments"]
+        ]
+        for sample in samples
+    ]
+    return builder.prompting((documents, builder.noise), "mixed"), {}
+
+
 MakeRows = Callable[[list, BatchBuilder], tuple[Rows, dict]]  # and fields of `OmniBatch`
-ToTargets = Callable[[torch.Tensor, int], torch.Tensor]  # labels (B, L) → targets at the positions that predict them
+# Labels (B, L) → loss → targets (B, L) at the positions that predict them
+ToTargets = Callable[[torch.Tensor, BatchBuilder], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -220,19 +257,29 @@ class FlowKind:
     Args:
         reader: what it reads.
         rows: its samples → rows.
-        targets: the labels of its rows → what is predicted where.
+        targets: the labels of its rows → what is predicted where, by the loss that it belongs to.
+        losses: the names of these losses.
     """
 
     reader: type[FlowReader]
     rows: MakeRows
     targets: ToTargets
+    losses: tuple[str, ...]
 
 
 # Rows of a batch are in the order of this table; t2i comes first, as sample images are made of a batch's first rows.
 FLOWS: dict[str, FlowKind] = {
-    "t2i": FlowKind(T2IReader, t2i_rows, in_place),
-    "lm": FlowKind(LanguageReader, lm_rows, next_token),
-    "mmu": FlowKind(MmuReader, mmu_rows, next_token),
+    "t2i": FlowKind(
+        T2IReader, t2i_rows, lambda labels, b: {"t2i": in_place(labels, b.prompting.max_text_len + 1)}, ("t2i",)
+    ),
+    "lm": FlowKind(LanguageReader, lm_rows, lambda labels, b: {"lm": next_token(labels)}, ("lm",)),
+    "mmu": FlowKind(MmuReader, mmu_rows, lambda labels, b: {"mmu": next_token(labels)}, ("mmu",)),
+    "mixed": FlowKind(
+        MixedReader,
+        mixed_rows,
+        lambda labels, b: document_targets(labels, b.noise.image_offset),
+        ("mixed", "mixed_text"),
+    ),
 }
 
 

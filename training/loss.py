@@ -35,9 +35,20 @@ def in_place(labels: torch.Tensor, first: int) -> torch.Tensor:
     return targets
 
 
-def next_token(labels: torch.Tensor, first: int = 0) -> torch.Tensor:
+def next_token(labels: torch.Tensor) -> torch.Tensor:
     """(B, L) targets of rows of text: each position predicts the label of the next one."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_ID)
+
+
+def document_targets(labels: torch.Tensor, image_offset: int) -> dict[str, torch.Tensor]:
+    """(B, L) targets of documents: image codes in place as ``mixed``, text and decisions shifted as ``mixed_text``.
+
+    Args:
+        image_offset: id of the first image code.
+    """
+    is_code = labels >= image_offset
+    text = next_token(labels.masked_fill(is_code, IGNORE_ID))
+    return {"mixed": labels.masked_fill(~is_code, IGNORE_ID), "mixed_text": text}
 
 
 @dataclass(frozen=True)
@@ -50,36 +61,43 @@ class Objective:
     Args:
         index: (S,) int64, row·L + position, of the hidden states that predict a target, in the order of the rows.
         targets: (S,) int64, the token to predict there.
-        rows: flow → its rows in the batch, in the batch's order; 0 for a flow that is absent.
-        counts: supervised positions of each of these flows; they add up to S.
+        counts: loss → its positions, in the order of `index`; they add up to S. Each flow has a loss of its name, and
+            documents have one for their texts, too.
+        num_t2i: rows of t2i, the first ones of the batch.
         packing: how samples share rows; None: each has a row of its own.
-        coefficients: of the flows in one weighted `loss`, the only output with a graph. Without them each flow's loss
-            has its own graph and its own copy of the head's gradient.
+        position_ids: (B, L) int64 for the rotary embedding; None: 0, 1, … in each row. Packed rows bring their own.
+        coefficients: loss → its weight in one `loss`, the only output with a graph. Without them each loss has its own
+            graph and its own copy of the head's gradient.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
         statistics: whether `ShowoOutput.statistics` is wanted.
     """
 
     index: torch.Tensor
     targets: torch.Tensor
-    rows: dict[str, int]
-    counts: tuple[int, ...]
+    counts: dict[str, int]
+    num_t2i: int = 0
     packing: Packing | None = None
-    coefficients: tuple[float, ...] | None = None
+    position_ids: torch.Tensor | None = None
+    coefficients: dict[str, float] | None = None
     label_smoothing: float = 0.0
     statistics: bool = False
 
     @classmethod
-    def from_targets(cls, targets: torch.Tensor, rows: dict[str, int], **settings) -> "Objective":
+    def from_targets(cls, targets: dict[str, tuple[int, torch.Tensor]], **settings) -> "Objective":
         """The objective of a batch; targets on a GPU are waited for.
 
         Args:
-            targets: (B, L) int64, at the position that predicts them; −100 (the ignore index) elsewhere.
-            rows: flow → its rows, in order.
-            settings: packing, coefficients, label_smoothing, statistics.
+            targets: loss → (its first row, (b, L) int64 of some rows: at the position that predicts it the target, −100
+                (the ignore index) elsewhere).
+            settings: the other fields.
         """
-        counts = tuple(int((part != IGNORE_ID).sum()) for part in targets.split(tuple(rows.values())))
-        index = (targets.flatten() != IGNORE_ID).nonzero()[:, 0]
-        return cls(index, targets.flatten()[index], rows, counts, **settings)
+        indices, found = [], []
+        for first, rows in targets.values():
+            places = (rows.flatten() != IGNORE_ID).nonzero()[:, 0]
+            indices.append(places + first * rows.shape[1])
+            found.append(rows.flatten()[places])
+        counts = dict(zip(targets, map(len, found), strict=True))
+        return cls(torch.cat(indices), torch.cat(found), counts, **settings)
 
     @classmethod
     def from_labels(
@@ -100,14 +118,18 @@ class Objective:
             raise ValueError(f"batch_size_t2i, _lm, _mmu are {tuple(rows)}, but there are {len(labels)} rows")
         if rows[0] and not 0 <= max_seq_length < labels.shape[1] - 1:
             raise ValueError(f"max_seq_length is {max_seq_length}, but the rows have {labels.shape[1]} positions")
-        t2i, text = labels.split((rows[0], rows[1] + rows[2]))
-        targets = torch.cat([in_place(t2i, max_seq_length + 1), next_token(text)])
-        return cls.from_targets(targets, dict(zip(("t2i", "lm", "mmu"), rows, strict=True)), **settings)
+        t2i, lm, mmu = labels.split(rows)
+        targets = {
+            "t2i": (0, in_place(t2i, max_seq_length + 1)),
+            "lm": (rows[0], next_token(lm)),
+            "mmu": (rows[0] + rows[1], next_token(mmu)),
+        }
+        return cls.from_targets(targets, num_t2i=rows[0], **settings)
 
     def to(self, device) -> "Objective":
         packing = self.packing.to(device) if self.packing is not None else None
-        index, targets = send(self.index, device), send(self.targets, device)
-        return replace(self, index=index, targets=targets, packing=packing)
+        names = [name for name in ("index", "targets", "position_ids") if getattr(self, name) is not None]
+        return replace(self, packing=packing, **{name: send(getattr(self, name), device) for name in names})
 
     def __call__(
         self,
@@ -121,7 +143,7 @@ class Objective:
         The image features must have passed `check_image_features`, which on a GPU would have to wait for the ids.
         """
         embeds = model.embed(input_ids, image_features, check_features=False)  # (B, L, H)
-        arguments = {"attention_mask": attention_mask}
+        arguments = {"attention_mask": attention_mask, "position_ids": self.position_ids}
         if self.packing is not None:  # fewer, fuller rows; the others are not kept
             embeds = self.packing.pack(embeds)
             arguments = self.packing.decoder_arguments(model.showo.config._attn_implementation)
@@ -138,9 +160,10 @@ class Objective:
         """
         at = self.index if self.packing is None else self.packing.target_index[self.index]
         hidden = hidden.flatten(0, 1)[at]  # (S, H)
-        whole = hidden, self.targets, self.position_weights(self.coefficients or [1.0] * len(self.rows))
-        # One part for one weighted loss, else a part and a graph for each flow.
-        parts = [whole] if self.coefficients else zip(*(tensor.split(self.counts) for tensor in whole), strict=True)
+        counts, coefficients = tuple(self.counts.values()), self.coefficients or dict.fromkeys(self.counts, 1.0)
+        whole = hidden, self.targets, self.position_weights([coefficients[name] for name in self.counts])
+        # One part for one weighted loss, else a part and a graph for each.
+        parts = [whole] if self.coefficients else zip(*(tensor.split(counts) for tensor in whole), strict=True)
         head, settings = model.get_output_embeddings(), (self.label_smoothing, self.statistics)
         totals, losses, predicted = [], [], []
         for part in parts:
@@ -152,36 +175,37 @@ class Objective:
                 total = (hidden * 0.0).sum()
             totals.append(total)
         losses = torch.cat(losses or [hidden.new_empty(0)])  # (S,)
-        means = [part.mean() if len(part) else part.sum() for part in losses.split(self.counts)]
+        means = [part.mean() if len(part) else part.sum() for part in losses.split(counts)]
         return ShowoOutput(
             loss=totals[0] if self.coefficients else None,
-            losses=dict(zip(self.rows, means if self.coefficients else totals, strict=True)),
+            losses=dict(zip(self.counts, means if self.coefficients else totals, strict=True)),
             statistics=self._statistics(losses, predicted, row_length, model) if self.statistics else None,
         )
 
     def position_weights(self, coefficients: Sequence[float]) -> torch.Tensor:
-        """(S,) float32: the weighted sum over all positions is the sum of each flow's mean times its coefficient."""
-        shares = zip(coefficients, self.counts, strict=True)
+        """(S,) float32: the weighted sum over all positions is the sum of each loss's mean times its coefficient."""
+        shares = zip(coefficients, self.counts.values(), strict=True)
         return torch.cat([torch.full((n,), c / max(n, 1), device=self.index.device) for c, n in shares])
 
     def _statistics(self, losses, predicted, row_length: int, model: Showo) -> dict[str, torch.Tensor]:
-        """Counts for the accuracy of each flow that has supervised positions, and the mean loss of each t2i row.
+        """Counts for the accuracy of each loss that has supervised positions, and the mean loss of each t2i row.
 
-        ``correct_{flow}`` and ``supervised_{flow}``: positions whose likeliest token is the target, and all of them; of
+        ``correct_{loss}`` and ``supervised_{loss}``: positions whose likeliest token is the target, and all of them; of
         t2i only image codes count, since ``<soi>`` and ``<eoi>`` are given away. ``row_loss_t2i`` (B_t2i,).
         """
         found = {}
         if len(losses):
             correct, is_code = torch.cat(predicted) == self.targets, self.targets >= model.vocabulary.image_offset
-            parts = zip(self.rows, *(part.split(self.counts) for part in (correct, is_code)), strict=True)
-            for flow, hits, codes in parts:
+            counts = tuple(self.counts.values())
+            parts = zip(self.counts, *(part.split(counts) for part in (correct, is_code)), strict=True)
+            for name, hits, codes in parts:
                 if len(hits):
-                    considered = codes if flow == "t2i" else torch.ones_like(codes)
-                    found[f"correct_{flow}"], found[f"supervised_{flow}"] = (hits & considered).sum(), considered.sum()
-        if num_rows := self.rows.get("t2i"):
-            assert next(iter(self.rows)) == "t2i", "its rows are the first"
-            num_t2i = self.counts[0]
-            found["row_loss_t2i"] = _group_means(losses[:num_t2i], self.index[:num_t2i] // row_length, num_rows)
+                    considered = codes if name == "t2i" else torch.ones_like(codes)
+                    found[f"correct_{name}"], found[f"supervised_{name}"] = (hits & considered).sum(), considered.sum()
+        if self.num_t2i:
+            assert next(iter(self.counts)) == "t2i", "its positions are the first"
+            of_t2i = slice(self.counts["t2i"])
+            found["row_loss_t2i"] = _group_means(losses[of_t2i], self.index[of_t2i] // row_length, self.num_t2i)
         return found
 
 

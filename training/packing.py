@@ -30,7 +30,7 @@ class Packing:
         samples: of each packed row, from the left; the rest on the right is filler.
         source_index: (R, C) int64, row·L + position of the batch that runs there; 0 at filler.
         target_index: (B·L,) int64, packed row·C + position at which a position of the batch runs; −1 for padding.
-        position_ids: (R, C) int64, positions within the own sample, for the rotary embedding.
+        position_ids: (R, C) int64, of the samples, for the rotary embedding.
         mask: the document mask of the packed rows: no sample sees another, filler sees itself alone.
     """
 
@@ -41,13 +41,16 @@ class Packing:
     mask: OmniMask
 
     @classmethod
-    def from_mask(cls, is_used: torch.Tensor, mask: OmniMask, capacity: int) -> "Packing":
+    def from_mask(
+        cls, is_used: torch.Tensor, mask: OmniMask, capacity: int, position_ids: torch.Tensor | None = None
+    ) -> "Packing":
         """Packs the unpadded stretch of every row; on the CPU, where its sizes are needed.
 
         Args:
             is_used: (B, L) bool; the positions from a row's first True to its last run, and may see none outside.
             mask: of the rows as they are.
             capacity: most positions of a packed row.
+            position_ids: (B, L) int64; default: counted from the first that runs.
 
         Raises:
             ValueError: a sample is longer than that.
@@ -61,16 +64,17 @@ class Packing:
         columns = max(sum(stop - start for _, start, stop in row) for row in samples)
         source_index = torch.zeros(len(samples), columns, dtype=torch.long)
         target_index = torch.full((batch_size * length,), -1)
-        position_ids = torch.zeros_like(source_index)
+        packed_ids = torch.zeros_like(source_index)
         for number, row in enumerate(samples):
             at = 0
             for source, start, stop in row:
                 size = stop - start
                 source_index[number, at : at + size] = torch.arange(start, stop) + source * length
-                position_ids[number, at : at + size] = torch.arange(size)
+                own = torch.arange(size) if position_ids is None else position_ids[source, start:stop]
+                packed_ids[number, at : at + size] = own
                 at += size
             target_index[source_index[number, :at]] = torch.arange(at) + number * columns
-        return cls(samples, source_index, target_index, position_ids, mask.packed(samples, columns))
+        return cls(samples, source_index, target_index, packed_ids, mask.packed(samples, columns))
 
     @property
     def num_positions(self) -> int:

@@ -39,9 +39,10 @@ def predict_masked(
     """Original | reconstruction | prediction, side by side; the prediction is the argmax at masked positions only."""
     count = min(limit, batch.rows["t2i"])
     offset, num_codes = model.vocabulary.image_offset, model.vocabulary.codebook_size
-    image = slice(-model.config.num_vq_tokens - 1, -1)  # positions of the codes, before <eoi>
-    ids, labels = batch.input_ids[:count], batch.labels[:count, image]
-    logits = model(ids, batch.attention_mask.select(slice(0, count))).logits
+    length = builder.row_length  # without the padding to the longest document
+    image = slice(length - model.config.num_vq_tokens - 1, length - 1)  # positions of the codes, before <eoi>
+    ids, labels = batch.input_ids[:count, :length], batch.labels[:count, image]
+    logits = model(ids, batch.attention_mask.select(slice(0, count)).window(0, length)).logits
     predicted = logits[:, image, offset : offset + num_codes].argmax(-1)
     hidden = (labels != IGNORE_ID) & (labels != ids[:, image])  # also positions hidden by random codes
     codes, decode = batch.codes[:count], builder.vq_model.decode_code

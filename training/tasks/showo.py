@@ -20,6 +20,8 @@ from training.tasks import Outcome, Panel, Task
 from training.trainable import choose_trainable
 from training.understanding import ClipVitUnderstanding, VqUnderstanding
 
+LOSSES = tuple(chain.from_iterable(kind.losses for kind in FLOWS.values()))
+
 
 class ShowoTask(Task):
     """The published objective: weighted losses of the flows in `FLOWS`."""
@@ -37,7 +39,8 @@ class ShowoTask(Task):
         self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
         showo, max_text_len = config.model.showo, config.dataset.preprocessing.max_seq_length
         text, dropout = (showo.llm_model_path, showo.llm_vocab_size), config.training.cond_dropout_prob
-        self.prompting = load_text_tokenizer(*text, max_text_len, cond_dropout_prob=dropout)
+        mixed = {"history": config.mixed.history, "history_dropout_prob": config.mixed.history_dropout_prob}
+        self.prompting = load_text_tokenizer(*text, max_text_len, cond_dropout_prob=dropout, **mixed)
 
     def readers(self, split: str) -> list[FlowReader]:
         return self.flow_readers[split]
@@ -82,7 +85,7 @@ class ShowoTask(Task):
 
     def outcome(self, forward, batch: OmniBatch) -> Outcome:
         out = forward(**batch.forward_arguments())
-        present = [name for name, rows in batch.rows.items() if rows]
+        present = [loss for name, rows in batch.rows.items() if rows for loss in FLOWS[name].losses]
         sums: dict[str, torch.Tensor | int] = {
             "samples": sum(batch.rows.values()),
             "tokens": batch.num_positions,
@@ -99,7 +102,7 @@ class ShowoTask(Task):
         return Outcome(out.loss, {name: out.losses[name] for name in present}, sums)
 
     def summary(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        batches, names = sums["batches"].item(), [name for name in FLOWS if f"loss_{name}" in sums]
+        batches, names = sums["batches"].item(), [name for name in LOSSES if f"loss_{name}" in sums]
         values = {f"step_loss_{name}": sums[f"loss_{name}"].item() / batches for name in names}
         if "mask_prob" in sums:
             values["avg_masking_rate"] = sums["mask_prob"].item() / batches
@@ -115,25 +118,27 @@ class ShowoTask(Task):
     def eval_sums(self, forward, flow: str, samples: list) -> Sums:
         """The plain loss of a flow; of t2i one for each of `training.eval_mask_ratios`."""
         sums = {}
-        for ratio, name in self._evaluated(flow):
+        zero, one = torch.zeros((), device=self.device), torch.ones((), device=self.device)
+        for ratio, suffix in self._evaluated(flow):
             out = forward(**self.builder.for_evaluation(ratio)({flow: samples}).forward_arguments())
-            zero, one = torch.zeros((), device=self.device), torch.ones((), device=self.device)
-            counts = (out.statistics.get(f"{what}_{flow}", zero).float() for what in ("correct", "supervised"))
-            sums[name] = torch.stack([out.losses[flow].float(), one, *counts])
+            for loss in FLOWS[flow].losses:
+                counts = (out.statistics.get(f"{what}_{loss}", zero).float() for what in ("correct", "supervised"))
+                sums[loss + suffix] = torch.stack([out.losses[loss].float(), one, *counts])
         return sums
 
     def eval_figures(self, flow: str, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         values = {}
-        for _, name in self._evaluated(flow):
+        names = [loss + suffix for _, suffix in self._evaluated(flow) for loss in FLOWS[flow].losses]
+        for name in names:
             loss, batches, correct, supervised = sums[name].tolist()
             values[f"eval_loss_{name}"] = loss / batches
             values[f"eval_accuracy/{name.replace('/', '_')}"] = correct / max(1.0, supervised)
         return values
 
     def _evaluated(self, flow: str) -> list[tuple[float | None, str]]:
-        """The mask ratios of a flow's evaluation, and the names of their figures."""
+        """The mask ratios of a flow's evaluation, and what they add to the names of its figures."""
         ratios = self.config.training.eval_mask_ratios if flow == "t2i" else None
-        return [(ratio, f"{flow}/mask_{ratio:.2f}") for ratio in ratios or ()] or [(None, flow)]
+        return [(ratio, f"/mask_{ratio:.2f}") for ratio in ratios or ()] or [(None, "")]
 
     def panels(self, model: Showo, batch: OmniBatch) -> list[Panel]:
         """Both published panels."""
