@@ -297,6 +297,7 @@ class RunConfig(ScriptConfig):
 class ShowoExperimentSection(RunExperimentSection):
     max_train_examples_t2i: int | None = setting(None, "samples of an epoch of the t2i flow; null: all", **STEPS)
     max_train_examples_mmu: int | None = setting(None, "samples of an epoch of the mmu flow; null: all", **STEPS)
+    max_train_examples_mixed: int | None = setting(None, "samples of an epoch of the mixed flow; null: all", **STEPS)
 
 
 @dataclass
@@ -314,7 +315,7 @@ class TrainedModelSection(ModelSection):
 @dataclass
 class AugmentationSection(PreprocessingSection):
     center_crop: bool = setting(False, "no effect: images are always centre-cropped, as published")
-    random_flip: bool = setting(False, "mirror images at random")
+    random_flip: bool = setting(False, "mirror images at random; documents never are")
     und_random_flip: bool = setting(False, "mirror images of the mmu flow only")
     und_jitter: float = setting(0.0, "shift and scale images of the mmu flow by up to this share", low=0, high=0.5)
 
@@ -324,15 +325,23 @@ class DataParams(LoaderParams, PromptParams):
     train_t2i_shards_path_or_url: Any = setting(None, "data of the t2i flow: shards or ImageNet's folder", is_data=True)
     train_mmu_shards_path_or_url: Any = setting(None, "data of the mmu flow: shards or a LLaVA JSON", is_data=True)
     train_lm_shards_path_or_url: Any = setting(None, "data of the lm flow: parquet, jsonl or txt", is_data=True)
+    train_mixed_shards_path_or_url: Any = setting(
+        None, "documents of the mixed flow: shards, parquet, json, jsonl or csv (docs/data.md)", is_data=True
+    )
     train_t2i_image_root: str | None = setting(
         None, "folder of the file names in parquet files; null: that of the parquet file", is_data=True
     )
     train_mmu_image_root: str | None = setting(None, "folder of the image names in a LLaVA JSON", is_data=True)
+    train_mixed_image_root: str | None = setting(
+        None, "folder of the image names in documents; those that are not there: that of the file", is_data=True
+    )
     eval_t2i_shards_path_or_url: Any = setting(None, "held-out data; null: none", is_data=True, free=True)
     eval_mmu_shards_path_or_url: Any = setting(None, "held-out data; null: none", is_data=True, free=True)
     eval_lm_shards_path_or_url: Any = setting(None, "held-out data; null: none", is_data=True, free=True)
+    eval_mixed_shards_path_or_url: Any = setting(None, "held-out data; null: none", is_data=True, free=True)
     eval_t2i_image_root: str | None = setting(None, "null: as for training", is_data=True, free=True)
     eval_mmu_image_root: str | None = setting(None, "null: as for training", is_data=True, free=True)
+    eval_mixed_image_root: str | None = setting(None, "null: as for training", is_data=True, free=True)
     class_names_path: str | None = setting(
         None, "imagenet1k: a file with the name of each class folder, one per line or as JSON"
     )
@@ -386,6 +395,36 @@ class DatasetSection(RunDatasetSection):
 
 
 @dataclass
+class MixedSection:
+    max_length: int | None = setting(
+        None,
+        "tokens of a document, which is cut after whole segments; null: of four learned images, each with a text",
+        low=1,
+        high=2**20,
+    )
+    history: str = setting(
+        "clean",
+        "what sees a learned image; clean: a clean copy follows the masked one; masked: one copy, as in the paper; "
+        "prefix: images before a random one are clean and not learned, as in Show-o2",
+        choices=("clean", "masked", "prefix"),
+    )
+    history_dropout_prob: float = setting(
+        0.5, "share of documents without texts, for guidance, whose earlier images are hidden too", low=0, high=1
+    )
+    text_weight: float = setting(0.2, "weight of the texts beside the images in the mixed loss", **WEIGHT)
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        if not (config.training.batch_size_mixed and config.model.showo.w_clip_vit):
+            return []
+        return [
+            "training.batch_size_mixed is not 0, but documents cannot be read with CLIP-ViT features "
+            "(model.showo.w_clip_vit=true); give training.batch_size_mixed=0, or train on image codes with "
+            "training/train.py"
+        ]
+
+
+@dataclass
 class TrainingSection(LoopSection, GenerationSection):
     noise_type: str = setting("mask", "noise on image tokens", choices=("mask", "random_replace"))
     predict_all_tokens: bool = setting(False, "t2i loss at all image tokens, not at masked ones only")
@@ -399,6 +438,7 @@ class TrainingSection(LoopSection, GenerationSection):
     batch_size_t2i: int = setting(10, "rows of the t2i flow in a batch; 0: off", low=0, high=TOKENS)
     batch_size_lm: int = setting(4, "rows of the lm flow in a batch; 0: off", low=0, high=TOKENS)
     batch_size_mmu: int = setting(10, "rows of the mmu flow in a batch; 0: off", low=0, high=TOKENS)
+    batch_size_mixed: int = setting(0, "rows of the mixed flow in a batch; 0: off", low=0, high=TOKENS)
     trainable: str = setting(
         "all", "new: only what the language model did not have (docs/backbones.md)", choices=("all", "new", "lora")
     )
@@ -408,6 +448,7 @@ class TrainingSection(LoopSection, GenerationSection):
     t2i_coeff: float = setting(1.0, "weight of the t2i loss", **WEIGHT)
     lm_coeff: float = setting(0.1, "weight of the lm loss", **WEIGHT)
     mmu_coeff: float = setting(1.0, "weight of the mmu loss", **WEIGHT)
+    mixed_coeff: float = setting(1.0, "weight of the mixed loss", **WEIGHT)
     und_mask_ratio: float = setting(
         0.0, "mask a random share, up to this one, of the image tokens of mmu rows", low=0, high=1
     )
@@ -431,6 +472,7 @@ class TrainingConfig(ShowoScript, RunConfig):
     model: TrainedModelSection = field(default_factory=TrainedModelSection)
     dataset: DatasetSection = field(default_factory=DatasetSection)
     training: TrainingSection = field(default_factory=TrainingSection)
+    mixed: MixedSection = field(default_factory=MixedSection)
 
     @staticmethod
     def unread(config: DictConfig) -> list[str]:

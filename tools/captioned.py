@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from common.errors import UserError
 from common.files import check_file, json_lines, kind_of, read_json, read_text
 from common.files import field as member
-from tools.delimited import Delimited
+from training.data.delimited import MAX_TABLE, Delimited
 from training.data.imagenet import ImageFolder
 from training.data.paths import IMAGES, choose_column, has_suffix
 from training.data.sources import EMPTY_TEXT, MALFORMED_ITEM, MISSING_FILE, Skipped
@@ -26,7 +26,7 @@ SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "
 SPLITS |= {"training": "train", "test": "test"}
 TEXT_SUFFIXES = (".txt", ".text", ".caption")
 TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".json")
-MAX_CAPTIONS, MAX_TABLE = 2**24, 2**32  # bytes of a text beside an image, and of a table
+MAX_CAPTIONS = 2**24  # bytes of a text beside an image
 Choose = Callable[[list[str] | dict], tuple[str, str]]  # the columns of a table → those of images and captions
 
 

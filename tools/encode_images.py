@@ -5,7 +5,8 @@
     torchrun --standalone --nproc_per_node 8 tools/encode_images.py …      (or accelerate launch)
 
 Every image flow reads the result in place of images: ``codes.npy`` holds the (N,) uint16 codes of the image,
-resized and cropped as in training; other members stay as they are. The codes are those of `MAGVITv2.get_code` in fp32
+resized and cropped as in training; other members stay as they are. Of a document, with images ``0.jpg``, ``1.png``, …,
+the codes are ``0.npy``, ``1.npy``, …. The codes are those of `MAGVITv2.get_code` in fp32
 (without TF32) for each image by itself, whatever the batch size. Codes cannot be mirrored or moved: flows that read
 them want `random_flip`, `und_random_flip` and `und_jitter` off.
 
@@ -91,15 +92,25 @@ class ImageEncoder:
 
 
 def decode(raw: dict | Skipped, images: ImageTransform) -> dict | Skipped:
-    """A raw sample with its ``_pixels`` (3, R, R)."""
+    """A raw sample with its ``_pixels``: member of the codes → (3, R, R)."""
     if isinstance(raw, Skipped):
         return raw
     try:
         old = {key: value for key, value in raw.items() if key != CODES}  # which may be another tokenizer's
-        found = images.of(old, random.Random(0))
-        return raw | {"_notes": found.get("notes", ()), "_pixels": normalized(found["image"])}
+        members = {codes: {"__key__": raw["__key__"], "image": raw[name]} for name, codes in numbered_images(raw)}
+        found = {codes: images.of(one, random.Random(0)) for codes, one in (members or {CODES: old}).items()}
+        notes = dict.fromkeys(note for one in found.values() for note in one.get("notes", ()))
+        pixels = {codes: normalized(one["image"]) for codes, one in found.items()}
+        return raw | {"_notes": tuple(notes), "_pixels": pixels}
     except Skipped as skipped:
         return skipped
+
+
+def numbered_images(raw: dict) -> list[tuple[str, str]]:
+    """The images of a document and the members of their codes, ``0.jpg`` and ``0.npy``; none of another sample."""
+    if "json" not in raw or any(key in raw for key in IMAGE_KEYS):
+        return []
+    return [(name, f"{name.rpartition('.')[0]}.npy") for name in raw if name.rpartition(".")[2] in IMAGE_KEYS]
 
 
 def encoded_samples(
@@ -111,17 +122,24 @@ def encoded_samples(
     decoded = in_order(partial(decode, images=images), raws, config.num_workers, ahead=2 * config.batch_size)
     good = counted(decoded, counters, bar)
     while batch := list(islice(good, config.batch_size)):
-        codes = encoder(torch.stack([sample.pop("_pixels") for sample in batch]))
-        for sample, row in zip(batch, codes, strict=True):
-            yield with_codes(sample, row, config.keep_images)
+        pixels = torch.stack([image for sample in batch for image in sample["_pixels"].values()])
+        codes = iter(row for part in pixels.split(config.batch_size) for row in encoder(part))
+        for sample in batch:
+            yield with_codes(sample, {name: next(codes) for name in sample.pop("_pixels")}, config.keep_images)
 
 
-def with_codes(raw: dict, codes: np.ndarray, keep_image: bool) -> dict:
-    """The members of a sample, its image replaced or accompanied by ``codes.npy``."""
+def with_codes(raw: dict, codes: dict[str, np.ndarray], keep_images: bool) -> dict:
+    """The members of a sample, its images replaced or accompanied by their codes."""
+    dropped = () if keep_images else (*IMAGE_KEYS, *(name for name, _ in numbered_images(raw)))
+    return {key: value for key, value in raw.items() if key not in dropped} | {
+        name: _npy(row) for name, row in codes.items()
+    }
+
+
+def _npy(codes: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, codes)
-    dropped = () if keep_image else IMAGE_KEYS
-    return {key: value for key, value in raw.items() if key not in dropped} | {CODES: buffer.getvalue()}
+    return buffer.getvalue()
 
 
 # ---- the work of this process ----

@@ -46,7 +46,8 @@ class Holdout:
             raise UserError(f"holdout={self.share} of {len(self.held)} images is none; give a larger share")
 
     def _is_held(self, sample: dict) -> bool:
-        image = next(data for suffix, data in sample.items() if suffix not in ("__key__", "txt", "json"))
+        images = (data for suffix, data in sample.items() if suffix not in ("__key__", "txt", "json"))
+        image = next(images, sample.get("json"))  # of a document the first one, if it has any
         checksum = hashlib.blake2b(image, digest_size=16).digest()
         if checksum not in self.held:
             self.held[checksum] = len(self.held) >= int(self.next)

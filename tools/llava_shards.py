@@ -38,7 +38,7 @@ from llava import question_prompt_vq
 from tools.make_shards import image_members
 from tools.shard_writing import counted, in_order, new_set, write_manifest, write_shards
 from training.data.json_records import JsonRecords
-from training.data.llava import LlavaRecord
+from training.data.llava import LlavaRecord, alternating
 from training.data.sources import BAD_CONVERSATION, MISSING_FILE, SkipCounters, Skipped
 
 MOST_REPEATS = 10_000
@@ -108,11 +108,7 @@ def make_sample(one: Planned, records: JsonRecords, config) -> dict | Skipped:
 def questions_and_answers(turns: list[dict], where: str = "") -> list[tuple[str, str]]:
     """Pairs of a conversation without their image tags; a leading answer and a trailing question are dropped; `Skipped`
     if questions and answers do not alternate."""
-    if turns and turns[0]["from"] == "gpt":
-        turns = turns[1:]
-    if any(turn["from"] != ("human", "gpt")[number % 2] for number, turn in enumerate(turns)):
-        raise Skipped(BAD_CONVERSATION, f"{where}: questions and answers do not alternate: {turns!r:.80}")
-    texts = [turn["value"].replace("<image>", "").strip() for turn in turns]
+    texts = [turn["value"].replace("<image>", "").strip() for turn in alternating(turns, where)]
     return list(zip(texts[::2], texts[1::2], strict=False))
 
 

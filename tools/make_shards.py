@@ -12,11 +12,17 @@ a table names the images, with `captions=folders` the folders they lie in (Image
 
     … source=imagenet captions=folders output=data/imagenet/train
 
+With `documents=FILE` (json, jsonl, csv or parquet) it makes samples of documents, in which texts and images take turns,
+in any form that docs/data.md describes; image names are relative to `source`, or to the folder of the file:
+
+    … source=vist/images documents=vist/stories.json output=data/vist/train
+
 Each sample is the image's own bytes and ``txt``. An image with several captions (COCO has five) becomes several
-samples, so that an epoch sees all; `captions_per_image=join` or `first` makes one. Images that cannot be read, files
-that are missing and empty captions are left out and counted. `holdout=0.05` keeps a twentieth of the images for
-evaluation, in ``{output}_heldout-000000.tar``. `{output}-manifest.json` lists the shards. The same source and settings
-give the same bytes; an existing set is kept until the new one is complete.
+samples, so that an epoch sees all; `captions_per_image=join` or `first` makes one. A document is ``json`` and its
+images, ``0.jpg``, ``1.png``, …. Images that cannot be read, documents with such images, files that are missing and
+empty captions are left out and counted. `holdout=0.05` keeps a twentieth of the images for evaluation, in
+``{output}_heldout-000000.tar``; documents that begin with the same image stay together. `{output}-manifest.json` lists
+the shards. The same source and settings give the same bytes; an existing set is kept until the new one is complete.
 """
 
 import io
@@ -38,7 +44,7 @@ from PIL import ExifTags, Image
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import check_file, visible_files
+from common.files import check_file, kind_of, visible_files
 from common.progress import progress
 from common.schema import ImageSection
 from common.settings import setting
@@ -57,18 +63,24 @@ from tools.captioned import (
 from tools.captioned_parquet import CaptionedParquet
 from tools.holdout import Holdout
 from tools.shard_writing import counted, heldout_prefix, in_order, new_set, write_manifest, write_shards
-from training.data.paths import PARQUET, has_suffix
+from training.data.documents import TurnWords, form_of, located, open_documents, read_segments, record_of
+from training.data.llava import read_turns
+from training.data.paths import JSON, PARQUET, TABLES, expand_paths, has_suffix
 from training.data.sources import (
     EMPTY_TEXT,
+    MALFORMED_ITEM,
     MISSING_FILE,
     ROTATED,
     UNREADABLE_IMAGE,
     SkipCounters,
     Skipped,
+    Units,
     checked_text,
 )
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # PIL's name → member; others become PNG
+DOCUMENTS = PARQUET + JSON + TABLES
+OF_CAPTIONS = ("captions", "image_column", "caption_column", "split", "captions_per_image", "txt_lines")
 CLASS_FOLDERS = "folders"  # in place of a table
 
 
@@ -77,12 +89,13 @@ class MakeShardsConfig:
     source: str = setting("???", "folder of images or of a Hugging Face data set")
     output: str = setting("???", "prefix of the shards: {output}-000000.tar")
     captions: str = setting("", "table that names images in source; folders: their classes; empty: those in source")
+    documents: str = setting("", "file, brace list or glob of documents, whose images are in source")
     image_column: str = setting("", "of a table or parquet; empty: the usual names")
     caption_column: str = setting("", "of a table or parquet; empty: the usual names")
     split: str = setting("", "of a Hugging Face data set; needed where it has several")
     captions_per_image: str = setting("each", "samples of an image", choices=("each", "join", "first"))
     txt_lines: bool = setting(False, "each line of a .txt beside an image is a caption")
-    metadata: bool = setting(False, "add a member json with the other columns")
+    metadata: bool = setting(False, "keep the other columns, or keys of a document, in the member json")
     resize: int = setting(0, "scale larger images until their shorter side is this; 0 keeps every byte", low=0)
     quality: int = setting(95, "of the JPEG and WebP images that were scaled", low=1, high=100)
     shard_size: int = setting(1000, "samples in a shard", low=1)
@@ -97,12 +110,32 @@ class MakeShardsConfig:
 # ---- where images and captions are ----
 
 
-def open_source(config) -> CaptionedSource:
-    """The images that the settings name; `UserError` if there are none, or none with a caption, or a table or column is
-    missing."""
+class DocumentSource:
+    """Documents as `CaptionedSource` has images: raw samples, in blocks of a record or a row group of parquet."""
+
+    def __init__(self, units: Units):
+        self.units, self.num_images = units, units.samples
+
+    def blocks(self, order: random.Random | None) -> Iterator[list[dict | Skipped]]:
+        numbers = range(len(self.units))
+        for number in order.sample(numbers, len(numbers)) if order else numbers:
+            yield list(self.units.read(number, order or random.Random(0)))
+
+
+def open_source(config) -> CaptionedSource | DocumentSource:
+    """The images, or documents, that the settings name; `UserError` if there are none, or none with a caption, or a
+    table or column is missing."""
     folder = Path(config.source)
     if not folder.is_dir():
         raise UserError(f"source={config.source} is no folder that exists; give the one that holds the images")
+    if config.documents:
+        given = [key for key in OF_CAPTIONS if config[key] != getattr(MakeShardsConfig, key)]
+        if given:
+            raise UserError(f"{given[0]}={config[given[0]]} is of images with captions; leave it out with documents=…")
+        files = expand_paths("documents", config.documents, DOCUMENTS)
+        if strange := [file for file in files if not has_suffix(file, DOCUMENTS)]:
+            raise UserError(f"documents: {strange[0]} is no file of {', '.join(DOCUMENTS)}")
+        return DocumentSource(open_documents(files, buffer_size=0))
     if config.captions == CLASS_FOLDERS:
         return Listing(in_class_folders(folder))
     columns = (config.image_column, config.caption_column)
@@ -131,8 +164,8 @@ def _advice(files: list[Path]) -> str:
 # ---- from images to samples ----
 
 
-def entries_of(source: CaptionedSource, config) -> Iterator[Captioned | Skipped]:
-    """One entry for each sample, each with one caption, in the order of the shards."""
+def entries_of(source: CaptionedSource | DocumentSource, config) -> Iterator[Captioned | dict | Skipped]:
+    """One entry for each sample, a document or an image with one caption, in the order of the shards."""
     rng = random.Random(config.seed) if config.shuffle else None
     for block in source.blocks(rng):
         entries = [one for entry in block for one in split_captions(entry, config.captions_per_image)]
@@ -141,9 +174,9 @@ def entries_of(source: CaptionedSource, config) -> Iterator[Captioned | Skipped]
         yield from entries
 
 
-def split_captions(entry: Captioned | Skipped, how: str) -> list[Captioned | Skipped]:
+def split_captions(entry: Captioned | dict | Skipped, how: str) -> list[Captioned | dict | Skipped]:
     """The entries with one caption that an entry becomes; `how` is the setting `captions_per_image`."""
-    if isinstance(entry, Skipped):
+    if not isinstance(entry, Captioned):
         return [entry]
     captions = [caption.strip() for caption in entry.captions]
     if not captions:
@@ -153,11 +186,13 @@ def split_captions(entry: Captioned | Skipped, how: str) -> list[Captioned | Ski
     return [replace(entry, captions=[caption]) for caption in captions]
 
 
-def make_sample(entry: Captioned | Skipped, config) -> dict[str, bytes] | Skipped:
+def make_sample(entry: Captioned | dict | Skipped, config) -> dict[str, bytes] | Skipped:
     """Members of a sample by suffix, read and checked."""
     if isinstance(entry, Skipped):
         return entry
     try:
+        if isinstance(entry, dict):
+            return document_members(entry, config)
         text = checked_text(entry.captions[0], entry.name).strip()
         if not text:
             return Skipped(EMPTY_TEXT, entry.name)
@@ -166,6 +201,33 @@ def make_sample(entry: Captioned | Skipped, config) -> dict[str, bytes] | Skippe
         return skipped
     extra = {"json": json.dumps(entry.extra, default=str).encode()} if config.metadata else {}
     return {**image, "txt": text.encode(), **extra}
+
+
+def document_members(raw: dict, config) -> dict[str, Any]:
+    """The members of a document: its images by number, and its record with their names; `Skipped` as `image_members`,
+    or if it is malformed.
+
+    A conversation stays one, since its words depend on the model.
+    """
+    record, name = record_of(raw), raw["__key__"]
+    form, keys = form_of([key for key, value in record.items() if value is not None])
+    segments, images, notes = read_segments(record, name, TurnWords()), {}, {}
+    for segment in (segment for segment in segments if "image" in segment):
+        image = located(segment["image"], raw, config.source).get("image")
+        if not isinstance(image, bytes | str):
+            raise Skipped(MALFORMED_ITEM, f"{name}: {kind_of(image)} in place of an image")
+        made = image_members(Path(image) if isinstance(image, str) else image, name, config)
+        notes |= dict.fromkeys(made.pop("_notes", ()))
+        ((suffix, data),) = made.items()
+        segment["image"] = f"{len(images)}.{suffix}"
+        images[segment["image"]] = data
+    content = {"segments": segments}
+    if "turns" in keys:
+        content = {"image": list(images), "conversations": read_turns(record[keys["turns"]], name)}
+    if config.metadata:
+        content |= {key: value for key, value in record.items() if key not in keys.values()}
+    sample = {**images, "json": json.dumps(content, default=str).encode()}
+    return sample | ({"_notes": tuple(notes)} if notes else {})
 
 
 def image_members(image: bytes | Path, name: str, config) -> dict[str, Any]:
@@ -225,7 +287,7 @@ def checked_image(
 # ---- from samples to shards ----
 
 
-def make_shards(source: CaptionedSource, config) -> tuple[dict, SkipCounters]:
+def make_shards(source: CaptionedSource | DocumentSource, config) -> tuple[dict, SkipCounters]:
     """Writes the data set; returns its manifest and the counters of seen and skipped images; `UserError` if another
     data set is there, nothing could be read, or the disk is full."""
     counters, bar = SkipCounters(), progress(total=source.num_images, unit=" samples", desc="writing shards")

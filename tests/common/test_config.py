@@ -325,7 +325,7 @@ def test_help_of_a_script_needs_no_torch(tmp_path, repository):
 def test_the_keys_that_may_change_when_a_run_is_resumed():
     free = free_keys(TrainingConfig)
     bound = {key for key in settings_of(TrainingConfig) if key.startswith(("wandb.", "experiment."))} - free
-    assert bound == {"experiment.max_train_examples_t2i", "experiment.max_train_examples_mmu"}
+    assert bound == {f"experiment.max_train_examples_{flow}" for flow in ("t2i", "mmu", "mixed")}
     assert {key for key in free if not key.startswith(("wandb.", "experiment."))} == {
         *("seed", "output_dir", "validation_prompts_file", "device", "compile", "attn_implementation"),
         *(f"dataset.params.eval_{flow}_shards_path_or_url" for flow in ("t2i", "mmu", "lm")),

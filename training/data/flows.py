@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.files import resolve_path, visible_folders
 from llava import ChatFormat, encode_conversation, encode_plain
 from models.images import ImageOptions
+from training.data.documents import DocumentSample, TurnWords, document_length, open_documents
 from training.data.image_text import (
     PIXELS_ONLY,
     Captions,
@@ -31,12 +32,22 @@ from training.data.json_records import JsonTable
 from training.data.language import Documents, text_sample
 from training.data.llava import LlavaRecords, LlavaSample
 from training.data.parquet import IMAGE_COLUMNS, TEXT_COLUMNS, ParquetUnits
-from training.data.paths import JSON, PARQUET, SHARDS, TEXT, existing_folder, expand_paths, has_suffix, is_address
+from training.data.paths import (
+    JSON,
+    PARQUET,
+    SHARDS,
+    TABLES,
+    TEXT,
+    existing_folder,
+    expand_paths,
+    has_suffix,
+    is_address,
+)
 from training.data.shards import ShardUnits, check_codes, manifests, promised_samples, read_shards, tokenizer_sha256
 from training.data.sources import Epochs, Resampled, Source, Units
 from training.data.streams import Flow, Transform
 
-SORTS = (SHARDS, PARQUET, JSON + TEXT)  # the files of a flow are all of one of these kinds
+SORTS = (SHARDS, PARQUET, JSON + TEXT + TABLES)  # the files of a flow are all of one of these kinds
 LLAVA = ("llava_pretrain", "llava_tuning")
 
 
@@ -293,7 +304,34 @@ class LanguageReader(FlowReader):
         return text_sample
 
 
-class ImageTextReader(FlowReader):
+class ShowoImageReader(FlowReader):
+    """A flow with images, which may be files that are named by the data."""
+
+    @property
+    def max_samples(self) -> int | None:
+        return self.config.experiment[f"max_train_examples_{self.name}"] if self.training else None
+
+    def checks(self) -> list[Callable]:
+        key = self._root_key()
+        return super().checks() + ([partial(existing_folder, f"dataset.params.{key}", self.params[key])] if key else [])
+
+    def _root_key(self) -> str:
+        """The key of the folder that image file names are relative to; empty if none is given, or no names are read."""
+        keys = (f"{split}_{self.name}_image_root" for split in (self.split, "train"))
+        return next((key for key in keys if self.params[key]), "")
+
+    def refuses_codes(self, reading: Reading) -> str:
+        return self.images(reading).refuses_codes()
+
+    def images(self, reading: Reading, **settings) -> ImageTransform:
+        """The transform of the images; `settings` of `ImageTransform`."""
+        preprocessing, model, root = self.config.dataset.preprocessing, self.config.model.showo, self._root_key()
+        sizes = preprocessing.resolution, model.num_vq_tokens, model.codebook_size
+        settings = {"flip": preprocessing.random_flip and self.training, "options": self.image_options()} | settings
+        return ImageTransform(*sizes, root=_resolved(self.params[root]) if root else None, **settings)
+
+
+class ImageTextReader(ShowoImageReader):
     """Images with texts, of the kind that a setting names."""
 
     kind_key: ClassVar[str]
@@ -308,22 +346,12 @@ class ImageTextReader(FlowReader):
     def title(self) -> str:
         return f"dataset.{self.kind_key} {self.kind!r}"
 
-    @property
-    def max_samples(self) -> int | None:
-        return self.config.experiment[f"max_train_examples_{self.name}"] if self.training else None
-
     def checks(self) -> list[Callable]:
         checks = super().checks()
-        if key := self._root_key():
-            checks.append(partial(existing_folder, f"dataset.params.{key}", self.params[key]))
         return [*checks, self._check_captions] if self._has_captions() else checks
 
     def _root_key(self) -> str:
-        """The key of the folder that image file names are relative to; empty if none is given, or no names are read."""
-        if self.kind not in LLAVA and not self.kind.endswith("_parquet"):
-            return ""
-        keys = (f"{split}_{self.name}_image_root" for split in (self.split, "train"))
-        return next((key for key in keys if self.params[key]), "")
+        return super()._root_key() if self.kind in LLAVA or self.kind.endswith("_parquet") else ""
 
     def _has_captions(self) -> bool:
         """Whether its texts are captions, which may come from elsewhere."""
@@ -347,16 +375,6 @@ class ImageTextReader(FlowReader):
         folders = [params[f"external_{key}caption_path"] for key in ("", "laion12m_", "cc12m_")]
         table = _resolved(params.external_journeydb_caption_path)
         return ExternalCaptions(*map(_resolved, folders), JsonTable(table) if table else None)
-
-    def refuses_codes(self, reading: Reading) -> str:
-        return self.images(reading).refuses_codes()
-
-    def images(self, reading: Reading, **settings) -> ImageTransform:
-        """The transform of the images; `settings` of `ImageTransform`."""
-        preprocessing, model, root = self.config.dataset.preprocessing, self.config.model.showo, self._root_key()
-        sizes = preprocessing.resolution, model.num_vq_tokens, model.codebook_size
-        settings = {"flip": preprocessing.random_flip and self.training, "options": self.image_options()} | settings
-        return ImageTransform(*sizes, root=_resolved(self.params[root]) if root else None, **settings)
 
     def transform(self, reading: Reading) -> Transform:
         return self.sample(self.images(reading), Captions(self._captions(), shorten=True), reading)
@@ -422,6 +440,31 @@ class MmuReader(ImageTextReader):
                 raise UserError(f"conversation=chat: {error}") from None
         room = reading.text_length or self.config.dataset.preprocessing.max_seq_length
         return LlavaSample(images, encode, reading.tokenizer, room)
+
+
+class MixedReader(ShowoImageReader):
+    """Documents, in which texts and images take turns, in any of the forms of `training.data.documents`."""
+
+    formats = SHARDS + PARQUET + JSON + TABLES
+
+    def units(self, paths: list[str]) -> Units:
+        return open_documents(paths, self.params.shuffle_buffer_size)
+
+    def images(self, reading: Reading) -> ImageTransform:
+        return super().images(reading, flip=False)  # a text may say left
+
+    def transform(self, reading: Reading) -> Transform:
+        try:
+            words = TurnWords.of(self.config.conversation, reading.tokenizer)
+        except ValueError as error:
+            raise UserError(f"conversation=chat: {error}") from None
+        images, is_clean = self.images(reading), self.config.mixed.history == "clean"
+        most = self.config.mixed.max_length
+        if most is None:
+            one = [{"text": "", "loss": True}, {"loss": True}]
+            lengths = [self.config.dataset.preprocessing.max_seq_length - 2, images.num_codes]
+            most = document_length(one * 4, lengths * 4, is_clean)
+        return DocumentSample(images, reading.tokenizer, words, most, is_clean)
 
 
 def _resolved(path: str | None) -> str | None:

@@ -7,9 +7,12 @@ Here the workers share the file and an array of byte offsets.
 import hashlib
 import json
 import mmap
+import random
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import check_file, is_wide, open_utf8, parse_json
+from training.data.sources import MISSING_FILE, Skipped
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _scan = json.JSONDecoder().raw_decode
@@ -52,6 +56,33 @@ class JsonRecords:
     def __getitem__(self, index: int) -> bytes:
         """The bytes of one record."""
         return _read(self.path, *self.places[index])
+
+
+class RecordUnits:
+    """Records of several files, undecoded, as units of one sample each.
+
+    Args:
+        files: each with its `path`, its length, and the bytes of a record by number, as `JsonRecords`.
+    """
+
+    def __init__(self, files: Sequence[JsonRecords]):
+        self.files = files
+        self.ends = list(accumulate(len(file) for file in files))
+        self.samples = self.ends[-1]
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def read(self, index: int, rng: random.Random) -> Iterator[dict | Skipped]:
+        number = bisect_right(self.ends, index)
+        file = self.files[number]
+        place = index - self.ends[number] + len(file)
+        try:
+            yield {"__key__": f"{file.path}: record {place}", "__url__": file.path, "json": file[place]}
+        except Skipped as skipped:
+            yield skipped
+        except OSError as error:
+            yield Skipped(MISSING_FILE, f"{file.path}: {error}")
 
 
 class JsonTable:

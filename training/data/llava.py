@@ -2,17 +2,15 @@
 
 import logging
 import random
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from common.errors import UserError
 from common.files import kind_of, parse_json
 from llava.conversation import IGNORE_INDEX
 from training.data.image_text import ImageTransform, noted
-from training.data.json_records import JsonRecords
+from training.data.json_records import JsonRecords, RecordUnits
 from training.data.shards import members_of
 from training.data.sources import BAD_CONVERSATION, CUT, MALFORMED_ITEM, MISSING_FILE, Skipped, checked_text
 
@@ -45,14 +43,9 @@ class LlavaRecord:
             record = parse_json(raw, name, dict)
         except UserError as error:
             raise Skipped(MALFORMED_ITEM, str(error)) from None
-        turns = next((record[key] for key in TURNS if record.get(key) is not None), None)
-        if isinstance(turns, list) and turns and _is_system(turns[0]):
-            turns = turns[1:]
         if not any(key in record for key in TURNS):
             raise Skipped(MALFORMED_ITEM, f"{name}: a record needs 'conversations', got {record!r:.80}")
-        if not isinstance(turns, list) or not turns:
-            raise Skipped(BAD_CONVERSATION, f"{name}: the conversation is {kind_of(turns)}, no list of turns")
-        turns = [_turn(turn, f"{name}: turn {index}") for index, turn in enumerate(turns)]
+        turns = read_turns(next((record[key] for key in TURNS if record.get(key) is not None), None), name)
         if not isinstance(image := image_of(record), str | None):
             raise Skipped(MALFORMED_ITEM, f"{name}: 'image' is {kind_of(image)}, expected one file name")
         return cls(image, turns, record)
@@ -62,6 +55,24 @@ def image_of(record: dict) -> Any:
     """What a record says of its image, a list of one as that one; None where there is no image."""
     image = next((record[key] for key in IMAGES if record.get(key) not in (None, "", [])), None)
     return image[0] if isinstance(image, list) and len(image) == 1 else image
+
+
+def read_turns(turns: Any, name: str) -> list[dict]:
+    """The turns of a conversation in LLaVA's words, without a leading ``system`` turn; `Skipped` if they are none."""
+    if isinstance(turns, list) and turns and _is_system(turns[0]):
+        turns = turns[1:]
+    if not isinstance(turns, list) or not turns:
+        raise Skipped(BAD_CONVERSATION, f"{name}: the conversation is {kind_of(turns)}, no list of turns")
+    return [_turn(turn, f"{name}: turn {index}") for index, turn in enumerate(turns)]
+
+
+def alternating(turns: list[dict], name: str) -> list[dict]:
+    """The turns without a leading answer; `Skipped` if questions and answers do not alternate."""
+    if turns and turns[0]["from"] == "gpt":
+        turns = turns[1:]
+    if any(turn["from"] != ("human", "gpt")[number % 2] for number, turn in enumerate(turns)):
+        raise Skipped(BAD_CONVERSATION, f"{name}: questions and answers do not alternate: {turns!r:.80}")
+    return turns
 
 
 def _is_system(turn: Any) -> bool:
@@ -78,30 +89,16 @@ def _turn(turn: Any, name: str) -> dict:
     return {"from": role, "value": checked_text(text, name)}
 
 
-class LlavaRecords:
+class LlavaRecords(RecordUnits):
     """Records of LLaVA jsons, undecoded; those without an image are left out; `UserError` if a file is no JSON list, or
     no record has an image."""
 
     def __init__(self, paths: list[str]):
-        self.files = [JsonRecords(path, keep=has_image) for path in paths]
-        self.ends = list(accumulate(len(file) for file in self.files))
-        self.samples = self.ends[-1]
+        super().__init__([JsonRecords(path, keep=has_image) for path in paths])
         if left_out := sum(file.left_out for file in self.files):
             logger.info("%s: %d records without an image are left out", ", ".join(paths), left_out)
         if not self.samples:
             raise UserError(f"{', '.join(paths)} hold(s) no record with an image")
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def read(self, index: int, rng: random.Random) -> Iterator[dict | Skipped]:
-        number = bisect_right(self.ends, index)
-        file = self.files[number]
-        place = index - self.ends[number] + len(file)
-        try:
-            yield {"__key__": f"{file.path}: record {place}", "__url__": file.path, "json": file[place]}
-        except OSError as error:
-            yield Skipped(MISSING_FILE, f"{file.path}: {error}")
 
 
 def has_image(record: Any) -> bool:

@@ -58,7 +58,7 @@ class ParquetUnits:
     def __init__(
         self, paths: list[str], columns: dict[str, tuple[str, ...]], settings: dict[str, str], buffer_size: int = 1000
     ):
-        self.paths, self.buffer_size = paths, buffer_size
+        self.paths, self.wanted, self.settings, self.buffer_size = paths, columns, settings, buffer_size
         with ThreadPoolExecutor(16) as pool:
             footers = list(pool.map(read_footer, paths))
         if not any(sum(footer.rows) for footer in footers):
@@ -66,9 +66,7 @@ class ParquetUnits:
             raise UserError(f"{paths[0]} and {len(paths) - 1} more hold not a single row{why}")
         self.columns = []  # of each file: column → its name in the raw sample
         for path, footer in zip(paths, footers, strict=True):
-            names = () if footer.error else columns
-            chosen = {choose_column(path, footer.schema.names, columns[name], settings[name]): name for name in names}
-            self.columns.append(chosen)
+            self.columns.append({} if footer.error else self._chosen(path, footer.schema.names))
         # Numbers in arrays: loader workers share them, while lists would be copied as they are counted.
         self.file_of = np.repeat(np.arange(len(paths)), [len(footer.rows) for footer in footers])
         self.group_of = np.concatenate([np.arange(len(footer.rows)) for footer in footers])
@@ -77,6 +75,10 @@ class ParquetUnits:
         mean = max(1, round(sum(whole) / len(whole)))  # estimate for files without a readable footer
         rows = [[mean] if footer.error else footer.rows for footer in footers]
         self.rows_of = np.concatenate(rows)
+
+    def _chosen(self, path: str, found: list[str]) -> dict[str, str]:
+        """Those columns of a file that are read → their names in the raw sample."""
+        return {choose_column(path, found, names, self.settings[name]): name for name, names in self.wanted.items()}
 
     def __len__(self) -> int:
         return len(self.file_of)

@@ -17,7 +17,8 @@ SHARDS = (".tar", ".tgz", ".tar.gz")
 PARQUET = (".parquet",)
 JSON = (".json", ".jsonl")
 TEXT = (".jsonl", ".txt")
-FOLDER_SORTS = (SHARDS, PARQUET, (".jsonl",), (".json",), (".txt",))  # manifests and notes lie beside the data
+TABLES = (".csv", ".tsv")
+FOLDER_SORTS = (SHARDS, PARQUET, (".jsonl",), TABLES, (".json",), (".txt",))  # manifests and notes lie beside the data
 NAMED = 20  # missing files that a message names
 MOST_NAMES = 100_000  # that a brace list may stand for
 # A letter that is escaped, a range, and other signs of brace lists.

@@ -142,14 +142,18 @@ EMPTY_TEXT = "empty_text"
 MALFORMED_ITEM = "malformed_item"  # parts are missing, of the wrong type, or cannot be parsed
 BAD_CONVERSATION = "bad_conversation"  # turns out of order, or no supervised token
 BAD_CODES = "bad_codes"  # of another length or range than the model's
-KINDS = (UNREADABLE_IMAGE, TRUNCATED_SHARD, MISSING_FILE, EMPTY_TEXT, MALFORMED_ITEM, BAD_CONVERSATION, BAD_CODES)
+BAD_DOCUMENT = "bad_document"  # images that do not match its texts, or nothing learned within its length
+KINDS = (UNREADABLE_IMAGE, TRUNCATED_SHARD, MISSING_FILE, EMPTY_TEXT, MALFORMED_ITEM)
+KINDS += (BAD_CONVERSATION, BAD_CODES, BAD_DOCUMENT)
 
 # What is noted of samples that are used.
 ROTATED = "rotated"  # by EXIF data that were not applied
 CUT = "cut"  # the text is longer than the row has room for
+CUT_DOCUMENT = "cut_document"  # the document has more segments than its row has room for
 NOTES = {
     ROTATED: "images carry a rotation, ignored as published (such as {}); image.exif=apply turns them",
     CUT: "texts are longer than a row has room for, and cut (such as {}); see dataset.preprocessing.max_seq_length",
+    CUT_DOCUMENT: "documents are longer than mixed.max_length, and cut after a whole segment (such as {})",
 }
 
 

@@ -28,6 +28,8 @@ from training.data.sources import GIVE_UP, NOTES, SkipCounters, Skipped, Source,
 
 logger = logging.getLogger(__name__)
 
+SEGMENTS = "segments"  # of a document
+SEGMENT_COLUMNS = {"image": "segments/image", "codes": "segments/codes"}  # tensors of a segment → a batch's of all
 ENOUGH_SEEN = 200  # raw samples after which the share of skipped ones is judged
 
 Transform = Callable[[Any, random.Random], Any]  # (raw sample, its own generator) → sample; raises Skipped
@@ -79,11 +81,23 @@ def pack(samples: list) -> Any:
     """Samples that are dictionaries → columns, in which tensors of one shape are stacked; others are unchanged.
 
     Every tensor that a worker sends takes a file handle: with one per image, 32 workers would exhaust the usual limit
-    of a thousand. Arrays are sent by value, which is slower for large ones.
+    of a thousand. Arrays are sent by value, which is slower for large ones. The tensors of documents are therefore
+    columns of their own, `SEGMENT_COLUMNS`.
     """
     if not isinstance(samples[0], dict) or any(sample.keys() != samples[0].keys() for sample in samples):
         return samples  # texts, and batches in which some samples have pixels and others codes
-    return {key: _column([sample[key] for sample in samples]) for key in samples[0]}
+    columns = {key: _column([sample[key] for sample in samples]) for key in samples[0]}
+    if SEGMENTS in columns:
+        segments = [segment for document in columns[SEGMENTS] for segment in document]
+        for key, column in SEGMENT_COLUMNS.items():
+            if tensors := [segment[key] for segment in segments if key in segment]:
+                columns[column] = torch.stack(tensors)
+        columns[SEGMENTS] = [[_without_tensors(segment) for segment in document] for document in columns[SEGMENTS]]
+    return columns
+
+
+def _without_tensors(segment: dict) -> dict:
+    return {key: None if key in SEGMENT_COLUMNS else value for key, value in segment.items()}
 
 
 def _column(values: list) -> torch.Tensor | list:
@@ -97,13 +111,22 @@ def unpack(packed: Any) -> Batch:
     if not isinstance(packed, dict):
         return Batch([unpack(pack([s]))[0] if isinstance(s, dict) else s for s in packed])
     stacked = {key: column for key, column in packed.items() if isinstance(column, torch.Tensor)}
-    if "image" in stacked and stacked["image"].dtype == torch.uint8:
-        stacked["image"] = normalized(stacked["image"])
+    for key in ("image", SEGMENT_COLUMNS["image"]):
+        if key in stacked and stacked[key].dtype == torch.uint8:
+            stacked[key] = normalized(stacked[key])
+    if SEGMENTS in packed:
+        rows = {key: iter(stacked.pop(column, ())) for key, column in SEGMENT_COLUMNS.items()}
+        packed = {key: column for key, column in packed.items() if key not in SEGMENT_COLUMNS.values()}
+        packed[SEGMENTS] = [[_with_tensors(segment, rows) for segment in document] for document in packed[SEGMENTS]]
     columns = [
         [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in column]
         for column in (packed | stacked).values()
     ]
     return Batch([dict(zip(packed, values, strict=True)) for values in zip(*columns, strict=True)], stacked)
+
+
+def _with_tensors(segment: dict, rows: dict[str, Iterator[torch.Tensor]]) -> dict:
+    return {key: next(rows[key]) if key in rows else value for key, value in segment.items()}
 
 
 @dataclass

@@ -3,15 +3,20 @@
 Python's csv module drops what is beyond the last column, and an unbalanced quotation mark swallows the rows after it.
 """
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from common.errors import UserError
+from common.files import read_text
 from training.data.paths import IMAGES, has_suffix
+from training.data.sources import MALFORMED_ITEM, Skipped
 
 DELIMITERS = ("\t", "|", ";", ",")
 LINE_END = re.compile(r"\r\n|\r|\n")
+MAX_TABLE = 2**32  # bytes
 UNBALANCED = "a quotation mark opens a cell that it does not close"
 
 
@@ -141,3 +146,32 @@ class Delimited:
             row.cells[width - 1 :] = [self.delimiter.join(prose).lstrip(" ")]
         if len(row.cells) != width:
             row.problem = row.problem or f"it has {len(row.cells)} cells, the header {width}"
+
+
+class DelimitedRecords:
+    """The rows of a table as JSON objects by column, in the way of `JsonRecords`.
+
+    Args:
+        path: the file.
+        prose: columns of prose, see `Delimited.rows`.
+
+    Raises:
+        UserError: the file cannot be read, or has no header.
+    """
+
+    def __init__(self, path: str, prose: Collection[str] = ()):
+        self.path = path
+        table = Delimited(read_text(path, limit=MAX_TABLE))
+        if not table.header:
+            raise UserError(f"{path} is empty")
+        self.header, self.rows = table.header, list(table.rows(text_is_last=table.header[-1] in prose))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> bytes:
+        """One row; `Skipped` if it does not parse."""
+        row = self.rows[index]
+        if row.problem:
+            raise Skipped(MALFORMED_ITEM, f"{self.path}: {row.problem}")
+        return json.dumps(dict(zip(self.header, row.cells, strict=True))).encode()

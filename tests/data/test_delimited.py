@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.delimited import UNBALANCED, Delimited
+from training.data.delimited import UNBALANCED, Delimited
 
 
 def rows_of(text: str, text_is_last: bool = True) -> list:
