@@ -328,8 +328,8 @@ def test_the_keys_that_may_change_when_a_run_is_resumed():
     assert bound == {f"experiment.max_train_examples_{flow}" for flow in ("t2i", "mmu", "mixed")}
     assert {key for key in free if not key.startswith(("wandb.", "experiment."))} == {
         *("seed", "output_dir", "validation_prompts_file", "device", "compile", "attn_implementation"),
-        *(f"dataset.params.eval_{flow}_shards_path_or_url" for flow in ("t2i", "mmu", "lm")),
-        *(f"dataset.params.eval_{flow}_image_root" for flow in ("t2i", "mmu")),
+        *(f"dataset.params.eval_{flow}_shards_path_or_url" for flow in ("t2i", "mmu", "lm", "mixed")),
+        *(f"dataset.params.eval_{flow}_image_root" for flow in ("t2i", "mmu", "mixed")),
         *(f"dataset.params.{key}" for key in ("validation_prompts_file", "pin_memory", "persistent_workers")),
         *(
             "dataset.params.resolution",
