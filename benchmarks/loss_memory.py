@@ -63,7 +63,8 @@ def peak(kind: str) -> float:
     if kind == "published":
         loss = sum(published.losses(model, ids, mask, labels, COUNTS, MAX_TEXT))
     else:
-        objective = Objective.from_labels(labels, COUNTS, MAX_TEXT, coefficients=(1.0, 1.0, 1.0))
+        equal = dict.fromkeys(("t2i", "lm", "mmu"), 1.0)
+        objective = Objective.from_labels(labels, COUNTS, MAX_TEXT, coefficients=equal)
         loss = model(ids, mask, objective).loss
     loss.backward()
     assert hidden.grad is not None and model.showo.lm_head.weight.grad is not None

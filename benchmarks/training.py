@@ -45,7 +45,7 @@ from training.optimization import adamw, enable_gradient_checkpointing
 from training.packing import PACKED_SDPA, Packing
 
 KINDS = ("published", "ours", "ours, packed", "ours, packed, checkpointing")
-COEFFICIENTS = (1.0, 0.1, 1.0)  # t2i, lm, mmu
+COEFFICIENTS = {"t2i": 1.0, "lm": 0.1, "mmu": 1.0}
 TINY = str(report.ROOT / "checkpoints" / "showo-tiny" / "llm")
 # glibc keeps freed blocks of up to 32 MiB, which made half of the peaks; with this, larger ones go back at once. It
 # costs time, so that is measured without it.
@@ -160,7 +160,7 @@ def losses_of(
     """The weighted loss with its graph; t2i, lm and mmu loss."""
     if kind == "published":
         parts = published.losses(model, batch.ids, batch.mask, batch.labels, batch.counts, batch.max_text)
-        return sum(c * part for c, part in zip(COEFFICIENTS, parts, strict=True)), list(parts)
+        return sum(c * part for c, part in zip(COEFFICIENTS.values(), parts, strict=True)), list(parts)
     out = model(batch.ids, batch.mask, objective)
     return out.loss, [out.loss_t2i, out.loss_lm, out.loss_mmu]
 

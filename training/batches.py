@@ -74,7 +74,7 @@ class BatchBuilder:
         vq_model: pixels → codes.
         noise: the t2i masking rule.
         understanding: builds the mmu rows of its branch (see `training/understanding.py`).
-        row_length: L of all rows.
+        row_length: L of all rows but documents.
         device: of the model.
         packing_length: length limit of packed rows (sample packing); None: one sample per row.
         bf16: whether the image tokenizer encodes under bf16 autocast, which changes some codes.
@@ -97,7 +97,9 @@ class BatchBuilder:
     def of(cls, config, vocabulary: Vocabulary, prompting: UniversalPrompting, vq_model, understanding, device):
         """The builder of a run; `vocabulary` of its model."""
         training = config.training
-        row_length = config.model.showo.num_vq_tokens + 3 + prompting.max_text_len
+        row_length = longest = config.model.showo.num_vq_tokens + 3 + prompting.max_text_len
+        if training.batch_size_mixed:
+            longest = max(row_length, MixedReader(config, "mixed").max_length)
         return cls(
             prompting,
             vq_model,
@@ -105,7 +107,7 @@ class BatchBuilder:
             understanding,
             row_length,
             device,
-            packing_length=packing_length(config.dataset, row_length),
+            packing_length=packing_length(config.dataset, longest),
             bf16=training.vq_dtype == "bf16",
             coefficients={name: training[f"{name}_coeff"] for name in FLOWS}
             | {"mixed_text": training.mixed_coeff * config.mixed.text_weight},

@@ -40,7 +40,7 @@ def test_the_limit_counts_what_is_not_padding(monkeypatch):
     found = training.limit(training.parse(["--size", "tiny", "--rows", "6"]))
     size = training.sizes("tiny")
     batch, hidden = training.make_batch(size, 6), size.config.backbone_config().hidden_size
-    supervised = sum(training.objective_of("ours", batch, size.config).counts)
+    supervised = sum(training.objective_of("ours", batch, size.config).counts.values())
     assert found["parts"]["head"] == pytest.approx(3 * 2 * supervised * hidden * 4907 / 1e9)
     assert found["parts"]["optimiser"] == pytest.approx(28 * 3_615_851 / 1e9)
     assert found["seconds"] == pytest.approx(sum(found["parts"].values()))

@@ -144,7 +144,7 @@ def test_the_head_runs_at_supervised_positions_only(model, batch, monkeypatch):
     with torch.no_grad():
         assert model(ids, mask, labels=labels, **LOSSES).logits is None
         assert shapes == [(count, 64) for count in supervised] and sum(supervised) < ids.numel() / 2
-        model(ids, mask, objective_of(labels, coefficients=(1, 0.1, 1)))
+        model(ids, mask, objective_of(labels, coefficients={"t2i": 1, "lm": 0.1, "mmu": 1}))
     assert shapes[3:] == [(sum(supervised), 64)], "all tasks at once where they make one loss"
 
 

@@ -6,6 +6,7 @@ import torch
 from models import OmniMask
 from tests.training import tiny
 from tests.training.tiny import CAPTIONS, MAX_TEXT, NUM_TOKENS, items
+from training.batches import FLOWS
 
 LENGTH = MAX_TEXT + 1 + NUM_TOKENS + 2
 
@@ -32,7 +33,7 @@ THREE = {"t2i": items(CAPTIONS[:3]), "lm": ["some words", "more of them"], "mmu"
 def test_rows_come_in_the_order_t2i_lm_mmu_whatever_the_order_of_the_flows(builder):
     batch = builder(dict(reversed(THREE.items())))
     vocabulary = builder.prompting.vocabulary
-    assert batch.rows == {"t2i": 3, "lm": 2, "mmu": 1}
+    assert batch.rows == {"t2i": 3, "lm": 2, "mmu": 1, "mixed": 0}
     assert batch.input_ids.shape == batch.labels.shape == (6, LENGTH)
     assert (batch.input_ids[:3] == vocabulary.t2i_id).any(1).all()
     assert batch.input_ids[3:5, 0].tolist() == [builder.prompting.bos_id] * 2
@@ -65,11 +66,11 @@ def test_the_mask_of_each_row_is_the_one_its_ids_ask_for(builder, model):
 @pytest.mark.parametrize("flows", [("t2i",), ("lm",), ("mmu",), ("lm", "mmu"), ("t2i", "mmu")])
 def test_absent_flows_have_no_rows_and_no_loss(builder, model, flows):
     batch = builder({name: THREE[name] for name in flows})
-    assert batch.rows == {name: len(THREE[name]) if name in flows else 0 for name in ("t2i", "lm", "mmu")}
+    assert batch.rows == {name: len(THREE[name]) if name in flows else 0 for name in FLOWS}
     assert (batch.mask_prob is None) == ("t2i" not in flows)
     with torch.no_grad():
         out = model(**batch.forward_arguments())
-    for name in ("t2i", "lm", "mmu"):
+    for name in FLOWS:
         loss = out.losses[name].item()
         assert loss > 4 if name in flows else loss == 0
 
@@ -81,7 +82,8 @@ def test_a_batch_gives_each_flow_the_loss_it_has_alone(builder, model):
             return model(**builder({name: THREE[name] for name in names}).forward_arguments()).losses
 
     alone = {name: losses_of(name)[name] for name in THREE}
-    torch.testing.assert_close(losses_of(*THREE), alone)
+    together = losses_of(*THREE)
+    torch.testing.assert_close({name: together[name] for name in THREE}, alone)
 
 
 @pytest.mark.parametrize("length", [None, LENGTH])

@@ -125,12 +125,12 @@ def test_what_labels_supervise():
     labels[1, :3] = torch.tensor([10, 11, 12])  # lm: shifted, its first label is nobody's
     labels[2, 6:] = torch.tensor([20, 21])
     found = Objective.from_labels(labels, (1, 1, 1), max_seq_length=4)
-    assert found.counts == (3, 2, 2)
+    assert found.counts == {"t2i": 3, "lm": 2, "mmu": 2}
     assert found.index.tolist() == [5, 6, 7, 8, 9, 21, 22]
     assert found.targets.tolist() == [5, 6, 7, 11, 12, 20, 21]
     torch.testing.assert_close(found.position_weights((1, 0.1, 2)), torch.tensor([1 / 3] * 3 + [0.05] * 2 + [1.0] * 2))
     empty = Objective.from_labels(labels[2:], (0, 0, 1), max_seq_length=4)
-    assert empty.counts == (0, 0, 2) and empty.position_weights((1, 1, 1)).tolist() == [0.5, 0.5]
+    assert empty.counts == {"t2i": 0, "lm": 0, "mmu": 2} and empty.position_weights((1, 1, 1)).tolist() == [0.5, 0.5]
 
 
 @pytest.mark.slow
@@ -142,6 +142,8 @@ def test_a_compiled_model_is_not_compiled_anew_for_each_batch():
     for supervised, rows in ((5, (2, 1, 1)), (3, (1, 2, 1)), (7, (1, 0, 3)), (2, (0, 4, 0))):
         labels = torch.full((4, 31), -100)
         labels[:, 31 - supervised :] = 5
-        objective = Objective.from_labels(labels, rows, 12, coefficients=(1.0, 0.1, 1.0), statistics=True)
+        objective = Objective.from_labels(
+            labels, rows, 12, coefficients={"t2i": 1.0, "lm": 0.1, "mmu": 1.0}, statistics=True
+        )
         forward(labels.clamp(min=0), OmniMask.lm(4, 31), objective).loss.backward()
     assert len(graphs) == 1

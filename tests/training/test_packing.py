@@ -116,7 +116,7 @@ def test_losses_gradients_and_statistics_equal_those_of_rows_with_padding(implem
     smoothing = {"label_smoothing": 0.1 * (seed % 2)}
     expected = losses_and_gradients(tiny_showo(**clip), batch, objective_of(batch, **smoothing))
     model = tiny_showo(attn_implementation=implementation, **clip)
-    for coefficients in (None, (1.0, 0.3, 2.0)):
+    for coefficients in (None, {"t2i": 1.0, "lm": 0.3, "mmu": 2.0}):
         objective = objective_of(batch, LENGTH + 17 * seed, coefficients=coefficients, **smoothing)
         assert objective.packing.num_positions <= batch[0].numel()
         found = losses_and_gradients(model, batch, objective)

@@ -458,13 +458,21 @@ class MixedReader(ShowoImageReader):
             words = TurnWords.of(self.config.conversation, reading.tokenizer)
         except ValueError as error:
             raise UserError(f"conversation=chat: {error}") from None
-        images, is_clean = self.images(reading), self.config.mixed.history == "clean"
-        most = self.config.mixed.max_length
-        if most is None:
-            one = [{"text": "", "loss": True}, {"loss": True}]
-            lengths = [self.config.dataset.preprocessing.max_seq_length - 2, images.num_codes]
-            most = document_length(one * 4, lengths * 4, is_clean)
-        return DocumentSample(images, reading.tokenizer, words, most, is_clean)
+        return DocumentSample(self.images(reading), reading.tokenizer, words, self.max_length, self.is_clean)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether images that are learned stand twice in a row."""
+        return self.config.mixed.history == "clean"
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a document."""
+        if self.config.mixed.max_length is not None:
+            return self.config.mixed.max_length
+        one = [{"text": "", "loss": True}, {"loss": True}]
+        lengths = [self.config.dataset.preprocessing.max_seq_length - 2, self.config.model.showo.num_vq_tokens]
+        return document_length(one * 4, lengths * 4, self.is_clean)
 
 
 def _resolved(path: str | None) -> str | None:
