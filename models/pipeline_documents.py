@@ -51,8 +51,8 @@ class DocumentPipeline(PipelineParts):
             The new segments, strings and images in order; of several documents a list of such lists.
 
         Raises:
-            UserError: a text holds a special token; the model sees images through CLIP-ViT; a document is empty, or has
-                more positions than the model knows.
+            UserError: a text holds a special token; the model sees images through CLIP-ViT; a document is empty, or
+                takes more positions, with the images of a plan, than the model knows.
         """
         several = bool(segments) and all(isinstance(one, list | tuple) for one in segments)
         documents = list(segments) if several else [segments]
@@ -113,11 +113,14 @@ class DocumentPipeline(PipelineParts):
         if open_text is None:
             open_text = bool(plan) and plan[0] == TEXT and all("text" in segments[-1] for segments in prepared)
         rows = self.prompting((prepared, open_text), "mixed_gen")
-        if (used := rows.input_ids.shape[1]) >= self.num_positions:
+        used = rows.input_ids.shape[1]
+        needed = used + sum(self.window**2 + 2 if kind == IMAGE else 2 for kind in plan or (TEXT,))
+        if needed > self.num_positions:
             raise UserError(
-                f"a document has {used} tokens, but the model knows {self.num_positions} positions; shorten it"
+                f"a document has {used} tokens, and at least {needed} with what is to come, but the model knows "
+                f"{self.num_positions} positions; shorten it"
             )
-        if "text_guidance_scale" in settings:
+        if settings.get("text_guidance_scale") is not None:
             guidance_scale = 0.0
         words = _Words(self, on_new) if on_new is not None else None
         made = self.model.document_generate(

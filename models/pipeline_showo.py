@@ -451,7 +451,9 @@ class ShowoPipeline(DocumentPipeline):
         """
         if isinstance(settings.get("generator"), Integral):
             settings["generator"] = self.generator(int(settings["generator"]))
-        self.check_questions(questions, **{key: settings[key] for key in ("max_new_tokens",) if key in settings})
+        most = max((len(image) for image in images if isinstance(image, list | tuple)), default=1)
+        given = {key: settings[key] for key in ("max_new_tokens",) if key in settings}
+        self.check_questions(questions, num_images=max(most, 1), **given)
         pairs = [(image, question) for image in range(len(images)) for question in range(len(questions))]
         for batch in batches(pairs, batch_size):
             streamers = [_AnswerStreamer(self, stream, pair) for pair in batch] if stream else []
@@ -518,15 +520,23 @@ class ShowoPipeline(DocumentPipeline):
         logits = self.model(input_ids, mask, **rows).logits[0, -ids.shape[1] - 1 : -1].float()  # (answer, vocabulary)
         return float(F.cross_entropy(logits, ids[0])), bool((logits.argmax(dim=-1) == ids[0]).all())
 
-    def check_questions(self, questions: Sequence[str | None], max_new_tokens: int = MAX_NEW_TOKENS) -> None:
-        """Raises `UserError` for a question with a special token, or with more positions than the model has."""
-        image_ids = torch.zeros(1, self.window**2, dtype=torch.long)
+    def check_questions(
+        self, questions: Sequence[str | None], max_new_tokens: int = MAX_NEW_TOKENS, num_images: int = 1
+    ) -> None:
+        """Raises `UserError` for a question with a special token, or with more positions than the model has.
+
+        Args:
+            num_images: that each of them is about.
+        """
+        image_ids = torch.zeros(num_images, self.window**2, dtype=torch.long)
         for question in questions:
-            used = self._rows([question], image_ids).input_ids.shape[1]
+            used = self._rows([question], image_ids, [num_images] if num_images > 1 else None).input_ids.shape[1]
             if used + max_new_tokens > (limit := self.num_positions):
                 remedy = f"give at most max_new_tokens={limit - used}" if used < limit else "shorten the question"
+                what = "the image" if num_images == 1 else f"the {num_images} images"
+                remedy += " or ask about fewer images" * (num_images > 1)
                 raise UserError(
-                    f"the image and the question {question!r:.60} take {used} positions, which with max_new_tokens="
+                    f"{what} and the question {question!r:.60} take {used} positions, which with max_new_tokens="
                     f"{max_new_tokens} is more than the {limit} that the model knows; {remedy}"
                 )
 

@@ -57,6 +57,14 @@ def test_edits(pipeline, images):
     assert len(with_two) == 1
 
 
+def test_scales_that_are_none_are_not_given(pipeline, images):
+    one, other = (
+        pipeline.edit(images[0], "w4", guidance_scale=9.0, **more, **FAST)[0]
+        for more in ({}, {"text_guidance_scale": None, "image_guidance_scale": None})
+    )
+    assert same(one, other) and not same(one, pipeline.edit(images[0], "w4", guidance_scale=0.0, **FAST)[0])
+
+
 def test_stories(pipeline):
     story = pipeline.tell("w1 w2", num_images=2, **FAST)
     assert [type(one) for one in story] == [str, Image.Image, str, Image.Image] and story[0] == "w1 w2"
@@ -70,6 +78,12 @@ def test_a_question_about_several_images(pipeline, images):
     ids = pipeline.encode(images) + pipeline.model.vocabulary.image_offset
     document = [*({"image_ids": one} for one in ids), {"text": pipeline.question_format.prompt("w2")}]
     assert torch.equal(rows, pipeline.prompting(([document], True), "mixed_gen").input_ids)
+
+
+def test_more_images_than_the_model_has_positions_for_are_refused(pipeline, images):
+    message = "the 120 images and the question 'w1' take .* is more than the 1024 .* or ask about fewer images"
+    with pytest.raises(UserError, match=message):
+        pipeline.answer([images * 60], "w1")
 
 
 def test_words_and_codes_are_passed_on_as_they_come(pipeline):
@@ -87,6 +101,7 @@ def test_words_and_codes_are_passed_on_as_they_come(pipeline):
         ("w1", {}, "document 0 is 'w1'; give a list"),
         (["w1 <|soi|>"], {}, "contains the special token <|soi|>"),
         (["w1 " * 3000], {}, "but the model knows"),
+        (["w1"], {"plan": ["image"] * 150}, "at least 2704 with what is to come, but the model knows 1024 positions"),
         (["w1"], {"plan": ["video"]}, "plan holds 'video', expected text or image"),
     ],
 )
