@@ -17,7 +17,9 @@ from models.vocabulary import IGNORE_ID, Vocabulary
 # N image tokens, K images of a batch that are learned
 HISTORIES = ("clean", "masked", "prefix")
 ALL_NOISED = 0.3  # Show-o2's share of documents whose images are all masked
-Document = Sequence[dict[str, Any]]  # segments {"text": str, "loss": bool} or {"image_ids": (N,) int64, "loss": bool}
+# Segments {"text": str, "loss": bool} or {"image_ids": (N,) int64, "loss": bool}; one with "is_cut": True is the last
+# that was kept of its document, so what follows it here is not learned.
+Document = Sequence[dict[str, Any]]
 
 
 @dataclass
@@ -72,7 +74,7 @@ class DocumentFormat:
             elif number == 0 or "text" not in document[number - 1]:
                 ids, labels = self._joined(document[number:], without_text)
                 row.text(ids, labels, decides)
-            decides = bool(segment.get("loss", True)) and not without_text
+            decides = segment.get("loss", True) and not segment.get("is_cut") and not without_text
         row.text([], [self.eos_id] if decides else [], decides)
         return row
 
@@ -86,6 +88,7 @@ class DocumentFormat:
             learned = bool(segment.get("loss", True)) and not empty
             ids += part
             labels += part if learned else [IGNORE_ID] * len(part)
+            learned = learned and not segment.get("is_cut")
         return ids, [*labels, self.eos_id if learned else IGNORE_ID]
 
     def prompt(self, document: Document, open_text: bool = False) -> list[int]:

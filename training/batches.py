@@ -238,10 +238,7 @@ def mixed_rows(samples: list[dict], builder: BatchBuilder) -> tuple[Rows, dict]:
     images = [segment for sample in samples for segment in sample["segments"] if "text" not in segment]
     ids = iter(builder.image_ids(images) if images else ())
     documents = [
-        [
-            segment if "text" in segment else {"image_ids": next(ids), "loss": segment["loss"]}
-            for segment in sample["segments"]
-        ]
+        [segment if "text" in segment else segment | {"image_ids": next(ids)} for segment in sample["segments"]]
         for sample in samples
     ]
     return builder.prompting((documents, builder.noise), "mixed"), {}

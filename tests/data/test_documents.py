@@ -343,6 +343,7 @@ def test_what_does_not_fit_is_cut_after_a_segment_and_not_decoded(folder, tokeni
     for max_length, kept in settings:
         sample = of_record(folder, {"segments": story}, tokenizer, max_length=max_length)
         assert len(sample["segments"]) == kept and sample["notes"] == (CUT_DOCUMENT,)
+        assert [segment.get("is_cut", False) for segment in sample["segments"]] == [False] * (kept - 1) + [True]
     assert of_record(folder, {"segments": story}, tokenizer, max_length=3 + 7 + 17) == "bad_document"
     tokens = len(tokenizer(A, add_special_tokens=False)["input_ids"])
     story = {"images": ["0.png"], "captions": [A]}

@@ -110,6 +110,15 @@ def test_texts_in_a_row_are_one():
     assert rows.labels[0, 19:].tolist() == [IGNORED, IGNORED, IGNORED, 3, IGNORED, IGNORED, IGNORED, IGNORED]
 
 
+@pytest.mark.parametrize("segment", [text(1, 2), image(5)])
+def test_what_follows_the_last_segment_of_a_cut_document_is_not_learned(segment):
+    whole, cut = (build()(([[text(3), segment | more]], every_other), "mixed") for more in ({}, {"is_cut": True}))
+    own = whole.labels.shape[1] - (3 if "text" in segment else 2)  # eos or none, bos, eos
+    assert torch.equal(whole.input_ids, cut.input_ids)
+    assert torch.equal(whole.labels[:, :own], cut.labels[:, :own]) and (whole.labels[:, own:] != IGNORED).all()
+    assert (cut.labels[:, own:] == IGNORED).all()
+
+
 # ---- who sees whom ----
 
 

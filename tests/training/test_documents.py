@@ -10,6 +10,7 @@ from tests.parity.goldens import tiny_showo
 from tests.tiny_llms import tiny_showo as showo_of
 from tests.training import tiny
 from tests.training.tiny import CAPTIONS
+from training.batches import mixed_rows
 from training.loss import Objective, document_targets
 from training.packing import Packing
 
@@ -151,6 +152,19 @@ def test_a_batch_with_documents(world, documents, packing):
     assert all(out.losses[name] > 3 for name in ("t2i", "lm", "mmu", "mixed", "mixed_text"))
     weights = {"t2i": 1.0, "lm": 0.1, "mmu": 1.0, "mixed": 1.0, "mixed_text": 0.2}
     torch.testing.assert_close(out.loss.detach(), sum(weights[name] * out.losses[name] for name in weights))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_document_that_was_cut_is_not_learned_to_end_there(world, number):
+    """Its last segment, a text or an image, as `training/data/documents.py` marks it."""
+    config = tiny.config_of(world)
+    builder = tiny.make_builder(config, tiny.make_model(config))
+    segments = [{"text": CAPTIONS[0], "loss": True}, tiny.items(CAPTIONS[:1])[0] | {"loss": True}]
+    del segments[1]["text"]
+    segments = segments[: number + 1]
+    cut = [*segments[:-1], segments[-1] | {"is_cut": True}]
+    whole, cut = (mixed_rows([{"segments": one}], builder)[0].labels[0] for one in (segments, cut))
+    assert (whole[-2:] != IGNORED).all() and (cut[-2:] == IGNORED).all() and (cut != IGNORED).any()
 
 
 def test_a_run_learns_documents(world, documents, tmp_path):

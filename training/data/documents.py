@@ -1,5 +1,7 @@
 """Documents: a raw sample → ``{"segments": [{"text" | "image" | "codes", "loss"}, …], "key"}`` (docs/data.md).
 
+The last segment of a document that was cut also has ``"is_cut": True``.
+
 People keep them in several forms. The keys of a record, or the columns of a parquet or csv file, tell which one it is.
 """
 
@@ -342,13 +344,16 @@ class DocumentSample:
         key = raw["__key__"]
         segments = read_segments(record_of(raw), key, self.words)
         kept = self._cut(segments, key)
-        found, notes = [], dict.fromkeys([CUT_DOCUMENT] if len(kept) < len(segments) else [])
+        is_cut = len(kept) < len(segments)
+        found, notes = [], dict.fromkeys([CUT_DOCUMENT] if is_cut else [])
         for segment in kept:
             if "image" in segment:
                 image = self.images.of({"__key__": key} | located(segment["image"], raw, self.images.root), rng)
                 notes |= dict.fromkeys(image.pop("notes", ()))
                 segment = image | {"loss": segment["loss"]}
             found.append(segment)
+        if is_cut:
+            found[-1] = found[-1] | {"is_cut": True}
         return {"segments": found, "key": key} | ({"notes": tuple(notes)} if notes else {})
 
     def _cut(self, segments: list[dict], key: str) -> list[dict]:
