@@ -6,7 +6,8 @@
         mmu_image_root=./mmu_validation question='Please describe this image in detail. *** Where is it?'
 
 Every question is asked about every image of the folder `mmu_image_root`, which may also be a single file;
-`question=null` asks for the bare caption, which models trained on captions without an instruction give. Answers are
+`question=null` asks for the bare caption, which models trained on captions without an instruction give;
+`mmu_together=true` asks each question once, about all images together, in the order of their names. Answers are
 printed while they are generated. `output_dir` (default: `{experiment.output_dir}/mmu`) gets `results.jsonl`, the images
 as the model sees them (`0000.png` …) and `grid.png`; wandb gets the panel `multimodal understanding`.
 """
@@ -15,7 +16,10 @@ import mimetypes
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from PIL import Image
+
 from common.config import InferenceConfig, load_config
+from common.contact_sheet import Cell, contact_sheet
 from common.errors import UserError, run_cli, shown
 from common.files import visible_in
 from common.inputs import required_path, rotation_note, split_pieces
@@ -26,8 +30,9 @@ PANEL_SIZE = 100  # images logged to wandb at once
 MAX_NAMED = 10  # unreadable images that have a line each
 
 
-def find_images(config) -> list[Path]:
-    """The images of `mmu_image_root`, sorted by name, without what earlier runs wrote for people to look at.
+def find_images(config, key: str, value: str | None) -> list[Path]:
+    """The images of a folder that the setting `key` names, sorted by name, without what earlier runs wrote for people
+    to look at; or one image.
 
     What is passed over is told on the terminal: images that cannot be read by name, other files by their number.
 
@@ -37,7 +42,7 @@ def find_images(config) -> list[Path]:
     from models.images import ImageOptions, has_rotation, load_image, resized_size
 
     options, resolution = ImageOptions(**config.image), config.dataset.preprocessing.resolution
-    root = required_path("mmu_image_root", config.mmu_image_root)
+    root = required_path(key, value)
     copies = copies_in(root) if root.is_dir() else ()
     paths = [path for path in visible_in(root) if path.name not in copies] if root.is_dir() else [root]
     images, rotated, unreadable, others = [], 0, [], Counter()
@@ -63,7 +68,7 @@ def find_images(config) -> list[Path]:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
         print(f"skipped: {others.total()} files that are no images ({shown(kinds)})", flush=True)
     if not images:
-        raise UserError(f"mmu_image_root={config.mmu_image_root} contains no readable image; give a folder of images")
+        raise UserError(f"{key}={value} contains no readable image; give a folder of images")
     if rotated:
         print(rotation_note(rotated), flush=True)
     return images
@@ -80,9 +85,9 @@ def main(argv: list[str]) -> None:
 
     check_sizes(config.model.showo, config.dataset.preprocessing.resolution, config.model.vq_model.vq_model_name)
     check_texts(filter(None, questions))
-    paths = find_images(config)
+    paths = find_images(config, "mmu_image_root", config.mmu_image_root)
     pipeline = ShowoPipeline.from_config(config)
-    pipeline.check_questions(questions, config.max_new_tokens)
+    pipeline.check_questions(questions, config.max_new_tokens, len(paths) if config.mmu_together else 1)
     if results.note:
         print(results.note, flush=True)
     run, output_dir = f"{config.experiment.name}_mmu", results.folder
@@ -97,9 +102,9 @@ class Transcript:
     Words of the current answer are printed at once; words of later answers wait for their turn.
     """
 
-    def __init__(self, paths: list[Path], questions: list[str | None]):
-        self.pairs = [(image, question) for image in range(len(paths)) for question in range(len(questions))]
-        self.paths, self.questions = paths, questions
+    def __init__(self, names: list[str], questions: list[str | None]):
+        self.pairs = [(image, question) for image in range(len(names)) for question in range(len(questions))]
+        self.names, self.questions = names, questions
         self.waiting: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
         self.turn = 0
         self._ask()
@@ -118,36 +123,49 @@ class Transcript:
         if self.turn < len(self.pairs):
             image, question = self.pairs[self.turn]
             if question == 0:
-                print(shown(self.paths[image].name), flush=True)
+                print(shown(self.names[image]), flush=True)
             asked = self.questions[question]
             print("  Caption: " if asked is None else f"  User: {asked}\n  Answer: ", end="", flush=True)
 
 
 def answer_all(pipeline, config, paths: list[Path], questions, results: ResultFolder, tracker: Tracker) -> None:
-    """Asks every question about every image with one random generator; prints, writes and logs as answers arrive."""
+    """Asks every question about every image, or about all together, with one random generator; prints, writes and logs
+    as answers arrive."""
     generator = pipeline.generator(config.seed)
+    groups = [paths] if config.mmu_together else [[path] for path in paths]
     answers = pipeline.iter_answers(
-        paths,
+        groups,
         questions,
         batch_size=config.batch_size,
         generator=generator,
-        stream=Transcript(paths, questions).add,
+        stream=Transcript([", ".join(path.name for path in group) for group in groups], questions).add,
         **{key: config[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p")},
     )
     panel, start = [], 0
-    for path in paths:
+    for group in groups:
         replies = [(question, next(answers)[2]) for question in questions]  # ordered by image, then question
-        image = pipeline.view(path)
+        images = [pipeline.view(path) for path in group]
         caption = "".join(a if q is None else f"User: {q}\n Answer : {a}\n" for q, a in replies)
-        record = {"file": results.save(image), "mode": "mmu", "image": path.name}
+        files, names = [results.save(image) for image in images], [shown(path.name) for path in group]
+        if config.mmu_together:
+            record = {"files": files, "mode": "mmu", "images": names}
+        else:
+            record = {"file": files[0], "mode": "mmu", "image": names[0]}
         for question, answer in replies:
             results.add(**record, question=question, answer=answer, seed=generator.initial_seed())
-        results.show(image, caption)
-        panel.append((image, caption))
-        if len(panel) == PANEL_SIZE or path is paths[-1]:
+        results.show_row(row_of(images, caption))
+        panel.append((images[0] if len(images) == 1 else contact_sheet(images), caption))
+        if len(panel) == PANEL_SIZE or group is groups[-1]:
             images, captions = zip(*panel, strict=True)
             tracker.log_images("multimodal understanding", list(images), list(captions), start, save=False)
             panel, start = [], results.count
+
+
+def row_of(images: list[Image.Image], caption: str) -> list[tuple[Cell, str]]:
+    """Cells of the overview: an image with the text below it, or several with the text behind the last."""
+    if len(images) == 1:
+        return [(images[0], caption)]
+    return [*((image, "") for image in images), (caption, "")]
 
 
 if __name__ == "__main__":

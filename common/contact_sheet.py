@@ -1,4 +1,4 @@
-"""Images with captions on one sheet, for people to look at."""
+"""Images with captions, and texts beside them, on one sheet, for people to look at."""
 
 import math
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ MARGIN = 8  # pixels around images and text
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 FRAME = (190, 190, 190)  # one pixel wide around an image, so that a white one is visible on the paper
 MAX_LINES, MAX_CHARACTERS = 8, 600  # of a caption
+Cell = Image.Image | str | None  # an image, a text in its place, or an empty place
 
 
 def contact_sheet(
-    images: Sequence[Image.Image],
+    images: Sequence[Cell],
     captions: Sequence[str] | None = None,
     columns: int | None = None,
     cell: int | None = None,
@@ -21,7 +22,7 @@ def contact_sheet(
     """Lays images of any sizes out in a grid, each in a thin frame with its caption wrapped below.
 
     Args:
-        images: at least one, any mode.
+        images: at least one cell; images of any mode. A text is written in the place of an image, None leaves it empty.
         captions: one per image (line breaks are kept), or None.
         columns: default: about a square grid, with at least four columns if there are four images.
         cell: side in pixels of the square that an image is fitted into; default: the largest side of all images,
@@ -34,14 +35,13 @@ def contact_sheet(
     """
     assert images, "a contact sheet needs at least one image"
     assert captions is None or len(captions) == len(images), f"{len(images)} images, {len(captions)} captions"
-    cell = cell or min(max(128, *(max(image.size) for image in images)), 384)
+    cell = cell or min(max(128, *(max(image.size) for image in images if isinstance(image, Image.Image)), 0), 384)
     columns = columns or min(len(images), max(4, math.ceil(math.sqrt(len(images)))))
-    font, heading = (
-        _font(size, [title or "", *(captions or [])]) for size in (max(12, cell // 14), max(14, cell // 10))
-    )
+    written = [title or "", *(captions or []), *(image for image in images if isinstance(image, str))]
+    font, heading = (_font(size, written) for size in (max(12, cell // 14), max(14, cell // 10)))
     line_height = sum(font.getmetrics())
     texts = [_wrap(caption, font, cell) for caption in captions or [""] * len(images)]
-    fitted = [_fit(image, cell) for image in images]
+    fitted = [_fit(image, cell) if isinstance(image, Image.Image) else _card(image, font, cell) for image in images]
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
     tallest = [max(fitted[index].height for index in row) for row in rows]
     heights = [
@@ -57,7 +57,8 @@ def contact_sheet(
         for column, index in enumerate(row):
             left, image = MARGIN + column * (cell + MARGIN), fitted[index]
             x, y = left + (cell - image.width) // 2, top + (tall - image.height) // 2
-            draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline=FRAME)
+            if isinstance(images[index], Image.Image):
+                draw.rectangle((x - 1, y - 1, x + image.width, y + image.height), outline=FRAME)
             sheet.paste(image, (x, y))
             for number, line in enumerate(texts[index]):
                 draw.text((left, top + tall + MARGIN // 2 + number * line_height), line, INK, font)
@@ -89,8 +90,18 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Breaks a caption into lines of at most `width` pixels; wider words are split, long captions end in "..."."""
+def _card(text: str | None, font: ImageFont.FreeTypeFont, cell: int) -> Image.Image:
+    """A text as wide as an image, in at most as many lines as are as high as one; nothing without a text."""
+    line_height = sum(font.getmetrics())
+    lines = _wrap(text, font, cell, cell // line_height) if text else []
+    card = Image.new("RGB", (cell, max(1, line_height * len(lines))), PAPER)
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(card).text((0, number * line_height), line, INK, font)
+    return card
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int = MAX_LINES) -> list[str]:
+    """Breaks a text into lines of at most `width` pixels; wider words are split, long texts end in "..."."""
     lines = []
     for paragraph in text[:MAX_CHARACTERS].splitlines():
         line = ""
@@ -105,9 +116,9 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
                 line = line[keep:]
         lines.append(line)
     lines = [line for line in lines if line]
-    if len(lines) <= MAX_LINES and len(text) <= MAX_CHARACTERS:
+    if len(lines) <= max_lines and len(text) <= MAX_CHARACTERS:
         return lines
-    lines = lines[:MAX_LINES] or [""]
+    lines = lines[:max_lines] or [""]
     while lines[-1] and font.getlength(f"{lines[-1]} ...") > width:
         lines[-1] = lines[-1][:-1]
     return [*lines[:-1], f"{lines[-1]} ..."]

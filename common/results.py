@@ -4,17 +4,19 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from common.contact_sheet import contact_sheet
+from common.contact_sheet import Cell, contact_sheet
 from common.errors import UserError, shown
 from common.files import Owned, append_lines, disk_errors, expand, field, json_lines, make_folder, write_bytes, writing
 
 MAX_CELLS = 64  # of the overview, so that it can be looked at after thousands of prompts too
+MAX_COLUMNS = 8  # of rows that belong together; longer ones go on below
 CELL_SIDE = 384
 LINES = "results.jsonl"
 NUMBERED, OVERVIEW = re.compile(r"(\d{4,9})\.png"), re.compile(r"grid(-\d+)*\.png")
@@ -37,14 +39,14 @@ def check_output_dir(folder: str | Path, setting: str = "output_dir") -> Path:
 
 
 class ResultFolder:
-    """Writes the results of one run, from its first image on.
+    """Writes the results of one run, from its first image or line on.
 
     What is there stays: numbering goes on after the images of earlier runs, numbers that are taken are skipped, lines
     are appended, and the overview gets a name of its own.
 
     Args:
         folder: created if missing.
-        overwrite: remove what earlier runs wrote, and only that, once the first image is there.
+        overwrite: remove what earlier runs wrote, and only that, once the first result is there.
 
     Attributes:
         note: what becomes of the images that are there, for the user to know; empty if there are none.
@@ -61,7 +63,8 @@ class ResultFolder:
         self.first = self.number = 1 + max((int(NUMBERED.fullmatch(name)[1]) for name in self.earlier), default=-1)
         self.note = self._note()
         self.count = 0  # images saved
-        self.cells: list[tuple[Image.Image, str]] = []
+        self.has_begun = False
+        self.rows: list[list[tuple[Cell, str]]] = []  # of the overview
         self.num_shown = 0
 
     def _note(self) -> str:
@@ -80,34 +83,40 @@ class ResultFolder:
         make_folder(self.folder)
         name = self._free_number()
         self._write(image, name)
-        if self.count == 0:
-            name = self._replace_earlier(name) if self.overwrite else name
-            self.first = self.number
+        name = self._begin(name)
         self.count += 1
         return name
 
     def add(self, **record: Any) -> None:
-        """Appends one line to `results.jsonl`, completely or not at all."""
+        """Appends one line to `results.jsonl`, completely or not at all. Its first key is `file`, the name of an image,
+        or `files`, a list of them."""
+        make_folder(self.folder)
+        self._begin("")
         record = {key: shown(value) if isinstance(value, str) else value for key, value in record.items()}
         with disk_errors(self.lines):
             append_lines(self.lines, json.dumps(record, ensure_ascii=False) + "\n")
 
     def show(self, image: Image.Image, caption: str) -> None:
         """Adds an image to the overview, which holds the first 64."""
+        self.show_row([(image, caption)])
+
+    def show_row(self, cells: Sequence[tuple[Cell, str]]) -> None:
+        """Adds images and texts that belong together, each with a caption, as a row of the overview."""
         self.num_shown += 1
-        if len(self.cells) < MAX_CELLS:
-            image = image.copy()
-            image.thumbnail((CELL_SIDE, CELL_SIDE))
-            self.cells.append((image, caption))
+        if sum(map(len, self.rows)) < MAX_CELLS:
+            self.rows.append([(_shrunk(cell), caption) for cell, caption in cells])
 
     def write_grid(self) -> Path:
         """Writes the overview, `grid.png` or with the number of this run's first image; returns its path."""
-        images, captions = zip(*self.cells, strict=True)
-        title = f"first {len(images)} of {self.num_shown}" if self.num_shown > len(images) else None
+        longest = max(map(len, self.rows))
+        columns = min(longest, MAX_COLUMNS) if longest > 1 else None
+        padded = [[*row, *[(None, "")] * (-len(row) % (columns or 1))] for row in self.rows]
+        images, captions = zip(*chain(*padded), strict=True)
+        title = f"first {len(self.rows)} of {self.num_shown}" if self.num_shown > len(self.rows) else None
         ends = [] if self.earlier else [""]
         ends = chain(ends, [f"-{self.first:04d}"], (f"-{self.first:04d}-{more}" for more in count(2)))
         name = next(name for end in ends if not os.path.lexists(self.folder / (name := f"grid{end}.png")))
-        self._write(contact_sheet(images, captions, title=title), name)
+        self._write(contact_sheet(images, captions, columns, title=title), name)
         return self.folder / name
 
     def _free_number(self, own: str = "") -> str:
@@ -116,8 +125,16 @@ class ResultFolder:
             self.number += 1
         return name
 
+    def _begin(self, written: str) -> str:
+        """Called with the image, or none, that has been written; returns its name, a new one if it replaces others."""
+        if not self.has_begun:
+            self.has_begun = True
+            written = self._replace_earlier(written) if self.overwrite else written
+            self.first = self.number
+        return written
+
     def _replace_earlier(self, written: str) -> str:
-        """Removes what earlier runs wrote, now that an image could be written; returns that image's new name."""
+        """Removes what earlier runs wrote, now that an image could be written, if any; returns its new name."""
         with disk_errors(self.lines):
             for name in self.owned.names():
                 if name != written and (NUMBERED.fullmatch(name) or OVERVIEW.fullmatch(name)):
@@ -125,9 +142,11 @@ class ResultFolder:
             self.earlier = [name for name in self.earlier if os.path.lexists(self.folder / name)]
             if self.lines.exists():
                 kept = set(self.earlier)
-                lines = [line for _, line, record in json_lines(self.lines) if kept.intersection(_image_of(record)[:1])]
+                lines = [line for _, line, record in json_lines(self.lines) if kept.intersection(_images_of(record))]
                 write_bytes(self.lines, b"".join(lines))
             self.number = 0
+            if not written:
+                return written
             name = self._free_number(written)
             (self.folder / written).rename(self.folder / name)
         self.owned.record(name)
@@ -153,10 +172,10 @@ def read_results(lines: Path) -> dict[str, str]:
     if lines.is_symlink() or not lines.is_file():
         raise UserError(foreign)
     for _, line, record in json_lines(lines):
-        image = _image_of(record)
-        if not image and not line.startswith(b'{"file": "'):  # which a crash has cut off
+        images = _images_of(record)
+        if not images and not line.startswith((b'{"file": "', b'{"files": [')):  # cut off by a crash, or texts alone
             raise UserError(foreign)
-        found.update([image] if image else [])
+        found |= images
     return found
 
 
@@ -169,10 +188,18 @@ def copies_in(folder: Path) -> set[str]:
     return {name for name in Owned(folder).names() if name in asked or OVERVIEW.fullmatch(name)}
 
 
-def _image_of(record: dict | UserError) -> tuple[str, str] | tuple[()]:
-    """(image, mode) of a record of results; nothing of any other line."""
+def _shrunk(cell: Cell) -> Cell:
+    if isinstance(cell, Image.Image):
+        cell = cell.copy()
+        cell.thumbnail((CELL_SIDE, CELL_SIDE))
+    return cell
+
+
+def _images_of(record: dict | UserError) -> dict[str, str]:
+    """{image: mode} of a record of results; nothing of any other line."""
     try:
-        name, mode = (field(record, key, str, LINES) for key in ("file", "mode"))
+        mode = field(record, "mode", str, LINES)
+        names = field(record, "files", list, LINES) if "files" in record else [field(record, "file", str, LINES)]
     except UserError:
-        return ()
-    return (name, mode) if NUMBERED.fullmatch(name) else ()
+        return {}
+    return {name: mode for name in names if isinstance(name, str) and NUMBERED.fullmatch(name)}

@@ -570,6 +570,7 @@ class InferenceConfig(PipelineConfig):
         "", "what to ask about every image; ' *** ' separates several; null: the caption", is_prose=True
     )
     mmu_image_root: str | None = setting(None, "folder of images to ask about, or one image")
+    mmu_together: bool = setting(False, "ask about all images together, instead of about each")
     dataset: PromptedDatasetSection = field(default_factory=PromptedDatasetSection)
 
 

@@ -49,3 +49,15 @@ def test_a_sheet_of_16_has_4_columns_and_wrong_counts_are_our_mistake():
     assert abs(sheet.width - sheet.height) < 128
     with pytest.raises(AssertionError, match="2 captions"):
         contact_sheet([Image.new("RGB", (8, 8))], ["a", "b"])
+
+
+def test_a_text_stands_in_the_place_of_an_image():
+    image = Image.new("RGB", (64, 64), "red")
+    empty, short, long = (
+        contact_sheet([image, text, image], columns=3, cell=128).crop((144, 0, 272, 144))
+        for text in (None, "a cat", "a cat " * 200)
+    )
+    assert set(colours(empty)) == {(255, 255, 255)}, "nor has it a frame"
+    ink = [sum(count for colour, count in colours(sheet).items() if sum(colour) < 300) for sheet in (short, long)]
+    assert 0 < ink[0] < ink[1]
+    assert contact_sheet(["a cat"]).width == 8 + 128 + 8

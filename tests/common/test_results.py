@@ -122,3 +122,35 @@ def test_a_folder_that_must_not_be_written_to(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written to"):
         ResultFolder(tmp_path)
+
+
+def document(results: ResultFolder, num_images: int) -> None:
+    """A document of a text and so many images, as `inference_mixed.py` writes it."""
+    files = [results.save(PICTURE) for _ in range(num_images)]
+    results.add(files=files, mode="story")
+    results.show_row([("a text", ""), *((PICTURE, "") for _ in files)])
+
+
+def test_a_line_may_hold_several_images_or_none(tmp_path):
+    for number, overwrite in enumerate((False, False, True)):
+        results = ResultFolder(tmp_path, overwrite)
+        assert len(results.earlier) == 2 * number
+        for num_images in (0, 2, 0):
+            document(results, num_images)
+        results.write_grid()
+        lines = [json.loads(line)["files"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+        images = [["0000.png", "0001.png"], ["0002.png", "0003.png"]][: 2 if number == 1 else 1]
+        assert lines == [files for pair in images for files in ([], pair, [])]
+    assert names(tmp_path) == ["0000.png", "0001.png", "grid.png", "results.jsonl"]
+
+
+def test_rows_of_the_overview_stay_together(tmp_path):
+    """As wide as the longest row, and as high as there are rows."""
+    sizes = []
+    for counts in ((1, 1, 1), (3, 1, 1), (3, 3, 3), (9, 1)):
+        results = ResultFolder(tmp_path)
+        for count in counts:
+            document(results, count)
+        sizes.append(Image.open(results.write_grid()).size)
+    (two, *_), (four, height), nine = sizes[0], sizes[1], sizes[3]
+    assert sizes[1] == sizes[2] and two < four < nine[0] and nine[1] > height * 2 / 3

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import inference_mmu
+from common.results import copies_in
 from models import CLIPVisionTower, ShowoPipeline
 from tests.parity.goldens import prompting, tiny_showo
 from tests.tiny import RESOLUTION, clip_showo, tiny_vq
@@ -47,9 +48,26 @@ def test_every_question_about_every_image(places, tmp_path, capsys, demo, batch_
     assert Image.open(tmp_path / "grid.png").width > 3 * 128
 
 
+@pytest.mark.parametrize("demo", ["demo", "demo_clip"])
+def test_questions_about_all_images_together(places, tmp_path, capsys, demo):
+    lines = run(places, tmp_path, "mmu_together=true", demo=demo)
+    clip = {} if demo == "demo" else {"clip": CLIPVisionTower(places["clip"])}
+    pipeline = ShowoPipeline(clip_showo() if clip else tiny_showo(), tiny_vq(), prompting(), **clip)
+    names = ["a.jpg", "b.png", "c.png"]
+    (answers,) = pipeline.answer([[places["pictures"] / name for name in names]], QUESTIONS, max_new_tokens=8)
+    files = ["0000.png", "0001.png", "0002.png"]
+    assert lines == [
+        {"files": files, "mode": "mmu", "images": names, "question": question, "answer": answer, "seed": 42}
+        for question, answer in zip(QUESTIONS, answers, strict=True)
+    ]
+    assert capsys.readouterr().out.startswith(f"a.jpg, b.png, c.png\n  User: {QUESTIONS[0]}\n  Answer: {answers[0]}\n")
+    assert Image.open(tmp_path / "grid.png").width == 8 + 4 * (128 + 8), "the images, then questions and answers"
+    assert copies_in(tmp_path) == {*files, "grid.png"}, "which later runs do not ask about"
+
+
 def test_words_are_printed_when_they_come_and_in_order(capsys):
     """Of a batch the answer whose turn it is at once; an answer that is ready early waits for its turn."""
-    transcript = inference_mmu.Transcript([Path("a.png")], ["q0", "q1"])
+    transcript = inference_mmu.Transcript(["a.png"], ["q0", "q1"])
     transcript.add(0, 0, "yes, ")
     assert capsys.readouterr().out == "a.png\n  User: q0\n  Answer: yes, "
     transcript.add(0, 1, "no")
