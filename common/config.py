@@ -21,11 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError
 from common.files import MAX_DEPTH, expand, read_text, resolve_path
-from common.schema import InferenceConfig, TrainingConfig, mask_schedule_of
+from common.schema import InferenceConfig, MixedInferenceConfig, TrainingConfig, mask_schedule_of
 from common.settings import Setting, find_problems, print_help, settings_of
 
 __all__ = [
     "InferenceConfig",
+    "MixedInferenceConfig",
     "TrainingConfig",
     "leaves",
     "load_config",

@@ -22,6 +22,7 @@ STEPS, ROWS, WEIGHT = {"low": 1, "high": MOST_STEPS}, {"low": 1, "high": TOKENS}
 SHOWO_SCHEMAS = (
     "common.schema:TrainingConfig",
     "common.schema:InferenceConfig",
+    "common.schema:MixedInferenceConfig",
     "common.schema:AppConfig",
     "evaluation.schema:EvaluationConfig",
 )
@@ -549,11 +550,17 @@ class PipelineConfig(ShowoScript, ScriptConfig):
 
 
 @dataclass
-class InferenceConfig(PipelineConfig):
-    """Settings of inference_t2i.py and inference_mmu.py, with the published command-line keys (spec §13)."""
+class ResultsConfig(PipelineConfig):
+    """What the inference scripts have, which write a folder of results."""
 
     output_dir: str | None = setting(None, "null: {experiment.output_dir}/{mode}, or /mmu", is_output=True)
     overwrite: bool = setting(False, "remove what earlier runs wrote into output_dir, instead of adding to it")
+
+
+@dataclass
+class InferenceConfig(ResultsConfig):
+    """Settings of inference_t2i.py and inference_mmu.py, with the published command-line keys (spec §13)."""
+
     mode: str | None = setting(None, "what inference_t2i.py does", choices=("t2i", "inpainting", "extrapolation"))
     prompt: str | None = setting(None, "what to generate; ' *** ' separates several", is_prose=True)
     validation_prompts_file: str = alias("dataset.params.validation_prompts_file")
@@ -572,6 +579,44 @@ class InferenceConfig(PipelineConfig):
     mmu_image_root: str | None = setting(None, "folder of images to ask about, or one image")
     mmu_together: bool = setting(False, "ask about all images together, instead of about each")
     dataset: PromptedDatasetSection = field(default_factory=PromptedDatasetSection)
+
+
+@dataclass
+class MixedInferenceConfig(ResultsConfig):
+    """Settings of inference_mixed.py."""
+
+    PURPOSE: ClassVar[str] = "inference_mixed.py"
+
+    mode: str | None = setting(None, "what comes after what is given", choices=("edit", "story", "free"))
+    prompt: str | None = setting(
+        None, "the instruction, a story's first text, or any text; ' *** ' separates several", is_prose=True
+    )
+    image_path: str | None = setting(None, "image or folder of images; ' *** ' separates several")
+    documents: str | None = setting(None, "jsonl of segments to go on with, instead of prompt and image_path")
+    num_images: int = setting(3, "images of a story", low=1, high=100)
+    max_images: int = setting(4, "mode=free: most new images of a document", low=0, high=100)
+    max_new_tokens: int = setting(200, "longest new text, in tokens", low=1, high=TOKENS)
+    null: str | None = setting(
+        None,
+        "what guidance leads away from; text: the document without its texts, all: without anything; null: text for "
+        "edits, else all",
+        choices=("text", "all"),
+    )
+    text_guidance_scale: float | None = setting(
+        None, "with the next one instead of guidance_scale: towards the texts, given the images; 1: none", **WEIGHT
+    )
+    image_guidance_scale: float | None = setting(None, "towards the images; 1: none", **WEIGHT)
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        found, scales = [], ("text_guidance_scale", "image_guidance_scale")
+        given = [key for key in scales if config[key] is not None]
+        if len(given) == 1:
+            (other,) = set(scales) - set(given)
+            found.append(f"{given[0]} is given and {other} is not; give both or none")
+        if given and config.null is not None:
+            found.append(f"null has no effect with {given[0]}, which leads away from both; leave it out")
+        return found
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from common.config import InferenceConfig, TrainingConfig, leaves, load_config, mask_schedule_of
+from common.config import InferenceConfig, MixedInferenceConfig, TrainingConfig, leaves, load_config, mask_schedule_of
 from common.errors import UserError
 from common.settings import settings_of
 from evaluation.schema import EvaluationConfig
@@ -157,7 +157,8 @@ def test_the_files_are_these_and_the_readme_has_a_row_for_each():
 @pytest.mark.parametrize("name", [name for name in FILES if "magvitv2" not in name])
 def test_every_yaml_loads_and_is_consistent(name, load, load_bare):
     """For training with its variables, for inference and evaluation without."""
-    configs = [load(name), *(load_bare(name, schema=schema) for schema in (InferenceConfig, EvaluationConfig))]
+    schemas = (InferenceConfig, MixedInferenceConfig, EvaluationConfig)
+    configs = [load(name), *(load_bare(name, schema=schema) for schema in schemas)]
     for showo in (config.model.showo for config in configs):
         assert showo.vocab_size == showo.llm_vocab_size + showo.num_new_special_tokens + showo.codebook_size + 1
 
@@ -283,7 +284,7 @@ def test_one_of_two_keys_that_say_the_same_is_enough_on_the_command_line(load, d
         load(name, f"{double}=64", f"{key}=32")
 
 
-@pytest.mark.parametrize("schema", [TrainingConfig, InferenceConfig, TokenizerTrainingConfig])
+@pytest.mark.parametrize("schema", [TrainingConfig, InferenceConfig, MixedInferenceConfig, TokenizerTrainingConfig])
 def test_every_number_has_an_upper_end(schema):
     numbers = {int, float, list[int], list[float]}
     for key, one in settings_of(schema).items():

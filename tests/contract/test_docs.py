@@ -81,6 +81,7 @@ SCHEMAS = {  # of the scripts that read a YAML file; tools declare one each
     "app.py": "common.schema:AppConfig",
     "inference_t2i.py": "common.schema:InferenceConfig",
     "inference_mmu.py": "common.schema:InferenceConfig",
+    "inference_mixed.py": "common.schema:MixedInferenceConfig",
     "evaluate.py": "evaluation.schema:EvaluationConfig",
     "training/train.py": "common.schema:TrainingConfig",
     "training/train_w_clip_vit.py": "common.schema:TrainingConfig",

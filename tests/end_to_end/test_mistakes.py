@@ -13,6 +13,7 @@ import sys
 import pytest
 from PIL import Image
 
+import inference_mixed
 import inference_mmu
 import inference_t2i
 from common.errors import UserError
@@ -146,6 +147,70 @@ SHOWO, TOKENIZER = "model.showo.pretrained_model_path=", "model.vq_model.vq_mode
 def test_a_mistake_is_one_line_before_anything_is_loaded(refused, names, arguments, message):
     script = inference_mmu if re.search("question|mmu_image_root", arguments) else inference_t2i
     assert re.search(message, refused(*arguments.format(**names).split(), script=script))
+
+
+EDIT, STORY = "mode=edit prompt=w1 image_path={image} ", "mode=story prompt=w1 "
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("prompt=w1", "mode is not given; add mode=edit, mode=story, mode=free"),
+        ("mode=t2i", "mode is 't2i'; allowed: edit, story, free"),
+        (STORY + "question=w1", "question has no effect on inference_mixed.py; leave it out"),
+        (STORY + "nul=all", "unknown key nul; the nearest known key is null"),
+        (STORY + "null=images", "null is 'images'; allowed: text, all"),
+        (STORY + "num_images=0", "num_images is 0; it must be from 1 to 100"),
+        (STORY + "text_guidance_scale=2", "text_guidance_scale is given and image_guidance_scale is not; give both"),
+        (
+            STORY + "text_guidance_scale=2 image_guidance_scale=1 null=all",
+            "null has no effect with text_guidance_scale",
+        ),
+        (STORY + "config={demo_clip}", "w_clip_vit is true, but documents need a model that sees images as codes"),
+        (STORY + "image_path={image}", "image_path has no effect on mode=story"),
+        (STORY + "prompt=<|soi|>", r"special token <\|soi\|>"),
+        ("mode=story", "prompt is not given; add prompt"),
+        ("mode=edit prompt=w1", "image_path is not given"),
+        ("mode=free", "nothing to go on with is given; add prompt=.* or documents=FILE.jsonl"),
+        (EDIT + "prompt=", "prompt is not given"),
+        (EDIT + "image_path={tmp}/none.png", "none.png does not exist"),
+        (EDIT + "image_path={tmp}/empty", "image_path=.*empty contains no readable image"),
+        (EDIT + "image_path={tmp}/broken.png", "broken.png cannot be read"),
+        (EDIT + "documents={tmp}/empty", "documents holds whole documents; leave prompt and image_path out"),
+        ("mode=free documents={tmp}/none.jsonl", "documents=.*none.jsonl does not exist"),
+        (STORY + SHOWO + "{magvitv2}", "holds a 'MAGVITv2' checkpoint, expected 'Showo'"),
+        (STORY + "output_dir={tmp}/black.png/below", "output_dir=.* is not a folder"),
+    ],
+)
+def test_a_mistake_with_documents_is_one_line_before_anything_is_loaded(refused, names, arguments, message):
+    assert re.search(message, refused(*arguments.format(**names).split(), script=inference_mixed))
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "message"),
+    [
+        ("free", "{", "record 0.* is no valid JSON"),
+        ("free", '{"texts": ["w1"]}', r"record 0 has no segments; give \{'segments'"),
+        ("free", '{"segments": []}', "record 0 has no segment; give a text or an image"),
+        ("free", '{"segments": [{"text": "w1", "image": "c.png"}]}', "segment 0 needs a text or an image"),
+        ("free", '{"segments": [{"text": " "}]}', "segment 0"),
+        ("free", '{"segments": [{"image": [1, 2]}]}', "an image is no text; give the path of its file"),
+        ("free", '{"segments": [{"image": "none.png"}]}', "names none.png, which is not in"),
+        ("free", '{"segments": [{"image": "broken.png"}]}', "broken.png cannot be read"),
+        ("free", '{"segments": [{"text": "w1 [PAD]"}]}', r"special token \[PAD\]"),
+        (
+            "story",
+            '{"segments": [{"image": "black.png"}]}',
+            "record 0 ends with an image; mode=story goes on after a text",
+        ),
+        ("edit", '{"segments": [{"text": "w1"}]}', "record 0 has no image to edit; give one, or mode=story"),
+        ("free", "", "one a line|empty|no "),
+    ],
+)
+def test_a_document_that_cannot_be_gone_on_with_is_named(refused, names, mode, text, message):
+    file = names["tmp"] / "begun.jsonl"
+    file.write_text(text)
+    assert re.search(message, refused(f"mode={mode}", f"documents={file}", script=inference_mixed))
 
 
 def test_a_question_beyond_the_models_positions_is_refused_before_anything_is_computed(places, tmp_path, capsys):

@@ -257,15 +257,21 @@ def read_segments(record: dict, name: str, words: TurnWords) -> list[dict]:
     """The segments of a record: ``{"text": str, "loss": bool}``, or ``image`` as the record has it, see `located`.
 
     Raises:
-        Skipped: it is of no known form, its parts do not match, or nothing in it is learned.
+        Skipped: see `segments_of`; or nothing in it is learned.
     """
-    form, names = form_of([key for key, value in record.items() if value is not None])
-    if form is None:
-        raise Skipped(MALFORMED_ITEM, f"{name} is no document; {members_of(record, (KNOWN,))}")
-    segments = form.read({field: record[key] for field, key in names.items()}, name, words)
+    segments = segments_of(record, name, words)
     if not any(segment["loss"] for segment in segments):
         raise Skipped(BAD_DOCUMENT, f"{name}: none of its {len(segments)} segments is learned")
     return segments
+
+
+def segments_of(record: dict, name: str, words: TurnWords) -> list[dict]:
+    """As `read_segments`, of documents to go on with; `Skipped` if the record is of no known form, or its parts do not
+    match."""
+    form, names = form_of([key for key, value in record.items() if value is not None])
+    if form is None:
+        raise Skipped(MALFORMED_ITEM, f"{name} is no document; {members_of(record, (KNOWN,))}")
+    return form.read({field: record[key] for field, key in names.items()}, name, words)
 
 
 def located(value: Any, raw: dict, root: str | None) -> dict:
