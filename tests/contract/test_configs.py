@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.settings import settings_of
 from evaluation.schema import EvaluationConfig
 from tests.training.tiny import check_data
+from training.data.documents import document_length
 from training.tokenizer_settings import TokenizerTrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +146,7 @@ SMALL = {
 
 
 def test_the_files_are_these_and_the_readme_has_a_row_for_each():
-    others = {"showo_tiny_train", "showo_tiny_demo", "showo_tiny_magvitv2"}
+    others = {"showo_mixed", "showo_tiny_mixed", "showo_tiny_train", "showo_tiny_demo", "showo_tiny_magvitv2"}
     assert set(FILES) == {*DEMOS, *STAGES, *OTHER_LLMS, *SMALL, *others} and len(DEMOS) + len(STAGES) == 15
     rows = dict(re.findall(r"^\| \[`(\w+)`\](.*)$", README, re.MULTILINE))
     assert set(rows) == set(FILES)
@@ -238,7 +239,18 @@ def test_the_small_stages_follow_each_other_and_fit_the_small_tokenizers(name, l
     assert config.dataset.preprocessing.resolution == trained.dataset.preprocessing.resolution
 
 
-@pytest.mark.parametrize("name", STAGES)
+def test_documents_of_the_published_size_fit_the_positions_of_the_language_model(load):
+    """Four learned images, three of them twice, with captions; and the flows beside them are those of tuning 2."""
+    config, tuning = load("showo_mixed"), load("showo_instruction_tuning_2")
+    assert config.mixed.max_length <= 2048
+    story = [{"text": "", "loss": True}, {"loss": True}] * 4
+    lengths = [50, config.model.showo.num_vq_tokens] * 4
+    assert document_length(story, lengths, is_clean=True) <= config.mixed.max_length
+    assert config.model == tuning.model and config.dataset.preprocessing == tuning.dataset.preprocessing
+    assert (config.mixed.text_weight, config.optimizer.params.learning_rate) == (0.2, 1e-4)
+
+
+@pytest.mark.parametrize("name", [*STAGES, "showo_mixed"])
 def test_missing_variables_come_at_once_or_from_the_command_line(name, load_bare):
     with pytest.raises(UserError) as error:
         check_data(load_bare(name))

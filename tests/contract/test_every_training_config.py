@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -29,8 +29,9 @@ from training import train, train_w_clip_vit
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = [name for name in FILES if "tiny" in name and not name.endswith(("magvitv2", "demo"))]
-SIDES = {256: 32, 512: 48}  # the resolution of a file → that of its test, with 8 pixels a token
+MIXED = ["showo_mixed", "showo_tiny_mixed"]
+SMALL = [name for name in FILES if "tiny" in name and not name.endswith(("magvitv2", "demo", "mixed"))]
+SIDES = {96: 32, 256: 32, 512: 48}  # the resolution of a file → that of its test, with 8 pixels a token
 FAMILIES = {"llama3": "llama", "qwen2_5": "qwen2"}
 
 
@@ -42,6 +43,7 @@ def world(tmp_path_factory):
     write_imagenet(folder / "imagenet")
     for rounds in (1, 2):
         write_llava(folder, rounds)
+    write_stories(folder)
     write_clip(folder / "clip")
     small_clip.main([f"output_dir={folder}/small_clip", "hidden_size=32", "heads=2"])
     sizes = {"codebook_size": tiny.CODEBOOK_SIZE, "vocab_size": tiny.VOCAB_SIZE, "llm_vocab_size": tiny.LLM_VOCAB_SIZE}
@@ -54,6 +56,13 @@ def world(tmp_path_factory):
     config = ShowoConfig.from_pretrained(start, w_clip_vit=True, clip_feature_size=32)
     Showo.from_pretrained(start, config=config, allow_missing=("mm_projector.",)).save_pretrained(folder / "small")
     return folder
+
+
+def write_stories(folder: Path) -> None:
+    """`stories.jsonl`, with the images of the LLaVA files."""
+    images = sorted(path.name for path in (folder / "images").iterdir())
+    stories = [{"captions": ["a square", "another"], "images": [one, other]} for one, other in pairwise(images)]
+    (folder / "stories.jsonl").write_text("\n".join(map(json.dumps, stories)))
 
 
 def read(name: str) -> dict:
@@ -76,6 +85,8 @@ def data(world: Path, name: str) -> dict:
     if dataset["und_type"].startswith("llava"):
         paths["mmu_shards_path_or_url"] = world / f"llava_{1 if 'pretrain' in dataset['und_type'] else 2}.json"
         paths["mmu_image_root"] = world / "images"
+    if name in MIXED:
+        paths |= {"mixed_shards_path_or_url": world / "stories.jsonl", "mixed_image_root": world / "images"}
     given = {f"train_{key}": path for key, path in paths.items()}
     given |= {f"eval_{key}": path for key, path in paths.items() if f"eval_{key}" in dataset["params"]}
     return {f"dataset.params.{key}": path for key, path in given.items()}
@@ -116,6 +127,9 @@ def overrides(world: Path, name: str, output_dir: Path) -> dict:
     given |= {"experiment.output_dir": output_dir, "experiment.checkpoints_total_limit": 2}
     given |= {"experiment.init_from": start_of(world, name) or "null", "dataset.params.shuffle_buffer_size": 20}
     given |= data(world, name)
+    if name in MIXED:
+        given |= {"training.batch_size_mixed": 2, "mixed.max_length": 200}
+        given |= {"validation_prompts_file": world / "prompts.txt"}
     if name in SMALL:
         return given | ({"model.clip_vit_name": world / "small_clip"} if "clip" in name else {})
     return given | sizes(world, name) | {"dataset.params.num_workers": 0}
@@ -137,10 +151,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_trained(output_dir: Path) -> None:
-    """Two steps with finite losses of all three flows, both checkpoints, and a final model that loads."""
+    """Two steps with finite losses of all flows, both checkpoints, and a final model that loads."""
     lines = [line for line in tiny.metrics_of(output_dir) if "lr" in line]
     assert [line["step"] for line in lines] == [1, 2]
-    losses = [line[f"step_loss_{flow}"] for line in lines for flow in ("t2i", "lm", "mmu")]
+    losses = [value for line in lines for key, value in line.items() if key.startswith("step_loss_")]
+    assert len(losses) in (6, 10), "of three flows, or with the codes and texts of documents"
     assert all(math.isfinite(loss) and 0 < loss < 20 for loss in losses)
     for step in (1, 2):
         folder = output_dir / f"checkpoint-{step}"
@@ -160,7 +175,7 @@ def assert_learned(output_dir: Path, start: Path | None, projector_only: bool) -
         assert all(torch.equal(tensor, last[name]) for name, tensor in weights(start).items() if name not in projector)
 
 
-@pytest.mark.parametrize("name", [*STAGES, *SMALL])
+@pytest.mark.parametrize("name", [*STAGES, *SMALL, *MIXED])
 def test_a_stage_takes_two_steps(name, world, tmp_path):
     out, start = tmp_path / "out", start_of(world, name)
     run(name, overrides(world, name, out))
@@ -170,7 +185,8 @@ def test_a_stage_takes_two_steps(name, world, tmp_path):
     assert len(panels) == 2, "generated and predicted images"
     evaluated = {key for line in tiny.metrics_of(out) for key in line if key.startswith("eval_loss")}
     held_out = [key for key in read(name)["dataset"]["params"] if key.startswith("eval_") and key.endswith("url")]
-    assert evaluated == {f"eval_loss_{key.split('_')[1]}" for key in held_out}
+    assert evaluated - {"eval_loss_mixed_text"} == {f"eval_loss_{key.split('_')[1]}" for key in held_out}
+    assert (name in MIXED) == ("step_loss_mixed_text" in tiny.steps_of(out)[-1])
 
 
 @pytest.mark.parametrize("llm", FAMILIES)
