@@ -5,9 +5,9 @@
         --model_args config=configs/showo_demo_512x512.yaml
     accelerate launch --num_processes 2 evaluation/lmms_eval_showo.py --model showo …
 
-All other arguments are the harness's own. `model_args` takes `config=` and any key of it, as in `dtype=fp32`. One
-image is shown of each question: where a task gives several, the first. The first failure ends the run, with exit code 2
-where it is one of settings or data and 1 otherwise; the harness by itself prints it and exits with 0.
+All other arguments are the harness's own. `model_args` takes `config=` and any key of it, as in `dtype=fp32`. Where a
+task gives several images, the question is about all of them, and comes after the last. The first failure ends the run,
+with exit code 2 where it is one of settings or data and 1 otherwise; the harness by itself prints it and exits with 0.
 """
 
 import json
@@ -34,7 +34,6 @@ if __name__ == "__main__":
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from tqdm import tqdm
 
 from common.config import InferenceConfig, load_config
 from common.errors import UserError, run_cli
@@ -87,7 +86,6 @@ class ShowoLmms(lmms):
         loaded = load_config([f"{k}={v}" for k, v in given.items() if v is not None], InferenceConfig)
         self.pipeline = ShowoPipeline.from_config(loaded)
         self.generator = self.pipeline.generator(loaded.seed or 0)
-        self.has_warned = False
 
     @property
     def device(self) -> torch.device:
@@ -117,9 +115,10 @@ class ShowoLmms(lmms):
         decoding = dict(requests[0].args[1])
         temperature = float(decoding.get("temperature") or 0)
         questions = [question_of(request.args[0]) for request in requests]
-        self.pipeline.check_questions(questions, max_new_tokens=1)
+        images = [self._images(*request.args[2:6]) for request in requests]
+        self.pipeline.check_questions(questions, max_new_tokens=1, num_images=max(map(len, images)))
         answers = self.pipeline.answer_each(
-            [self._image(*request.args[2:6]) for request in requests],
+            images,
             questions,
             max_new_tokens=min(int(decoding.get("max_new_tokens") or MAX_NEW_TOKENS), self.pipeline.num_positions),
             temperature=temperature or 1.0,
@@ -144,9 +143,9 @@ class ShowoLmms(lmms):
             if not where:
                 raise UserError("acc_mutual_info asks without the image, which Show-o does not answer; leave it out")
             continuation = target if isinstance(target, str) else target(self._doc(*where))
-            question = question_of(context)
-            self.pipeline.check_questions([question + continuation], max_new_tokens=1)
-            loss = Loss(self.pipeline.answer_loss(self._image(*where), question, continuation))
+            question, images = question_of(context), self._images(*where)
+            self.pipeline.check_questions([question + continuation], max_new_tokens=1, num_images=len(images))
+            loss = Loss(self.pipeline.answer_loss(images, question, continuation))
             found.append(GenerationResult(loss))
         return found
 
@@ -156,17 +155,13 @@ class ShowoLmms(lmms):
     def _doc(self, doc_to_visual, doc_id, task: str, split: str) -> dict:
         return self.task_dict[task][split][doc_id]
 
-    def _image(self, doc_to_visual, doc_id, task: str, split: str) -> Image.Image:
-        """The first image of a document; says once that there are others."""
+    def _images(self, doc_to_visual, doc_id, task: str, split: str) -> list[Image.Image]:
+        """The images of a document."""
         visuals = doc_to_visual(self._doc(doc_to_visual, doc_id, task, split)) or []
         images = [visual for visual in visuals if isinstance(visual, Image.Image)]
         if not images:
-            raise UserError(f"task {task}, document {doc_id}: Show-o answers questions about one image each")
-        if len(images) > 1 and not self.has_warned:
-            self.has_warned = True
-            text = f"task {task}, document {doc_id} has {len(images)} images; of each document the first is shown"
-            tqdm.write(f"warning: {text}", file=sys.stderr)
-        return images[0]
+            raise UserError(f"task {task}, document {doc_id}: Show-o answers questions about images; it has none")
+        return images
 
 
 def question_of(context: str) -> str:

@@ -505,8 +505,8 @@ class ShowoPipeline(DocumentPipeline):
         return [text.strip() for text in self.prompting.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
 
     @torch.inference_mode()
-    def answer_loss(self, image: ImageInput, question: str, answer: str) -> tuple[float, bool]:
-        """Scores a given answer.
+    def answer_loss(self, image: ImageInput | list[ImageInput], question: str, answer: str) -> tuple[float, bool]:
+        """Scores a given answer to a question about an image, or a list of them.
 
         Returns:
             mean cross-entropy of its tokens, without the end token; whether each of them is the likeliest one.

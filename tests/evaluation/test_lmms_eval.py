@@ -110,18 +110,22 @@ def test_generate_until(make, pipeline):
     answers = model.generate_until([request(text, kwargs, n) for n, (text, kwargs) in enumerate(asked)])
     for number, (question, tokens) in enumerate((("What is it?", 3), ("Why?", 6), ("How many?", 3))):
         assert [answers[number]] == pipeline.answer_each([DOCS[number]["image"]], [question], max_new_tokens=tokens)
-    with pytest.raises(UserError, match="task task, document 0: Show-o answers questions about one image"):
+    with pytest.raises(UserError, match="task task, document 0: Show-o answers questions about images; it has none"):
         model.generate_until([request("No image?", short, 0, lambda doc: [])])
 
 
-def test_further_images_are_dropped_with_one_warning(make, capsys):
-    model, kwargs = make(), {"max_new_tokens": 3}
-    several = [request("Which?", kwargs, n, lambda doc: [doc["image"], DOCS[2]["image"]]) for n in (0, 1)]
-    answers = model.generate_until(several)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
-    assert "task task, document 0 has 2 images; of each document the first is shown" in line
-    assert answers == model.generate_until([request("Which?", kwargs, n) for n in (0, 1)])
-    assert "warning: " not in capsys.readouterr().err
+def test_a_question_may_be_about_several_images(make, pipeline):
+    """Also in a batch with one about a single image."""
+    model, kwargs, both = make(), {"max_new_tokens": 3}, lambda doc: [doc["image"], DOCS[2]["image"]]
+    asked = [request("<image><image>Which?", kwargs, 0, both), request("Which?", kwargs, 1)]
+    images = [[DOCS[0]["image"], DOCS[2]["image"]], DOCS[1]["image"]]
+    assert model.generate_until(asked) == [pipeline.answer([one], "Which?", max_new_tokens=3)[0][0] for one in images]
+    (found,) = model.loglikelihood([request("Which?", "a b", 0, both)])
+    assert (
+        found.text
+        == pipeline.answer_loss(images[0], "Which?", "a b")
+        != pipeline.answer_loss(images[1], "Which?", "a b")
+    )
 
 
 @pytest.mark.slow
