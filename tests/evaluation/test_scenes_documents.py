@@ -56,7 +56,7 @@ def test_the_tiny_model_is_asked_about_all_of_it(scenes, monkeypatch):  # noqa: 
     monkeypatch.setattr("examples.scenes.benchmark.read", lambda cells, images: [_EMPTY] * len(images))
     results = scenes.run("scenes_documents", "max_items=3", "batch_size=3", "device=cpu")
     assert list(results) == list(GROUPS["scenes_documents"])
-    assert results["scenes_editing"]["figures"]["edit, seen"] == 0
+    assert results["scenes_editing"]["figures"]["edit, seen"]["value"] == 0
 
 
 _EMPTY = replace(changed_scene(generator("test", 0), 8, "seen", "ground")[0], things=())
