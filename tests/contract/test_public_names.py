@@ -63,7 +63,7 @@ def test_parameters(path):
 
 def test_row_fields():
     rows = models.UniversalPrompting.__call__.__annotations__["return"]
-    assert list(rows.__dataclass_fields__) == ["input_ids", "labels", "attention_mask"]
+    assert list(rows.__dataclass_fields__) == ["input_ids", "labels", "attention_mask", "position_ids"]
 
 
 @pytest.mark.parametrize(
