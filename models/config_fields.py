@@ -106,6 +106,7 @@ MAGVIT_FIELDS = {
     "code_bits": size(22),
     "num_groups": size(2**14),
     "stem_patch_size": size(2**6),
+    "local_encoder": SWITCH,
     "encoder_mid": SWITCH,
     "decoder_mid": SWITCH,
 }

@@ -34,6 +34,9 @@ class MAGVITv2Config(PretrainedConfig):
         num_groups: groups of every GroupNorm; must divide every width.
         stem_patch_size: k > 1 moves k x k pixels into channels before the first convolution and back after the last
             one, so that a small tokenizer computes nothing at full resolution.
+        local_encoder: each code is computed from its own patch alone, by kernels of 1 and norms of single positions, so
+            that a thing has the same codes wherever it stands and whatever is around it: a language model has less to
+            learn. The decoder sees the surroundings as ever. Not published.
         encoder_mid, decoder_mid: whether to have the block-attention-block at the coarsest resolution. Both are
             published; a small tokenizer may spend these parameters elsewhere.
 
@@ -53,6 +56,7 @@ class MAGVITv2Config(PretrainedConfig):
         code_bits: int = 13,
         num_groups: int = 32,
         stem_patch_size: int = 1,
+        local_encoder: bool = False,
         encoder_mid: bool = True,
         decoder_mid: bool = True,
         **kwargs,
@@ -66,6 +70,7 @@ class MAGVITv2Config(PretrainedConfig):
         self.code_bits = code_bits
         self.num_groups = num_groups
         self.stem_patch_size = stem_patch_size
+        self.local_encoder = local_encoder
         self.encoder_mid = encoder_mid
         self.decoder_mid = decoder_mid
         per_level = (encoder_ch_mult, decoder_ch_mult, encoder_num_res_blocks, decoder_num_res_blocks)
@@ -77,6 +82,10 @@ class MAGVITv2Config(PretrainedConfig):
         widths = {ch * mult for mult in self.encoder_ch_mult + self.decoder_ch_mult}
         if bad := sorted(width for width in widths if width % num_groups):
             raise ValueError(f"num_groups={num_groups} must divide every width, but does not divide {bad}")
+        if local_encoder and (len(self.encoder_ch_mult) > 1 or encoder_mid):
+            raise ValueError(
+                "local_encoder needs one level and encoder_mid=False; set stem_patch_size to the pixels of a token"
+            )
         super().__init__(**kwargs)
 
     @property
@@ -169,15 +178,33 @@ class LookupFreeQuantizer(nn.Module):
         return commit, 0.1 * (per_token - of_the_mean)
 
 
+def conv(in_channels: int, out_channels: int, local: bool = False) -> nn.Conv2d:
+    """3x3, or 1x1 if it is local."""
+    return nn.Conv2d(in_channels, out_channels, 1 if local else 3, padding=0 if local else 1)
+
+
+def norm(channels: int, num_groups: int, local: bool = False) -> nn.GroupNorm:
+    """Over groups of channels of the whole image, or all channels of each position by itself if it is local."""
+    return PositionNorm(1, channels, eps=1e-6) if local else nn.GroupNorm(num_groups, channels, eps=1e-6)
+
+
+class PositionNorm(nn.GroupNorm):
+    """A norm of each position by itself; (B, C, h, w) -> (B, C, h, w)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positions = x.movedim(1, -1)  # (B, h, w, C)
+        return super().forward(positions.flatten(0, 2)).view(positions.shape).movedim(-1, 1)
+
+
 class ResnetBlock(nn.Module):
     """Norm, swish, 3x3, twice, with a residual connection; (B, C, h, w) -> (B, C', h, w)."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int):
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, local: bool = False):
         super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(num_groups, out_channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1 = norm(in_channels, num_groups, local)
+        self.conv1 = conv(in_channels, out_channels, local)
+        self.norm2 = norm(out_channels, num_groups, local)
+        self.conv2 = conv(out_channels, out_channels, local)
         self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -224,10 +251,12 @@ def upsample(channels: int) -> nn.Sequential:
     return named(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
 
 
-def level(in_channels: int, out_channels: int, num_blocks: int, num_groups: int, **change: nn.Module) -> nn.Sequential:
+def level(
+    in_channels: int, out_channels: int, num_blocks: int, num_groups: int, local: bool = False, **change: nn.Module
+) -> nn.Sequential:
     """The residual blocks of one resolution, then the change to the next resolution, if any."""
     widths = [in_channels] + [out_channels] * num_blocks
-    return named(block=nn.Sequential(*(ResnetBlock(a, b, num_groups) for a, b in pairwise(widths))), **change)
+    return named(block=nn.Sequential(*(ResnetBlock(a, b, num_groups, local) for a, b in pairwise(widths))), **change)
 
 
 class Encoder(nn.Module):
@@ -237,14 +266,15 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.ch * mult for mult in config.encoder_ch_mult]
         self.patch_size = config.stem_patch_size
-        self.conv_in = nn.Conv2d(3 * self.patch_size**2, widths[0], 3, padding=1)
+        local = config.local_encoder
+        self.conv_in = conv(3 * self.patch_size**2, widths[0], local)
         self.down = nn.Sequential()
         for i, (width, num_blocks) in enumerate(zip(widths, config.encoder_num_res_blocks, strict=True)):
             change = {"downsample": downsample(width)} if i < len(widths) - 1 else {}
-            self.down.append(level(widths[max(i - 1, 0)], width, num_blocks, config.num_groups, **change))
+            self.down.append(level(widths[max(i - 1, 0)], width, num_blocks, config.num_groups, local, **change))
         self.mid = middle(widths[-1], config.num_groups) if config.encoder_mid else nn.Identity()
-        self.norm_out = nn.GroupNorm(config.num_groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], config.code_bits, 3, padding=1)
+        self.norm_out = norm(widths[-1], config.num_groups, local)
+        self.conv_out = conv(widths[-1], config.code_bits, local)
         self.quant_conv = nn.Conv2d(config.code_bits, config.code_bits, 1)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:

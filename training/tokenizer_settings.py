@@ -45,6 +45,7 @@ class Model:
     code_bits: int = setting(13, "bits of a code: 2^code_bits codes", low=1, high=22)
     num_groups: int = setting(32, "groups of the group norms", low=1, high=2**14)
     stem_patch_size: int = setting(1, "pixels per side that the first layer makes one position of", low=1, high=64)
+    local_encoder: bool = setting(False, "compute each code from its own patch alone, so that equal patches have one")
     encoder_mid: bool = setting(True, "blocks between encoder and codes")
     decoder_mid: bool = setting(True, "blocks between codes and decoder")
 

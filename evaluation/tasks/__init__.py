@@ -23,10 +23,13 @@ TASKS = {  # name -> module:class, imported when the task is asked for
     "scenes_reconstruction": "examples.scenes.benchmark:SceneReconstruction",
     "scenes_inpainting": "examples.scenes.benchmark:SceneInpainting",
     "scenes_extrapolation": "examples.scenes.benchmark:SceneExtrapolation",
+    "scenes_editing": "examples.scenes.document_benchmark:SceneEditing",
+    "scenes_stories": "examples.scenes.document_benchmark:SceneStories",
+    "scenes_several": "examples.scenes.document_benchmark:SceneSeveral",
 }
-GROUPS = {  # several tasks by one name
-    group: tuple(name for name in TASKS if name.startswith(f"{group}_")) for group in ("emoji", "scenes")
-}
+SCENES = tuple(name for name in TASKS if name.startswith("scenes_"))
+EMOJI = tuple(name for name in TASKS if name.startswith("emoji_"))
+GROUPS = {"emoji": EMOJI, "scenes": SCENES[:5], "scenes_documents": SCENES[5:]}  # several tasks by one name
 
 
 def task_class(name: str) -> type[Task]:

@@ -351,23 +351,25 @@ class DocumentRows:
 
 
 def roles_of(ids: list[int], vocabulary: Vocabulary, bos_id: int, eos_id: int) -> list[Role]:
-    """The role of each token of a right-padded document.
+    """The role of each token of a right-padded document. In a text that has another token behind it, eos is a word, as
+    between the turns of a conversation: no text follows another.
 
     Raises:
         ValueError: it is no document.
     """
     roles: list[Role] = []
-    for index, token in enumerate(ids):
+    after_text = (vocabulary.soi_id, vocabulary.pad_id)
+    for index, (token, following) in enumerate(zip(ids, [*ids[1:], vocabulary.pad_id], strict=True)):
         last = roles[-1] if roles else None
         if token == vocabulary.pad_id and index:
             role = Role.PAD
         elif last is None and token == vocabulary.t2i_id:
             role = Role.TASK
         elif last in (Role.BOS, Role.WORD):
-            role = Role.EOS if token == eos_id else Role.WORD
+            role = Role.EOS if token == eos_id and following in after_text else Role.WORD
         elif last == Role.IMAGE and ids[index - 1] != vocabulary.eoi_id or token == vocabulary.soi_id:
             role = Role.IMAGE
-        elif last in (Role.TASK, Role.EOS, Role.IMAGE) and token == bos_id:
+        elif last in (Role.TASK, Role.IMAGE) and token == bos_id:
             role = Role.BOS
         else:
             raise ValueError(f"token {token} at position {index} has no place in a document; build it with mixed_gen")

@@ -63,11 +63,23 @@ def test_pixels_and_codes_that_do_not_fit_are_refused(call, message):
         ({"encoder_ch_mult": (1,)}, "must be equally long, got lengths"),
         ({"num_groups": 5}, r"num_groups=5 must divide every width, but does not divide \[8, 16, 24\]"),
         ({"decoder_num_res_blocks": (0, 1)}, r"decoder_num_res_blocks is \(0, 1\); it must be a list"),
+        ({"local_encoder": True, "encoder_mid": False}, "local_encoder needs one level and encoder_mid=False"),
     ],
 )
 def test_sizes_that_contradict_each_other_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         MAGVITv2Config(**TWO_LEVELS | overrides)
+
+
+def test_a_local_encoder_gives_a_patch_the_same_code_in_all_surroundings():
+    one_level = {"encoder_ch_mult": (1,), "decoder_ch_mult": (1,)}
+    one_level |= {"encoder_num_res_blocks": (2,), "decoder_num_res_blocks": (1,)}
+    here, there = random_pixels(1, 3, 16, 16), random_pixels(1, 3, 16, 16)
+    there[..., 4:8, 12:16] = here[..., 8:12, 0:4]
+    local, usual = (tiny(**one_level, local_encoder=is_local) for is_local in (True, False))
+    codes = [model.encode(pixels) for model in (local, usual) for pixels in (here, there)]  # (1, K, 4, 4) each
+    torch.testing.assert_close(codes[0][..., 2, 0], codes[1][..., 1, 3])
+    assert (codes[2][..., 2, 0] - codes[3][..., 1, 3]).abs().max() > 0.01
 
 
 def test_codes_to_bits_and_back():

@@ -16,6 +16,7 @@ def image(seed: int) -> list[int]:
 
 
 DOCUMENTS = {
+    "turns of a conversation": [("image", image(7)), ("text", [1, 117, 2, 3, 117, 117, 4])],
     "a text": [("text", [1, 2, 3])],
     "an image and an instruction": [("image", image(1)), ("text", [4, 5])],
     "two images": [("image", image(2)), ("image", image(3))],
@@ -134,7 +135,7 @@ def test_a_full_context_ends_a_document_and_keeps_what_is_made(caplog):
         ({"text_guidance_scale": 2.0}, "go together; give both or none"),
         ({"guidance_scale": 1.0, "text_guidance_scale": 2.0, "image_guidance_scale": 1.0}, "drop one"),
         ({"timesteps": 0}, "timesteps is 0, expected at least 1"),
-        ({"input_ids": torch.tensor([[123, 117, 1, 117, 5]])}, "token 5 at position 4 has no place in a document"),
+        ({"input_ids": torch.tensor([[123, 5, 117]])}, "token 5 at position 1 has no place in a document"),
         ({"input_ids": torch.tensor([[123, 117, 1]]), "plan": ["image"]}, "needs a plan that begins with text"),
     ],
 )
