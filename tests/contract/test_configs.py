@@ -101,7 +101,7 @@ def test_published_settings_of_the_command_line_are_known():
 
 
 PROMPTS = {"showoprompts": 20, "text2image_prompts": 20, "imagenet_prompts": 10}
-PROMPTS |= {"emoji_prompts": 16, "emoji_class_prompts": 16}
+PROMPTS |= {"emoji_prompts": 16, "emoji_class_prompts": 16, "scenes_prompts": 16}
 
 
 def test_prompt_files_hold_one_prompt_a_line():
