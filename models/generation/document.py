@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -112,6 +113,8 @@ class DocumentGeneration:
         for kind in plan or ():
             if kind not in (TEXT, IMAGE):
                 raise ValueError(f"plan holds {kind!r}, expected {TEXT} or {IMAGE}")
+        if (TEXT, TEXT) in pairwise(plan or ()):
+            raise ValueError("plan holds a text after a text; texts that follow each other are one")
         schedule = get_mask_schedule(noise_schedule) if isinstance(noise_schedule, str) else noise_schedule
         num_tokens, sampling = self.config.num_vq_tokens, sampling or SamplingParameters()
         num_images = max_images if plan is None else plan.count(IMAGE)
@@ -130,13 +133,11 @@ class DocumentGeneration:
                 if not chosen:
                     break
                 denoiser = rows.image_denoiser(chosen, num_tokens, weights, sampling.refresh_every)
-                show = (
-                    None
-                    if callback is None
-                    else lambda _, codes, chosen=chosen: [
-                        writers[row].show(image) for row, image in zip(chosen, codes, strict=True)
-                    ]
-                )
+
+                def show(step: int, codes: torch.Tensor, chosen=chosen) -> None:
+                    for row, image in zip(chosen, codes, strict=True):
+                        writers[row].show(image)
+
                 unknown = torch.full((len(chosen), num_tokens), self.vocabulary.mask_token_id, device=input_ids.device)
                 codes = denoise(
                     self,

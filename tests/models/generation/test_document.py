@@ -131,6 +131,7 @@ def test_a_full_context_ends_a_document_and_keeps_what_is_made(caplog):
     ("settings", "message"),
     [
         ({"plan": ["picture"]}, "plan holds 'picture', expected text or image"),
+        ({"plan": ["text", "text"]}, "plan holds a text after a text"),
         ({"null": "images"}, "null is 'images', expected text or all"),
         ({"text_guidance_scale": 2.0}, "go together; give both or none"),
         ({"guidance_scale": 1.0, "text_guidance_scale": 2.0, "image_guidance_scale": 1.0}, "drop one"),
