@@ -166,7 +166,7 @@ class OmniMask:
         return OmniMask(self.visible_from[:, start:stop] - start, self.visible_until[:, start:stop] - start)
 
     def extend(self, count: int) -> "OmniMask":
-        """With `count` causal positions (newly generated text) at the end.
+        """With `count` causal positions (newly generated text, or padding) at the end.
 
         Keys that every later row saw stay visible to the new rows; hidden padding stays hidden.
         """
@@ -183,7 +183,7 @@ class OmniMask:
         return replace(self, visible_until=self.visible_until.masked_fill(keys, 0))
 
     def pad_to(self, length: int) -> "OmniMask":
-        """With keys up to `length` that no row sees: the unused slots of a cache of fixed size, or right padding."""
+        """With keys up to `length` that no row sees: the unused slots of a cache of fixed size."""
         missing = (0, length - self.visible_from.shape[1])
         return replace(
             self,

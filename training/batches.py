@@ -197,7 +197,7 @@ def joined(parts: list[Rows], pad_id: int) -> Rows:
         labels.append(F.pad(part.labels, missing, value=IGNORE_ID))
         counted = torch.arange(length).expand(len(part.input_ids), -1)
         positions.append(counted if part.position_ids is None else F.pad(part.position_ids, missing))
-        masks.append(part.attention_mask.pad_to(length))
+        masks.append(part.attention_mask.extend(missing[1]))
     position_ids = None if all(part.position_ids is None for part in parts) else torch.cat(positions)
     return Rows(torch.cat(ids), torch.cat(labels), OmniMask.cat(masks), position_ids)
 

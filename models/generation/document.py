@@ -123,7 +123,6 @@ class DocumentGeneration:
         rows = DocumentRows(self, input_ids, groups, room, bos_id, eos_id)
         shows = [None if callback is None else partial(callback, row) for row in range(len(input_ids))]
         writers = [Writer(*pair, plan, max_images) for pair in zip(shows, rows.last_roles, strict=True)]
-        one_each = isinstance(generator, Sequence)
         words = {"temperature": text_temperature, "top_k": top_k, "top_p": top_p}
         try:
             while True:
@@ -146,7 +145,7 @@ class DocumentGeneration:
                     timesteps=timesteps,
                     temperature=temperature,
                     schedule=schedule,
-                    generator=[generator[row] for row in chosen] if one_each else generator,
+                    generator=generators_of(generator, chosen),
                     sampling=sampling,
                     callback=show,
                 )
@@ -184,13 +183,18 @@ def write(
             allowed = torch.stack([is_word if writers[row].next == WORD else is_decision for row in choosing])
             drawn = by_row(
                 lambda logits, generator: sample_next(logits, generator=generator, **words),
-                [generator[row] for row in choosing] if isinstance(generator, Sequence) else generator,
+                generators_of(generator, choosing),
                 logits.masked_fill(~allowed, -torch.inf),
             )
             tokens |= dict(zip(choosing, drawn.tolist(), strict=True))
         added = {row: (token, role) for row, token in tokens.items() if (role := writers[row].take(token, rows))}
         if added:
             rows.add_tokens(added)
+
+
+def generators_of(generator: Generators, rows: list[int]) -> Generators:
+    """Those of some rows, where each has one of its own."""
+    return [generator[row] for row in rows] if isinstance(generator, Sequence) else generator
 
 
 def guidance_groups(
@@ -312,18 +316,19 @@ class DocumentRows:
         self.runner = Runner(model, everything)
         self._attend()
         hidden = self.runner.prefill(prompts)[:batch_size]  # (B, L, H)
-        last = (self.roles[:, :length] != Role.PAD).sum(1) - 1
-        self.hidden = hidden[torch.arange(batch_size, device=last.device), last]
+        self.lengths = [sum(role != Role.PAD for role in row) for row in roles]  # tokens of each document
+        self.hidden = hidden[list(range(batch_size)), [length - 1 for length in self.lengths]]
 
     def has_room(self, row: int, count: int) -> bool:
         """Whether the language model knows so many more positions."""
-        return int((self.roles[row] != Role.PAD).sum()) + count <= self.num_positions
+        return self.lengths[row] + count <= self.num_positions
 
     def add_tokens(self, tokens: dict[int, tuple[int, Role]]) -> None:
         """Runs a column with a token and its role for some documents."""
         column, rows = self.runner.length, list(tokens)
         for row, (token, role) in tokens.items():
             self.ids[row, column], self.roles[row, column] = token, role
+            self.lengths[row] += 1
         self._attend()
         hidden = self.runner.step(self.ids[:, column : column + 1])
         self.hidden[rows] = hidden[rows, -1]
@@ -334,6 +339,8 @@ class DocumentRows:
         index = torch.tensor(chosen, device=self.ids.device)
         self.ids[index, block.start], self.ids[index, block.stop - 1] = self.vocabulary.soi_id, self.vocabulary.eoi_id
         self.roles[index, block] = int(Role.IMAGE)
+        for row in chosen:
+            self.lengths[row] += num_tokens + 2
         self._attend()
         return Denoiser(self.model, self.runner, block, self.ids[:, block].clone(), weights, refresh, chosen=index)
 

@@ -210,7 +210,7 @@ def _image(value: Any, name: str, loss: bool = True) -> dict:
 # ---- records ----
 
 
-class DocumentRows(ParquetUnits):
+class ParquetDocuments(ParquetUnits):
     """Documents in parquet files, one a row; `UserError` if a file has not the columns of any form."""
 
     def __init__(self, paths: list[str], buffer_size: int = 1000):
@@ -230,7 +230,7 @@ def _keys_of(path: str, columns: list[str]) -> dict[str, str]:
 def open_documents(paths: list[str], buffer_size: int = 1000) -> Units:
     """The documents of parquet files, or of json, jsonl, csv and tsv files; `UserError` if there is none."""
     if has_suffix(paths[0], PARQUET):
-        return DocumentRows(paths, buffer_size)
+        return ParquetDocuments(paths, buffer_size)
     units = RecordUnits([_table(path) if has_suffix(path, TABLES) else JsonRecords(path) for path in paths])
     if not units.samples:
         raise UserError(f"{', '.join(paths)} hold(s) no document")
