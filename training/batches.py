@@ -161,8 +161,8 @@ class BatchBuilder:
         num_rows = {name: len(samples.get(name, ())) for name in FLOWS}
         first, targets = 0, {}
         for name, count in num_rows.items():  # the same losses on every process, also if a flow is absent
-            for loss, of_rows in FLOWS[name].targets(labels[first : first + count], self).items():
-                targets[loss] = first, of_rows
+            found = FLOWS[name].targets(labels[first : first + count], self)
+            targets |= {loss: (first, one) for loss, one in zip(FLOWS[name].losses, found, strict=True)}
             first += count
         packs, room = self.packing_length is not None, self.packing_length
         objective = Objective.from_targets(
@@ -245,8 +245,8 @@ def mixed_rows(samples: list[dict], builder: BatchBuilder) -> tuple[Rows, dict]:
 
 
 MakeRows = Callable[[list, BatchBuilder], tuple[Rows, dict]]  # and fields of `OmniBatch`
-# Labels (B, L) → loss → targets (B, L) at the positions that predict them
-ToTargets = Callable[[torch.Tensor, BatchBuilder], dict[str, torch.Tensor]]
+# Labels (B, L) → targets (B, L) of each loss, at the positions that predict them
+ToTargets = Callable[[torch.Tensor, BatchBuilder], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,8 @@ class FlowKind:
     Args:
         reader: what it reads.
         rows: its samples → rows.
-        targets: the labels of its rows → what is predicted where, by the loss that it belongs to.
-        losses: the names of these losses.
+        targets: the labels of its rows → what is predicted where, for each of `losses`.
+        losses: their names.
     """
 
     reader: type[FlowReader]
@@ -268,11 +268,9 @@ class FlowKind:
 
 # Rows of a batch are in the order of this table; t2i comes first, as sample images are made of a batch's first rows.
 FLOWS: dict[str, FlowKind] = {
-    "t2i": FlowKind(
-        T2IReader, t2i_rows, lambda labels, b: {"t2i": in_place(labels, b.prompting.max_text_len + 1)}, ("t2i",)
-    ),
-    "lm": FlowKind(LanguageReader, lm_rows, lambda labels, b: {"lm": next_token(labels)}, ("lm",)),
-    "mmu": FlowKind(MmuReader, mmu_rows, lambda labels, b: {"mmu": next_token(labels)}, ("mmu",)),
+    "t2i": FlowKind(T2IReader, t2i_rows, lambda labels, b: (in_place(labels, b.prompting.max_text_len + 1),), ("t2i",)),
+    "lm": FlowKind(LanguageReader, lm_rows, lambda labels, b: (next_token(labels),), ("lm",)),
+    "mmu": FlowKind(MmuReader, mmu_rows, lambda labels, b: (next_token(labels),), ("mmu",)),
     "mixed": FlowKind(
         MixedReader,
         mixed_rows,

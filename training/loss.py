@@ -40,15 +40,15 @@ def next_token(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_ID)
 
 
-def document_targets(labels: torch.Tensor, image_offset: int) -> dict[str, torch.Tensor]:
-    """(B, L) targets of documents: image codes in place as ``mixed``, text and decisions shifted as ``mixed_text``.
+def document_targets(labels: torch.Tensor, image_offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, L) targets of documents: of image codes, in place, and of texts and decisions, shifted.
 
     Args:
         image_offset: id of the first image code.
     """
     is_code = labels >= image_offset
     text = next_token(labels.masked_fill(is_code, IGNORE_ID))
-    return {"mixed": labels.masked_fill(~is_code, IGNORE_ID), "mixed_text": text}
+    return labels.masked_fill(~is_code, IGNORE_ID), text
 
 
 @dataclass(frozen=True)

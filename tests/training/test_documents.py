@@ -1,16 +1,18 @@
 """The mixed flow: documents to losses (docs/mixed.md)."""
 
 import json
+import random
 
 import pytest
 import torch
 
-from tests.models.test_documents import EDIT, STORY, build, every_other, image, text
+from tests.models.test_documents import EDIT, STORY, build, every_other, image, random_document, text
 from tests.parity.goldens import tiny_showo
 from tests.tiny_llms import tiny_showo as showo_of
 from tests.training import tiny
 from tests.training.tiny import CAPTIONS
 from training.batches import mixed_rows
+from training.data.documents import document_length
 from training.loss import Objective, document_targets
 from training.packing import Packing
 
@@ -23,8 +25,8 @@ def model():
 
 
 def objective_of(rows, **settings) -> Objective:
-    found = document_targets(rows.labels, OFFSET)
-    return Objective.from_targets({name: (0, targets) for name, targets in found.items()}, **settings)
+    found = zip(("mixed", "mixed_text"), document_targets(rows.labels, OFFSET), strict=True)
+    return Objective.from_targets({name: (0, targets) for name, targets in found}, **settings)
 
 
 def losses_of(model, documents, noise=every_other, **settings) -> dict[str, torch.Tensor]:
@@ -112,6 +114,17 @@ def test_packed_documents_have_the_same_losses(family):
         found, expected = (model(rows.input_ids, rows.attention_mask, one).losses for one in (packed, plain))
     torch.testing.assert_close(found, expected)
     assert packing.num_positions < rows.input_ids.numel()
+
+
+@pytest.mark.parametrize("history", ["clean", "masked"])
+def test_the_data_know_how_long_a_row_will_be(history):
+    """`document_length`, by which documents are cut, counts what the row builder builds."""
+    rng = random.Random(0)
+    for _ in range(30):
+        document = random_document(rng)
+        lengths = [len(part["text"].split()) if "text" in part else len(part["image_ids"]) for part in document]
+        row = build(history=history)(([document], every_other), "mixed").input_ids
+        assert document_length(document, lengths, history == "clean") == row.shape[1]
 
 
 # ---- the flow ----
