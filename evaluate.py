@@ -7,9 +7,9 @@
     python3 evaluate.py config=configs/showo_tiny_demo.yaml tasks=emoji data_root=data
     python3 evaluate.py config=… tasks=scenes seed=1
 
-Tasks: pope, mme, flickr30k, vqav2, gqa, mmmu; geneval, coco, reconstruction; emoji, which is four, and scenes, which
-is five. A run that was killed asks only what is missing when it is started again. `compare` takes finished output
-folders or checkpoints; a checkpoint is evaluated first.
+Tasks: pope, mme, flickr30k, vqav2, gqa, mmmu; geneval, coco, reconstruction, editing; emoji, which is four, and
+scenes, which is five. A run that was killed asks only what is missing when it is started again. `compare` takes
+finished output folders or checkpoints; a checkpoint is evaluated first.
 """
 
 from pathlib import Path

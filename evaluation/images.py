@@ -174,6 +174,24 @@ def clip_scores(config, images: Iterator[Image.Image], texts: Sequence[str]) -> 
     return found
 
 
+@torch.inference_mode()
+def clip_image_similarity(config, images: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[float]:
+    """100 times the cosine of CLIP's features of each pair of images.
+
+    Args:
+        config: see `clip_network`.
+    """
+    model, processor = clip_network(config)
+    model.to(choose_device(config.device))
+    found = []
+    for batch in _batches(range(len(images)), "CLIP"):
+        part = slice(batch.start, batch.stop)
+        pixels = processor.image_processor([*images[part], *others[part]], return_tensors="pt")["pixel_values"]
+        features = model.get_image_features(pixels.to(model.device))
+        found += (100 * torch.cosine_similarity(*features.chunk(2))).tolist()
+    return found
+
+
 def clip_network(config) -> tuple:
     """Model and processor; torchmetrics expects features, transformers 5 gives them inside an output.
 

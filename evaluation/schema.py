@@ -40,6 +40,11 @@ class EvaluationConfig(PipelineConfig):
     fid_size: int = setting(256, "pixels per side of the images that FID and rFID compare", low=8, high=4096)
     reconstruction_images: str | None = setting(None, "a folder of images")
     reconstruction_fid: bool = setting(True, "rFID too")
+    editing_triples: str | None = setting(
+        None, "json, jsonl, csv, tsv or parquet: before, instruction, after of each edit, and perhaps a mask"
+    )
+    editing_image_root: str | None = setting(None, "a folder that their images are in; null: that of the file")
+    editing_clip: bool = setting(True, "CLIP's similarity to the right image too")
     emoji_world: str = setting("emoji_world", "the folder in data_root that `make data-emoji` wrote")
     scenes_samples: int = setting(100, "scenes of each kind and split in the tasks of the scene world", low=1)
     flickr30k_prompt: str = setting(

@@ -14,6 +14,7 @@ TASKS = {  # name -> module:class, imported when the task is asked for
     "geneval": "evaluation.tasks.text_to_image:GenEval",
     "coco": "evaluation.tasks.text_to_image:COCO",
     "reconstruction": "evaluation.tasks.reconstruction:Reconstruction",
+    "editing": "evaluation.tasks.editing:Editing",
     "emoji_drawing": "examples.emoji_world.benchmark:EmojiDrawing",
     "emoji_naming": "examples.emoji_world.benchmark:EmojiNaming",
     "emoji_yes_no": "examples.emoji_world.benchmark:EmojiYesNo",
