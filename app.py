@@ -1,4 +1,4 @@
-"""A page on which to try a model: text to image, inpainting, extrapolation and questions (docs/app.md).
+"""A page on which to try a model: text to image, inpainting, extrapolation, questions, edits and stories (docs/app.md).
 
     python3 app.py
     python3 app.py config=configs/showo_demo_512x512.yaml
@@ -177,6 +177,26 @@ class Page:
             self.top_p = gr.Number(config.top_p, label="Top p (empty: all)", minimum=0, maximum=1)
         self.controls = {value for value in vars(self).values() if isinstance(value, Component)}
 
+    def sampling(self, given: Given) -> dict[str, Any]:
+        """Settings of whatever makes images."""
+        return {
+            "guidance_scale": given[self.guidance],
+            "timesteps": int(given[self.steps]),
+            "temperature": given[self.temperature],
+            "sampling": SamplingParameters(
+                int(given[self.refresh]), given[self.start], given[self.stop], given[self.order]
+            ),
+        }
+
+    def writing(self, given: Given) -> dict[str, Any]:
+        """Settings of whatever makes texts, but for the temperature."""
+        return {"max_new_tokens": int(given[self.words]), "top_k": given[self.top_k], "top_p": given[self.top_p]}
+
+    @staticmethod
+    def gallery(label: str, columns: int = 2) -> gr.Gallery:
+        looks = {"columns": columns, "object_fit": "contain", "elem_classes": "pixels"}
+        return gr.Gallery(label=label, format="png", render=False, **looks)
+
     def prompt(self, label: str = "Prompt") -> gr.Textbox:
         return gr.Textbox(self.prompts[0], label=label, lines=2, max_length=MAX_TEXT)
 
@@ -216,8 +236,6 @@ class Page:
 
     def images(self, generate: Callable[..., list[Image.Image]]) -> tuple[gr.Gallery, Work]:
         """A gallery of what `generate(pipeline, given, **settings)` returns, in which the steps are seen."""
-        looks = {"columns": 2, "object_fit": "contain", "elem_classes": "pixels"}
-        gallery = gr.Gallery(label="Images", format="png", render=False, **looks)
 
         def work(pipeline: ShowoPipeline, given: Given, show: Show) -> None:
             steps, count, seed = int(given[self.steps]), int(given[self.count]), given[self.seed]
@@ -228,22 +246,18 @@ class Page:
                 images = pipeline.decode(codes) if given[self.live] and left else []
                 show([captioned(image, f"step {step + 1} of {steps}") for image in images] or gr.skip())
 
-            sampling = (int(given[self.refresh]), given[self.start], given[self.stop], given[self.order])
             images = generate(
                 pipeline,
                 given,
                 num_images_per_prompt=count,
                 negative_prompt=given[self.negative],
-                guidance_scale=given[self.guidance],
-                timesteps=steps,
-                temperature=given[self.temperature],
                 generator=seeds,
                 callback_on_step_end=after_step,
-                sampling=SamplingParameters(*sampling),
+                **self.sampling(given),
             )
             show([captioned(image, f"seed {seed}") for image, seed in zip(images, seeds, strict=True)])
 
-        return gallery, work
+        return self.gallery("Images"), work
 
     def add(self, name: str, make: Callable[["Page"], Tab]) -> None:
         """A tab: inputs at the left, and at the right the output, which a button brings about."""
@@ -320,14 +334,80 @@ def questions(page: Page) -> Tab:
             words.append(text)
             show("".join(words))
 
-        settings = {"temperature": given[page.randomness], "top_k": given[page.top_k], "top_p": given[page.top_p]}
-        settings |= {"max_new_tokens": int(given[page.words]), "generator": pipeline.generator(given[page.seed])}
         [(_, _, answer)] = pipeline.iter_answers(
-            [needed(given[image], "image")], [given[question] or None], stream=stream, **settings
+            [needed(given[image], "image")],
+            [given[question] or None],
+            stream=stream,
+            temperature=given[page.randomness],
+            generator=pipeline.generator(given[page.seed]),
+            **page.writing(given),
         )
         show(answer)
 
     return {image, question}, gr.Textbox(label="Answer", lines=6, render=False), work
+
+
+def editing(page: Page) -> Tab:
+    image = page.upload()
+    page.examples(page.config.example_images, image)
+    asked = page.config.example_instructions
+    instruction = gr.Textbox(asked[0], label="Instruction", max_length=MAX_TEXT)
+    gr.Examples([[one] for one in asked], instruction)
+
+    def edit(
+        pipeline: ShowoPipeline,
+        given: Given,
+        *,
+        num_images_per_prompt,
+        negative_prompt,
+        callback_on_step_end,
+        **settings,
+    ) -> list[Image.Image]:
+        codes: list[torch.Tensor] = []  # of the images that have taken this step
+
+        def after_image(_: int, __: int, sampled: torch.Tensor) -> None:
+            codes.append(sampled)
+            step, rest = divmod(len(codes), num_images_per_prompt)
+            if not rest:
+                latest = torch.stack(codes[-num_images_per_prompt:])
+                callback_on_step_end(step - 1, settings["timesteps"] - step, latest)
+
+        if negative_prompt:
+            raise UserError("an edit has no negative prompt; leave it empty")
+        images = [needed(given[image], "image")] * num_images_per_prompt
+        return pipeline.edit(images, needed(given[instruction], "instruction"), on_new=after_image, **settings)
+
+    return {image, instruction}, *page.images(edit)
+
+
+def story(page: Page) -> Tab:
+    prompt = page.prompt("How it begins")
+    gr.Examples([[one] for one in page.prompts], prompt)
+    length = slider("Images of the story", 1, 4, 3)
+
+    def work(pipeline: ShowoPipeline, given: Given, show: Show) -> None:
+        texts, images = {-1: given[prompt]}, {}  # by the number of their segment; the prompt comes before all
+
+        def told(segment: int, value: str | torch.Tensor) -> None:
+            if isinstance(value, str):
+                texts[segment] = texts.get(segment, "") + value
+                return
+            images[segment] = pipeline.decode(value[None])[0]
+            if given[page.live]:
+                show([captioned(images[number].copy(), texts[number - 1]) for number in sorted(images)])
+
+        made = pipeline.tell(
+            given[prompt],
+            int(given[length]),
+            on_new=lambda _, segment, value: told(segment, value),
+            text_temperature=given[page.randomness],
+            generator=pipeline.generator(given[page.seed]),
+            **page.sampling(given),
+            **page.writing(given),
+        )
+        show([captioned(image, text) for text, image in zip(made[::2], made[1::2], strict=True)])
+
+    return {prompt, length}, page.gallery("Story", columns=4), work
 
 
 TABS = {
@@ -335,6 +415,8 @@ TABS = {
     "Inpainting": inpainting,
     "Extrapolation": extrapolation,
     "Questions": questions,
+    "Editing": editing,
+    "Story": story,
 }
 
 

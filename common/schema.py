@@ -634,6 +634,7 @@ class AppConfig(PipelineConfig):
     example_images: str = setting("inpainting_validation", "folder of images to inpaint and extrapolate")
     example_images_of_questions: str = setting("mmu_validation", "folder of images to ask about")
     example_questions: list[str] = setting(["What is this?", "Please describe this image in detail."], "to choose from")
+    example_instructions: list[str] = setting(["make it red", "on a white ground"], "of edits, to choose from")
     validation_prompts_file: str = alias("dataset.params.validation_prompts_file")
     dataset: PromptedDatasetSection = field(default_factory=PromptedDatasetSection)
 

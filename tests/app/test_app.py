@@ -173,6 +173,46 @@ def test_answers_are_streamed(visit, pipeline, config, screenshot):
     screenshot(page, "questions")
 
 
+def test_edits_show_their_steps(visit, pipeline, config, screenshot):
+    page = visit()
+    panel = open_tab(page, "Editing")
+    instruction, image = config.example_instructions[-1], first_example(config.example_images)
+    choose_example(panel)
+    panel.get_by_role("button", name=instruction, exact=True).click()
+    wait_for_value(panel, "Instruction", instruction)
+    panel.locator("[data-testid=image] img").first.wait_for()
+    set_control(page, "number input for Images", str(COUNT))
+    panel.evaluate(RECORD)
+    run(panel)
+    images = images_of(page, panel, config.seed)
+    assert len([one for one in page.evaluate("window.seen") if one.startswith("step ")]) > 1
+    settings = expected(config, config.seed)
+    assert_same(images, pipeline.edit([image] * settings.pop("num_images_per_prompt"), instruction, **settings))
+    screenshot(page, "editing")
+
+
+def test_a_story_is_told(visit, pipeline, config, screenshot):
+    page = visit()
+    panel = open_tab(page, "Story")
+    set_control(page, "number input for Images of the story", "2")
+    run(panel)
+    prompt, settings = read_prompts(config.validation_prompts_file)[0], expected(config, config.seed)
+    del settings["num_images_per_prompt"]
+    settings |= {"generator": pipeline.generator(config.seed), "max_new_tokens": config.max_new_tokens}
+    settings |= {"text_temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    _, first, text, second = pipeline.tell(prompt, 2, **settings)
+    captions = prompt, text or prompt
+    for _ in range(60):  # until the last step is shown
+        shown = [panel.get_by_role("img", name=caption, exact=True).last for caption in captions]
+        files = [page.request.get(one.get_attribute("src")).body() for one in shown]
+        images = [Image.open(io.BytesIO(file)) for file in files]
+        if all(np.array_equal(*map(np.asarray, pair)) for pair in zip(images, (first, second), strict=True)):
+            break
+        page.wait_for_timeout(500)
+    assert_same(images, [first, second])
+    screenshot(page, "story")
+
+
 def test_two_visitors_at_once(visit, pipeline, config):
     prompts, seeds = read_prompts(config.validation_prompts_file)[:2], (3, 4000)
     pages = [visit(), visit()]
