@@ -260,6 +260,9 @@ class LoopSection(SeedSection):
         high=MOST_STEPS,
         free=True,
     )
+    share_code_bits: bool = setting(
+        False, "a code's row of the embeddings is trained as its own vector and one for each bit of the code"
+    )
     ema_decay: float | None = setting(
         None, "keep a moving average of the weights, which is saved and sampled from; null: none", low=0, below=1
     )

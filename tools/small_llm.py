@@ -44,6 +44,9 @@ class SmallLlmConfig:
     intermediate_size: int = setting(768, "width of the feed-forward layers", low=1, high=2**19)
     hidden_act: str | None = setting(None, "activation; null: the family's", choices=tuple(ACT2FN))
     max_position_embeddings: int = setting(512, "longest row", low=1, high=2**26)
+    rope_theta: float | None = setting(
+        None, "base of the rotary frequencies; null: the family's, which is meant for longer rows", low=1, high=1e9
+    )
     tie_word_embeddings: bool = setting(True, "one matrix for embeddings and head")
 
     @staticmethod
@@ -73,7 +76,7 @@ def train_tokenizer(lines: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 def main(argv: list[str]) -> None:
     config = read_settings(argv, SmallLlmConfig, "corpus=text.txt output_dir=llm")
-    left_out = ("corpus", "output_dir", "family")
+    left_out = ("corpus", "output_dir", "family", "rope_theta")
     settings = {key: value for key, value in OmegaConf.to_container(config).items() if key not in left_out}
     settings["num_key_value_heads"] = config.num_key_value_heads or config.num_attention_heads
     settings = {key: value for key, value in settings.items() if value is not None}
@@ -83,6 +86,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"these sizes make no {config.family} model: {error}") from None
     tokenizer = train_tokenizer(read_text(config.corpus, f"corpus={config.corpus}").splitlines(), config.vocab_size)
     llm_config.bos_token_id = llm_config.eos_token_id = tokenizer.eos_token_id
+    if config.rope_theta is not None:
+        llm_config.rope_parameters["rope_theta"] = config.rope_theta
     if hasattr(llm_config, "sliding_window"):
         llm_config.sliding_window = None  # some families have one by default, which a Show-o cannot use
     with owned_folder(config.output_dir, "output_dir") as folder:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from models.vocabulary import Vocabulary
 from training.processes import full_tensor, gradient_of, local
 
 # Faithful: matched against parameter names. The published model's `*_layernorm.weight` and `embed_tokens.weight` match
@@ -48,6 +49,36 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW over the groups of `parameter_groups`; `fused` makes one pass over weights, gradients and moments."""
     return torch.optim.AdamW(parameter_groups(named_parameters, weight_decay, undecayed), fused=fused, **settings)
+
+
+def share_code_bits(optimizer: torch.optim.Optimizer, weight: nn.Parameter, vocabulary: Vocabulary) -> None:
+    """Lets image codes learn from each other, since codes that share bits of the lookup-free quantizer look alike.
+
+    Beside the step of each code's own row, the optimiser takes one of a vector for each bit, which is then added to the
+    rows of all codes with the sign of the bit: the row of a code is trained as the sum of its own vector and of those
+    of its bits. The result is a plain matrix.
+
+    Args:
+        weight: (V, H), embeddings or head, whole on each process.
+    """
+    num_bits, first = (vocabulary.codebook_size - 1).bit_length(), vocabulary.image_offset
+    rows = slice(first, first + vocabulary.codebook_size)
+    codes, bits = (torch.arange(size, device=weight.device) for size in (vocabulary.codebook_size, num_bits))
+    # ±1, but the steps of all bits together are as long as one of them
+    signs = (2.0 * (codes[:, None] >> bits & 1) - 1) / num_bits**0.5  # (C, bits)
+    shared = nn.Parameter(weight.new_zeros(num_bits, weight.shape[1]))
+    optimizer.add_param_group({"params": [shared], "weight_decay": 0.0})
+
+    def share_gradient(*_) -> None:
+        shared.grad = None if weight.grad is None else signs.T @ weight.grad[rows]
+
+    @torch.no_grad()
+    def add_step(*_) -> None:
+        weight[rows] += signs @ shared
+        shared.zero_()
+
+    optimizer.register_step_pre_hook(share_gradient)
+    optimizer.register_step_post_hook(add_step)
 
 
 def make_schedule(optimizer, config) -> torch.optim.lr_scheduler.LRScheduler:

@@ -123,6 +123,8 @@ class Trainer:
             )
         scale = rows if config.optimizer.params.scale_lr else 1
         self.optimizer = make_optimizer(self.model, config, scale, undecayed=old_rows)
+        sharded = deepspeed is not None or is_sharded(self.accelerator)
+        self.task.extend_optimizer(self.optimizer, self.model, sharded)
         if deepspeed is not None:
             keep_old_rows(self.model, old_rows)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)

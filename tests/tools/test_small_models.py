@@ -42,6 +42,19 @@ def test_the_settings_make_a_show_o(llm):
     assert phi.bos_token_id == phi.eos_token_id == AutoTokenizer.from_pretrained(llm).eos_token_id
 
 
+@pytest.mark.parametrize("family", ["phi", "llama", "qwen3"])
+def test_the_base_of_the_rotary_frequencies(tmp_path, family):
+    """It reaches the model, and nothing else of the family's settings changes."""
+    (tmp_path / "corpus.txt").write_text("\n".join(CAPTIONS * 3))
+    sizes = {"vocab_size": LLM_VOCAB_SIZE + 10 + 8 + 1, "llm_vocab_size": LLM_VOCAB_SIZE}
+    found = []
+    for name, more in (("own", {}), ("given", {"rope_theta": 50.0})):
+        folder = write_llm(tmp_path / name, tmp_path / "corpus.txt", family=family, **more)
+        config = ShowoConfig(llm_model_path=str(folder), codebook_size=8, num_vq_tokens=4, **sizes)
+        found.append(Showo(config).showo.config.rope_parameters)
+    assert found[1] == found[0] | {"rope_theta": 50.0} != found[0]
+
+
 def make_clip(folder, **changes):
     small_clip.main([f"{key}={value}" for key, value in ({"output_dir": folder} | SIZES | changes).items()])
     return folder

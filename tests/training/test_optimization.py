@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+from models.vocabulary import Vocabulary
 from tests.training.tiny import config_of, same, smallest_showo
-from training.optimization import WeightAverage, gradient_norms, make_optimizer, make_schedule, parameter_groups
+from training.optimization import (
+    WeightAverage,
+    gradient_norms,
+    make_optimizer,
+    make_schedule,
+    parameter_groups,
+    share_code_bits,
+)
 
 
 def test_decay_goes_by_name_so_phis_norms_and_embeddings_are_decayed():
@@ -145,3 +153,30 @@ def test_gradient_norms_are_l2_over_the_number_of_elements(clipping, loss_scale,
     norms = gradient_norms(model) if clipping is None else gradient_norms(model, clipping, loss_scale)
     expected = {"grad_norm/weight": 24 / 4 * factor, "grad_norm/bias": 32 / 2 * factor}
     assert {name: norm.item() for name, norm in norms.items()} == pytest.approx(expected)
+
+
+def test_shared_bits_are_a_sum_of_vectors():
+    """As if the rows of codes were declared as own + signs @ shared, and all of it trained."""
+    vocabulary = Vocabulary(llm_vocab_size=3, codebook_size=8)
+    first, rows = vocabulary.image_offset, vocabulary.image_offset + 8 + 1
+    start = torch.randn(rows, 4, generator=torch.Generator().manual_seed(0))
+    signs = torch.tensor([[2.0 * (code >> bit & 1) - 1 for bit in range(3)] for code in range(8)]) / 3**0.5
+    weight = nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0)
+    share_code_bits(optimizer, weight, vocabulary)
+    own, shared = nn.Parameter(start.clone()), nn.Parameter(torch.zeros(3, 4))
+    plain = torch.optim.AdamW([own, shared], lr=0.1, weight_decay=0.0)
+    for step in range(4):
+        inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+        targets = torch.randint(rows, (5,), generator=torch.Generator().manual_seed(step))
+        summed = own.index_add(0, torch.arange(first, first + 8), signs @ shared)
+        for one, matrix in ((optimizer, weight), (plain, summed)):
+            one.zero_grad()
+            nn.functional.cross_entropy(inputs @ matrix.T, targets).backward()
+            one.step()
+    summed = own.index_add(0, torch.arange(first, first + 8), signs @ shared)
+    assert torch.allclose(weight, summed, atol=1e-6) and shared.abs().min() > 0.01
+    kept = weight.detach().clone()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(weight, kept), "a step without gradients, as after a batch that is not finite"

@@ -147,6 +147,13 @@ def test_accumulating_equals_one_large_batch(world, tmp_path):
     torch.testing.assert_close(*gradients)
 
 
+def test_shared_bits_need_whole_weights(world, tmp_path):
+    trainer = make_trainer(world, tmp_path, {"training.share_code_bits": True})
+    assert len(trainer.optimizer.param_groups) == 3
+    with pytest.raises(UserError, match="share_code_bits needs whole weights on each process"):
+        trainer.task.extend_optimizer(trainer.optimizer, trainer.model, sharded=True)
+
+
 # ---- stopping and continuing ----
 
 
@@ -157,12 +164,20 @@ def test_accumulating_equals_one_large_batch(world, tmp_path):
         ("train", {}),
         ("train", ACCUMULATION | {"training.max_grad_norm": 1.0, "dataset.params.num_workers": 2}),
         ("train", CHECKPOINTING | {"training.mixed_precision": "bf16", "training.und_mask_ratio": 0.4}),
-        ("train", {"experiment.log_every": 2}),  # the stop is between two log lines
+        ("train", {"experiment.log_every": 2, "training.share_code_bits": True}),  # the stop is between two log lines
         ("train", ACCUMULATION | CHECKPOINTING | {"dataset.packing": True}),
         ("train", {"model.showo.w_clip_vit": True, "training.max_train_steps": 6, "training.ema_decay": 0.9}),
         ("tokenizer", ACCUMULATION | {"dataset.params.num_workers": 2, "experiment.log_every": 2}),
     ],
-    ids=["plain", "accumulation-clipping-workers", "bf16-checkpointing", "log-every-2", "packing", "clip", "tokenizer"],
+    ids=[
+        "plain",
+        "accumulation-clipping-workers",
+        "bf16-checkpointing",
+        "log-every-2-shared-bits",
+        "packing",
+        "clip",
+        "tokenizer",
+    ],
 )
 def test_a_continued_run_equals_an_uninterrupted_one_to_the_last_bit(world, tmp_path, monkeypatch, name, settings):
     monkeypatch.setattr("training.data.sources.CHUNK", 7)

@@ -43,8 +43,8 @@ class Task(ABC):
     """One thing that is trained, and all that is particular to it.
 
     The trainer calls the methods in this order: the constructor, `readers`, `reading`, `load`, `make_model`,
-    `choose_trainable`, `prepare`; then for every step `make_batch` and `outcome`, at some steps `summary`,
-    `eval_sums`, `eval_figures` and `panels`.
+    `choose_trainable`, `prepare`, `extend_optimizer`; then for every step `make_batch` and `outcome`, at some steps
+    `summary`, `eval_sums`, `eval_figures` and `panels`.
 
     Args:
         config: of the type `settings`, complete and checked.
@@ -77,6 +77,9 @@ class Task(ABC):
     def choose_trainable(self, model: nn.Module) -> dict[str, int]:
         """Freezes what is not trained. Returns parameter → number of its first rows that must not change."""
         return {}
+
+    def extend_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module, sharded: bool) -> None:  # noqa: B027
+        """Called with the new optimiser of the model, before both are wrapped, and perhaps sharded."""
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027
         """Called with the model on its device, before it is wrapped."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from common.config import TrainingConfig
+from common.errors import UserError
 from common.inputs import read_prompts
 from models import Showo
 from models.loading import check_image_tokenizer, initial_showo, load_image_tokenizer, load_text_tokenizer
@@ -13,7 +14,7 @@ from training.batches import FLOWS, BatchBuilder, OmniBatch, flow_readers
 from training.data.flows import FlowReader, Reading, check_data, check_tokenizer
 from training.masking import schedule_of
 from training.metrics import BUCKETS, Sums, by_mask_ratio
-from training.optimization import enable_gradient_checkpointing
+from training.optimization import enable_gradient_checkpointing, share_code_bits
 from training.packing import PACKED_SDPA
 from training.samples import GENERATED_PANEL, PREDICTED_PANEL, generate_images, predict_masked
 from training.tasks import Outcome, Panel, Task
@@ -75,6 +76,16 @@ class ShowoTask(Task):
         old_rows = choose_trainable(model, self.config.training.trainable)
         self.understanding.attach(model, self.device)
         return old_rows
+
+    def extend_optimizer(self, optimizer: torch.optim.Optimizer, model: Showo, sharded: bool) -> None:
+        if self.config.training.share_code_bits:
+            if sharded:
+                raise UserError(
+                    "training.share_code_bits needs whole weights on each process: use DDP, or set it to false"
+                )
+            matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+            for weight in matrices.values():  # one, if they are tied
+                share_code_bits(optimizer, weight, model.vocabulary)
 
     def prepare(self, model: Showo) -> None:
         parts = self.prompting, self.vq_model, self.understanding, self.device
