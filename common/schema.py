@@ -505,6 +505,22 @@ class PromptedDatasetSection(InferenceDatasetSection):
     params: PromptParams = field(default_factory=PromptParams)
 
 
+# Ways to sample images as their authors do: keys that `sampler` sets (docs/performance.md).
+SAMPLERS = {
+    "published": {},
+    "halton": {
+        "sampling.order": "halton_roll",
+        "sampling.logit_scale": 1.2,
+        "mask_schedule.schedule": "arccos",
+    },
+    "ml_cache": {
+        "sampling.refresh_every": 5,
+        "sampling.refresh_share": 0.1,
+        "sampling.refresh_warmup": 0.3,
+    },
+}
+
+
 @dataclass
 class SamplingSection:
     """`SamplingParameters` of `models/generation/sampling.py`."""
@@ -558,6 +574,9 @@ class PipelineConfig(ShowoScript, ScriptConfig):
     guidance_scale: float = alias("training.guidance_scale")
     generation_timesteps: int = alias("training.generation_timesteps")
     generation_temperature: float = alias("training.generation_temperature")
+    sampler: str = setting(
+        "published", "a name for several keys of sampling and mask_schedule", choices=tuple(SAMPLERS), presets=SAMPLERS
+    )
     max_new_tokens: int = setting(100, "longest answer, in tokens", low=1, high=TOKENS)
     temperature: float = setting(1.0, "of answers; images have generation_temperature", **WEIGHT)
     top_k: int | None = setting(1, "answers choose among this many tokens; 1: greedy; null: all", low=1, high=IDS)
