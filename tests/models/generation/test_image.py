@@ -180,6 +180,16 @@ def test_compiled_once_for_all_steps_and_prompts():
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
+def test_compiled_partial_refreshes(model):
+    """They run whole buckets of positions; here that is all of them, so the tokens are the published ones."""
+    compiled = tiny_showo()
+    compiled.compile_steps()
+    sampling = SamplingParameters(refresh_every=4, refresh_share=0.1)
+    compare(compiled, TEXTS, guidance_scale=3.0, timesteps=6, sampling=sampling)
+    assert not torch.equal(generate(model, sampling), generate(model))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_on_a_gpu(dtype):
