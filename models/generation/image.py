@@ -139,6 +139,7 @@ def denoise(
     drawn_with = torch.ones_like(codes, dtype=torch.float32)  # the probability of each code when it was sampled
     for step in range(timesteps):
         logits, positions = denoiser_at(step)(step, codes)  # (B, U, C), (B, U)
+        logits = sampling.shaped(logits, step, timesteps)
         ratio = (step + 1) / timesteps
         mask_ratio = schedule(torch.tensor(ratio, device=logits.device))
         temperature = temperature * (1.0 - ratio)  # Faithful: compounds, before use (pinned by tests/parity)
@@ -147,7 +148,7 @@ def denoise(
             num_masked = count_masked(unknown, mask_ratio)
             remasked = remasked_positions(sampling, is_free, unknown, drawn_with, num_masked, generator)
         sampled, remaining, probability = maskgit_step(
-            sampling.shaped(logits, step, timesteps),
+            logits,
             codes,
             mask_id,
             mask_ratio=mask_ratio,

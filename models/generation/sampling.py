@@ -25,7 +25,9 @@ class SamplingParameters:
             ``confidence``, the probability of the sampled code (the published one); ``entropy``, the least entropy
             first; ``margin``, the largest gap between the two likeliest codes first (arXiv 2502.06768). Or in a fixed
             order, without noise: ``halton`` spreads each step's positions evenly over the image (arXiv 2503.17076);
-            ``halton_roll`` begins that sequence at a random place for each image, as its authors do.
+            ``halton_roll`` begins that sequence at a random place for each image, as its authors do, with the schedule
+            ``arccos``. (Their code rounds the number of known tokens down, this loop up; and it samples known tokens
+            again in every step, which here stay.)
         top_k, top_p: codes are sampled among the k likeliest, then among those whose probability reaches p, see
             `sample_next`; None: all. Show-o-Turbo takes k = 200 for 2 steps and 500 for 4 (arXiv 2502.05415).
         logit_scale: the logits of codes are multiplied by ``1 + (logit_scale − 1) k / (K − 1)``; Halton's authors, who
