@@ -468,6 +468,9 @@ class LoraSection:
     alpha: float = setting(32.0, "the adapter's output is multiplied by alpha / rank", above=0, high=10**6)
     dropout: float = setting(0.0, "of the adapter's input", low=0, below=1)
     targets: str = setting("all", "adapted layers; all: of attention and MLP", choices=("all", "attention"))
+    new: bool = setting(
+        False, "also train whole what trainable=new trains: rows of new ids, added norms, projector (larger files)"
+    )
     dora: bool = setting(False, "DoRA: the length of each row of the weights is trained by itself")
     base: str = setting("fp32", "of the frozen weights; nf4: QLoRA, by torchao", choices=("fp32", "bf16", "nf4"))
 
@@ -478,6 +481,8 @@ class LoraSection:
             return [f"lora.{name} has no effect without training.trainable=lora" for name in changed]
         if config.lora.dora and config.lora.base == "nf4":
             return ["lora.dora=true needs the lengths of weights, which lora.base=nf4 has not; give lora.base=bf16"]
+        if config.lora.new and config.lora.base != "fp32":
+            return [f"lora.new=true trains weights themselves, in fp32, but lora.base is {config.lora.base}; give fp32"]
         if config.model.showo.w_clip_vit and config.dataset.und_type == "llava_pretrain":
             return [
                 "training.trainable=lora with dataset.und_type=llava_pretrain, which trains mm_projector alone, would "

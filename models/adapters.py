@@ -3,14 +3,19 @@
 The adapter is put into the model's own layers, so whatever runs the model runs it too: losses, both generation loops.
 Its folder holds PEFT's two files, which `peft.PeftModel.from_pretrained(showo, folder)` reads as well, and `base.json`,
 which says what model it belongs to. Only safetensors are read, and no key of the configuration that imports anything.
+
+PEFT's own ways of training a part of an embedding do not serve a vocabulary head with a bias, and its loss here takes
+the head's weights. So rows that are trained whole are trained in the model's own matrices; the adapter has them in a
+file of their own, and the model keeps what was there before.
 """
 
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +29,8 @@ from models.quantization import is_quantized
 logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
-ADAPTER_FILES = (CONFIG, WEIGHTS, BASE)
+ROWS = "rows.safetensors"  # parameter → its last rows, which take the place of the model's
+ADAPTER_FILES = (CONFIG, WEIGHTS, BASE, ROWS)
 NAME, PREFIX = "default", "base_model.model."  # PEFT's names of a single adapter, and of parameters in files
 MOST_RANK = 4096
 # Of PEFT's configuration: what is used, what has no effect on a finished adapter. All else must be at its default.
@@ -39,19 +45,37 @@ def has_adapter(model: nn.Module) -> bool:
     return getattr(model, "peft_config", None) is not None
 
 
-def add_adapter(model: nn.Module, base: dict[str, dict], **settings) -> None:
+def add_adapter(
+    model: nn.Module, base: dict[str, dict], first_rows: Mapping[str, int] = MappingProxyType({}), **settings
+) -> None:
     """Freezes a model and puts a new adapter in fp32 into its layers, which changes nothing yet.
 
     Args:
         base: what `describe_base` said of the model before its weights were rounded or quantised.
+        first_rows: parameter → the first of its rows that belong to the adapter and are trained whole.
         settings: of `peft.LoraConfig`.
     """
     model.adapter_base = base
-    model.requires_grad_(False)
-    _inject(model, **settings)
+    _inject(model, **settings)  # which freezes all that it does not add
+    for name in first_rows:
+        model.get_parameter(name).requires_grad_(True)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    _keep_rows(model, first_rows)
+
+
+def _keep_rows(model: nn.Module, first_rows: Mapping[str, int]) -> None:
+    """Notes which rows belong to the adapter, and what is there without it."""
+    model.adapter_rows = {n: (first, model.get_parameter(n).data[first:].clone()) for n, first in first_rows.items()}
+
+
+def _exchange_rows(model: nn.Module) -> None:
+    """Puts what was there without the adapter in the place of its rows, or these back."""
+    for name, (first, other) in model.adapter_rows.items():
+        rows = model.get_parameter(name).data[first:]
+        model.adapter_rows[name] = first, rows.clone()
+        rows.copy_(other)
 
 
 def _inject(model: nn.Module, **settings) -> None:
@@ -69,9 +93,11 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     trained = [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
     for layer in layers:
         layer.enable_adapters(False)
+    _exchange_rows(model)
     try:
         yield
     finally:
+        _exchange_rows(model)
         for layer in layers:
             layer.enable_adapters(True)
             layer.requires_grad_(False)
@@ -101,11 +127,18 @@ def merge_adapter(model: nn.Module) -> None:
             layer.merge(safe_merge=True)
         except ValueError as error:
             raise UserError(f"the adapter cannot be merged: {error}") from None
-    unload_adapter(model)
+    _take_off(model)
+    del model.adapter_rows
 
 
 def unload_adapter(model: nn.Module) -> None:
-    """Takes the adapter off; the weights are as they were, or as `merge_adapter` made them."""
+    """Takes the adapter off; the weights are as they were."""
+    _take_off(model)
+    _exchange_rows(model)
+    del model.adapter_rows
+
+
+def _take_off(model: nn.Module) -> None:
     for name, layer in _layers(model).items():
         model.set_submodule(name, layer.get_base_layer())
     del model.peft_config
@@ -122,6 +155,10 @@ def save_adapter(model: nn.Module, folder: Path, state_dict: dict[str, torch.Ten
     weights = get_peft_model_state_dict(model, state_dict, adapter_name=NAME, save_embedding_layers=False)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    if model.adapter_rows:
+        whole = model.state_dict() if state_dict is None else state_dict
+        rows = {name: whole[name][first:].contiguous() for name, (first, _) in model.adapter_rows.items()}
+        save_file(rows, folder / ROWS)
     config, base = model.peft_config[NAME], portable(str(model.config.name_or_path))
     config.base_model_name_or_path = base
     config.save_pretrained(str(folder))
@@ -145,11 +182,28 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     check_base(model, folder)
     weights = load_weights_file(folder / WEIGHTS)
     check_state_dict(f"adapter={folder}", _expected(model, settings), weights)
+    rows = load_weights_file(folder / ROWS) if (folder / ROWS).is_file() else {}
+    first_rows = _first_rows(model, rows, folder)
     model.adapter_base = describe_base(model)
     training = model.training
     _inject(model, **settings, inference_mode=True)
     set_peft_model_state_dict(model, {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}, NAME)
+    _keep_rows(model, first_rows)
+    for name, first in first_rows.items():
+        model.get_parameter(name).data[first:] = rows[name]
     model.train(training)
+
+
+def _first_rows(model: nn.Module, rows: dict[str, torch.Tensor], folder: Path) -> dict[str, int]:
+    """Parameter → the first of its rows that the adapter has; `UserError` if they are no rows of this model."""
+    parameters, possible = dict(model.named_parameters()), model.first_new_rows()
+    for name, given in rows.items():
+        whole = parameters[name] if name in possible else torch.empty(())
+        if not given.ndim or given.shape[1:] != whole.shape[1:] or given.numel() > whole.numel():
+            raise UserError(
+                f"adapter={folder}: {ROWS} holds {list(given.shape)} of {name}, which do not fit this model"
+            )
+    return {name: len(parameters[name]) - len(given) for name, given in rows.items()}
 
 
 def read_adapter_config(folder: Path) -> dict:

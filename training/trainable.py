@@ -32,17 +32,22 @@ def choose_trainable(model: nn.Module, which: str, lora=None) -> dict[str, int]:
     if which == "all":
         return {}
     if which == "lora":
-        add_lora(model, lora)
-        return {}
+        return add_lora(model, lora)
     first_new = model.first_new_rows()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in first_new)
     return {name: rows for name, rows in first_new.items() if rows}
 
 
-def add_lora(model: nn.Module, lora) -> None:
-    """Puts an adapter as the section `lora` describes it into a model, whose weights become `lora.base`."""
+def add_lora(model: nn.Module, lora) -> dict[str, int]:
+    """Puts an adapter as the section `lora` describes it into a model, whose weights become `lora.base`.
+
+    Returns:
+        As `choose_trainable`, of the matrices that are trained in part with `lora.new`.
+    """
     base, backbone = describe_base(model), model.config.backbone
+    new = model.first_new_rows() if lora.new else {}
+    new = {name: first for name, first in new.items() if model.get_parameter(name).requires_grad}
     if lora.base != "fp32":
         for tensor in model.state_dict(keep_vars=True).values():  # not the angles of rotary embeddings
             tensor.data = tensor.data.to(torch.bfloat16)
@@ -51,12 +56,14 @@ def add_lora(model: nn.Module, lora) -> None:
     add_adapter(
         model,
         base,
+        new,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
         target_modules=[*backbone.attention, *(backbone.mlp if lora.targets == "all" else ())],
     )
+    return {name: first for name, first in new.items() if first}
 
 
 def keep_old_rows(model: nn.Module, old_rows: dict[str, int]) -> None:

@@ -244,6 +244,7 @@ REFUSALS = {
         "training.trainable=lora lora.rank=0": "lora.rank is 0; it must be from 1 to 4096",
         "training.trainable=lora lora.alhpa=1": "unknown key lora.alhpa; the nearest known key is lora.alpha",
         "training.trainable=lora lora.dora=true lora.base=nf4": "needs the lengths of weights, which lora.base=nf4",
+        "training.trainable=lora lora.new=true lora.base=bf16": "in fp32, but lora.base is bf16; give fp32",
         "training.trainable=lora model.showo.w_clip_vit=true dataset.und_type=llava_pretrain": "would train nothing",
         "device=cuda:1": "device is 'cuda:1', but the launcher",
         "dtype=bf16": "dtype has no effect on training; give training.mixed_precision",

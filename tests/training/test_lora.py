@@ -10,13 +10,25 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.schema import LoraSection
-from models.adapters import BASE, CONFIG, PREFIX, WEIGHTS, load_adapter
+from models.adapters import (
+    BASE,
+    CONFIG,
+    PREFIX,
+    ROWS,
+    WEIGHTS,
+    adapter_disabled,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    unload_adapter,
+)
 from models.loading import find_adapter
-from tests.tiny_llms import FAMILIES, tiny_showo
+from tests.tiny_llms import FAMILIES, WORDS, tiny_showo
 from tests.training.tiny import config_of, make_model, make_trainer, metrics_of, same, train
+from tests.training.tiny_sources import clip_settings
 from training.checkpointing import TRAINED, checkpoints
-from training.optimization import make_optimizer, trained
-from training.trainable import choose_trainable
+from training.optimization import adamw, make_optimizer, trained
+from training.trainable import choose_trainable, keep_old_rows
 
 LORA = {"training.trainable": "lora", "lora.rank": 4, "lora.dropout": 0.1, "experiment.log_grad_norm_every": 99}
 
@@ -111,6 +123,7 @@ def test_a_start_from_an_adapter_is_refused_and_names_its_base(world, run):
         {"lora.dora": True, "training.gradient_accumulation_steps": 2},
         {"lora.base": "bf16", "model.gradient_checkpointing": True},
         {"lora.base": "nf4", "training.mixed_precision": "bf16"},
+        {"lora.new": True, "training.mixed_precision": "bf16"},
     ],
 )
 def test_forms_of_adapters_learn_and_load(world, base, tmp_path, settings):
@@ -137,6 +150,65 @@ def test_sharded_runs_are_refused(world, monkeypatch, key, value):
     monkeypatch.setattr(processes.Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UserError, match="use one process, or DDP"):
         processes.make_accelerator(config, 1)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("phi", False), ("qwen3", True)])
+def test_new_rows_are_trained_whole_and_belong_to_the_adapter(family, tied, tmp_path):
+    model, plain = (tiny_showo(family, tie_word_embeddings=tied) for _ in range(2))
+    ids = torch.randint(0, model.config.vocab_size, (2, 30), generator=torch.Generator().manual_seed(0))
+    old_rows = choose_trainable(model, "lora", LoraSection(rank=4, new=True))
+    head = {"showo.lm_head.weight", "showo.lm_head.bias"}
+    matrices = {"showo.model.embed_tokens.weight"} | (set() if tied else head)
+    assert set(old_rows) == matrices
+    norms = {name for name in trained(model) if "q_layernorm" in name or "k_layernorm" in name}
+    assert len(norms) == (8 if family == "phi" else 0)
+    keep_old_rows(model, old_rows)
+    optimizer = adamw(model.named_parameters(), 0.5, old_rows, lr=1e-2)
+    for _ in range(2):
+        model.train()(ids, labels=ids, batch_size_lm=2).loss_lm.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    stored = plain.state_dict()
+    for name in matrices:
+        now = model.get_parameter(name)
+        assert torch.equal(now[:WORDS], stored[name][:WORDS]) and not torch.equal(now[WORDS:], stored[name][WORDS:])
+    save_adapter(model, tmp_path)
+    assert load_file(tmp_path / ROWS).keys() == matrices | norms
+    loaded = tiny_showo(family, tie_word_embeddings=tied)
+    load_adapter(loaded, tmp_path)
+    with torch.no_grad():
+        with_it, without = model(ids).logits, plain(ids).logits
+        assert torch.equal(loaded(ids).logits, with_it)
+        for other in (model, loaded):
+            with adapter_disabled(other):
+                assert torch.equal(other(ids).logits, without)
+        assert torch.equal(model(ids).logits, with_it) and (with_it - without).abs().max() > 0.5
+        merged = tiny_showo(family, tie_word_embeddings=tied)
+        load_adapter(merged, tmp_path)
+        merge_adapter(merged)
+        torch.testing.assert_close(merged(ids).logits, loaded(ids).logits, rtol=1e-4, atol=1e-4)
+        unload_adapter(loaded)
+        assert torch.equal(loaded(ids).logits, without)
+
+
+@pytest.mark.parametrize("rows", [torch.ones(400, 32), torch.ones(4, 8), torch.ones(()), torch.ones(4)])
+def test_rows_that_do_not_fit_are_refused(rows, tmp_path):
+    model = tiny_showo("llama")
+    choose_trainable(model, "lora", LoraSection(new=True))
+    save_adapter(model, tmp_path)
+    save_file({"showo.model.embed_tokens.weight": rows}, tmp_path / ROWS)
+    with pytest.raises(UserError, match="rows.safetensors holds .*embed_tokens.weight, which do not fit this model"):
+        load_adapter(tiny_showo("llama"), tmp_path)
+
+
+def test_the_projector_stays_as_it_is_unless_what_is_new_is_trained(world, tmp_path):
+    """With CLIP-ViT features, `ClipVitUnderstanding` would train it."""
+    for new, count in ((False, 0), (True, 4)):
+        given = LORA | clip_settings(world, "llava_tuning") | {"lora.new": new, "training.max_train_steps": 2}
+        trainer = train(world, tmp_path / str(new), given)
+        assert sum("mm_projector" in name for name in trained(trainer.model)) == count
+        assert (tmp_path / str(new) / ROWS).is_file() == new
 
 
 def test_moments_of_8_bits_continue_to_the_last_bit(world, base, tmp_path):

@@ -72,7 +72,7 @@ class ShowoTask(Task):
         return model
 
     def choose_trainable(self, model: Showo) -> dict[str, int]:
-        if (which := self.config.training.trainable) == "lora":  # the projector stays as it is, too
+        if (which := self.config.training.trainable) == "lora":  # which freezes what `attach` has chosen
             self.understanding.attach(model, self.device)
             return choose_trainable(model, which, self.config.lora)
         old_rows = choose_trainable(model, which)
