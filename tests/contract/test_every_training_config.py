@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import inference_mmu
 import inference_t2i
+from examples.scenes import new_icon
 from models import Showo, ShowoConfig
 from models.backbones import read_llm_config
 from tests.contract.test_configs import DEMOS, FILES, STAGES
@@ -30,7 +31,7 @@ from training import train, train_w_clip_vit
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 MIXED = ["showo_mixed", "showo_tiny_mixed"]
-SMALL = [name for name in FILES if "tiny" in name and not name.endswith(("magvitv2", "demo", "mixed"))]
+SMALL = [name for name in FILES if "tiny" in name and not name.endswith(("magvitv2", "demo", "mixed", "lora"))]
 SIDES = {96: 32, 256: 32, 512: 48}  # the resolution of a file → that of its test, with 8 pixels a token
 FAMILIES = {"llama3": "llama", "qwen2_5": "qwen2"}
 
@@ -187,6 +188,25 @@ def test_a_stage_takes_two_steps(name, world, tmp_path):
     held_out = [key for key in read(name)["dataset"]["params"] if key.startswith("eval_") and key.endswith("url")]
     assert evaluated - {"eval_loss_mixed_text"} == {f"eval_loss_{key.split('_')[1]}" for key in held_out}
     assert (name in MIXED) == ("step_loss_mixed_text" in tiny.steps_of(out)[-1])
+
+
+def test_an_adapter_takes_two_steps_and_generates(world, tmp_path):
+    name, start = "showo_tiny_lora", ROOT / "checkpoints/showo-tiny/showo"
+    new_icon.main([f"output_dir={tmp_path / 'ladder'}", "images=6", "prompts=4", "size=64"])
+    given = {"experiment.output_dir": tmp_path / "out", "experiment.init_from": start, "experiment.log_every": 1}
+    given |= {"training.max_train_steps": 2, "lr_scheduler.params.warmup_steps": 0, "training.batch_size_t2i": 2}
+    given |= {
+        f"dataset.params.train_{flow}_shards_path_or_url": tmp_path / "ladder/train-000000.tar"
+        for flow in ("t2i", "mmu")
+    }
+    run(name, given | {"validation_prompts_file": tmp_path / "ladder/prompts.txt", "training.batch_size_mmu": 2})
+    assert [line["step"] for line in tiny.steps_of(tmp_path / "out")] == [1, 2]
+    size = sum(file.stat().st_size for file in (tmp_path / "out").glob("adapter*"))
+    assert size < 5e6 and not (tmp_path / "out/model.safetensors").exists()
+    given = {"model.showo.pretrained_model_path": start, "adapter": tmp_path / "out", "mode": "t2i"}
+    given |= {"validation_prompts_file": tmp_path / "ladder/prompts.txt", "output_dir": tmp_path / "images"}
+    inference_t2i.main(arguments(name, given | {"batch_size": 4, "generation_timesteps": 2}))
+    new_icon.main([f"output_dir={tmp_path / 'ladder'}", "size=64", f"score={tmp_path / 'images'}"])
 
 
 @pytest.mark.parametrize("llm", FAMILIES)
