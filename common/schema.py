@@ -25,6 +25,7 @@ SHOWO_SCHEMAS = (
     "common.schema:MixedInferenceConfig",
     "common.schema:AppConfig",
     "evaluation.schema:EvaluationConfig",
+    "training.alignment_settings:ReconstructionConfig",
 )
 
 # ---- what several scripts read ----

@@ -2,7 +2,7 @@
 
 - ``TEST_FSDP2=1``: accelerate does not reach FSDP2 on CPUs as shipped; this makes it.
 - ``TEST_BATCHES=file``: all processes together take the batches of that file in turn, so that a run of one process and
-  a run of two learn from the same global batches.
+  a run of two learn from the same global batches. Where questions are drawn, there is but one.
 - ``TEST_NAN=process:call``: the mmu loss of that process is NaN at that call of the model.
 """
 
@@ -16,10 +16,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from common.config import TrainingConfig, load_config
 from common.errors import run_cli
 from tests.training.tiny import poison
-from training.tasks.showo import ShowoTask
+from training.train import make_task
 from training.trainer import Trainer
 
 
@@ -42,12 +41,13 @@ def main(argv: list[str]) -> None:
     if os.environ.get("TEST_FSDP2"):
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    config = load_config(argv, TrainingConfig)
-    trainer = Trainer(ShowoTask(config))
+    trainer = Trainer(make_task(argv))
     if file := os.environ.get("TEST_BATCHES"):
         batches, accelerator = torch.load(file, weights_only=True), trainer.accelerator
         dealt = {"start": accelerator.process_index, "every": accelerator.num_processes}
         trainer.flows = {name: Dealt(flow, batches[name], **dealt) for name, flow in trainer.flows.items()}
+        if hasattr(trainer.task, "questions"):
+            trainer.task.questions = trainer.task.questions[:1]
     if place := os.environ.get("TEST_NAN"):
         process, call = map(int, place.split(":"))
         if trainer.accelerator.process_index == process:

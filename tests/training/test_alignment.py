@@ -1,0 +1,65 @@
+"""Runs of the tasks that change a trained Show-o, on the tiny world: learning, stopping, continuing, two processes."""
+
+import pytest
+import torch
+
+from tests.training import tiny
+from tests.training.test_reconstruction import reconstruction
+from tests.training.test_several_processes import losses_of, weights
+from tests.training.test_several_processes import run as launch
+from tests.training.test_trainer import assert_same_run
+from tests.training.tiny import make_trainer, steps_of
+from tests.training.tiny import train as run
+from training.checkpointing import checkpoints
+
+ACCUMULATION = {"training.gradient_accumulation_steps": 2}
+RUNS = {
+    "reconstruction": (reconstruction, ACCUMULATION | {"reconstruction.condition": "blurred"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_continued_run_equals_an_uninterrupted_one_to_the_last_bit(world, tmp_path, name):
+    make, changes = RUNS[name]
+    settings = make(world, **changes) | {"experiment.generate_every": 6, "experiment.save_every": 4}
+    run(world, tmp_path / "whole", settings)
+    stopped = make_trainer(world, tmp_path / "parts", settings | {"experiment.save_every": 99})
+    tiny.stop_in_step(stopped, 3)
+    stopped.train()
+    assert [folder.name for folder in checkpoints(tmp_path / "parts")] == ["checkpoint-3"]
+    torch.manual_seed(99)
+    run(world, tmp_path / "parts", settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    lines = steps_of(tmp_path / "whole")
+    assert len(lines) == 6 and all(torch.tensor(list(line.values())).isfinite().all() for line in lines)
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    """Eight batches of every flow, from which nothing is drawn that two processes would draw otherwise."""
+    samples = tiny.items(tiny.CAPTIONS)
+    dealt = {
+        "reconstruction": [[samples[(3 * n + i) % 12] for i in range(2)] for n in range(8)],
+        "mmu": [[samples[(5 * n + i) % 12] for i in range(2)] for n in range(8)],
+    }
+    file = tmp_path_factory.mktemp("batches") / "batches.pt"
+    torch.save(dealt, file)
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_learn_what_one_learns_from_the_same_global_batch(world, tmp_path, batches, name):
+    make, changes = RUNS[name]
+    still = make(world, **changes) | {"training.min_masking_rate": 1.0}
+    losses = {"reconstruction": ("step_loss_reconstruction", "step_loss_mmu")}[name]
+    found = []
+    for processes in (1, 2):
+        settings = still | {"training.gradient_accumulation_steps": 2 // processes}
+        launch("ddp", world, tmp_path / str(processes), settings, processes=processes, TEST_BATCHES=batches)
+        found.append((losses_of(tmp_path / str(processes), losses=losses), weights(tmp_path / str(processes))))
+    (one, first), (two, second) = found
+    assert one == pytest.approx(two, rel=1e-5)
+    torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-5)
