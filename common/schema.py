@@ -26,6 +26,7 @@ SHOWO_SCHEMAS = (
     "common.schema:AppConfig",
     "evaluation.schema:EvaluationConfig",
     "training.alignment_settings:ReconstructionConfig",
+    "training.alignment_settings:PreferenceConfig",
 )
 
 # ---- what several scripts read ----

@@ -9,17 +9,16 @@ from typing import Any
 from omegaconf import DictConfig
 
 from common.schema import (
-    ROWS,
-    STEPS,
     TOKENS,
     WEIGHT,
     DataParams,
     DatasetSection,
-    ShowoExperimentSection,
     TrainingConfig,
     TrainingSection,
 )
 from common.settings import setting
+
+OWN_FLOWS = ("t2i", "lm", "mmu", "mixed")  # of ordinary training
 
 # ---- reconstruction ----
 
@@ -76,3 +75,59 @@ class ReconstructionConfig(TrainingConfig):
         if condition != "clip" and side % factor:
             found.append(f"reconstruction.factor is {factor}; it must divide dataset.preprocessing.resolution ({side})")
         return found
+
+
+# ---- preference pairs ----
+
+
+@dataclass
+class PairParams(DataParams):
+    train_pairs: Any = setting(None, "jsonl or json of preference pairs (docs/alignment.md)", is_data=True)
+    eval_pairs: Any = setting(None, "held-out pairs; null: none", is_data=True, free=True)
+
+
+@dataclass
+class PairDataset(DatasetSection):
+    und_type: str = "llava_tuning"
+    params: PairParams = field(default_factory=PairParams)
+
+
+@dataclass
+class PairTraining(TrainingSection):
+    batch_size_image_pairs: int = setting(1, "pairs of images in a batch; 0: off", low=0, high=TOKENS)
+    batch_size_answer_pairs: int = setting(1, "pairs of answers in a batch; 0: off", low=0, high=TOKENS)
+    batch_size_t2i: int = 0
+    batch_size_lm: int = 0
+    batch_size_mmu: int = 0
+    image_pairs_coeff: float = setting(1.0, "weight of the loss of pairs of images", **WEIGHT)
+    answer_pairs_coeff: float = setting(1.0, "weight of the loss of pairs of answers", **WEIGHT)
+
+
+@dataclass
+class PreferenceSection:
+    beta: float = setting(0.2, "how closely the model keeps to its reference; larger: more", above=0, high=1000)
+
+
+@dataclass
+class PreferenceConfig(TrainingConfig):
+    """Settings of task=preference."""
+
+    task: str = "preference"
+    dataset: PairDataset = field(default_factory=PairDataset)
+    training: PairTraining = field(default_factory=PairTraining)
+    preference: PreferenceSection = field(default_factory=PreferenceSection)
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        found = other_flows(config)
+        if config.training.noise_type != "mask":
+            found.append(f"training.noise_type is {config.training.noise_type}; task=preference needs mask")
+        if config.dataset.und_type != "llava_tuning":
+            found.append(f"dataset.und_type is {config.dataset.und_type}; pairs of answers are read as llava_tuning")
+        return found
+
+
+def other_flows(config: DictConfig) -> list[str]:
+    """What is wrong where a task reads flows of its own alone, and others are on."""
+    on = [f"training.batch_size_{flow}" for flow in OWN_FLOWS if config.training[f"batch_size_{flow}"]]
+    return [f"{', '.join(on)} is not 0, but task={config.task} reads its own data alone; give 0"] if on else []

@@ -18,6 +18,7 @@ SETTINGS = {
     "showo": "common.schema:TrainingConfig",
     "tokenizer": "training.tokenizer_settings:TokenizerTrainingConfig",
     "reconstruction": "training.alignment_settings:ReconstructionConfig",
+    "preference": "training.alignment_settings:PreferenceConfig",
 }
 
 

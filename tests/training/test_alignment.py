@@ -4,17 +4,30 @@ import pytest
 import torch
 
 from tests.training import tiny
+from tests.training.test_preference import preference
 from tests.training.test_reconstruction import reconstruction
 from tests.training.test_several_processes import losses_of, weights
 from tests.training.test_several_processes import run as launch
 from tests.training.test_trainer import assert_same_run
-from tests.training.tiny import make_trainer, steps_of
+from tests.training.tiny import make_trainer, metrics_of, steps_of
 from tests.training.tiny import train as run
 from training.checkpointing import checkpoints
+from training.data.flows import open_flows
 
-ACCUMULATION = {"training.gradient_accumulation_steps": 2}
+ACCUMULATION = {"training.gradient_accumulation_steps": 2, "experiment.eval_every": 3, "experiment.eval_batches": 2}
 RUNS = {
     "reconstruction": (reconstruction, ACCUMULATION | {"reconstruction.condition": "blurred"}),
+    "preference": (preference, ACCUMULATION),
+}
+
+LOSSES = {
+    "reconstruction": ("step_loss_reconstruction", "step_loss_mmu"),
+    "preference": ("step_loss_image_pairs", "step_loss_answer_pairs", "margin/image_pairs"),
+}
+
+EVALUATED = {
+    "reconstruction": {"eval_loss_reconstruction", "eval_accuracy/reconstruction"},
+    "preference": {"eval_loss_image_pairs", "eval_accuracy/answer_pairs", "eval_margin/answer_pairs"},
 }
 
 
@@ -33,16 +46,21 @@ def test_a_continued_run_equals_an_uninterrupted_one_to_the_last_bit(world, tmp_
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     lines = steps_of(tmp_path / "whole")
     assert len(lines) == 6 and all(torch.tensor(list(line.values())).isfinite().all() for line in lines)
+    evaluated = {key for line in metrics_of(tmp_path / "whole") for key in line if key.startswith("eval")}
+    assert evaluated >= EVALUATED[name]
 
 
 @pytest.fixture(scope="module")
-def batches(tmp_path_factory):
+def batches(world, tmp_path_factory):
     """Eight batches of every flow, from which nothing is drawn that two processes would draw otherwise."""
     samples = tiny.items(tiny.CAPTIONS)
     dealt = {
         "reconstruction": [[samples[(3 * n + i) % 12] for i in range(2)] for n in range(8)],
         "mmu": [[samples[(5 * n + i) % 12] for i in range(2)] for n in range(8)],
     }
+    task = tiny.make_task(tiny.arguments(world, None, preference(world)))
+    for name, flow in open_flows(task.readers("train"), task.reading(0, 1)).items():
+        dealt[name] = [list(next(flow)) for _ in range(8)]
     file = tmp_path_factory.mktemp("batches") / "batches.pt"
     torch.save(dealt, file)
     return file
@@ -54,7 +72,7 @@ def batches(tmp_path_factory):
 def test_two_processes_learn_what_one_learns_from_the_same_global_batch(world, tmp_path, batches, name):
     make, changes = RUNS[name]
     still = make(world, **changes) | {"training.min_masking_rate": 1.0}
-    losses = {"reconstruction": ("step_loss_reconstruction", "step_loss_mmu")}[name]
+    losses = LOSSES[name]
     found = []
     for processes in (1, 2):
         settings = still | {"training.gradient_accumulation_steps": 2 // processes}

@@ -11,13 +11,12 @@ from tests.training.tiny_sources import NUM_FEATURES, clip_settings
 from training.data.image_text import CAPTION_INSTRUCTIONS
 
 SHARDS = "dataset.params.{}_reconstruction_shards_path_or_url"
-RECONSTRUCTION = {"task": "reconstruction", SHARDS.format("train"): "{world}/train-{{000000..000001}}.tar"}
 
 
 def reconstruction(world, **changes) -> dict:
     """Overrides of the tiny world's configuration."""
-    given = {key: value.format(world=world) for key, value in RECONSTRUCTION.items()}
-    return given | {"training.batch_size_t2i": 0, "training.batch_size_lm": 0} | changes
+    images = {SHARDS.format(split): f"{world}/train-{{000000..000001}}.tar" for split in ("train", "eval")}
+    return images | {"task": "reconstruction", "training.batch_size_t2i": 0, "training.batch_size_lm": 0} | changes
 
 
 def prepared(world, **changes):

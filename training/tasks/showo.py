@@ -82,6 +82,11 @@ class ShowoTask(Task):
         parts = self.prompting, self.vq_model, self.understanding, self.device
         self.builder = BatchBuilder.of(self.config, model.vocabulary, *parts, self.flows)
 
+    def precision(self):
+        """A context with the precision of the run's forward passes, for models that accelerate does not wrap."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.training.mixed_precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
     def make_batch(self, samples: dict[str, list]) -> OmniBatch:
         return self.builder(samples)
 
