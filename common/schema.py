@@ -27,6 +27,7 @@ SHOWO_SCHEMAS = (
     "evaluation.schema:EvaluationConfig",
     "training.alignment_settings:ReconstructionConfig",
     "training.alignment_settings:PreferenceConfig",
+    "training.alignment_settings:PolicyConfig",
 )
 
 # ---- what several scripts read ----

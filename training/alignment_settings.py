@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from common.schema import (
+    ROWS,
     TOKENS,
     WEIGHT,
     DataParams,
@@ -124,6 +125,64 @@ class PreferenceConfig(TrainingConfig):
             found.append(f"training.noise_type is {config.training.noise_type}; task=preference needs mask")
         if config.dataset.und_type != "llava_tuning":
             found.append(f"dataset.und_type is {config.dataset.und_type}; pairs of answers are read as llava_tuning")
+        return found
+
+
+# ---- policy gradients ----
+
+
+@dataclass
+class PromptParams(DataParams):
+    train_prompts: Any = setting(
+        None, "prompts: shards, of which captions are read, jsonl or json with a `prompt`, or txt", is_data=True
+    )
+    eval_prompts: Any = setting(None, "held-out prompts; null: none", is_data=True, free=True)
+
+
+@dataclass
+class PromptDataset(DatasetSection):
+    params: PromptParams = field(default_factory=PromptParams)
+
+
+@dataclass
+class PromptTraining(TrainingSection):
+    batch_size_prompts: int = setting(1, "prompts in a batch", **ROWS)
+    batch_size_t2i: int = 0
+    batch_size_lm: int = 0
+    batch_size_mmu: int = 0
+
+
+@dataclass
+class PolicySection:
+    reward: str = setting("???", "module:function of prompts and images, or an address (docs/alignment.md)")
+    reward_timeout: float = setting(60.0, "seconds that an address has to answer", above=0, high=10**5, free=True)
+    reward_retries: int = setting(3, "further attempts at an address that does not", low=0, high=100, free=True)
+    group_size: int = setting(6, "images of each prompt", low=2, high=TOKENS)
+    timesteps: int = setting(50, "MaskGIT steps of each image", low=1, high=TOKENS)
+    steps: int | None = setting(None, "of these with gradients, drawn for each batch; null: all", low=1, high=TOKENS)
+    min_std: float = setting(1e-3, "groups whose rewards deviate by no more than this are dropped", **WEIGHT)
+    clip_low: float = setting(0.9, "least ratio of probabilities now and when sampled", low=0, high=1)
+    clip_high: float = setting(1.2, "greatest ratio", low=1, high=1000)
+    kl: float = setting(0.0, "weight of the distance to the model that the run began with; 0: none", **WEIGHT)
+
+
+@dataclass
+class PolicyConfig(TrainingConfig):
+    """Settings of task=policy."""
+
+    task: str = "policy"
+    dataset: PromptDataset = field(default_factory=PromptDataset)
+    training: PromptTraining = field(default_factory=PromptTraining)
+    policy: PolicySection = field(default_factory=PolicySection)
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        found, tokens = other_flows(config), config.model.showo.num_vq_tokens
+        steps, timesteps = config.policy.steps, config.policy.timesteps
+        if timesteps > tokens:
+            found.append(f"policy.timesteps is {timesteps}; an image has {tokens} tokens, so it must be at most that")
+        if steps is not None and steps > timesteps:
+            found.append(f"policy.steps is {steps}; there are policy.timesteps={timesteps}")
         return found
 
 

@@ -34,6 +34,7 @@ class OmniBatch:
         texts, codes, pixels: of the t2i rows, for the sample images: codes (B_t2i, N) int64, pixels
             (B_t2i, 3, res, res), None if shards hold codes.
         keys: names of the samples, for error messages.
+        sums: further ones for the log.
     """
 
     input_ids: torch.Tensor
@@ -48,15 +49,21 @@ class OmniBatch:
     codes: torch.Tensor | None = None
     pixels: torch.Tensor | None = None
     keys: list[str] = field(default_factory=list)
+    sums: dict[str, torch.Tensor | int] = field(default_factory=dict)
+
+    def inputs(self) -> dict:
+        """Keyword arguments of `Showo.forward` without an objective."""
+        masked = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return masked | {"image_features": self.image_features}
 
     def forward_arguments(self) -> dict:
         """Keyword arguments of `Showo.forward` for losses and statistics."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "labels": self.objective,
-            "image_features": self.image_features,
-        }
+        return self.inputs() | {"labels": self.objective}
+
+    @property
+    def target_rows(self) -> torch.Tensor:
+        """(S,) int64: the row of each target of the objective."""
+        return self.objective.index // self.input_ids.shape[1]
 
     @property
     def num_positions(self) -> int:
@@ -113,7 +120,7 @@ class BatchBuilder:
             device,
             packing_length=packing_length(config.dataset, longest),
             bf16=training.vq_dtype == "bf16",
-            coefficients={name: training[f"{name}_coeff"] for name in flows}
+            coefficients={name: training[f"{name}_coeff"] for name in flows if f"{name}_coeff" in training}
             | {"mixed_text": training.mixed_coeff * config.mixed.text_weight},
             label_smoothing=training.label_smoothing,
             flows=flows,
@@ -277,14 +284,14 @@ class FlowKind:
 
     Args:
         reader: what it reads.
-        rows: its samples → rows.
-        targets: the labels of its rows → what is predicted where, for each of `losses`.
+        rows: its samples → rows; None where the task itself makes them.
+        targets: the labels of its rows → what is predicted where, for each of `losses`; None as well.
         losses: their names.
     """
 
     reader: type[FlowReader]
-    rows: MakeRows
-    targets: ToTargets
+    rows: MakeRows | None
+    targets: ToTargets | None
     losses: tuple[str, ...]
 
 

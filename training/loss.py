@@ -221,6 +221,7 @@ class LogProbObjective(Objective):
 
     Args:
         function: log-probabilities (S,) float32, in the order of `index` → the output, of which `loss` has a graph.
+            Default: the output's `loss` is the log-probabilities themselves, without gradients.
         codes_only: targets are image codes, and probabilities are over these, as they are sampled.
     """
 
@@ -228,7 +229,7 @@ class LogProbObjective(Objective):
     codes_only: bool = False
 
     @classmethod
-    def of(cls, objective: Objective, function: Callable[[torch.Tensor], ShowoOutput], codes_only: bool = False):
+    def of(cls, objective: Objective, function: Callable | None = None, codes_only: bool = False):
         """The same targets under another loss."""
         given = {field.name: getattr(objective, field.name) for field in fields(Objective)}
         return cls(**given, function=function, codes_only=codes_only)
@@ -248,6 +249,8 @@ class LogProbObjective(Objective):
         head, nothing = model.get_output_embeddings(), hidden.new_zeros(len(hidden), dtype=torch.float32)
         with torch.no_grad():
             log_probs = -linear_cross_entropy(head, hidden, targets, nothing, rows=rows)[1]
+        if self.function is None:
+            return ShowoOutput(loss=log_probs)
         if not torch.is_grad_enabled():
             return self.function(log_probs)
         log_probs.requires_grad_()
@@ -258,11 +261,11 @@ class LogProbObjective(Objective):
         found.losses = {name: value.detach() for name, value in out.losses.items()}
         return found
 
-    def log_probs(self, model: Showo, **arguments) -> torch.Tensor:
-        """(S,) float32: those of another model for a batch; `arguments` of its `forward` but for `labels`."""
-        plain = replace(self, function=lambda log_probs: ShowoOutput(loss=log_probs))
-        with torch.no_grad():
-            return model(**arguments, labels=plain).loss
+
+@torch.no_grad()
+def log_probs_of(model: Showo, objective: Objective, codes_only: bool = False, **inputs) -> torch.Tensor:
+    """(S,) float32: what a model, such as a frozen reference, gives to the targets; `inputs` of its `forward`."""
+    return model(**inputs, labels=LogProbObjective.of(objective, codes_only=codes_only)).loss
 
 
 # ---- the vocabulary head and its cross-entropy in chunks ----

@@ -19,6 +19,7 @@ SETTINGS = {
     "tokenizer": "training.tokenizer_settings:TokenizerTrainingConfig",
     "reconstruction": "training.alignment_settings:ReconstructionConfig",
     "preference": "training.alignment_settings:PreferenceConfig",
+    "policy": "training.alignment_settings:PolicyConfig",
 }
 
 

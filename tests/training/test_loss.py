@@ -9,7 +9,7 @@ from models import OmniMask
 from models.modeling_showo import ShowoOutput
 from tests.parity.goldens import tiny_showo
 from training import loss as module
-from training.loss import LogProbObjective, Objective, linear_cross_entropy
+from training.loss import LogProbObjective, Objective, linear_cross_entropy, log_probs_of
 
 POSITIONS, HIDDEN, VOCABULARY = 37, 12, 50
 
@@ -162,7 +162,7 @@ def test_any_function_of_log_probabilities_has_its_own_gradient(chunk, codes_onl
     logits = logits[..., 128:192] if codes_only else logits
     at = targets >= 0
     picked = logits[at].log_softmax(-1).gather(1, (targets[at] - (128 if codes_only else 0))[:, None])[:, 0]
-    torch.testing.assert_close(objective.log_probs(model, input_ids=ids, attention_mask=mask), picked.detach())
+    torch.testing.assert_close(log_probs_of(model, objective, codes_only, input_ids=ids, attention_mask=mask), picked)
     out = model(ids, mask, objective)
     torch.testing.assert_close(out.loss, function(picked).loss)
     assert not out.losses["it"].requires_grad

@@ -2,12 +2,14 @@
 
 - ``TEST_FSDP2=1``: accelerate does not reach FSDP2 on CPUs as shipped; this makes it.
 - ``TEST_BATCHES=file``: all processes together take the batches of that file in turn, so that a run of one process and
-  a run of two learn from the same global batches. Where questions are drawn, there is but one.
+  a run of two learn from the same global batches. Where questions are drawn, there is but one, and
+  images are sampled from the same random numbers whoever samples them.
 - ``TEST_NAN=process:call``: the mmu loss of that process is NaN at that call of the model.
 """
 
 import os
 import sys
+import zlib
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -37,6 +39,17 @@ class Dealt:
         return getattr(self.flow, name)
 
 
+def seeded(sample):
+    """Sampling whose random numbers depend on the prompts alone."""
+
+    def run(texts: list[str]):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(repr(texts).encode()))
+            return sample(texts)
+
+    return run
+
+
 def main(argv: list[str]) -> None:
     if os.environ.get("TEST_FSDP2"):
         PartialState(cpu=True)
@@ -48,6 +61,8 @@ def main(argv: list[str]) -> None:
         trainer.flows = {name: Dealt(flow, batches[name], **dealt) for name, flow in trainer.flows.items()}
         if hasattr(trainer.task, "questions"):
             trainer.task.questions = trainer.task.questions[:1]
+        if hasattr(trainer.task, "sample"):
+            trainer.task.sample = seeded(trainer.task.sample)
     if place := os.environ.get("TEST_NAN"):
         process, call = map(int, place.split(":"))
         if trainer.accelerator.process_index == process:

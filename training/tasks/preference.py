@@ -28,7 +28,7 @@ from training.data.image_text import ImageTransform
 from training.data.json_records import JsonRecords, RecordUnits
 from training.data.sources import BAD_CONVERSATION, MALFORMED_ITEM, Skipped, Units, checked_text
 from training.data.streams import Transform, stack
-from training.loss import LogProbObjective, next_token
+from training.loss import LogProbObjective, log_probs_of, next_token
 from training.metrics import Sums
 from training.reference import load_reference
 from training.tasks import Outcome
@@ -170,15 +170,16 @@ class PreferenceTask(ShowoTask):
 
     def make_batch(self, samples: dict[str, list], builder: BatchBuilder | None = None) -> OmniBatch:
         batch = (builder or self.builder)(samples)
-        rows = batch.objective.index // batch.input_ids.shape[1]  # (S,)
-        coefficients = {name: self.config.training[f"{name}_coeff"] for name in self.flows}
-        settings = {"beta": self.config.preference.beta, "coefficients": coefficients}
-        arguments = batch.forward_arguments()
-        arguments.pop("labels")
-        objective = LogProbObjective.of(batch.objective, lambda log_probs: ShowoOutput(loss=log_probs))
         with self.precision():
-            reference = row_sums(objective.log_probs(self.reference, **arguments), rows, batch.rows)
-        function = partial(preference_loss, rows=rows, reference=reference, counts=batch.rows, **settings)
+            reference = log_probs_of(self.reference, batch.objective, **batch.inputs())
+        function = partial(
+            preference_loss,
+            rows=batch.target_rows,
+            reference=row_sums(reference, batch.target_rows, batch.rows),
+            counts=batch.rows,
+            beta=self.config.preference.beta,
+            coefficients={name: self.config.training[f"{name}_coeff"] for name in self.flows},
+        )
         batch.objective = LogProbObjective.of(batch.objective, function)
         return batch
 
