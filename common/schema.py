@@ -28,6 +28,7 @@ SHOWO_SCHEMAS = (
     "training.alignment_settings:ReconstructionConfig",
     "training.alignment_settings:PreferenceConfig",
     "training.alignment_settings:PolicyConfig",
+    "training.alignment_settings:DistillationConfig",
 )
 
 # ---- what several scripts read ----

@@ -177,13 +177,54 @@ class PolicyConfig(TrainingConfig):
 
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
-        found, tokens = other_flows(config), config.model.showo.num_vq_tokens
+        found = other_flows(config) + steps_of_images(config, config.policy)
         steps, timesteps = config.policy.steps, config.policy.timesteps
-        if timesteps > tokens:
-            found.append(f"policy.timesteps is {timesteps}; an image has {tokens} tokens, so it must be at most that")
         if steps is not None and steps > timesteps:
             found.append(f"policy.steps is {steps}; there are policy.timesteps={timesteps}")
         return found
+
+
+# ---- few steps ----
+
+
+@dataclass
+class DistillationSection:
+    timesteps: int = setting(32, "MaskGIT steps of the teacher", low=1, high=TOKENS)
+    guidance_scale: float = setting(10.0, "of the teacher; the student learns to do without", **WEIGHT)
+    temperature: float = setting(1.0, "of the teacher's choice of positions", **WEIGHT)
+    segments: list[int] = setting([8, 4, 2], "number of segments of a trajectory, stage by stage", low=1, high=TOKENS)
+    points: int | None = setting(4, "of each trajectory, drawn for each batch; null: all", low=1, high=TOKENS)
+
+
+@dataclass
+class DistillationConfig(TrainingConfig):
+    """Settings of task=distillation."""
+
+    task: str = "distillation"
+    dataset: PromptDataset = field(default_factory=PromptDataset)
+    training: PromptTraining = field(default_factory=PromptTraining)
+    distillation: DistillationSection = field(default_factory=DistillationSection)
+
+    @staticmethod
+    def problems(config: DictConfig) -> list[str]:
+        settings, found = config.distillation, other_flows(config) + steps_of_images(config, config.distillation)
+        if not settings.segments or max(settings.segments) > settings.timesteps:
+            found.append(
+                f"distillation.segments is {list(settings.segments)}; give one number or more, each at most "
+                f"distillation.timesteps ({settings.timesteps})"
+            )
+        if settings.points is not None and settings.points > settings.timesteps:
+            found.append(f"distillation.points is {settings.points}; there are {settings.timesteps} timesteps")
+        return found
+
+
+def steps_of_images(config: DictConfig, section: DictConfig) -> list[str]:
+    """What is wrong where a section samples images in more steps than they have tokens."""
+    tokens = config.model.showo.num_vq_tokens
+    if section.timesteps <= tokens:
+        return []
+    key = f"{config.task}.timesteps"
+    return [f"{key} is {section.timesteps}; an image has {tokens} tokens, so it must be at most that"]
 
 
 def other_flows(config: DictConfig) -> list[str]:

@@ -20,6 +20,7 @@ SETTINGS = {
     "reconstruction": "training.alignment_settings:ReconstructionConfig",
     "preference": "training.alignment_settings:PreferenceConfig",
     "policy": "training.alignment_settings:PolicyConfig",
+    "distillation": "training.alignment_settings:DistillationConfig",
 }
 
 

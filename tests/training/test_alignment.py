@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.training import tiny
+from tests.training.test_distillation import distillation
 from tests.training.test_policy import policy
 from tests.training.test_preference import preference
 from tests.training.test_reconstruction import reconstruction
@@ -15,23 +16,31 @@ from tests.training.tiny import train as run
 from training.checkpointing import checkpoints
 from training.data.flows import open_flows
 
-ACCUMULATION = {"training.gradient_accumulation_steps": 2, "experiment.eval_every": 3, "experiment.eval_batches": 2}
+EVALUATION = {"experiment.eval_every": 3, "experiment.eval_batches": 2}
+ACCUMULATION = EVALUATION | {"training.gradient_accumulation_steps": 2}
+BF16 = {"training.mixed_precision": "bf16", "model.gradient_checkpointing": True}
 RUNS = {
     "reconstruction": (reconstruction, ACCUMULATION | {"reconstruction.condition": "blurred"}),
     "preference": (preference, ACCUMULATION),
     "policy": (policy, ACCUMULATION | {"policy.kl": 0.1, "dataset.packing": True}),
+    "distillation": (
+        distillation,
+        EVALUATION | {"training.mixed_precision": "bf16", "model.gradient_checkpointing": True},
+    ),
 }
 
 LOSSES = {
     "reconstruction": ("step_loss_reconstruction", "step_loss_mmu"),
     "preference": ("step_loss_image_pairs", "step_loss_answer_pairs", "margin/image_pairs"),
     "policy": ("step_loss_policy", "reward", "kl"),
+    "distillation": ("step_loss_distillation", "accuracy/distillation"),
 }
 
 EVALUATED = {
     "reconstruction": {"eval_loss_reconstruction", "eval_accuracy/reconstruction"},
     "preference": {"eval_loss_image_pairs", "eval_accuracy/answer_pairs", "eval_margin/answer_pairs"},
     "policy": {"eval_reward"},
+    "distillation": {"eval_loss_distillation", "eval_accuracy/distillation"},
 }
 
 
@@ -78,6 +87,7 @@ def test_two_processes_learn_what_one_learns_from_the_same_global_batch(world, t
     make, changes = RUNS[name]
     still = make(world, **changes) | {"training.min_masking_rate": 1.0}
     still |= {"policy.steps": None} if name == "policy" else {}
+    still |= {"distillation.points": None, "training.mixed_precision": "no"} if name == "distillation" else {}
     losses = LOSSES[name]
     found = []
     for processes in (1, 2):
@@ -86,4 +96,5 @@ def test_two_processes_learn_what_one_learns_from_the_same_global_batch(world, t
         found.append((losses_of(tmp_path / str(processes), losses=losses), weights(tmp_path / str(processes))))
     (one, first), (two, second) = found
     assert one == pytest.approx(two, rel=1e-5, abs=1e-7)  # the policy's loss is a sum around 0
-    torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-5)
+    # Adam makes steps of rounding where a gradient is 0, as that of the bias of keys.
+    torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
