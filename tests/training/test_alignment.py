@@ -1,9 +1,12 @@
 """Runs of the tasks that change a trained Show-o, on the tiny world: learning, stopping, continuing, two processes."""
 
+from itertools import count
+
 import pytest
 import torch
 
-from tests.training import tiny
+from common.errors import UserError
+from tests.training import test_policy, tiny
 from tests.training.test_distillation import distillation
 from tests.training.test_policy import policy
 from tests.training.test_preference import preference
@@ -61,6 +64,21 @@ def test_a_continued_run_equals_an_uninterrupted_one_to_the_last_bit(world, tmp_
     assert len(lines) == 6 and all(torch.tensor(list(line.values())).isfinite().all() for line in lines)
     evaluated = {key for line in metrics_of(tmp_path / "whole") for key in line if key.startswith("eval")}
     assert evaluated >= EVALUATED[name]
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_the_way_ends_the_run_and_loses_nothing(world, tmp_path, monkeypatch):
+    settings = policy(world) | {"experiment.save_every": 2, "training.max_train_steps": 4}
+    run(world, tmp_path / "whole", settings)
+    calls, reward = count(1), test_policy.brightness
+    monkeypatch.setattr(test_policy, "brightness", lambda *given: reward(*given) if next(calls) < 4 else [])
+    trainer = make_trainer(world, tmp_path / "parts", settings)
+    with pytest.raises(UserError, match=r"policy.reward=\S+:brightness gave \[\], expected 6 finite numbers"):
+        trainer.train()
+    assert [folder.name for folder in checkpoints(tmp_path / "parts")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    run(world, tmp_path / "parts", settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,13 @@ def test_groups_without_variance_take_no_rows_but_a_batch_of_none_still_has_a_lo
     assert all(parameter.grad.abs().sum() == 0 for parameter in model.parameters())
 
 
+def test_weights_in_shards_cannot_be_sampled_from(world):
+    task, model, samples = prepared(world)
+    model.register_parameter("elsewhere", torch.nn.Parameter(torch.empty(0)))  # as ZeRO-3 leaves them
+    with pytest.raises(UserError, match="launch it with DDP or ZeRO-2"):
+        task.make_batch(samples)
+
+
 # ---- prompts and mistakes ----
 
 
