@@ -34,6 +34,7 @@ class OmniBatch:
         texts, codes, pixels: of the t2i rows, for the sample images: codes (B_t2i, N) int64, pixels
             (B_t2i, 3, res, res), None if shards hold codes.
         keys: names of the samples, for error messages.
+        sums: further ones for the log.
     """
 
     input_ids: torch.Tensor
@@ -48,15 +49,21 @@ class OmniBatch:
     codes: torch.Tensor | None = None
     pixels: torch.Tensor | None = None
     keys: list[str] = field(default_factory=list)
+    sums: dict[str, torch.Tensor | int] = field(default_factory=dict)
+
+    def inputs(self) -> dict:
+        """Keyword arguments of `Showo.forward` without an objective."""
+        masked = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return masked | {"image_features": self.image_features}
 
     def forward_arguments(self) -> dict:
         """Keyword arguments of `Showo.forward` for losses and statistics."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "labels": self.objective,
-            "image_features": self.image_features,
-        }
+        return self.inputs() | {"labels": self.objective}
+
+    @property
+    def target_rows(self) -> torch.Tensor:
+        """(S,) int64: the row of each target of the objective."""
+        return self.objective.index // self.input_ids.shape[1]
 
     @property
     def num_positions(self) -> int:
@@ -80,6 +87,7 @@ class BatchBuilder:
         bf16: whether the image tokenizer encodes under bf16 autocast, which changes some codes.
         coefficients: loss → its weight in the sum of all; None: there is no sum.
         label_smoothing: of the `Objective`.
+        flows: the table of the task's flows; default: `FLOWS`.
     """
 
     prompting: UniversalPrompting
@@ -92,11 +100,14 @@ class BatchBuilder:
     bf16: bool = False
     coefficients: dict[str, float] | None = None
     label_smoothing: float = 0.0
+    flows: "dict[str, FlowKind]" = field(default_factory=lambda: FLOWS)
 
     @classmethod
-    def of(cls, config, vocabulary: Vocabulary, prompting: UniversalPrompting, vq_model, understanding, device):
-        """The builder of a run; `vocabulary` of its model."""
-        training = config.training
+    def of(
+        cls, config, vocabulary: Vocabulary, prompting: UniversalPrompting, vq_model, understanding, device, flows=None
+    ):
+        """The builder of a run; `vocabulary` of its model, `flows` of its task."""
+        training, flows = config.training, FLOWS if flows is None else flows
         row_length = longest = config.model.showo.num_vq_tokens + 3 + prompting.max_text_len
         if training.batch_size_mixed:
             longest = max(row_length, MixedReader(config, "mixed").max_length)
@@ -109,9 +120,10 @@ class BatchBuilder:
             device,
             packing_length=packing_length(config.dataset, longest),
             bf16=training.vq_dtype == "bf16",
-            coefficients={name: training[f"{name}_coeff"] for name in FLOWS}
+            coefficients={name: training[f"{name}_coeff"] for name in flows if f"{name}_coeff" in training}
             | {"mixed_text": training.mixed_coeff * config.mixed.text_weight},
             label_smoothing=training.label_smoothing,
+            flows=flows,
         )
 
     def for_evaluation(self, mask_ratio: float | None = None) -> "BatchBuilder":
@@ -148,26 +160,43 @@ class BatchBuilder:
 
     def __call__(self, samples: dict[str, list]) -> OmniBatch:
         """Builds the batch of `samples`: flow → list of samples. Absent flows have no rows."""
-        built, extra = {}, {}
-        for name in (name for name in FLOWS if samples.get(name)):
-            built[name], more = FLOWS[name].rows(samples[name], self)
+        built, extra, features = {}, {}, []
+        for name in (name for name in self.flows if samples.get(name)):
+            built[name], more = self.flows[name].rows(samples[name], self)
+            features.append(more.pop("image_features", None))
             assert not extra.keys() & more.keys(), "two flows give the same field of OmniBatch"
             extra |= more
-        # Everything up to the copy below is on the host: data-dependent sizes would otherwise cause a GPU sync.
+        features = [one for one in features if one is not None]  # spliced in the order of the rows
+        if features:
+            extra["image_features"] = torch.cat(features)
         rows = joined(list(built.values()), self.prompting.vocabulary.pad_id)
-        input_ids, labels, mask, position_ids = rows.input_ids, rows.labels, rows.attention_mask, rows.position_ids
-        check_image_features(input_ids, extra.get("image_features"))
-        is_used = input_ids != self.prompting.vocabulary.pad_id
-        num_rows = {name: len(samples.get(name, ())) for name in FLOWS}
+        num_rows = {name: len(built[name].input_ids) if name in built else 0 for name in self.flows}
         first, targets = 0, {}
         for name, count in num_rows.items():  # the same losses on every process, also if a flow is absent
-            found = FLOWS[name].targets(labels[first : first + count], self)
-            targets |= {loss: (first, one) for loss, one in zip(FLOWS[name].losses, found, strict=True)}
+            found = self.flows[name].targets(rows.labels[first : first + count], self)
+            targets |= {loss: (first, one) for loss, one in zip(self.flows[name].losses, found, strict=True)}
             first += count
+        keys = [f"{name}: {key}" for name in num_rows for key in sample_keys(samples.get(name, ()))]
+        return self.batch(rows, targets, num_rows, keys=keys, **extra)
+
+    def batch(
+        self, rows: Rows, targets: dict[str, tuple[int, torch.Tensor]], num_rows: dict[str, int], **extra
+    ) -> OmniBatch:
+        """The batch of rows that are complete, on the device.
+
+        Args:
+            targets: of `Objective.from_targets`.
+            num_rows: flow → its rows, in order.
+            extra: further fields of `OmniBatch`.
+        """
+        # Everything up to the copy below is on the host: data-dependent sizes would otherwise cause a GPU sync.
+        input_ids, mask, position_ids = rows.input_ids, rows.attention_mask, rows.position_ids
+        check_image_features(input_ids, extra.get("image_features"))
+        is_used = input_ids != self.prompting.vocabulary.pad_id
         packs, room = self.packing_length is not None, self.packing_length
         objective = Objective.from_targets(
             targets,
-            num_t2i=num_rows["t2i"],
+            num_t2i=num_rows.get("t2i", 0),
             packing=Packing.from_mask(is_used, mask, room, position_ids) if packs else None,
             position_ids=None if packs else position_ids,
             coefficients=self.coefficients,
@@ -175,6 +204,7 @@ class BatchBuilder:
             statistics=True,
         )
         device = self.device
+        labels = torch.full_like(input_ids, IGNORE_ID) if rows.labels is None else rows.labels
         return OmniBatch(
             send(input_ids, device),
             send(labels, device),
@@ -182,7 +212,6 @@ class BatchBuilder:
             num_rows,
             objective.to(device),
             num_used=int(is_used.sum()),
-            keys=[f"{name}: {key}" for name in num_rows for key in sample_keys(samples.get(name, ()))],
             **extra,
         )
 
@@ -255,14 +284,14 @@ class FlowKind:
 
     Args:
         reader: what it reads.
-        rows: its samples → rows.
-        targets: the labels of its rows → what is predicted where, for each of `losses`.
+        rows: its samples → rows; None where the task itself makes them.
+        targets: the labels of its rows → what is predicted where, for each of `losses`; None as well.
         losses: their names.
     """
 
     reader: type[FlowReader]
-    rows: MakeRows
-    targets: ToTargets
+    rows: MakeRows | None
+    targets: ToTargets | None
     losses: tuple[str, ...]
 
 
@@ -280,11 +309,12 @@ FLOWS: dict[str, FlowKind] = {
 }
 
 
-def flow_readers(config, split: str) -> list[FlowReader]:
-    """The flows that a run reads of a split; `UserError` if there is none to train on."""
-    readers = [kind.reader(config, name, split) for name, kind in FLOWS.items()]
+def flow_readers(config, split: str, flows: dict[str, FlowKind] | None = None) -> list[FlowReader]:
+    """The flows that a run reads of a split, of the table `flows`; `UserError` if there is none to train on."""
+    flows = FLOWS if flows is None else flows
+    readers = [kind.reader(config, name, split) for name, kind in flows.items()]
     on = [reader for reader in readers if reader.is_on]
     if split == "train" and not on:
-        sizes = ", ".join(f"batch_size_{name}" for name in FLOWS)
+        sizes = ", ".join(f"batch_size_{name}" for name in flows)
         raise UserError(f"training.{sizes} are all 0; nothing to train on")
     return on

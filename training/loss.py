@@ -8,8 +8,8 @@ everything else. `linear_cross_entropy` goes through the vocabulary head in chun
 function of that name from 2.13 on; it knows no label smoothing and does not give the predicted tokens.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -215,6 +215,59 @@ def _group_means(values: torch.Tensor, groups: torch.Tensor, num_groups: int) ->
     return sums / values.new_zeros(num_groups).index_add_(0, groups, torch.ones_like(values)).clamp(min=1)
 
 
+@dataclass(frozen=True)
+class LogProbObjective(Objective):
+    """A loss that is any function of the log-probabilities of the targets: preference pairs, policy gradients.
+
+    Args:
+        function: log-probabilities (S,) float32, in the order of `index` → the output, of which `loss` has a graph.
+            Default: the output's `loss` is the log-probabilities themselves, without gradients.
+        codes_only: targets are image codes, and probabilities are over these, as they are sampled.
+    """
+
+    function: Callable[[torch.Tensor], ShowoOutput] | None = None
+    codes_only: bool = False
+
+    @classmethod
+    def of(cls, objective: Objective, function: Callable | None = None, codes_only: bool = False):
+        """The same targets under another loss."""
+        given = {field.name: getattr(objective, field.name) for field in fields(Objective)}
+        return cls(**given, function=function, codes_only=codes_only)
+
+    @torch.compiler.disable
+    def _losses(self, model: Showo, hidden: torch.Tensor, row_length: int) -> ShowoOutput:
+        """The function's output. Log-probabilities are computed twice: for their values, then for their gradients.
+
+        The gradient of the loss is that of a cross-entropy whose weights are the loss's derivatives by the
+        log-probabilities; so here, too, no logits are kept.
+        """
+        at = self.index if self.packing is None else self.packing.target_index[self.index]
+        hidden, targets, rows = hidden.flatten(0, 1)[at], self.targets, slice(None)
+        if self.codes_only:
+            first, count = model.vocabulary.image_offset, model.vocabulary.codebook_size
+            targets, rows = targets - first, slice(first, first + count)
+        head, nothing = model.get_output_embeddings(), hidden.new_zeros(len(hidden), dtype=torch.float32)
+        with torch.no_grad():
+            log_probs = -linear_cross_entropy(head, hidden, targets, nothing, rows=rows)[1]
+        if self.function is None:
+            return ShowoOutput(loss=log_probs)
+        if not torch.is_grad_enabled():
+            return self.function(log_probs)
+        log_probs.requires_grad_()
+        out = self.function(log_probs)
+        (slopes,) = torch.autograd.grad(out.loss, log_probs)
+        total = linear_cross_entropy(head, hidden, targets, -slopes, rows=rows)[0]
+        found = replace(out, loss=out.loss.detach() + total - total.detach())
+        found.losses = {name: value.detach() for name, value in out.losses.items()}
+        return found
+
+
+@torch.no_grad()
+def log_probs_of(model: Showo, objective: Objective, codes_only: bool = False, **inputs) -> torch.Tensor:
+    """(S,) float32: what a model, such as a frozen reference, gives to the targets; `inputs` of its `forward`."""
+    return model(**inputs, labels=LogProbObjective.of(objective, codes_only=codes_only)).loss
+
+
 # ---- the vocabulary head and its cross-entropy in chunks ----
 
 
@@ -301,8 +354,9 @@ def linear_cross_entropy(
     weights: torch.Tensor,
     label_smoothing: float = 0.0,
     predict: bool = False,
+    rows: slice = slice(None),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Σ weight·cross-entropy over the whole vocabulary, each position's cross-entropy and its likeliest token.
+    """Σ weight·cross-entropy over the vocabulary, each position's cross-entropy and its likeliest token.
 
     Under autocast the products run in its precision, softmax and sums in fp32.
 
@@ -310,6 +364,7 @@ def linear_cross_entropy(
         head: H → V, with or without bias.
         hidden: (S, H). targets: (S,) int64. weights: (S,) float32.
         predict: whether the likeliest tokens are wanted.
+        rows: of the head, to which the vocabulary is restricted; targets count from the first. Default: all.
 
     Returns:
         A float32 scalar, the only one with a graph, for one backward pass; (S,) float32; (S,) int64 or None.
@@ -322,5 +377,8 @@ def linear_cross_entropy(
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     with torch.autocast(kind, enabled=False):
-        arguments = hidden, head.weight, head.bias, targets, weights, label_smoothing, predict, dtype
+        weight, bias = head.weight, head.bias
+        if rows != slice(None):
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        arguments = hidden, weight, bias, targets, weights, label_smoothing, predict, dtype
         return _LinearCrossEntropy.apply(*arguments)

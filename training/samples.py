@@ -11,24 +11,22 @@ GENERATED_PANEL = "Generated images"
 PREDICTED_PANEL = "Original images v.s. Reconstructed images v.s. Predicted images"
 
 
+def sample_codes(model, builder: BatchBuilder, prompts: list[str], **settings) -> torch.Tensor:
+    """(B, N) int64 codes of one image per prompt; `settings` of `Showo.t2i_generate`."""
+    image_ids = torch.full((len(prompts), model.config.num_vq_tokens), model.vocabulary.mask_token_id)
+    ids = builder.prompting((prompts, image_ids), "t2i_gen").input_ids.to(builder.device)
+    uncond = builder.prompting(([""] * len(prompts), image_ids), "t2i_gen").input_ids.to(builder.device)
+    return model.t2i_generate(ids, uncond, noise_schedule=builder.noise.schedule, **settings)
+
+
 @torch.no_grad()
 def generate_images(
     model, builder: BatchBuilder, prompts: list[str], *, guidance_scale: float, timesteps: int, temperature: float, seed
 ) -> list[Image.Image]:
     """One image per prompt, with classifier-free guidance, from a separate generator, so training is unaffected."""
-    vocabulary, num_tokens = model.vocabulary, model.config.num_vq_tokens
-    image_ids = torch.full((len(prompts), num_tokens), vocabulary.mask_token_id)
-    ids = builder.prompting((prompts, image_ids), "t2i_gen").input_ids.to(builder.device)
-    uncond = builder.prompting(([""] * len(prompts), image_ids), "t2i_gen").input_ids.to(builder.device)
-    codes = model.t2i_generate(
-        ids,
-        uncond,
-        guidance_scale=guidance_scale,
-        timesteps=timesteps,
-        temperature=temperature,
-        noise_schedule=builder.noise.schedule,
-        generator=torch.Generator(builder.device).manual_seed(seed),
-    )
+    settings = {"guidance_scale": guidance_scale, "timesteps": timesteps, "temperature": temperature}
+    generator = torch.Generator(builder.device).manual_seed(seed)
+    codes = sample_codes(model, builder, prompts, generator=generator, **settings)
     return to_pil(builder.vq_model.decode_code(codes).float())
 
 

@@ -14,7 +14,14 @@ from common.config import load_config, read_key
 from common.errors import UserError, run_cli
 
 # Found without torch, so that --help and mistakes are told at once; other tasks' settings are in their modules.
-SETTINGS = {"showo": "common.schema:TrainingConfig", "tokenizer": "training.tokenizer_settings:TokenizerTrainingConfig"}
+SETTINGS = {
+    "showo": "common.schema:TrainingConfig",
+    "tokenizer": "training.tokenizer_settings:TokenizerTrainingConfig",
+    "reconstruction": "training.alignment_settings:ReconstructionConfig",
+    "preference": "training.alignment_settings:PreferenceConfig",
+    "policy": "training.alignment_settings:PolicyConfig",
+    "distillation": "training.alignment_settings:DistillationConfig",
+}
 
 
 def make_task(argv: list[str], name: str | None = None):

@@ -211,6 +211,7 @@ class Trainer:
             waiting = time.perf_counter()
             samples = {name: next(flow) for name, flow in self.flows.items()}
             self.data_time += time.perf_counter() - waiting
+            self.task.step = self.state.global_step
             batch = self.task.make_batch(samples)
             outcome = self.task.outcome(self.forward, batch)
             if self.finite.accept(outcome.losses, batch.keys, self.state.global_step + 1):

@@ -31,11 +31,12 @@ class VqUnderstanding:
 
     def __init__(self, config):
         self.max_mask_ratio, self.system_prompt = config.training.und_mask_ratio, config.dataset.add_system_prompt
+        self.has_conversations = reads_conversations(config)
 
     def text_length(self, config, prompting) -> int:
         """Number of text tokens that fit in a row after the image; `UserError` if none do."""
         system = system_ids(prompting) if self.system_prompt else []
-        return room_for_text(config, config.model.showo.num_vq_tokens, len(system))
+        return room_for_text(config, config.model.showo.num_vq_tokens, len(system), self.has_conversations)
 
     def open(self) -> None:
         """Nothing is needed."""
@@ -72,6 +73,7 @@ class ClipVitUnderstanding:
     def __init__(self, config):
         dataset = config.dataset
         self.has_rows = config.training.batch_size_mmu > 0
+        self.has_conversations = reads_conversations(config)
         if self.has_rows and not dataset.und_type.startswith("llava"):
             raise UserError(
                 f"dataset.und_type is {dataset.und_type!r}; with CLIP-ViT it must be llava_pretrain or llava_tuning"
@@ -91,7 +93,7 @@ class ClipVitUnderstanding:
     def text_length(self, config, prompting) -> int:
         """As in the other branch."""
         system = system_ids(prompting) if self.system_prompt else []
-        return room_for_text(config, self.num_features, len(system))
+        return room_for_text(config, self.num_features, len(system), self.has_conversations)
 
     def attach(self, model, device) -> None:
         """Loads the frozen tower and selects the trained parameters."""
@@ -119,11 +121,16 @@ def system_ids(prompting) -> list[int]:
     return prompting.tokenizer(SYSTEM_PROMPT, add_special_tokens=False)["input_ids"]
 
 
-def room_for_text(config, num_image: int, num_system: int) -> int:
+def reads_conversations(config) -> bool:
+    """Whether the mmu flow reads conversations."""
+    return config.training.batch_size_mmu > 0 and config.dataset.und_type.startswith("llava")
+
+
+def room_for_text(config, num_image: int, num_system: int, conversations: bool) -> int:
     """Number of text tokens that fit in a row with `num_image` image positions and a system prompt; `UserError` if none
     fit."""
     max_text_len = config.dataset.preprocessing.max_seq_length
-    if not config.training.batch_size_mmu or not config.dataset.und_type.startswith("llava"):
+    if not conversations:  # captions are cut by other rules
         return max_text_len
     room = max_text_len + config.model.showo.num_vq_tokens - num_image - num_system
     if room < 1:

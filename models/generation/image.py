@@ -25,6 +25,7 @@ from models.generation.sampling import (
     position_order,
     remasked_positions,
 )
+from models.generation.trajectory import Trajectory
 from models.omni_attention import OmniMask
 from models.vocabulary import Vocabulary
 
@@ -51,6 +52,7 @@ class ImageGeneration:
         attention_mask: OmniMask | None = None,
         callback: Callable[[int, torch.Tensor], None] | None = None,
         sampling: SamplingParameters | None = None,
+        trajectory: Trajectory | None = None,
     ) -> torch.Tensor:
         """Image codes by masked-token diffusion.
 
@@ -66,6 +68,7 @@ class ImageGeneration:
             attention_mask: of the rows, those with text before those without; default: read off the ids.
             callback: called as ``callback(step, codes)`` after each step, codes (B, N) as sampled.
             sampling: options that deviate from the published sampling; default: none.
+            trajectory: records every step.
 
         Returns:
             (B, N) int64 codes in [0, codebook_size).
@@ -109,6 +112,7 @@ class ImageGeneration:
                 generator=generator,
                 sampling=sampling,
                 callback=callback,
+                trajectory=trajectory,
             )
         finally:
             for denoiser in denoisers.values():
@@ -126,12 +130,13 @@ def denoise(
     generator: Generators,
     sampling: SamplingParameters,
     callback: Callable[[int, torch.Tensor], None] | None = None,
+    trajectory: Trajectory | None = None,
 ) -> torch.Tensor:
     """The MaskGIT loop: codes (B, N), mask token where unknown → all codes (B, N).
 
     Args:
         denoiser_at: step → what gives its logits.
-        timesteps, temperature, generator, sampling, callback: of `t2i_generate`.
+        timesteps, temperature, generator, sampling, callback, trajectory: of `t2i_generate`.
     """
     mask_id = model.vocabulary.mask_token_id
     order = position_order(sampling.order, codes, generator)
@@ -160,6 +165,9 @@ def denoise(
             multinomial_at=model.multinomial_at,
         )
         drawn_with = torch.where(unknown, probability, drawn_with)
+        if trajectory is not None:
+            left = remaining & (step + 1 < timesteps)  # the last step keeps all that it samples
+            trajectory.record(codes, sampled, left, logits, positions, temperature, mask_id)
         codes = torch.where(remaining, mask_id, sampled)
         if callback is not None:
             callback(step, sampled)

@@ -3,6 +3,7 @@
 import re
 from math import isqrt
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import get_args
 
 import pytest
@@ -15,7 +16,7 @@ from common.settings import settings_of
 from evaluation.schema import EvaluationConfig
 from tests.training.tiny import check_data
 from training.data.documents import document_length
-from training.tokenizer_settings import TokenizerTrainingConfig
+from training.train import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
@@ -144,10 +145,18 @@ SMALL = {
     "showo_tiny_instruction_tuning_2_w_clip_vit": ("t2i", "llava_tuning", "showo_tiny_instruction_tuning_1_w_clip_vit"),
 }
 
+ALIGNMENT = {  # each with a file of the published size and one of the small default
+    "reconstruction": "showo_reconstruction_w_clip_vit_512x512",
+    "preference": "showo_preference_512x512",
+    "policy": "showo_policy_512x512",
+    "distillation": "showo_distillation_512x512",
+}
+
 
 def test_the_files_are_these_and_the_readme_has_a_row_for_each():
     others = {"showo_mixed", "showo_tiny_mixed", "showo_tiny_train", "showo_tiny_demo", "showo_tiny_magvitv2"}
     others |= {"showo_tiny_lora"}
+    others |= {*ALIGNMENT.values(), *(f"showo_tiny_{task}" for task in ALIGNMENT)}
     assert set(FILES) == {*DEMOS, *STAGES, *OTHER_LLMS, *SMALL, *others} and len(DEMOS) + len(STAGES) == 15
     rows = dict(re.findall(r"^\| \[`(\w+)`\](.*)$", README, re.MULTILINE))
     assert set(rows) == set(FILES)
@@ -263,6 +272,22 @@ def test_missing_variables_come_at_once_or_from_the_command_line(name, load_bare
     assert [config.dataset.params[key] for key in keys] == [f"/{key}" for key in keys]
 
 
+@pytest.mark.parametrize("task", ALIGNMENT)
+def test_files_of_alignment_name_their_task_and_fit_the_models_that_they_start_from(task, load, monkeypatch):
+    schema, reward = resolve_name(SETTINGS[task]), ["policy.reward=a:b"] if task == "policy" else []
+    for name, like in (
+        (ALIGNMENT[task], "showo_instruction_tuning_2_512x512"),
+        (f"showo_tiny_{task}", "showo_tiny_mixed"),
+    ):
+        sizes = load(like).model.showo
+        for variable in variables(name):
+            monkeypatch.setenv(variable, f"/{variable}")
+        config = load_config([f"config={FILES[name]}", *reward], schema)
+        assert config.task == task and config.optimizer.params.learning_rate > 0
+        keys = ("llm_vocab_size", "codebook_size", "vocab_size", "num_vq_tokens")
+        assert [config.model.showo[key] for key in keys] == [sizes[key] for key in keys]
+
+
 def test_captions_from_elsewhere_are_optional(load, monkeypatch):
     keys = [f"external_{which}caption_path" for which in ("", "journeydb_", "laion12m_", "cc12m_")]
     assert [load("showo_pretraining_stage3").dataset.params[key] for key in keys] == [None] * 4
@@ -297,7 +322,7 @@ def test_one_of_two_keys_that_say_the_same_is_enough_on_the_command_line(load, d
         load(name, f"{double}=64", f"{key}=32")
 
 
-@pytest.mark.parametrize("schema", [TrainingConfig, InferenceConfig, MixedInferenceConfig, TokenizerTrainingConfig])
+@pytest.mark.parametrize("schema", [InferenceConfig, MixedInferenceConfig, *map(resolve_name, SETTINGS.values())])
 def test_every_number_has_an_upper_end(schema):
     numbers = {int, float, list[int], list[float]}
     for key, one in settings_of(schema).items():

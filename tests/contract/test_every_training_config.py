@@ -22,8 +22,9 @@ import inference_t2i
 from examples.scenes import new_icon
 from models import Showo, ShowoConfig
 from models.backbones import read_llm_config
-from tests.contract.test_configs import DEMOS, FILES, STAGES
+from tests.contract.test_configs import ALIGNMENT, DEMOS, FILES, STAGES
 from tests.training import tiny
+from tests.training.test_preference import write_pairs
 from tests.training.tiny_sources import CLIP_WIDTH, write_clip, write_imagenet, write_llava, write_llm_weights
 from tools import small_clip
 from training import train, train_w_clip_vit
@@ -31,7 +32,9 @@ from training import train, train_w_clip_vit
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 MIXED = ["showo_mixed", "showo_tiny_mixed"]
+OTHER_TASKS = [*ALIGNMENT.values(), *(f"showo_tiny_{task}" for task in ALIGNMENT)]
 SMALL = [name for name in FILES if "tiny" in name and not name.endswith(("magvitv2", "demo", "mixed", "lora"))]
+SMALL = [name for name in SMALL if name not in OTHER_TASKS]
 SIDES = {96: 32, 256: 32, 512: 48}  # the resolution of a file → that of its test, with 8 pixels a token
 FAMILIES = {"llama3": "llama", "qwen2_5": "qwen2"}
 
@@ -207,6 +210,40 @@ def test_an_adapter_takes_two_steps_and_generates(world, tmp_path):
     given |= {"validation_prompts_file": tmp_path / "ladder/prompts.txt", "output_dir": tmp_path / "images"}
     inference_t2i.main(arguments(name, given | {"batch_size": 4, "generation_timesteps": 2}))
     new_icon.main([f"output_dir={tmp_path / 'ladder'}", "size=64", f"score={tmp_path / 'images'}"])
+
+
+@pytest.mark.parametrize("name", OTHER_TASKS)
+def test_a_task_of_a_trained_model_takes_two_steps(name, world, tmp_path):
+    """At the sizes of its file, but for those of models, batches and samples."""
+    task, out, start = read(name)["task"], tmp_path / "out", world / f"start{side_of(name)}"
+    clip = "w_clip_vit" in name
+    given = {f"experiment.{what}_every": 1 for what in ("save", "log")} | sizes(world, name)
+    given |= {f"experiment.{what}_every": 2 for what in ("generate", "eval")} | {"experiment.output_dir": out}
+    given |= {"training.max_train_steps": 2, "lr_scheduler.params.warmup_steps": 0, "training.generation_timesteps": 2}
+    given |= {"experiment.init_from": f"{start}{'_w_clip_vit' if clip else ''}", "dataset.params.num_workers": 0}
+    given |= {"training.gradient_accumulation_steps": 1, "validation_prompts_file": world / "prompts.txt"}
+    given |= {"dataset.preprocessing.max_seq_length": 200 if clip else 64}
+    shards, llava = world / "train-{000000..000001}.tar", world / "llava_2.json"
+    paths = {"reconstruction_shards_path_or_url": shards, "mmu_shards_path_or_url": llava}
+    if task != "reconstruction":
+        paths = {"pairs": write_pairs(world, world / "images")} if task == "preference" else {"prompts": shards}
+    given |= {f"dataset.params.train_{key}": path for key, path in paths.items()}
+    held_out = [key for key in paths if f"eval_{key}" in read(name)["dataset"]["params"]]
+    given |= {f"dataset.params.eval_{key}": paths[key] for key in held_out}
+    if task == "reconstruction":
+        given |= {"dataset.params.train_mmu_image_root": world / "images"}
+    if task in ("policy", "distillation"):
+        given |= {f"{task}.timesteps": 8, "training.batch_size_prompts": 2}
+    if task == "policy":
+        given |= {"policy.reward": "tests.training.test_policy:brightness", "policy.group_size": 2, "policy.min_std": 0}
+    AcceleratorState._reset_state(True)
+    train.main(arguments(name, given))
+    AcceleratorState._reset_state(True)
+    lines = tiny.steps_of(out)
+    assert [line["step"] for line in lines] == [1, 2] and all(map(math.isfinite, lines[1].values()))
+    first, last = weights(out / "checkpoint-1" / "unwrapped_model"), weights(out)
+    assert {key for key, tensor in first.items() if not torch.equal(tensor, last[key])} == set(last)
+    assert bool(held_out) == any(key.startswith("eval") for line in tiny.metrics_of(out) for key in line)
 
 
 @pytest.mark.parametrize("llm", FAMILIES)

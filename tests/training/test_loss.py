@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import OmniMask
+from models.modeling_showo import ShowoOutput
 from tests.parity.goldens import tiny_showo
 from training import loss as module
-from training.loss import Objective, linear_cross_entropy
+from training.loss import LogProbObjective, Objective, linear_cross_entropy, log_probs_of
 
 POSITIONS, HIDDEN, VOCABULARY = 37, 12, 50
 
@@ -39,6 +40,17 @@ def test_it_equals_the_whole_heads(chunk, bias, label_smoothing):
     torch.testing.assert_close(losses, expected.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(total, (expected * weights).sum(), atol=1e-5, rtol=1e-5)
     assert torch.equal(predicted, logits.argmax(-1)) and not losses.requires_grad
+    found, wanted = gradients(total, head, hidden), gradients((expected * weights).sum(), head, hidden)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_part_of_the_head_is_a_vocabulary_of_its_own(chunk, bias):
+    head, hidden, _, weights = inputs(bias)
+    rows, labels = slice(10, 30), torch.arange(POSITIONS) % 20
+    expected = F.cross_entropy(head(hidden)[:, rows], labels, reduction="none")
+    total, losses, _ = linear_cross_entropy(head, hidden, labels, weights, rows=rows)
+    torch.testing.assert_close(losses, expected.detach(), atol=1e-5, rtol=1e-5)
     found, wanted = gradients(total, head, hidden), gradients((expected * weights).sum(), head, hidden)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
@@ -131,6 +143,32 @@ def test_what_labels_supervise():
     torch.testing.assert_close(found.position_weights((1, 0.1, 2)), torch.tensor([1 / 3] * 3 + [0.05] * 2 + [1.0] * 2))
     empty = Objective.from_labels(labels[2:], (0, 0, 1), max_seq_length=4)
     assert empty.counts == {"t2i": 0, "lm": 0, "mmu": 2} and empty.position_weights((1, 1, 1)).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("codes_only", [False, True])
+def test_any_function_of_log_probabilities_has_its_own_gradient(chunk, codes_only):
+    """Against the logits of the whole head and torch's own differentiation."""
+    model, mask = tiny_showo(), OmniMask.lm(2, 6)
+    ids, targets = torch.arange(12).view(2, 6), torch.full((2, 6), -100)
+    targets[0, 2:5], targets[1, 1:3] = torch.tensor([130, 128, 140]), torch.tensor([191, 131])
+
+    def function(log_probs):
+        """A product, so that the gradient of each depends on the others."""
+        loss = -log_probs[:3].sum() * log_probs[3:].exp().sum()
+        return ShowoOutput(loss=loss, losses={"it": loss})
+
+    objective = LogProbObjective.of(Objective.from_targets({"it": (0, targets)}), function, codes_only)
+    logits = model(ids, mask).logits
+    logits = logits[..., 128:192] if codes_only else logits
+    at = targets >= 0
+    picked = logits[at].log_softmax(-1).gather(1, (targets[at] - (128 if codes_only else 0))[:, None])[:, 0]
+    torch.testing.assert_close(log_probs_of(model, objective, codes_only, input_ids=ids, attention_mask=mask), picked)
+    out = model(ids, mask, objective)
+    torch.testing.assert_close(out.loss, function(picked).loss)
+    assert not out.losses["it"].requires_grad
+    parameters = list(model.parameters())
+    found, wanted = (torch.autograd.grad(loss, parameters) for loss in (2 * out.loss, 2 * function(picked).loss))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -75,9 +75,12 @@ def run(kind: str, world: Path, output_dir: Path, overrides: dict | None = None,
     return done.stdout + done.stderr
 
 
-def losses_of(output_dir: Path, *more: str) -> np.ndarray:
+LOSSES = ("step_loss_t2i", "step_loss_lm", "step_loss_mmu")
+
+
+def losses_of(output_dir: Path, *more: str, losses: tuple[str, ...] = LOSSES) -> np.ndarray:
     """(steps, names): the losses and the rate, and perhaps more, of each of the four steps."""
-    names = ("step_loss_t2i", "step_loss_lm", "step_loss_mmu", "lr", *more)
+    names = (*losses, "lr", *more)
     lines = steps_of(output_dir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     return np.array([[line[name] for name in names] for line in lines])

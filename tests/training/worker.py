@@ -2,12 +2,14 @@
 
 - ``TEST_FSDP2=1``: accelerate does not reach FSDP2 on CPUs as shipped; this makes it.
 - ``TEST_BATCHES=file``: all processes together take the batches of that file in turn, so that a run of one process and
-  a run of two learn from the same global batches.
+  a run of two learn from the same global batches. Where questions are drawn, there is but one, and
+  images are sampled from the same random numbers whoever samples them.
 - ``TEST_NAN=process:call``: the mmu loss of that process is NaN at that call of the model.
 """
 
 import os
 import sys
+import zlib
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -16,10 +18,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from common.config import TrainingConfig, load_config
 from common.errors import run_cli
 from tests.training.tiny import poison
-from training.tasks.showo import ShowoTask
+from training.train import make_task
 from training.trainer import Trainer
 
 
@@ -38,16 +39,30 @@ class Dealt:
         return getattr(self.flow, name)
 
 
+def seeded(sample):
+    """Sampling whose random numbers depend on the prompts alone."""
+
+    def run(texts: list[str]):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(repr(texts).encode()))
+            return sample(texts)
+
+    return run
+
+
 def main(argv: list[str]) -> None:
     if os.environ.get("TEST_FSDP2"):
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    config = load_config(argv, TrainingConfig)
-    trainer = Trainer(ShowoTask(config))
+    trainer = Trainer(make_task(argv))
     if file := os.environ.get("TEST_BATCHES"):
         batches, accelerator = torch.load(file, weights_only=True), trainer.accelerator
         dealt = {"start": accelerator.process_index, "every": accelerator.num_processes}
         trainer.flows = {name: Dealt(flow, batches[name], **dealt) for name, flow in trainer.flows.items()}
+        if hasattr(trainer.task, "questions"):
+            trainer.task.questions = trainer.task.questions[:1]
+        if hasattr(trainer.task, "sample"):
+            trainer.task.sample = seeded(trainer.task.sample)
     if place := os.environ.get("TEST_NAN"):
         process, call = map(int, place.split(":"))
         if trainer.accelerator.process_index == process:

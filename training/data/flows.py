@@ -430,16 +430,20 @@ class MmuReader(ImageTextReader):
         images = self.images(reading)
         if self.kind not in LLAVA:
             return self.sample(images, Captions(self._captions(), self.params.add_caption_prompt), reading)
-        encode = encode_conversation
-        if self.kind == "llava_pretrain" and reading.image_processor is not None:
-            encode = encode_plain
-        elif self.config.conversation == "chat":
-            try:
-                encode = ChatFormat.of(reading.tokenizer).encode
-            except ValueError as error:
-                raise UserError(f"conversation=chat: {error}") from None
+        plain = self.kind == "llava_pretrain" and reading.image_processor is not None
+        encode = encode_plain if plain else encoder_of(self.config, reading)
         room = reading.text_length or self.config.dataset.preprocessing.max_seq_length
         return LlavaSample(images, encode, reading.tokenizer, room)
+
+
+def encoder_of(config, reading: Reading) -> Callable:
+    """The function from the turns of a conversation and a tokenizer to ids and labels, as `conversation` says."""
+    if config.conversation != "chat":
+        return encode_conversation
+    try:
+        return ChatFormat.of(reading.tokenizer).encode
+    except ValueError as error:
+        raise UserError(f"conversation=chat: {error}") from None
 
 
 class MixedReader(ShowoImageReader):

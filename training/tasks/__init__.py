@@ -54,6 +54,7 @@ class Task(ABC):
     """
 
     settings: ClassVar[type]  # a dataclass, `common.schema.RunConfig` with the task's own sections
+    step: int = 0  # optimiser steps that the run has taken, which the trainer sets
 
     def __init__(self, config):
         self.config = config

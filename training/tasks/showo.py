@@ -21,20 +21,22 @@ from training.tasks import Outcome, Panel, Task
 from training.trainable import choose_trainable
 from training.understanding import ClipVitUnderstanding, VqUnderstanding
 
-LOSSES = tuple(chain.from_iterable(kind.losses for kind in FLOWS.values()))
-
 
 class ShowoTask(Task):
-    """The published objective: weighted losses of the flows in `FLOWS`."""
+    """The published objective: weighted losses of the flows in the table `flows`.
+
+    A task that trains a Show-o on something else is a subclass with other flows, settings or losses.
+    """
 
     settings = TrainingConfig
+    flows = FLOWS
 
     def __init__(self, config):
         super().__init__(config)
         schedule_of(config)  # before anything is read
         branch = ClipVitUnderstanding if config.model.showo.w_clip_vit else VqUnderstanding
         self.understanding = branch(config)
-        self.flow_readers = {split: flow_readers(config, split) for split in ("train", "eval")}
+        self.flow_readers = {split: flow_readers(config, split, self.flows) for split in ("train", "eval")}
         check_data(chain(*self.flow_readers.values()))
         self.understanding.open()
         self.prompts = read_prompts(config.dataset.params.validation_prompts_file)
@@ -92,14 +94,19 @@ class ShowoTask(Task):
 
     def prepare(self, model: Showo) -> None:
         parts = self.prompting, self.vq_model, self.understanding, self.device
-        self.builder = BatchBuilder.of(self.config, model.vocabulary, *parts)
+        self.builder = BatchBuilder.of(self.config, model.vocabulary, *parts, self.flows)
+
+    def precision(self):
+        """A context with the precision of the run's forward passes, for models that accelerate does not wrap."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.training.mixed_precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def make_batch(self, samples: dict[str, list]) -> OmniBatch:
         return self.builder(samples)
 
     def outcome(self, forward, batch: OmniBatch) -> Outcome:
         out = forward(**batch.forward_arguments())
-        present = [loss for name, rows in batch.rows.items() if rows for loss in FLOWS[name].losses]
+        present = [loss for name, rows in batch.rows.items() if rows for loss in self.flows[name].losses]
         sums: dict[str, torch.Tensor | int] = {
             "samples": sum(batch.rows.values()),
             "tokens": batch.num_positions,
@@ -116,7 +123,9 @@ class ShowoTask(Task):
         return Outcome(out.loss, {name: out.losses[name] for name in present}, sums)
 
     def summary(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        batches, names = sums["batches"].item(), [name for name in LOSSES if f"loss_{name}" in sums]
+        batches = sums["batches"].item()
+        losses = chain.from_iterable(kind.losses for kind in self.flows.values())
+        names = [name for name in losses if f"loss_{name}" in sums]
         values = {f"step_loss_{name}": sums[f"loss_{name}"].item() / batches for name in names}
         if "mask_prob" in sums:
             values["avg_masking_rate"] = sums["mask_prob"].item() / batches
@@ -135,14 +144,14 @@ class ShowoTask(Task):
         zero, one = torch.zeros((), device=self.device), torch.ones((), device=self.device)
         for ratio, suffix in self._evaluated(flow):
             out = forward(**self.builder.for_evaluation(ratio)({flow: samples}).forward_arguments())
-            for loss in FLOWS[flow].losses:
+            for loss in self.flows[flow].losses:
                 counts = (out.statistics.get(f"{what}_{loss}", zero).float() for what in ("correct", "supervised"))
                 sums[loss + suffix] = torch.stack([out.losses[loss].float(), one, *counts])
         return sums
 
     def eval_figures(self, flow: str, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         values = {}
-        names = [loss + suffix for _, suffix in self._evaluated(flow) for loss in FLOWS[flow].losses]
+        names = [loss + suffix for _, suffix in self._evaluated(flow) for loss in self.flows[flow].losses]
         for name in names:
             loss, batches, correct, supervised = sums[name].tolist()
             values[f"eval_loss_{name}"] = loss / batches
@@ -167,7 +176,9 @@ class ShowoTask(Task):
             seed=training.seed or 0,
         )
         panels = [(GENERATED_PANEL, images, self.prompts)]
-        return panels + ([(PREDICTED_PANEL, *predict_masked(model, self.builder, batch))] if batch.rows["t2i"] else [])
+        if batch.rows.get("t2i"):
+            panels.append((PREDICTED_PANEL, *predict_masked(model, self.builder, batch)))
+        return panels
 
 
 TASK = ShowoTask
