@@ -30,7 +30,7 @@ from training.optimization import adamw
 from training.packing import PACKED_SDPA
 from training.understanding import VqUnderstanding
 
-CONFIG = "configs/showo_tiny_mixed.yaml"  # its text tokenizer, vocabulary and weights of the losses
+CONFIG = "configs/showo_tiny_train.yaml"  # its text tokenizer and vocabulary
 FLOWS, HISTORIES = "three flows", ("clean", "masked", "prefix")
 KINDS = [f"{what}{packed}" for what in (FLOWS, *(f"mixed, {one}" for one in HISTORIES)) for packed in ("", ", packed")]
 
@@ -42,6 +42,7 @@ def make_config(kind: str, args: argparse.Namespace):
         "dataset.packing": "packed" in kind,
         "dataset.preprocessing.max_seq_length": args.words + 2,
         "model.showo.num_vq_tokens": args.tokens,
+        "training.batch_size_mixed": args.documents,
         "mixed.history": history,
         "mixed.max_length": longest,
         "training.cond_dropout_prob": 0.0,
