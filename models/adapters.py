@@ -4,7 +4,7 @@ The adapter is put into the model's own layers, so whatever runs the model runs 
 Its folder holds PEFT's two files, which `peft.PeftModel.from_pretrained(showo, folder)` reads as well, and `base.json`,
 which says what model it belongs to. Only safetensors are read, and no key of the configuration that imports anything.
 
-PEFT's own ways of training a part of an embedding do not serve a vocabulary head with a bias, and its loss here takes
+PEFT's own ways of training a part of an embedding do not serve a vocabulary head with a bias, and the losses here take
 the head's weights. So rows that are trained whole are trained in the model's own matrices; the adapter has them in a
 file of their own, and the model keeps what was there before.
 """
