@@ -78,7 +78,7 @@ class Models:
     def _load(self, name: str) -> ShowoPipeline:
         if not self.config.checkpoint:
             return ShowoPipeline.from_config(self.config)
-        keys = ("device", "dtype", "attn_implementation", "compile", "cpu_kernels")
+        keys = ("device", "dtype", "attn_implementation", "compile", "cpu_kernels", "adapter", "quantization")
         settings = {key: self.config[key] for key in keys} | {"image_options": ImageOptions(**self.config.image)}
         pipeline = ShowoPipeline.from_pretrained(name, **settings)
         if pipeline.device.type == "cpu":

@@ -15,6 +15,7 @@ from PIL import ImageColor
 from common.settings import alias, repeats, setting
 
 WANDB_MODES = ("online", "offline", "disabled")
+QUANTIZATIONS = ("int8", "int4", "nf4")
 # Upper ends: beyond them nothing is meant, and memory or time would have none.
 MOST_STEPS, TOKENS, IDS, PIXELS = 10**12, 2**16, 2**23, 2**13
 STEPS, ROWS, WEIGHT = {"low": 1, "high": MOST_STEPS}, {"low": 1, "high": TOKENS}, {"low": 0, "high": 10**6}
@@ -223,7 +224,9 @@ class OptimizerParams:
 
 @dataclass
 class OptimizerSection:
-    name: str = setting("adamw", "optimiser", choices=("adamw",))
+    name: str = setting(
+        "adamw", "optimiser; adamw8bit: bitsandbytes' with moments in 8 bits", choices=("adamw", "adamw8bit")
+    )
     params: OptimizerParams = field(default_factory=OptimizerParams)
 
 
@@ -445,7 +448,9 @@ class TrainingSection(LoopSection, GenerationSection):
     batch_size_mmu: int = setting(10, "rows of the mmu flow in a batch; 0: off", low=0, high=TOKENS)
     batch_size_mixed: int = setting(0, "rows of the mixed flow in a batch; 0: off", low=0, high=TOKENS)
     trainable: str = setting(
-        "all", "new: only what the language model did not have (docs/backbones.md)", choices=("all", "new", "lora")
+        "all",
+        "new: only what the language model did not have (docs/backbones.md); lora: an adapter (docs/finetuning.md)",
+        choices=("all", "new", "lora"),
     )
     cond_dropout_prob: float = setting(0.1, "share of prompts that are left out, for guidance", low=0, high=1)
     min_masking_rate: float = setting(0.0, "least share of masked image tokens", low=0, high=1)
@@ -460,10 +465,33 @@ class TrainingSection(LoopSection, GenerationSection):
     vq_dtype: str = setting("fp32", "of the image tokenizer; bf16 changes some codes", choices=("fp32", "bf16"))
     vq_compile: bool = setting(False, "run the image tokenizer's encoder through torch.compile")
 
+
+@dataclass
+class LoraSection:
+    rank: int = setting(16, "width of the two small matrices beside each adapted one", low=1, high=4096)
+    alpha: float = setting(32.0, "the adapter's output is multiplied by alpha / rank", above=0, high=10**6)
+    dropout: float = setting(0.0, "of the adapter's input", low=0, below=1)
+    targets: str = setting("all", "adapted layers; all: of attention and MLP", choices=("all", "attention"))
+    new: bool = setting(
+        False, "also train whole what trainable=new trains: rows of new ids, added norms, projector (larger files)"
+    )
+    dora: bool = setting(False, "DoRA: the length of each row of the weights is trained by itself")
+    base: str = setting("fp32", "of the frozen weights; nf4: QLoRA, by torchao", choices=("fp32", "bf16", "nf4"))
+
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
-        if config.training.trainable == "lora":
-            return ["training.trainable=lora is not built yet; give new to keep the language model as it is, or all"]
+        if config.training.trainable != "lora":
+            changed = [name for name, value in config.lora.items() if value != getattr(LoraSection, name)]
+            return [f"lora.{name} has no effect without training.trainable=lora" for name in changed]
+        if config.lora.dora and config.lora.base == "nf4":
+            return ["lora.dora=true needs the lengths of weights, which lora.base=nf4 has not; give lora.base=bf16"]
+        if config.lora.new and config.lora.base != "fp32":
+            return [f"lora.new=true trains weights themselves, in fp32, but lora.base is {config.lora.base}; give fp32"]
+        if config.model.showo.w_clip_vit and config.dataset.und_type == "llava_pretrain":
+            return [
+                "training.trainable=lora with dataset.und_type=llava_pretrain, which trains mm_projector alone, would "
+                "train nothing; give training.trainable=all"
+            ]
         return []
 
 
@@ -477,6 +505,7 @@ class TrainingConfig(ShowoScript, RunConfig):
     model: TrainedModelSection = field(default_factory=TrainedModelSection)
     dataset: DatasetSection = field(default_factory=DatasetSection)
     training: TrainingSection = field(default_factory=TrainingSection)
+    lora: LoraSection = field(default_factory=LoraSection)
     mixed: MixedSection = field(default_factory=MixedSection)
 
     @staticmethod
@@ -546,6 +575,10 @@ class PipelineConfig(ShowoScript, ScriptConfig):
         None, "precision of the weights; null: bf16 on a GPU, fp32 on a CPU", choices=("fp32", "bf16", "fp16")
     )
     cpu_kernels: bool = setting(True, "on a CPU in fp32: faster products for few rows, the same tokens")
+    adapter: str | None = setting(None, "LoRA on the model: a run of training.trainable=lora, a folder or hub name")
+    quantization: str | None = setting(
+        None, "of the decoder layers' weights (docs/finetuning.md); an adapter is merged first", choices=QUANTIZATIONS
+    )
     experiment: ExperimentSection = field(default_factory=ExperimentSection)
     model: ModelSection = field(default_factory=ModelSection)
     dataset: InferenceDatasetSection = field(default_factory=InferenceDatasetSection)

@@ -15,7 +15,7 @@ from common.files import append_lines, disk_errors, field, json_lines, read_json
 from evaluation.output import Output
 from evaluation.task import Item
 from models.backbones import DEFAULT_LLM
-from models.loading import choose_device, choose_dtype, find_folder
+from models.loading import choose_device, choose_dtype, find_adapter, find_folder
 
 SETTINGS = "settings.json"
 SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".txt")  # of a checkpoint's files
@@ -108,6 +108,10 @@ def model_settings(config) -> dict[str, Any]:
     parts = {part: f"{shown(Path(name).name)} ({fingerprint(folders[part])})" for part, name in names.items()}
     if vq.pretrained_model_path:
         parts["image_tokenizer"] += f" with {Path(vq.pretrained_model_path).name}"
+    if config.adapter:
+        parts["adapter"] = f"{shown(Path(config.adapter).name)} ({fingerprint(find_adapter(config.adapter))})"
+    if config.quantization:
+        parts["quantization"] = config.quantization
     dtype = choose_dtype(config.dtype, choose_device(config.device))
     resolution = config.dataset.preprocessing.resolution
     return parts | {"dtype": str(dtype).removeprefix("torch."), "resolution": resolution}

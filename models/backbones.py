@@ -50,6 +50,7 @@ class Backbone:
         qk_norm_setting: key of the `transformers` configuration that switches QK-norm on.
         qk_norm_names: substrings of the parameter names that the switch adds; pretrained checkpoints lack them.
         bos_token: stand-in for tokenizers that have no bos token.
+        attention, mlp: names of the linear layers in each decoder layer, for adapters and quantised weights.
     """
 
     model_class: type[PreTrainedModel]
@@ -58,6 +59,8 @@ class Backbone:
     qk_norm_setting: str | None = None
     qk_norm_names: tuple[str, ...] = ()
     bos_token: str | None = None
+    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 
 
 BACKBONES = {
@@ -68,6 +71,8 @@ BACKBONES = {
         qk_norm="switch",
         qk_norm_setting="qk_layernorm",
         qk_norm_names=("q_layernorm", "k_layernorm"),
+        attention=("q_proj", "k_proj", "v_proj", "dense"),
+        mlp=("fc1", "fc2"),
     ),
     "llama": Backbone(LlamaForCausalLM, "LlamaDecoderLayer"),
     "mistral": Backbone(MistralForCausalLM, "MistralDecoderLayer"),

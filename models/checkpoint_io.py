@@ -297,6 +297,14 @@ class CheckpointMixin:
         model.config.name_or_path = str(name_or_path)
         return model
 
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers'; `UserError` where it would write weights that `from_pretrained` does not read."""
+        if getattr(self, "peft_config", None) is not None:
+            raise UserError("the model has an adapter; merge it first, or save it alone (models.adapters.save_adapter)")
+        if any(type(parameter) is not torch.nn.Parameter for parameter in self.parameters()):
+            raise UserError("quantised weights are not saved; save the model before, and quantise it on loading")
+        return super().save_pretrained(*args, **kwargs)
+
     @classmethod
     def from_config(cls, config, **kwargs):
         """A model with random weights; `ValueError` if this machine has not the memory for them."""

@@ -21,6 +21,9 @@ from transformers import AutoTokenizer, CLIPVisionConfig
 from common.errors import UserError, first_line
 from common.files import expand, field, make_folder, read_json, resolve_path, write_json
 from llava import QuestionFormat
+from models import adapters
+from models.adapters import ADAPTER_FILES
+from models.adapters import CONFIG as ADAPTER_CONFIG
 from models.backbones import DEFAULT_LLM
 from models.checkpoint_io import (
     CHECKPOINT_FILES,
@@ -37,6 +40,7 @@ from models.generation.sampling import Schedule
 from models.modeling_magvitv2 import MAGVITv2, MAGVITv2Config
 from models.modeling_showo import Showo, ShowoConfig
 from models.prompting import UniversalPrompting
+from models.quantization import quantize, require
 
 if TYPE_CHECKING:
     from common.schema import ShowoSection, TrainedShowoSection
@@ -68,18 +72,33 @@ def find_folder(name: str | Path | None, files: Sequence[str] = CHECKPOINT_FILES
         files: of a hub name, which are downloaded first.
 
     Raises:
-        UserError: there is none, or it is a run's that has saved no final model yet.
+        UserError: there is none, or it is a run's that has saved no final model yet, or that of an adapter where none
+            is wanted.
     """
     if not name:
         raise UserError("model.showo.pretrained_model_path is not given; set it to a checkpoint folder or a hub name")
     folder = resolve_folder(located(name), files)
     for part in ("unwrapped_model", "showo"):
         if (folder / part).is_dir():
-            return folder / part
+            folder = folder / part
+            break
+    if (folder / ADAPTER_CONFIG).exists():
+        if files is not ADAPTER_FILES:
+            base = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))[:80]
+            raise UserError(
+                f"{folder} holds an adapter, not a model; give the model that it was trained on ({base!r}) and "
+                f"adapter={name}, or merge them by tools/export.py"
+            )
+        return folder
     if not (folder / "config.json").exists() and (saved := sorted(folder.glob("checkpoint-*/unwrapped_model"))):
         newest = max(saved, key=lambda place: (len(place.parent.name), place.parent.name)).parent
         raise UserError(f"{folder} is the folder of a run that has not ended; give its checkpoint {newest}")
     return folder
+
+
+def find_adapter(name: str | Path) -> Path:
+    """The folder of an adapter: a run's, its checkpoint's or its own, or a hub name; see `find_folder`."""
+    return find_folder(name, ADAPTER_FILES)
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
@@ -258,7 +277,9 @@ def initial_showo(
             # Faithful: the CLIP-ViT branch may start from a checkpoint trained on image codes, without a projector
             # (spec §12).
             allowed = ("mm_projector.",) if section.w_clip_vit else ()
-            return Showo.from_pretrained(find_folder(start), config=config, allow_missing=allowed)
+            model = Showo.from_pretrained(find_folder(start), config=config, allow_missing=allowed)
+            model.config.name_or_path = str(start)  # as given
+            return model
         return Showo.from_config(config) if section.load_from_showo else Showo.from_llm(config, located(llm))
     except ValueError as error:
         raise UserError(f"model.showo: {first_line(error)}") from error
@@ -346,6 +367,8 @@ def load_parts(
     cpu_kernels: bool = True,
     conversation: str = "vicuna",
     noise_schedule: str | Schedule = "cosine",
+    adapter: str | None = None,
+    quantization: str | None = None,
 ) -> dict[str, Any]:
     """Loads the arguments of `ShowoPipeline`.
 
@@ -356,13 +379,19 @@ def load_parts(
         section: settings whose sizes must be those of the checkpoint.
         device, dtype: see `choose_device` and `choose_dtype`; the dtype is that of `model` alone.
         compile, cpu_kernels: see `Showo.compile_steps` and `models/generation/cpu.py`; the first excludes the second.
+        adapter: a folder that `adapters.load_adapter` reads, a run's or a hub name; it is put on `model`.
+        quantization: int8, int4 or nf4, see `models/quantization.py`; an adapter is merged first.
 
     Raises:
         UserError: a part is missing, broken, or does not match the others.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
-    folder = find_folder(showo)
+    folder, adapter_folder = find_folder(showo), find_adapter(adapter) if adapter else None
+    if adapter_folder:
+        adapters.read_adapter_config(adapter_folder)
+    if quantization:
+        require("torchao", f"quantization={quantization}")
     config = Showo._read_config(folder, {"llm_model_path": located(llm)} if llm else {})
     if section is not None:
         _check_section(section, folder, config)
@@ -376,6 +405,12 @@ def load_parts(
     tokenizer = load_image_tokenizer(vq_model, vq_weights).to(device)
     settings = {"dtype": dtype, "attn_implementation": attn_implementation}
     model = Showo.from_pretrained(folder, config=config, **settings).to(device)
+    if adapter_folder:
+        adapters.load_adapter(model, adapter_folder)
+    if quantization:
+        if adapter_folder:
+            adapters.merge_adapter(model)
+        quantize(model, quantization)
     if compile:
         model.compile_steps()
     elif cpu_kernels and device.type == "cpu":

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from common.errors import UserError
 from common.launch import use_physical_cores
 from llava import QuestionFormat
+from models import adapters
 from models.checkpoint_io import resolve_folder
 from models.clip_encoder import CLIPVisionTower
 from models.generation.sampling import Schedule, get_mask_schedule
@@ -20,6 +21,7 @@ from models.loading import (
     check_sizes,
     choose_device,
     choose_dtype,
+    find_adapter,
     find_parts,
     in_python,
     load_parts,
@@ -29,6 +31,7 @@ from models.loading import (
 from models.modeling_magvitv2 import MAGVITv2
 from models.modeling_showo import Showo
 from models.prompting import UniversalPrompting
+from models.quantization import is_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +86,8 @@ class PipelineParts:
                 `max_seq_length` (default: as saved, or 128), `resolution`, `device` (default: a GPU if there is one),
                 `dtype` or `torch_dtype` of all parts (torch's, or `fp32`, `bf16`, `fp16`; default: fp32, but on a GPU
                 bf16 for the model), `attn_implementation`, `compile`, `cpu_kernels`, `conversation`, `noise_schedule`,
-                `image_options`; None: the default.
+                `image_options`, `adapter` (see `load_adapter`), `quantization` (int8, int4 or nf4, into which an
+                adapter is merged); None: the default.
 
         Raises:
             UserError: a component is missing, broken, or does not match the others.
@@ -116,6 +120,7 @@ class PipelineParts:
         except (ValueError, TypeError) as error:
             raise UserError(f"mask_schedule: {error}") from None
         how = ("device", "dtype", "attn_implementation", "compile", "cpu_kernels", "conversation")
+        how += ("adapter", "quantization")
         parts = load_parts(
             showo.pretrained_model_path,
             vq_model=vq_model.vq_model_name,
@@ -158,26 +163,54 @@ class PipelineParts:
             self.save_pretrained(folder)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
 
+    def load_adapter(self, name_or_path: str | Path) -> None:
+        """Puts a LoRA adapter on the model, which everything that the pipeline does then goes through.
+
+        Args:
+            name_or_path: a run with `training.trainable=lora`, one of its checkpoints, what PEFT saved, or a hub name.
+
+        Raises:
+            UserError: it is missing, damaged, made for another model, or the model has one already.
+        """
+        adapters.load_adapter(self.model, find_adapter(name_or_path))
+        self._forget_steps()
+
+    def merge_adapter(self) -> None:
+        """Adds the adapter to the weights: as fast as without one, but for good. `UserError` if they are quantised."""
+        adapters.merge_adapter(self.model)
+        self._forget_steps()
+
+    def unload_adapter(self) -> None:
+        """Takes the adapter off; `models.adapters.adapter_disabled` switches it off for a while."""
+        adapters.unload_adapter(self.model)
+        self._forget_steps()
+
+    def _forget_steps(self) -> None:
+        """Compiles steps anew, if they are compiled, since they are of other weights."""
+        if self.model.step_caches is not None:
+            self.model.compile_steps()
+
     def to(
         self, device: str | torch.device | torch.dtype | None = None, dtype: str | torch.dtype | None = None
     ) -> "PipelineParts":
         """Moves all parts to a device, or changes the dtype of their weights; returns the pipeline itself.
 
         Raises:
-            UserError: there is no such device, or it is no dtype of weights.
+            UserError: there is no such device, or it is no dtype of weights; or they are quantised, and so stay.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         device = self.device if device is None else choose_device(device)
         dtype = None if dtype is None else choose_dtype(dtype, device)
+        if is_quantized(self.model) and (device != self.device or dtype not in (None, self.dtype)):
+            raise UserError("quantised weights stay on their device and in their dtype; load the pipeline with others")
         for part in filter(None, (self.model, self.vq_model, self.clip)):
             part.to(device)
             # what is stored; the other buffers, of rotary embeddings, are too coarse in half precision
             for tensor in part.state_dict(keep_vars=True).values():
-                if dtype is not None and tensor.is_floating_point():
+                if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
                     tensor.data = tensor.data.to(dtype)
-        if self.model.step_caches:  # of the device and dtype before
-            self.model.compile_steps()
+        self._forget_steps()
         return self
 
     @property

@@ -2,9 +2,11 @@
 
     python3 tools/export.py from=outputs/showo-tiny/checkpoint-1000/unwrapped_model \\
         to=checkpoints/showo-tiny/showo dtype=bf16
+    python3 tools/export.py from=checkpoints/showo-tiny/showo adapter=outputs/showo-tiny-lora to=outputs/merged
 
-The new folder is whole or absent. Where `to` is a checkpoint already, its weights are replaced and other files
-(a model card) stay. No path of this machine is written.
+With `adapter` the model is written with that adapter merged into its weights. The new folder is whole or absent. Where
+`to` is a checkpoint already, its weights are replaced and other files (a model card) stay. No path of this machine is
+written.
 """
 
 import sys
@@ -22,8 +24,9 @@ from common.errors import UserError, run_cli
 from common.files import expand, read_json, real_path
 from common.settings import setting
 from models import MAGVITv2, Showo
+from models.adapters import load_adapter, merge_adapter
 from models.checkpoint_io import portable, quietly, replacing
-from models.loading import DTYPES, find_folder
+from models.loading import DTYPES, find_adapter, find_folder
 
 CLASSES = {"Showo": Showo, "showo": Showo, "MAGVITv2": MAGVITv2, "magvitv2": MAGVITv2}
 
@@ -32,6 +35,7 @@ CLASSES = {"Showo": Showo, "showo": Showo, "MAGVITv2": MAGVITv2, "magvitv2": MAG
 class ExportConfig:
     from_: str = setting("???", "folder of a trained Showo or MAGVITv2")
     to: str = setting("???", "the folder to write")
+    adapter: str | None = setting(None, "adapter of a Showo, to be merged: a run's folder, its checkpoint or its own")
     dtype: str = setting("bf16", "precision of the weights", choices=tuple(DTYPES))
 
 
@@ -41,11 +45,17 @@ def kind_of(folder: Path) -> str:
     return str(content.get("_class_name") or content.get("model_type"))
 
 
-def load(folder: Path, dtype: torch.dtype) -> Showo | MAGVITv2:
-    """The model of a folder, of whichever class its config.json names."""
+def load(folder: Path, dtype: torch.dtype, adapter: str | None = None) -> Showo | MAGVITv2:
+    """The model of a folder, of whichever class its config.json names, with an adapter in its weights."""
     if (kind := kind_of(folder)) not in CLASSES:
         raise UserError(f"{folder} holds a {kind!r} checkpoint; only Showo and MAGVITv2 can be exported")
-    model = CLASSES[kind].from_pretrained(str(folder), dtype=dtype)
+    if adapter and CLASSES[kind] is not Showo:
+        raise UserError(f"adapter={adapter} is for a Showo, but {folder} holds a {kind}; leave one of them out")
+    model = CLASSES[kind].from_pretrained(str(folder), dtype=torch.float32 if adapter else dtype)
+    if adapter:
+        load_adapter(model, find_adapter(adapter))
+        merge_adapter(model)
+        model.to(dtype)
     if path := getattr(model.config, "llm_model_path", None):
         model.config.llm_model_path = portable(path)
     return model
@@ -65,7 +75,7 @@ def check_goal(goal: Path, source: Path) -> None:
         raise UserError(f"to={goal} and from={source} are one folder, or one is in the other; give a new one")
 
 
-def export(source: str, target: str, dtype: str) -> str:
+def export(source: str, target: str, dtype: str, adapter: str | None = None) -> str:
     """Writes the folder; returns a one-line summary.
 
     Raises:
@@ -74,7 +84,7 @@ def export(source: str, target: str, dtype: str) -> str:
     """
     folder, goal = find_folder(source), expand(target)
     check_goal(goal, folder)
-    model = load(folder, DTYPES[dtype])
+    model = load(folder, DTYPES[dtype], adapter)
     with replacing(goal) as new:
         with quietly():
             model.save_pretrained(new)
@@ -84,7 +94,7 @@ def export(source: str, target: str, dtype: str) -> str:
 
 def main(argv: list[str]) -> None:
     config = read_settings(argv, ExportConfig, "from=outputs/run/checkpoint-1000/unwrapped_model to=checkpoints/mine")
-    print(export(config.from_, config.to, config.dtype))
+    print(export(config.from_, config.to, config.dtype, config.adapter))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import RNG_STATE_NAME, load
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from common.config import leaves, read_yaml
@@ -24,15 +25,17 @@ from common.files import field as member
 from common.files import read_json, write_bytes, write_json
 from common.settings import free_keys
 from common.tracking import read_lines
-from models.checkpoint_io import check_finite, quietly
+from models.adapters import ADAPTER_FILES, check_base, has_adapter, save_adapter
+from models.checkpoint_io import check_finite, check_state_dict, load_weights_file, quietly
 from training.data.streams import StreamState
-from training.optimization import decay_steps
+from training.optimization import decay_steps, trained
 from training.processes import executing_nothing, full_state_dict, local, universal_checkpoint
 
 COURSE = ".course.json"  # in the output folder while a run begins, see `begin_course`
 MOST_STEPS = 10**12  # of a run
 FINAL_MODEL = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors")
-FINAL_MODEL += ("model.safetensors.index.json",)
+FINAL_MODEL += ("model.safetensors.index.json", *ADAPTER_FILES)
+TRAINED = "trained.safetensors"  # in a checkpoint of an adapter, instead of all weights
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 # torch reports a full disk as a RuntimeError with one of these texts; other RuntimeErrors have other causes.
@@ -361,7 +364,7 @@ def _process_file(kind: str, accelerator: Accelerator) -> str:
 def save_final_model(accelerator: Accelerator, model, output_dir: Path, *, wrapped=None, average=None) -> None:
     """Saves the model of a finished run in `output_dir` itself. All processes must call this.
 
-    Files are written to a temporary folder and then moved, `config.json` last.
+    Files are written to a temporary folder and then moved, `config.json` (of an adapter its own) last.
 
     Raises:
         UserError: it cannot be written.
@@ -370,7 +373,7 @@ def save_final_model(accelerator: Accelerator, model, output_dir: Path, *, wrapp
         save_model(accelerator, model, temporary, wrapped=wrapped, average=average)
         if accelerator.is_main_process:
             _flush_all(temporary)
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name.endswith("config.json")):
                 file.replace(output_dir / file.name)
             _flush(output_dir)
             temporary.rmdir()
@@ -380,13 +383,40 @@ def save_final_model(accelerator: Accelerator, model, output_dir: Path, *, wrapp
 def save_model(accelerator: Accelerator, model, folder: Path, *, wrapped=None, average=None) -> None:
     """Saves the unwrapped model, or its moving average if there is one, as safetensors and config.json.
 
-    All processes must call this; the main one writes.
+    Of a model with an adapter it is the adapter alone. All processes must call this; the main one writes.
     """
     with average.applied_to(model) if average is not None else nullcontext():
         weights = full_state_dict(accelerator, model, wrapped)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and has_adapter(model):
+            save_adapter(model, folder, weights)
+        elif accelerator.is_main_process:
             with quietly():
                 model.save_pretrained(folder, state_dict=weights)
+
+
+def save_trained_only(accelerator: Accelerator, model) -> None:
+    """Lets checkpoints hold the trained weights of a model with an adapter, not the frozen ones, which all share.
+
+    Args:
+        model: the plain one, on one process or below DDP.
+    """
+
+    def save(models: list, weights: list, folder: str) -> None:
+        weights.clear()  # accelerate writes what is left of them
+        if accelerator.is_main_process:
+            save_file({name: p.detach().contiguous() for name, p in trained(model).items()}, Path(folder) / TRAINED)
+
+    def load(models: list, folder: str) -> None:
+        models.clear()
+        check_base(model, Path(folder) / "unwrapped_model")
+        stored, parameters = load_weights_file(Path(folder) / TRAINED), trained(model)
+        check_state_dict(str(Path(folder) / TRAINED), parameters, stored)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(stored[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -484,7 +514,8 @@ def check_restored(folder: Path, model, optimizer, schedule, average=None) -> No
             raise ValueError(f"the schedule of the learning rate holds {value!r}")
     for parameter, moments in getattr(optimizer, "state", {}).items():
         for name, moment in moments.items():
-            if torch.is_tensor(moment) and moment.shape not in (parameter.shape, ()):
+            of_blocks = name.startswith(("qmap", "absmax"))  # what 8-bit moments are scaled by
+            if torch.is_tensor(moment) and not of_blocks and moment.shape not in (parameter.shape, ()):
                 raise ValueError(f"{name} of the optimiser has shape {tuple(moment.shape)}")
     averaged = average.shadow if average is not None else {}
     for tensors in (dict(model.named_parameters()), averaged):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from models.quantization import require
 from training.processes import full_tensor, gradient_of, local
 
 # Faithful: matched against parameter names. The published model's `*_layernorm.weight` and `embed_tokens.weight` match
@@ -28,19 +29,28 @@ def parameter_groups(named_parameters, weight_decay: float, undecayed: Collectio
     return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def make_optimizer(
     model: nn.Module, config, scale: float = 1.0, undecayed: Collection[str] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW as configured by `optimizer.params`, with `scale` times the rate; `undecayed` as in `parameter_groups`."""
+    """AdamW as configured by `optimizer`, with `scale` times the rate; `undecayed` as in `parameter_groups`.
+
+    Raises:
+        UserError: bitsandbytes, which `adamw8bit` needs, is not installed.
+    """
     params = config.optimizer.params
-    return adamw(
-        model.named_parameters(),
-        params.weight_decay,
-        undecayed,
-        lr=params.learning_rate * scale,
-        betas=(params.beta1, params.beta2),
-        eps=params.epsilon,
-    )
+    given = model.named_parameters(), params.weight_decay, undecayed
+    settings = {"lr": params.learning_rate * scale, "betas": (params.beta1, params.beta2), "eps": params.epsilon}
+    if config.optimizer.name == "adamw":
+        return adamw(*given, **settings)
+    require("bitsandbytes", "optimizer.name=adamw8bit")
+    from bitsandbytes.optim import AdamW8bit  # optional, and slow to import
+
+    return AdamW8bit(parameter_groups(*given), **settings)
 
 
 def adamw(
@@ -114,7 +124,7 @@ def gradient_norms(model: nn.Module, clipping: float = 0.0, loss_scale: float = 
 
 
 class WeightAverage:
-    """Exponential moving average of a model's parameters, in fp32; sharded as the parameters are.
+    """Exponential moving average of a model's trained parameters, in fp32; sharded as the parameters are.
 
     Args:
         decay: weight of the previous average; the first steps use (1 + n) / (10 + n) while that is smaller.
@@ -127,19 +137,19 @@ class WeightAverage:
     def restart(self, model: nn.Module) -> None:
         """Restarts the average from the current weights."""
         self.updates, self.displaced = 0, {}
-        self.shadow = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.shadow = {name: p.detach().float().clone() for name, p in trained(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        names, parameters = zip(*((n, local(p.detach()).float()) for n, p in model.named_parameters()), strict=True)
+        names, parameters = zip(*((n, local(p.detach()).float()) for n, p in trained(model).items()), strict=True)
         get_ema_multi_avg_fn(decay)([local(self.shadow[name]) for name in names], list(parameters), self.updates)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchanges the model's weights with the average; a second call exchanges them back."""
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained(model).items():
             weight, average = local(parameter), local(self.shadow[name])
             if name in self.displaced:
                 weight.copy_(self.displaced.pop(name))
@@ -167,7 +177,8 @@ class WeightAverage:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Raises `ValueError` if it is the average of another model."""
-        shadow = state["shadow"]
+        # an older average holds frozen parameters as well
+        shadow = {name: tensor for name, tensor in state["shadow"].items() if name in self.shadow}
         if {name: t.shape for name, t in shadow.items()} != {name: t.shape for name, t in self.shadow.items()}:
             raise ValueError("the weight average is that of another model")
         self.updates = int(state["updates"])

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from omegaconf import OmegaConf
 from torch.distributed.checkpoint import metadata
 from torch.distributed.tensor import DTensor
 
@@ -61,6 +62,8 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
             f"{launched} processes were launched, but this one trains with {accelerator.num_processes} or alone; on "
             "CPUs set device=cpu or the environment variable ACCELERATE_USE_CPU=true"
         )
+    if deepspeed or accelerator.distributed_type == DistributedType.FSDP:
+        _refuse_sharded(config)
     if accelerator.device.type == "cpu":
         use_physical_cores()
     # It warns at each save of a model with tied embeddings, which is correct here.
@@ -74,6 +77,17 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
         if written_by not in (None, launched):
             accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
     return accelerator
+
+
+def _refuse_sharded(config) -> None:
+    """Raises `UserError` for settings that work on one process and with DDP only."""
+    whole = {"training.trainable": "lora", "optimizer.name": "adamw8bit"}
+    for key, value in whole.items():
+        if OmegaConf.select(config, key) == value:
+            raise UserError(
+                f"{key}={value} does not work with DeepSpeed or FSDP2 here, whose shards it would not save; use one "
+                "process, or DDP (accelerate launch --multi_gpu)"
+            )
 
 
 def _configure_deepspeed(plugin, config, rows: int) -> None:

@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.files import Owned, write_text
 from common.progress import progress
 from common.tracking import Tracker
+from models.adapters import has_adapter
 from training.checkpointing import (
     TrainState,
     begin_course,
@@ -35,6 +36,7 @@ from training.checkpointing import (
     load_checkpoint,
     save_checkpoint,
     save_final_model,
+    save_trained_only,
 )
 from training.data.flows import open_flows
 from training.data.sources import KINDS
@@ -121,6 +123,8 @@ class Trainer:
                 "training some rows of a matrix only (training.trainable=new) does not work with ZeRO-3 here (its "
                 "first step never ends): use ZeRO-2 or FSDP2"
             )
+        if has_adapter(self.model):
+            save_trained_only(self.accelerator, self.model)
         scale = rows if config.optimizer.params.scale_lr else 1
         self.optimizer = make_optimizer(self.model, config, scale, undecayed=old_rows)
         if deepspeed is not None:

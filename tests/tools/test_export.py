@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from models import MAGVITv2, Showo
+from models.adapters import merge_adapter, save_adapter
+from models.loading import DTYPES
+from tests.models.test_adapters import adapted
 from tests.training.tiny import config_of, make_model, make_vq_model, write_world
 from tools.export import main as export
 
@@ -103,6 +106,7 @@ def test_exporting_an_image_tokenizer_over_another_replaces_weights_and_keeps_no
         (["from={vq}", "to={vq}"], "are one folder"),
         (["from={vq}", "to={vq}/.."], "exists and is no checkpoint folder"),
         (["from={vq}", "to=/proc/x/showo"], "/proc/x: No such file"),
+        (["from={vq}", "adapter={vq}", "to={new}/x"], "is for a Showo, but .* holds a magvitv2"),
         (["from={new}/gone", "to={new}/x"], "gone.*does not exist"),
         (["from={new}/full", "to={new}/x"], "config.json does not exist"),
         (["from={new}/other", "to={new}/x"], "holds a 'phi' checkpoint; only Showo and MAGVITv2"),
@@ -117,6 +121,29 @@ def test_mistakes_are_named_and_harm_nothing(world, tmp_path, arguments, message
         export([argument.format(vq=world / "magvitv2", new=tmp_path) for argument in arguments])
     assert names(tmp_path) == ["full", "link", "other"] and names(world / "magvitv2") == ["config.json", WEIGHTS]
     assert names(tmp_path / "full") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_adapter_is_merged_before_the_weights_are_rounded(trained, tmp_path, dtype):
+    model = Showo.from_pretrained(str(trained)).eval()
+    save_adapter(adapted(model), tmp_path / "run")
+    with torch.no_grad():
+        expected = model(torch.arange(20)[None]).logits
+    export([f"from={trained}", f"adapter={tmp_path / 'run'}", f"to={tmp_path / 'new'}", f"dtype={dtype}"])
+    assert names(tmp_path / "new") == ["config.json", WEIGHTS]
+    exported = Showo.from_pretrained(str(tmp_path / "new")).eval()
+    merge_adapter(model)
+    rounded = model.to(DTYPES[dtype]).state_dict()
+    assert all(torch.equal(tensor, rounded[name].float()) for name, tensor in exported.state_dict().items())
+    with torch.no_grad():
+        assert (exported(torch.arange(20)[None]).logits - expected).abs().max() < {"fp32": 1e-4, "bf16": 0.1}[dtype]
+
+
+def test_an_adapter_without_its_model_is_refused(trained, tmp_path):
+    save_adapter(adapted(Showo.from_pretrained(str(trained))), tmp_path / "run")
+    with pytest.raises(UserError, match="holds an adapter, not a model; give the model that it was trained on .'unwr"):
+        export([f"from={tmp_path / 'run'}", f"to={tmp_path / 'new'}"])
+    assert names(tmp_path) == ["run"]
 
 
 @pytest.mark.parametrize("form", ["showo/", "a run", "a checkpoint"])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from common.files import REPOSITORY
 from models import Showo
@@ -221,6 +222,38 @@ def test_two_processes_learn_what_one_learns_from_the_same_global_batch(world, t
     expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
     found = {name: found[name] for name in expected}  # FSDP2 writes a tied matrix twice
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+LORA = {"training.trainable": "lora"}
+
+
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_two_processes_train_the_adapter_that_one_trains(world, tmp_path, batches, base):
+    settings = {"training.min_masking_rate": 1.0, "training.cond_dropout_prob": 0.0, "lora.base": base} | LORA
+    for name, processes, accumulated in (("one", 1, 2), ("two", 2, 1)):
+        given = settings | {"training.gradient_accumulation_steps": accumulated}
+        run("ddp", world, tmp_path / name, given, processes=processes, TEST_BATCHES=batches)
+    assert losses_of(tmp_path / "one") == pytest.approx(losses_of(tmp_path / "two"), rel=1e-5)
+    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_an_adapter_of_two_processes_is_continued_by_two_to_the_last_bit_and_by_one(world, tmp_path):
+    run("ddp", world, tmp_path / "whole", LORA)
+    for processes in (2, 1):
+        parts = shutil.copytree(tmp_path / "whole", tmp_path / str(processes))
+        shutil.rmtree(parts / "checkpoint-4")
+        run("ddp", world, parts, LORA, processes=processes)
+        assert len(losses_of(parts)) == 4
+    files = [tmp_path / name / "checkpoint-4/trained.safetensors" for name in ("whole", "2")]
+    assert same(*map(load_file, files))
+    assert tiny.metrics_of(tmp_path / "whole") == tiny.metrics_of(tmp_path / "2")
+
+
+@pytest.mark.parametrize("kind", ["zero2", "fsdp2"])
+def test_adapters_are_refused_where_weights_are_sharded(world, tmp_path, kind):
+    done = start([*launcher(kind, 2), str(WORKER)], world, tmp_path / "out", LORA, environment(kind))
+    assert done.returncode != 0 and "training.trainable=lora does not work with DeepSpeed or FSDP2" in done.stderr
 
 
 @pytest.mark.parametrize(

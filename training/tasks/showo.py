@@ -74,7 +74,10 @@ class ShowoTask(Task):
         return model
 
     def choose_trainable(self, model: Showo) -> dict[str, int]:
-        old_rows = choose_trainable(model, self.config.training.trainable)
+        if (which := self.config.training.trainable) == "lora":  # which freezes what `attach` has chosen
+            self.understanding.attach(model, self.device)
+            return choose_trainable(model, which, self.config.lora)
+        old_rows = choose_trainable(model, which)
         self.understanding.attach(model, self.device)
         return old_rows
 
