@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from common.errors import UserError
 from common.files import parse_json
+from models import Showo
 from models.images import normalized
 from models.modeling_showo import ShowoOutput
 from models.prompting import Rows
@@ -30,7 +31,7 @@ from training.data.sources import BAD_CONVERSATION, MALFORMED_ITEM, Skipped, Uni
 from training.data.streams import Transform, stack
 from training.loss import LogProbObjective, log_probs_of, next_token
 from training.metrics import Sums
-from training.reference import load_reference
+from training.reference import Reference
 from training.tasks import Outcome
 from training.tasks.showo import ShowoTask
 
@@ -166,12 +167,16 @@ class PreferenceTask(ShowoTask):
 
     def load(self) -> None:
         super().load()
-        self.reference = load_reference(self.config, self.device)
+        self.reference = Reference(self.config, self.device)
+
+    def prepare(self, model: Showo) -> None:
+        super().prepare(model)
+        self.model = model
 
     def make_batch(self, samples: dict[str, list], builder: BatchBuilder | None = None) -> OmniBatch:
         batch = (builder or self.builder)(samples)
-        with self.precision():
-            reference = log_probs_of(self.reference, batch.objective, **batch.inputs())
+        with self.precision(), self.reference(self.model) as model:
+            reference = log_probs_of(model, batch.objective, **batch.inputs())
         function = partial(
             preference_loss,
             rows=batch.target_rows,
