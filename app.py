@@ -37,6 +37,7 @@ from common.inputs import read_prompts, required_folder, split_pieces
 from common.launch import use_physical_cores
 from common.schema import AppConfig
 from models import SamplingParameters, ShowoPipeline
+from models.generation.sampling import ORDERS
 from models.images import MASK, ImageOptions, open_image
 from models.loading import DTYPES, choose_device
 from models.pipeline_inputs import DIRECTIONS, image_seed
@@ -166,7 +167,7 @@ class Page:
             self.negative = gr.Textbox(label="Negative prompt", max_length=MAX_TEXT)
             self.live = gr.Checkbox(True, label="Show every step")
             self.temperature = slider("Temperature", 0, 5, config.generation_temperature, small)
-            self.order = gr.Radio(["confidence", "halton"], value=sampling.order, label="Order")
+            self.order = gr.Radio(list(ORDERS), value=sampling.order, label="Order")
             self.refresh = slider("Refresh every", 1, 8, sampling.refresh_every)
             self.start = slider("Guidance from", 0, 1, sampling.guidance_start, small)
             self.stop = slider("Guidance to", 0, 1, sampling.guidance_stop, small)
@@ -228,7 +229,8 @@ class Page:
                 images = pipeline.decode(codes) if given[self.live] and left else []
                 show([captioned(image, f"step {step + 1} of {steps}") for image in images] or gr.skip())
 
-            sampling = (int(given[self.refresh]), given[self.start], given[self.stop], given[self.order])
+            changed = {"order": given[self.order], "refresh_every": int(given[self.refresh])}
+            changed |= {"guidance_start": given[self.start], "guidance_stop": given[self.stop]}
             images = generate(
                 pipeline,
                 given,
@@ -239,7 +241,7 @@ class Page:
                 temperature=given[self.temperature],
                 generator=seeds,
                 callback_on_step_end=after_step,
-                sampling=SamplingParameters(*sampling),
+                sampling=SamplingParameters(**{**self.config.sampling, **changed}),
             )
             show([captioned(image, f"seed {seed}") for image, seed in zip(images, seeds, strict=True)])
 

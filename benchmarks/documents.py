@@ -69,7 +69,7 @@ def generate_image(model, parts: list[Part], weighted: list, bos_id: int, eos_id
             logits = logits + weight * block[:, v.image_offset : v.image_offset + v.codebook_size]
         ratio = (step + 1) / settings["timesteps"]
         temperature = temperature * (1 - ratio)
-        sampled, remaining = maskgit_step(
+        sampled, remaining, _ = maskgit_step(
             logits[None],
             codes,
             v.mask_token_id,

@@ -1,12 +1,14 @@
-"""Speed and quality of the sampling options that change the image, against exact generation, in one run.
+"""Quality and time of every sampling option at several numbers of steps, in one run.
 
-    python3 benchmarks/sampling_options.py config=configs/showo_tiny_demo.yaml guidance_scale=2 data=data/emoji_world
+    python3 benchmarks/sampling_options.py config=configs/showo_tiny_demo.yaml
+    python3 benchmarks/sampling_options.py config=… samples=4 steps='[2, 8]' ways='[published, top_k 200]'
 
-Quality: the small default generates an image for each caption of the emoji world. An image counts as correct if the
-real image nearest to it, by pixel distance, shows the right thing (`examples/emoji_world/benchmark.py`). `differ` is
-the share of tokens that differ from exact generation with the same seed; another seed is a row for comparison.
-Time: seconds of the small default for all captions, and of one 256-token image of a randomly initialised model
-(8 layers x 512, full vocabulary, guidance 5). Prints a table, then one JSON line.
+The model of the configuration, of 64, 96 or 128 pixels, generates an image for each of so many captions of the scene
+world, seen combinations and held-out ones. One is right if the scene that the reader reads in it is what the caption
+says. A cell of the table: images that are right, and seconds of an image in a batch. The last column: seconds of one
+256-token image in 8 steps by a randomly initialised model (8 layers x 512, full vocabulary, guidance 5). Prints the
+table, then one JSON line, which has more: seen and held-out combinations apart, half the 95 % interval, and `differ`,
+the share of tokens that are not the published ones with the same seed and steps.
 """
 
 import json
@@ -17,106 +19,127 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
 
+import numpy as np
 import torch
 
 from benchmarks import generation, report
 from common.config import InferenceConfig, load_config
-from common.errors import run_cli
-from common.files import resolve_path
+from common.errors import UserError, run_cli
 from common.settings import setting
-from evaluation.images import square
-from examples.emoji_world.benchmark import SPLITS, read_world
-from examples.emoji_world.features import name_ranks, pixels
-from examples.emoji_world.text import caption
+from examples.scenes.parts import sample
+from examples.scenes.reader import Reader
+from examples.scenes.world import SIDES, SPLITS, holds
 from models import SamplingParameters, ShowoPipeline
-from models.images import load_image
 
 BATCH = 64
-# label -> sampling options and other generation settings
+TIMED_STEPS = 8  # of the random model
+PUBLISHED = "published"
+HALTON = {"order": "halton_roll", "schedule": "arccos", "logit_scale": 1.2}
+# label -> sampling options, and settings of generation other than the number of steps
 WAYS = {
-    "exact": {},
-    "exact, another seed": {"seed": 1},
-    "refresh_every 2": {"refresh_every": 2},
-    "refresh_every 3": {"refresh_every": 3},
-    "refresh_every 6": {"refresh_every": 6},
-    "guidance_start 0.25": {"guidance_start": 0.25},
-    "guidance_stop 0.75": {"guidance_stop": 0.75},
-    "guidance_stop 0.5": {"guidance_stop": 0.5},
+    PUBLISHED: {},
+    "another seed": {"seed": 1},
+    "order entropy": {"order": "entropy"},
+    "order margin": {"order": "margin"},
     "order halton": {"order": "halton"},
-    "timesteps 8": {"timesteps": 8},
-    "timesteps 6": {"timesteps": 6},
-    "timesteps 6, pow2": {"timesteps": 6, "schedule": "pow2"},
-    "timesteps 6, halton": {"timesteps": 6, "order": "halton"},
-    "timesteps 4, halton": {"timesteps": 4, "order": "halton"},
-    "temperature 2": {"temperature": 2.0},
+    "order halton_roll": {"order": "halton_roll"},
+    "halton_roll, arccos, logit_scale 1.2": HALTON,
+    "the same, guidance_ramp 1": HALTON | {"guidance_ramp": 1.0},
+    "top_k 200": {"top_k": 200},
+    "top_k 20": {"top_k": 20},
+    "top_p 0.9": {"top_p": 0.9},
+    "top_p 0.5": {"top_p": 0.5},
+    "logit_scale 1.2": {"logit_scale": 1.2},
+    "guidance_ramp 1": {"guidance_ramp": 1.0},
+    "guidance_start 0.25": {"guidance_start": 0.25},
+    "guidance_stop 0.5": {"guidance_stop": 0.5},
+    "remask cap 0.05": {"remask_rate": 0.05},
+    "remask cap 0.2": {"remask_rate": 0.2},
+    "remask rescale 0.2": {"remask": "rescale", "remask_rate": 0.2},
+    "remask confidence 1": {"remask": "confidence", "remask_rate": 1.0},
+    "remask cap 0.2, steps 0.25 to 0.75": {"remask_rate": 0.2, "remask_start": 0.25, "remask_stop": 0.75},
+    "refresh_every 3": {"refresh_every": 3},
+    "refresh_every 5, share 0.1, warm-up 0.3": {"refresh_every": 5, "refresh_share": 0.1, "refresh_warmup": 0.3},
+    "temperature 0": {"temperature": 0.0},
     "temperature 4": {"temperature": 4.0},
-    "timesteps 8, refresh 3, guidance_stop 0.75": {"timesteps": 8, "refresh_every": 3, "guidance_stop": 0.75},
+    "schedule pow2": {"schedule": "pow2"},
+    "schedule linear": {"schedule": "linear"},
 }
+PLACES = {"seen": SPLITS[1:2], "held_out": SPLITS[2:]}
 OPTIONS = SamplingParameters.__dataclass_fields__
 
 
 @dataclass
 class WaysConfig(InferenceConfig):
-    data: str = setting("data/emoji_world", "the emoji world")
-    pictures: int = setting(200, "seen images, evenly spread; all held-out ones are added", low=1)
-    repeats: int = setting(2, "of the timed generation with the random model; the fastest counts", low=0)
-    quality: bool = setting(True, "false: time the random model only")
+    samples: int = setting(150, "captions of seen combinations, and as many of held-out ones", low=3)
+    steps: list[int] = setting([2, 4, 8, 16, 32], "numbers of steps", low=1, high=2**16)
+    ways: list[str] | None = setting(None, "labels of WAYS in this file; null: all")
+    repeats: int = setting(2, "of the timed generation with the random model; the fastest counts; 0: none", low=0)
+
+    @staticmethod
+    def problems(config) -> list[str]:
+        unknown = [way for way in config.ways or () if way not in WAYS]
+        return [f"ways has {unknown[0]!r}; known: {'; '.join(WAYS)}"] if unknown else []
 
 
-def settings_of(way: dict, config) -> dict:
-    """Arguments of `t2i_generate` except for the generator."""
+def settings_of(way: dict, steps: int, config) -> dict:
+    """Arguments of `t2i_generate` and `generate_codes` except for generator, guidance and schedule."""
     return {
-        "timesteps": way.get("timesteps", config.generation_timesteps),
+        "timesteps": steps,
         "temperature": way.get("temperature", config.generation_temperature),
         "sampling": SamplingParameters(**{key: value for key, value in way.items() if key in OPTIONS}),
     }
 
 
-class EmojiWorld:
-    """The gallery (all training images) and the captions to generate images for."""
+class SceneWorld:
+    """Captions of the scene world to generate images for, and the reader that judges them."""
 
     def __init__(self, config):
-        self.pipeline = ShowoPipeline.from_config(config)
-        world = read_world(resolve_path(config.data))
-        seen, held_out = ([picture for picture in world if picture.split == split] for split in SPLITS)
-        size = self.pipeline.resolution
-        self.names = [picture.name for picture in seen]
-        self.gallery = pixels([square(load_image(picture.path), size) for picture in seen])
-        self.wanted = seen[:: max(1, len(seen) // config.pictures)][: config.pictures] + held_out
-        self.prompts = [caption(picture.name, picture.style) for picture in self.wanted]
+        size = config.dataset.preprocessing.resolution
+        if size not in SIDES:
+            sizes = ", ".join(map(str, SIDES))
+            raise UserError(f"dataset.preprocessing.resolution is {size}; give a model of {sizes} pixels")
+        self.pipeline, self.reader = ShowoPipeline.from_config(config), Reader(size)
+        self.schedule = self.pipeline.noise_schedule
+        self.said, self.places = [], []
+        for place, splits in PLACES.items():
+            for number in range(config.samples):
+                split, number = splits[number % len(splits)], number // len(splits)
+                self.said.append(sample("captions", number, split=split, cells=self.reader.cells).said)
+                self.places.append(place)
 
-    def generate(self, way: dict, config) -> tuple[float, torch.Tensor]:
-        """(seconds, codes of all captions)."""
-        pipeline = self.pipeline
-        pipeline.noise_schedule = generation.get_mask_schedule(way.get("schedule", "cosine"))
+    def generate(self, way: dict, steps: int, config) -> tuple[float, torch.Tensor]:
+        """(seconds of an image, codes of all captions)."""
+        pipeline, name = self.pipeline, way.get("schedule")
+        pipeline.noise_schedule = generation.get_mask_schedule(name) if name else self.schedule
         generator, codes = pipeline.generator(way.get("seed", config.seed)), []
+        settings = settings_of(way, steps, config) | {"guidance_scale": config.guidance_scale, "generator": generator}
         started = time.perf_counter()
-        for first in range(0, len(self.prompts), BATCH):
-            batch = self.prompts[first : first + BATCH]
+        for first in range(0, len(self.said), BATCH):
+            batch = [said["caption"] for said in self.said[first : first + BATCH]]
             blank = torch.full((len(batch), pipeline.window**2), -1, device=pipeline.device)
-            settings = settings_of(way, config) | {"guidance_scale": config.guidance_scale, "generator": generator}
             codes.append(pipeline.generate_codes(batch, blank, **settings))
-        return time.perf_counter() - started, torch.cat(codes)
+        return (time.perf_counter() - started) / len(self.said), torch.cat(codes)
 
-    def top1(self, codes: torch.Tensor) -> list[float]:
-        """Top-1 accuracy on the seen and on the held-out captions."""
-        images = pixels([image for some in codes.split(BATCH) for image in self.pipeline.decode(some)])
-        ranks = name_ranks(images, self.gallery, self.names, [picture.name for picture in self.wanted], cosine=False)
-        hits = {split: [] for split in SPLITS}
-        for picture, (rank, _) in zip(self.wanted, ranks, strict=True):
-            hits[picture.split].append(rank == 0)
-        return [sum(hits[split]) / max(1, len(hits[split])) for split in SPLITS]
+    def right(self, codes: torch.Tensor) -> dict[str, float]:
+        """Share of images that are what their captions say, in all and by place, and half the interval."""
+        images = [np.array(image) for some in codes.split(BATCH) for image in self.pipeline.decode(some)]
+        scenes = self.reader.read(np.stack(images))
+        hits = np.array([holds(said["claims"], scene) for said, scene in zip(self.said, scenes, strict=True)])
+        places, right = np.array(self.places), float(hits.mean())
+        found = {place: float(hits[places == place].mean()) for place in PLACES}
+        return {"right": right, "half_interval": 1.96 * (right * (1 - right) / len(hits)) ** 0.5} | found
 
 
 def time_random_model(ways: dict[str, dict], config) -> dict[str, float]:
-    """Seconds per image. The options take turns, so that a slow moment of the machine does not hit only one of them."""
-    args = generation.parse([])
+    """Seconds of an image; the ways take turns, so that a slow moment of the machine does not hit only one of them."""
+    args = generation.parse(["--hidden", "512", "--layers", "8", "--heads", "8"])
     model = generation.make_model(args)
     row, uncond, _ = generation.make_prompts(model, args)
     best = dict.fromkeys(ways, float("inf"))
-    for _ in range(config.repeats + 1):
+    for _ in range(config.repeats):
         for name, way in ways.items():
-            settings = settings_of(way, config) | {"noise_schedule": way.get("schedule", "cosine")}
+            settings = settings_of(way, TIMED_STEPS, config) | {"noise_schedule": way.get("schedule", "cosine")}
             started = time.perf_counter()
             model.t2i_generate(row, uncond, guidance_scale=args.guidance, generator=torch.Generator(), **settings)
             best[name] = min(best[name], time.perf_counter() - started)
@@ -125,20 +148,22 @@ def time_random_model(ways: dict[str, dict], config) -> dict[str, float]:
 
 def main(argv: list[str]) -> None:
     config = load_config(argv, WaysConfig)
-    results = {name: {"random_s": seconds} for name, seconds in time_random_model(WAYS, config).items()}
-    world = EmojiWorld(config) if config.quality else None
-    print(f"{'':44}{'8x512 s':>9}{'tiny s':>9}{'top-1 seen':>12}{'held-out':>10}{'differ':>8}")
-    exact = None
-    for name, way in WAYS.items():
-        result, cells = results[name], ""
-        if world is not None:
-            seconds, codes = world.generate(way, config)
-            exact = codes if exact is None else exact
-            figures = *world.top1(codes), float((codes != exact).float().mean())
-            result |= dict(zip(("tiny_s", "top1_seen", "top1_held_out", "differ"), (seconds, *figures), strict=True))
-            cells = f"{seconds:9.1f}{figures[0]:12.1%}{figures[1]:10.1%}{figures[2]:8.1%}"
-        print(f"{name:44}{result['random_s']:9.2f}{cells}", flush=True)
-    keys = "guidance_scale", "generation_timesteps", "generation_temperature", "seed", "pictures"
+    world = SceneWorld(config)
+    ways = {name: WAYS[name] for name in config.ways or WAYS}
+    random_seconds = time_random_model(ways, config) if config.repeats else {}
+    published, results = {}, {}
+    print(f"| way | {' | '.join(f'{steps} steps' for steps in config.steps)} | 8 × 512, s |")
+    print("|---" * (len(config.steps) + 2) + "|")
+    for name, way in {PUBLISHED: {}, **ways}.items():
+        results[name], cells = {"random_s": random_seconds.get(name)}, []
+        for steps in config.steps:
+            seconds, codes = world.generate(way, steps, config)
+            differ = float((codes != published.setdefault(steps, codes)).float().mean())
+            found = results[name][steps] = {"s": seconds, "differ": differ} | world.right(codes)
+            cells.append(f"{found['right']:.1%} {seconds:.3f} s")
+        last = f"{random_seconds[name]:.2f}" if name in random_seconds else ""
+        print(f"| {name} | {' | '.join(cells)} | {last} |", flush=True)
+    keys = "guidance_scale", "generation_temperature", "seed", "samples"
     print(json.dumps(report.facts() | {key: config[key] for key in keys} | {"results": results}))
 
 

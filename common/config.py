@@ -100,7 +100,11 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
         other = one.rule.repeats
         if other and (key in on_line) != (other in on_line):
             on_line |= dict.fromkeys((key, other), on_line.get(key, on_line.get(other)))
-    given = in_file | on_line
+    given = {}
+    for source in (in_file, on_line):
+        for key in source.keys() & own.keys():
+            given |= own[key].rule.presets.get(str(source[key]), {})
+        given |= source
     config = _structured(schema, given, problems)
     _resolve(config, schema, others, elsewhere, problems)
     _expand_home(config, own, problems)

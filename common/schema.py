@@ -70,7 +70,7 @@ class GenerationSection(SeedSection):
 
 @dataclass
 class MaskScheduleSection:
-    schedule: str | None = setting(None, "cosine, linear, pow<exponent>, sigmoid; null: training.mask_schedule")
+    schedule: str | None = setting(None, "cosine, linear, pow<exponent>, sigmoid, arccos; null: training.mask_schedule")
     params: dict[str, Any] = setting({}, "parameters of the schedule, as in mask_schedule.params.start=-3")
 
 
@@ -538,22 +538,62 @@ class PromptedDatasetSection(InferenceDatasetSection):
     params: PromptParams = field(default_factory=PromptParams)
 
 
+# Ways to sample images as their authors do: keys that `sampler` sets (docs/performance.md).
+SAMPLERS = {
+    "published": {},
+    "halton": {
+        "sampling.order": "halton_roll",
+        "sampling.logit_scale": 1.2,
+        "mask_schedule.schedule": "arccos",
+    },
+    "ml_cache": {
+        "sampling.refresh_every": 5,
+        "sampling.refresh_share": 0.1,
+        "sampling.refresh_warmup": 0.3,
+    },
+}
+
+
 @dataclass
 class SamplingSection:
-    refresh_every: int = setting(
-        1, "compute all keys and values every so many steps; in between, known tokens keep theirs", low=1, high=TOKENS
+    """`SamplingParameters` of `models/generation/sampling.py`."""
+
+    order: str = setting(
+        "confidence",
+        "in which positions become known",
+        choices=("confidence", "entropy", "margin", "halton", "halton_roll"),
     )
+    top_k: int | None = setting(None, "codes are sampled among this many; null: all", low=1, high=IDS)
+    top_p: float | None = setting(None, "codes are sampled among those of this probability", above=0, high=1)
+    logit_scale: float = setting(1.0, "factor of the logits of codes in the last step, from 1 on", above=0, high=100)
     guidance_start: float = setting(0.0, "guidance from this share of the steps on", low=0, high=1)
     guidance_stop: float = setting(1.0, "guidance up to this share of the steps", low=0, high=1)
-    order: str = setting("confidence", "in which positions become known", choices=("confidence", "halton"))
+    guidance_ramp: float = setting(0.0, "guidance rises with this power of the step; 0: constant", low=0, high=100)
+    remask: str = setting("cap", "ReMDM's form of masking known tokens again", choices=("cap", "rescale", "confidence"))
+    remask_rate: float = setting(0.0, "how often known tokens are masked again; 0: never", low=0, high=1)
+    remask_start: float = setting(0.0, "masking again from this share of the steps on", low=0, high=1)
+    remask_stop: float = setting(1.0, "masking again up to this share of the steps", low=0, high=1)
+    refresh_every: int = setting(
+        1, "compute all keys and values every so many steps; in between, some tokens keep theirs", low=1, high=TOKENS
+    )
+    refresh_share: float = setting(
+        1.0, "share of the unknown tokens, the least sure ones, that are computed in between", above=0, high=1
+    )
+    refresh_warmup: float = setting(0.0, "compute all of them up to this share of the steps", low=0, high=1)
 
     @staticmethod
     def problems(config: DictConfig) -> list[str]:
-        start, stop = config.sampling.guidance_start, config.sampling.guidance_stop
-        if start > stop:
-            span = f"{start} and {stop}; the first must not be larger"
-            return [f"sampling.guidance_start and sampling.guidance_stop are {span}"]
-        return []
+        sampling, found = config.sampling, []
+        for name in ("guidance", "remask"):
+            start, stop = sampling[f"{name}_start"], sampling[f"{name}_stop"]
+            if start > stop:
+                span = f"{start} and {stop}; the first must not be larger"
+                found.append(f"sampling.{name}_start and sampling.{name}_stop are {span}")
+        if sampling.remask != "cap" and sampling.remask_rate == 0:
+            found.append(
+                f"sampling.remask={sampling.remask} has no effect without sampling.remask_rate; give 0.1 or so"
+            )
+        return found
 
 
 @dataclass
@@ -567,6 +607,9 @@ class PipelineConfig(ShowoScript, ScriptConfig):
     guidance_scale: float = alias("training.guidance_scale")
     generation_timesteps: int = alias("training.generation_timesteps")
     generation_temperature: float = alias("training.generation_temperature")
+    sampler: str = setting(
+        "published", "a name for several keys of sampling and mask_schedule", choices=tuple(SAMPLERS), presets=SAMPLERS
+    )
     max_new_tokens: int = setting(100, "longest answer, in tokens", low=1, high=TOKENS)
     temperature: float = setting(1.0, "of answers; images have generation_temperature", **WEIGHT)
     top_k: int | None = setting(1, "answers choose among this many tokens; 1: greedy; null: all", low=1, high=IDS)

@@ -42,6 +42,8 @@ class Rule:
         is_data: a path, or a list of paths, to data: an unset environment variable in it is left as ``$NAME``, so that
             `training/data/paths.py` can list it together with files that are missing.
         alias: the dotted key that this short name sets.
+        presets: choice → {dotted key: value}, other settings that it sets; those given at the same place prevail, and a
+            command line over a file.
         repeats: the dotted key that this published key repeats; both must have one value, and a command line that
             overrides one of them overrides both.
         is_output: a folder to write to, which must have a name: empty text would be the current folder.
@@ -57,6 +59,7 @@ class Rule:
     free: bool = False
     is_data: bool = False
     alias: str | None = None
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     repeats: str | None = None
     is_prose: bool = False
     is_output: bool = False

@@ -131,7 +131,7 @@ class DocumentGeneration:
                 chosen = [row for row in chosen if writers[row].fits(rows, row, num_tokens + 2)]
                 if not chosen:
                     break
-                denoiser = rows.image_denoiser(chosen, num_tokens, weights, sampling.refresh_every)
+                denoiser = rows.image_denoiser(chosen, num_tokens, weights, timesteps, sampling)
 
                 def show(step: int, codes: torch.Tensor, chosen=chosen) -> None:
                     for row, image in zip(chosen, codes, strict=True):
@@ -333,7 +333,14 @@ class DocumentRows:
         hidden = self.runner.step(self.ids[:, column : column + 1])
         self.hidden[rows] = hidden[rows, -1]
 
-    def image_denoiser(self, chosen: list[int], num_tokens: int, weights: Sequence[float], refresh: int) -> Denoiser:
+    def image_denoiser(
+        self,
+        chosen: list[int],
+        num_tokens: int,
+        weights: Sequence[float],
+        timesteps: int,
+        sampling: SamplingParameters,
+    ) -> Denoiser:
         """Places an image in the next columns of the chosen documents."""
         block = slice(self.runner.length, self.runner.length + num_tokens + 2)
         index = torch.tensor(chosen, device=self.ids.device)
@@ -342,7 +349,8 @@ class DocumentRows:
         for row in chosen:
             self.lengths[row] += num_tokens + 2
         self._attend()
-        return Denoiser(self.model, self.runner, block, self.ids[:, block].clone(), weights, refresh, chosen=index)
+        ids = self.ids[:, block].clone()
+        return Denoiser(self.model, self.runner, block, ids, weights, timesteps, sampling, chosen=index)
 
     def keep_image(self, denoiser: Denoiser, codes: torch.Tensor) -> None:
         """Runs the images once more with all their codes (D, N), as what comes later sees them."""

@@ -18,10 +18,12 @@ from models.generation.sampling import (
     Generators,
     SamplingParameters,
     Schedule,
+    count_masked,
     get_mask_schedule,
-    halton_order,
     maskgit_step,
     multinomial_at,
+    position_order,
+    remasked_positions,
 )
 from models.generation.trajectory import Trajectory
 from models.omni_attention import OmniMask
@@ -88,16 +90,16 @@ class ImageGeneration:
             )
         codes = known_codes(input_ids, self.vocabulary)  # (B, N)
         batch_size = len(codes)
-        denoisers: dict[float, Denoiser] = {}  # by guidance scale: two, if guidance is on in a part of the steps only
+        denoisers: dict[bool, Denoiser] = {}  # with and without guidance, which may be on in a part of the steps only
 
         def denoiser_at(step: int) -> Denoiser:
-            scale = guidance_scale if guidance_scale > 0 and sampling.guides(step, timesteps) else 0.0
-            if scale not in denoisers:
-                used = slice(None) if scale > 0 else slice(batch_size)
-                denoisers[scale] = Denoiser.of_rows(
-                    self, rows[used], mask.select(used), batch_size, scale, sampling.refresh_every
+            guides = guidance_scale > 0 and sampling.guidance_at(step, timesteps) > 0
+            if guides not in denoisers:
+                used, scale = (slice(None), guidance_scale) if guides else (slice(batch_size), 0.0)
+                denoisers[guides] = Denoiser.of_rows(
+                    self, rows[used], mask.select(used), batch_size, scale, timesteps, sampling
                 )
-            return denoisers[scale]
+            return denoisers[guides]
 
         try:
             return denoise(
@@ -137,25 +139,35 @@ def denoise(
         timesteps, temperature, generator, sampling, callback, trajectory: of `t2i_generate`.
     """
     mask_id = model.vocabulary.mask_token_id
-    order = halton_order(codes.shape[1]).to(codes.device) if sampling.order == "halton" else None
+    order = position_order(sampling.order, codes, generator)
+    is_free = codes == mask_id
+    drawn_with = torch.ones_like(codes, dtype=torch.float32)  # the probability of each code when it was sampled
     for step in range(timesteps):
         logits, positions = denoiser_at(step)(step, codes)  # (B, U, C), (B, U)
+        logits = sampling.shaped(logits, step, timesteps)
         ratio = (step + 1) / timesteps
+        mask_ratio = schedule(torch.tensor(ratio, device=logits.device))
         temperature = temperature * (1.0 - ratio)  # Faithful: compounds, before use (pinned by tests/parity)
-        sampled, remaining = maskgit_step(
+        unknown, remasked = codes == mask_id, None
+        if sampling.remasks(step, timesteps):
+            num_masked = count_masked(unknown, mask_ratio)
+            remasked = remasked_positions(sampling, is_free, unknown, drawn_with, num_masked, generator)
+        sampled, remaining, probability = maskgit_step(
             logits,
             codes,
             mask_id,
-            mask_ratio=schedule(torch.tensor(ratio, device=logits.device)),
+            mask_ratio=mask_ratio,
             temperature=temperature,
             generator=generator,
             positions=positions,
             order=order,
+            remasked=remasked,
             multinomial_at=model.multinomial_at,
         )
         if trajectory is not None:
             left = remaining & (step + 1 < timesteps)  # the last step keeps all that it samples
             trajectory.record(codes, sampled, left, logits, positions, temperature, mask_id)
+        drawn_with = torch.where(unknown, probability, drawn_with)
         codes = torch.where(remaining, mask_id, sampled)
         if callback is not None:
             callback(step, sampled)
@@ -169,8 +181,9 @@ class Denoiser:
         runner: with G rows for each of the B blocks: the G·B rows come group by group.
         block: positions of ``<soi>``, N image tokens and ``<eoi>``.
         block_ids: (B, N+2), the same in all groups.
-        weights: of the G groups' logits in their sum.
-        refresh_every: see `SamplingParameters`.
+        weights: of the G groups' logits in their sum, at the full guidance scale.
+        timesteps: number of steps.
+        sampling: in which steps which positions run, and how much guidance they have.
         text_ids: (G·B, T) before the block; they run with it in the first step. None: the runner has them.
         chosen: (D,) int64, which of the blocks are generated; default: all.
     """
@@ -182,17 +195,21 @@ class Denoiser:
         block: slice,
         block_ids: torch.Tensor,
         weights: Sequence[float],
-        refresh_every: int = 1,
+        timesteps: int,
+        sampling: SamplingParameters,
         *,
         text_ids: torch.Tensor | None = None,
         chosen: torch.Tensor | None = None,
     ):
-        self.vocabulary, self.weights, self.refresh_every = model.vocabulary, weights, refresh_every
+        self.vocabulary, self.weights = model.vocabulary, weights
+        self.timesteps, self.sampling = timesteps, sampling
         self.runner, self.block, self.block_ids = runner, block, block_ids
         self.text_ids, self.chosen = text_ids, chosen
         self.head = code_head(model)
-        self.last_refresh = -refresh_every
-        self.stale: torch.Tensor | None = None  # (B, N) bool, unknown at the last refresh
+        self.hidden: torch.Tensor | None = None  # (G·B, N+2, H), of each position when it last ran
+        self.ran_ids = block_ids.clone()  # (B, N+2), its token then
+        self.sureness = torch.zeros(block_ids[:, 1:-1].shape, device=block_ids.device)  # (B, N), its largest logit then
+        self.last_refresh = 0
 
     @classmethod
     def of_rows(
@@ -202,7 +219,8 @@ class Denoiser:
         mask: OmniMask,
         batch_size: int,
         guidance_scale: float,
-        refresh_every: int = 1,
+        timesteps: int,
+        sampling: SamplingParameters,
     ) -> "Denoiser":
         """Of t2i rows (B or 2B, L), conditional and unconditional ones; B with a guidance scale of 0."""
         soi = common_soi(rows, model.vocabulary)
@@ -214,7 +232,8 @@ class Denoiser:
             slice(soi - first, rows.shape[1] - first),
             rows[:batch_size, soi:].clone(),
             guidance_weights(guidance_scale),
-            refresh_every,
+            timesteps,
+            sampling,
             text_ids=rows[:, first:soi],
         )
 
@@ -228,38 +247,53 @@ class Denoiser:
             codes = codes.new_zeros(len(self.block_ids), codes.shape[1]).index_copy_(0, self.chosen, codes)
         unknown = codes == self.vocabulary.mask_token_id  # (B, N)
         self.block_ids[:, 1:-1] = torch.where(unknown, codes, codes + self.vocabulary.image_offset)
-        if step - self.last_refresh >= self.refresh_every:
-            self.last_refresh, self.stale = step, unknown
-            positions = first_positions(unknown.int(), int(unknown.sum(1).max()))
-            hidden, indices = self._refresh(), positions + 1  # (R, N+2, H), (B, U)
+        is_due = step - self.last_refresh >= self.sampling.refresh_every
+        if self.hidden is None or is_due or step < self.sampling.refresh_warmup * self.timesteps:
+            self._refresh()
+            self.last_refresh = step
         else:
-            positions = first_positions(unknown.int() + self.stale, int(unknown.sum(1).max()))
-            hidden, indices = self._partial_refresh(positions)
-        indices = indices.repeat(len(hidden) // len(indices), 1)[..., None].expand(-1, -1, hidden.shape[-1])
-        hidden = hidden.gather(1, indices)
+            self._partial_refresh(unknown)
+        positions = first_positions(unknown.int(), int(unknown.sum(1).max()))
+        indices = (positions + 1).repeat(len(self.hidden) // len(positions), 1)
+        hidden = self.hidden.gather(1, indices[..., None].expand(-1, -1, self.hidden.shape[-1]))
         if self.chosen is not None:
             hidden = hidden.unflatten(0, (len(self.weights), -1))[:, self.chosen].flatten(0, 1)
             positions = positions[self.chosen]
-        return self.head(hidden, self.weights), positions
+        logits = self.head(hidden, scaled_weights(self.weights, self.sampling.guidance_at(step, self.timesteps)))
+        if self.sampling.refresh_share < 1:
+            rows = slice(None) if self.chosen is None else self.chosen
+            self.sureness[rows] = self.sureness[rows].scatter(1, positions, logits.amax(-1))
+        return logits, positions
 
-    def _refresh(self) -> torch.Tensor:
-        """Hidden states (R, N+2, H) of the whole block; the first time, the text before it runs in the same pass."""
+    def _refresh(self) -> None:
+        """Runs the whole block; the first time, the text before it runs in the same pass."""
         if self.runner.length or self.text_ids is None:
-            return self.runner.step(self.block_ids, self.block)
-        block_ids = self.block_ids.repeat(len(self.text_ids) // len(self.block_ids), 1)
-        return self.runner.prefill(torch.cat([self.text_ids, block_ids], dim=1))[:, self.block]
+            hidden = self.runner.step(self.block_ids, self.block)
+        else:
+            block_ids = self.block_ids.repeat(len(self.text_ids) // len(self.block_ids), 1)
+            hidden = self.runner.prefill(torch.cat([self.text_ids, block_ids], dim=1))[:, self.block]
+        # what a compiled step returns is overwritten by the next one
+        self.hidden = hidden.clone() if self.sampling.refresh_every > 1 else hidden
+        self.ran_ids.copy_(self.block_ids)
 
-    def _partial_refresh(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs <soi>, <eoi> and what was unknown at the last refresh; all others keep their keys and values."""
-        num_positions = self.block_ids.shape[1] - 2
-        count = int(self.stale.sum(1).max())
+    def _partial_refresh(self, unknown: torch.Tensor) -> None:
+        """Runs <soi>, <eoi>, tokens that changed and the least sure unknown ones; all others keep what they have."""
+        num_positions = unknown.shape[1]
+        sureness = self.sureness.masked_fill(~unknown, torch.inf)
+        count = (self.sampling.refresh_share * unknown.sum(1, keepdim=True)).ceil().long()
+        cut_off = sureness.sort(dim=1).values.gather(1, (count - 1).clamp(min=0))
+        runs = (self.block_ids != self.ran_ids)[:, 1:-1] | unknown & (sureness <= cut_off)
+        count = int(runs.sum(1).max())
         if self.runner.cache.static:  # few shapes to compile
             count = min(-(-count // BUCKET) * BUCKET, num_positions)
-        inner = first_positions(self.stale.int(), count) + 1
+        inner = first_positions(runs.int(), count) + 1
         ends = inner.new_tensor([0, num_positions + 1]).expand(len(inner), 2)
         refreshed = torch.cat([ends[:, :1], inner, ends[:, 1:]], dim=1)  # positions of the block, ascending
-        hidden = self.runner.step(self.block_ids.gather(1, refreshed), refreshed + self.block.start)
-        return hidden, torch.searchsorted(refreshed, positions + 1)
+        ids = self.block_ids.gather(1, refreshed)
+        hidden = self.runner.step(ids, refreshed + self.block.start)
+        indices = refreshed.repeat(len(hidden) // len(refreshed), 1)
+        self.hidden.scatter_(1, indices[..., None].expand_as(hidden), hidden)
+        self.ran_ids.scatter_(1, refreshed, ids)
 
 
 def code_head(model: Model) -> Callable[[torch.Tensor, Sequence[float]], torch.Tensor]:
@@ -284,6 +318,11 @@ def code_head(model: Model) -> Callable[[torch.Tensor, Sequence[float]], torch.T
 def guidance_weights(scale: float) -> tuple[float, ...]:
     """Weights of the rows with and without text: ``(1 + w) cond − w uncond``; with w = 0 there are none without."""
     return (1 + scale, -scale) if scale else (1.0,)
+
+
+def scaled_weights(weights: Sequence[float], factor: float) -> tuple[float, ...]:
+    """Weights of groups, of which the first is the conditional one, at a factor of their guidance scale; 0: none."""
+    return tuple(factor * weight + (1 - factor) * (group == 0) for group, weight in enumerate(weights))
 
 
 def guided(x: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:

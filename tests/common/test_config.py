@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 from common.config import InferenceConfig, TrainingConfig, load_config, mask_schedule_of, read_settings
 from common.errors import UserError
 from common.files import resolve_path
-from common.schema import RunConfig
+from common.schema import SAMPLERS, RunConfig, SamplingSection
 from common.settings import free_keys, setting, settings_of
 from evaluation.schema import EvaluationConfig
 from examples.emoji_world.make import EmojiWorldConfig
+from models import SamplingParameters, get_mask_schedule
 from tools.export import ExportConfig
 from tools.make_shards import MakeShardsConfig
 from tools.small_clip import SmallClipConfig
@@ -64,6 +65,31 @@ def test_defaults_then_yaml_then_command_line(load):
     training = load(text, "training.batch_size_mmu=9", schema=TrainingConfig).training
     assert (training.batch_size_t2i, training.batch_size_mmu) == (7, 9)
     assert training.batch_size_lm == TrainingConfig().training.batch_size_lm
+
+
+def test_a_named_sampler_sets_keys_that_nearer_ones_prevail_over(load):
+    def found(text: str, *arguments: str) -> tuple:
+        config = load(text, *arguments)
+        return config.sampling.order, config.sampling.logit_scale, config.mask_schedule.schedule
+
+    section = "mask_schedule: {schedule: cosine}\nsampling: {order: margin}"
+    assert found("") == found("", "sampler=published") == ("confidence", 1.0, None)
+    assert found("", "sampler=halton") == found("sampler: halton") == ("halton_roll", 1.2, "arccos")
+    assert found(section, "sampler=halton") == ("halton_roll", 1.2, "arccos")
+    assert found(f"sampler: halton\n{section}") == ("margin", 1.2, "cosine")
+    assert found("sampler: halton", "sampling.order=halton") == ("halton", 1.2, "arccos")
+
+
+def test_sampling_settings_are_the_options_of_generation():
+    assert vars(SamplingSection()) == vars(SamplingParameters())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_named_sampler_is_made_of_values_that_are_allowed(load, name):
+    config = load("", f"sampler={name}")
+    given = {key: OmegaConf.select(config, key) for key in SAMPLERS[name]}
+    assert given == SAMPLERS[name] and get_mask_schedule(mask_schedule_of(config)[0])
+    SamplingParameters(**config.sampling)
 
 
 def test_an_empty_file_and_an_empty_section_give_the_defaults(load):
@@ -229,6 +255,11 @@ REFUSALS = {
         "sampling.guidance_stop=-1": "sampling.guidance_stop is -1.0; it must be from 0 to 1",
         "seed=-1": "training.seed is -1; it must be from 0",
         "sampling.guidance_start=0.8 sampling.guidance_stop=0.2": "0.8 and 0.2; the first must not be larger",
+        "sampling.remask_start=0.8 sampling.remask_stop=0.2": "0.8 and 0.2; the first must not be larger",
+        "sampling.remask=rescale": "has no effect without sampling.remask_rate",
+        "sampler=best": "sampler is 'best'; allowed: published, halton, ml_cache",
+        "sampler=[halton]": r"sampler is '\[halton\]'; allowed: published",
+        "sampling.order=random": "allowed: confidence, entropy, margin, halton, halton_roll",
         "optimizer.name=adamw": "optimizer.name has no effect on inference; leave it out",
         "training.mixed_precision=bf16": "training.mixed_precision has no effect on inference; give dtype",
         A_NAME: "SHOWO_UNSET_A; set them or give experiment.name=…",

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from benchmarks import documents
+from models import SamplingParameters, get_mask_schedule
 from models.generation.document import guidance_groups
+from tests import plain_sampling
 from tests.parity.goldens import prompting, tiny_showo
+from tests.plain_sampling import OPTIONS
 from tests.tiny_llms import tiny_showo as showo_of
 
 N, NUM_CODES = 16, 64
@@ -92,6 +95,72 @@ def test_a_text_that_the_prompt_begins_goes_on(model, plan):
     given = [DOCUMENTS["a text"], DOCUMENTS["an image and an instruction"], [("image", image(6)), ("text", [])]]
     made = compare(model, given, build.bos_id, build.eos_id, {}, open_text=True, plan=plan, max_images=1)
     assert all(segments[0][0] == "text" for segments in made)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_sampling_options_of_images_are_their_plain_rules(model, options):
+    """Two guidance scales and a ramp: each group's logits go from the conditional ones to their own weight."""
+    v, build, sampling, timesteps = model.vocabulary, prompting(), SamplingParameters(**options), 6
+    ends = {"bos_id": build.bos_id, "eos_id": build.eos_id}
+    parts = DOCUMENTS["an image and an instruction"]
+    views = {"nothing": parts, "text": documents.without_texts(parts), "all": documents.nothing_before(parts)}
+
+    def logits_at(step: int, codes: list) -> torch.Tensor:
+        ids = [v.mask_token_id - v.image_offset if code is None else code for code in codes[0]]
+        blocks = {}
+        for name, seen in views.items():
+            row = documents.row_ids(model, [*seen, ("image", ids)], **ends)
+            blocks[name] = documents.logits_of(model, row)[-N - 1 : -1, v.image_offset : v.image_offset + NUM_CODES]
+        weights = weights_of(SCALES["two scales"])
+        guided = sum(weight * blocks[name] for name, weight in weights.items())
+        share = ((step + 1) / timesteps) ** sampling.guidance_ramp * (sampling.guidance_start <= step / timesteps)
+        return (blocks["nothing"] + share * (guided - blocks["nothing"]))[None]
+
+    expected = plain_sampling.generate(
+        logits_at,
+        [[None] * N],
+        sampling,
+        timesteps=timesteps,
+        temperature=2.0,
+        schedule=lambda t: float(get_mask_schedule("cosine")(torch.tensor(t))),
+        generator=torch.Generator().manual_seed(1),
+    )
+    rows = torch.tensor([documents.row_ids(model, parts, **ends)])
+    settings = {"timesteps": timesteps, "temperature": 2.0, "plan": ["image"], **ends, **SCALES["two scales"]}
+    generators = [torch.Generator().manual_seed(1)]
+    ((made,),) = model.document_generate(rows, sampling=sampling, generator=generators, **settings)
+    assert made.codes.tolist() == expected[-1][0]
+
+
+def test_partial_refreshes_of_documents(model):
+    """Some documents of a batch have an image: each is the one that it has alone."""
+    build, given = prompting(), list(DOCUMENTS.values())
+    rows = [documents.row_ids(model, parts, build.bos_id, build.eos_id) for parts in given]
+    longest = max(map(len, rows))
+
+    def images(numbers: list[int], **options) -> list[list[int]]:
+        ids = torch.tensor(
+            [rows[number] + [model.vocabulary.pad_id] * (longest - len(rows[number])) for number in numbers]
+        )
+        made = model.document_generate(
+            ids,
+            bos_id=build.bos_id,
+            eos_id=build.eos_id,
+            max_images=1,
+            max_new_tokens=3,
+            top_k=None,
+            timesteps=8,
+            guidance_scale=2.0,
+            generator=[torch.Generator().manual_seed(number) for number in numbers],
+            sampling=SamplingParameters(**options),
+        )
+        return [[segment.codes.tolist() for segment in segments if segment.kind == "image"] for segments in made]
+
+    numbers, options = list(range(len(given))), {"refresh_every": 4, "refresh_share": 0.3}
+    together = images(numbers, **options)
+    assert 0 < sum(map(bool, together)) < len(given), "the test needs documents with and without an image"
+    assert together == [images([number], **options)[0] for number in numbers]
+    assert together != images(numbers) == images(numbers, **options, refresh_warmup=1.0)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """`t2i_generate` against the published loop, which recomputes everything at every step (spec §7)."""
 
+import math
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -10,7 +12,9 @@ from models.generation import cpu
 from models.generation.image import Denoiser
 from models.generation.runner import Runner
 from models.omni_attention import OmniMask
+from tests import plain_sampling
 from tests.parity.goldens import prompting, tiny_showo
+from tests.plain_sampling import OPTIONS
 from tests.tiny import tiny_vq
 from tests.tiny_llms import FAMILIES
 from tests.tiny_llms import tiny_showo as showo_of
@@ -176,6 +180,16 @@ def test_compiled_once_for_all_steps_and_prompts():
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
+def test_compiled_partial_refreshes(model):
+    """They run whole buckets of positions; here that is all of them, so the tokens are the published ones."""
+    compiled = tiny_showo()
+    compiled.compile_steps()
+    sampling = SamplingParameters(refresh_every=4, refresh_share=0.1)
+    compare(compiled, TEXTS, guidance_scale=3.0, timesteps=6, sampling=sampling)
+    assert not torch.equal(generate(model, sampling), generate(model))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_on_a_gpu(dtype):
@@ -186,7 +200,7 @@ def test_compiled_on_a_gpu(dtype):
     mask, codes = OmniMask.from_ids(rows, eager.vocabulary), torch.full((2, N), MASK, device="cuda")
     bound = 1e-3 if dtype == torch.float32 else 0.1
     with torch.no_grad():
-        denoisers = [Denoiser.of_rows(m, rows, mask, 2, 2.0) for m in (eager, compiled)]
+        denoisers = [Denoiser.of_rows(m, rows, mask, 2, 2.0, 4, SamplingParameters()) for m in (eager, compiled)]
         for step in range(4):
             (expected, _), (logits, _) = (denoiser(step, codes) for denoiser in denoisers)
             torch.testing.assert_close(logits, expected, atol=bound, rtol=bound)
@@ -202,17 +216,121 @@ def generate(model, sampling=None, known=None, **settings):
     return model.t2i_generate(ids, uncond_ids, generator=seeded(0), sampling=sampling, **settings)
 
 
-def test_a_partial_refresh_runs_what_was_unknown_at_the_last_refresh(model, monkeypatch):
-    places, step = [], Runner.step
-    monkeypatch.setattr(Runner, "step", lambda self, ids, at: (places.append(at), step(self, ids, at))[1])
-    generate(model, SamplingParameters(refresh_every=3))  # the first of 8 steps is a prefill
-    assert [isinstance(at, slice) for at in places] == ([False, False, True] * 3)[:7]
-    first = places[2].start  # of <soi>
-    assert places[0].tolist() == [[first + i for i in range(N + 2)]] * 3  # nothing was known at first
-    counts = [at.shape[1] for at in places if not isinstance(at, slice)]
-    assert counts == sorted(counts, reverse=True) and counts[-1] < counts[0]
-    for at in places:
-        assert isinstance(at, slice) or (at[:, 0] == first).all() and (at[:, -1] == first + N + 1).all()
+NEUTRAL = {
+    "no rate": {"remask_rate": 0.0},
+    "no step": {"remask_rate": 1.0, "remask_stop": 0.0},
+    "all codes": {"top_k": NUM_CODES, "top_p": 1.0},
+    "one scale": {"logit_scale": 1.0, "guidance_ramp": 0.0},
+    "all steps are the warm-up": {"refresh_every": 3, "refresh_share": 0.1, "refresh_warmup": 1.0},
+    "every step is a refresh": {"refresh_share": 0.1},
+}
+
+
+@pytest.mark.parametrize("sampling", NEUTRAL.values(), ids=NEUTRAL)
+def test_neutral_options_give_the_published_tokens(model, sampling):
+    compare(model, TEXTS, guidance_scale=3.0, timesteps=6, sampling=SamplingParameters(**sampling))
+
+
+@pytest.mark.parametrize("known_share", [0.0, 0.4])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_is_its_plain_rule(model, options, known_share):
+    """From nothing and from partly known images, whose known codes stay; the tokens are not the published ones."""
+    known = torch.randint(0, NUM_CODES, (3, N), generator=seeded(1))
+    is_known = torch.rand(3, N, generator=seeded(2)) < known_share
+    ids, uncond_ids = t2i_rows(TEXTS, known.masked_fill(~is_known, -1))
+    sampling, timesteps, found, exact = SamplingParameters(**options), 7, [], []
+    soi = ids.shape[1] - N - 2
+
+    def logits_at(step: int, codes: list) -> torch.Tensor:
+        share = ((step + 1) / timesteps) ** sampling.guidance_ramp
+        scale = 3.0 * share * (sampling.guidance_start <= step / timesteps)
+        rows = torch.cat([ids, uncond_ids])
+        mask = OmniMask.from_ids(rows, model.vocabulary).dense()
+        block = [[MASK if code is None else code + OFFSET for code in row] for row in codes]
+        rows[:, soi + 1 : -1] = torch.tensor(block).repeat(2, 1)
+        with torch.no_grad():
+            logits = published.all_logits(model, rows, mask)[:, soi + 1 : -1, OFFSET : OFFSET + NUM_CODES]
+        cond, uncond = logits.chunk(2)
+        return (1 + scale) * cond - scale * uncond
+
+    given = [
+        [code if keep else None for code, keep in zip(*row, strict=True)]
+        for row in zip(known.tolist(), is_known.tolist(), strict=True)
+    ]
+    expected = plain_sampling.generate(
+        logits_at,
+        given,
+        sampling,
+        timesteps=timesteps,
+        temperature=2.0,
+        schedule=lambda t: float(get_mask_schedule("cosine")(torch.tensor(t))),
+        generator=seeded(3),
+    )
+    settings = {"guidance_scale": 3.0, "timesteps": timesteps, "temperature": 2.0}
+    for options, steps in ((sampling, found), (None, exact)):
+        model.t2i_generate(
+            ids,
+            uncond_ids,
+            generator=seeded(3),
+            sampling=options,
+            callback=lambda step, codes, steps=steps: steps.append(codes.tolist()),
+            **settings,
+        )
+    assert found == expected and found[-1] != exact[-1]
+    assert torch.equal(torch.tensor(found[-1])[is_known], known[is_known])
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_with_a_generator_each_an_image_does_not_depend_on_the_others(model, options):
+    ids, uncond_ids = t2i_rows(TEXTS)
+    settings = {"guidance_scale": 2.0, "timesteps": 6, "sampling": SamplingParameters(**options)}
+    together = model.t2i_generate(ids, uncond_ids, generator=[seeded(number) for number in range(3)], **settings)
+    for number in range(3):
+        row = slice(number, number + 1)
+        alone = model.t2i_generate(ids[row], uncond_ids[row], generator=[seeded(number)], **settings)
+        assert torch.equal(together[row], alone)
+
+
+@pytest.mark.parametrize("remask_rate", [0.0, 0.3])
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_which_positions_run_between_refreshes(model, monkeypatch, share, remask_rate):
+    """Those whose token changed since they last ran, and the least sure unknown ones; the others keep their logits."""
+    ran, seen, step, call = [], [], Runner.step, Denoiser.__call__
+    monkeypatch.setattr(Runner, "step", lambda self, ids, at: (ran.append(at), step(self, ids, at))[1])
+
+    def called(self, step, codes):
+        logits, positions = call(self, step, codes)
+        seen.append((codes.clone(), logits, positions))
+        return logits, positions
+
+    monkeypatch.setattr(Denoiser, "__call__", called)
+    options = {"refresh_every": 3, "refresh_share": share, "refresh_warmup": 0.3, "remask_rate": remask_rate}
+    generate(model, SamplingParameters(**options), timesteps=12, temperature=0.5)
+    ran.insert(0, slice(None))  # the first is a prefill
+    assert [isinstance(at, slice) for at in ran] == [True] * 4 + [False, False, True] * 2 + [False, False]
+    ran_ids, sureness, kept = torch.zeros(3, N).long(), torch.zeros(3, N), torch.zeros(3, N, NUM_CODES)
+    for at, (codes, logits, positions) in zip(ran, seen, strict=True):
+        first = None if isinstance(at, slice) else int(at[0, 0])
+        unknown = codes == MASK
+        now = kept.scatter(1, positions[..., None].expand_as(logits), logits)
+        most = 0
+        for row in range(3):
+            runs = set(range(N)) if first is None else set((at[row, 1:-1] - first - 1).tolist())
+            if first is not None:
+                wanted = {i for i in range(N) if ran_ids[row, i] != codes[row, i]}
+                rest = sorted((i for i in range(N) if unknown[row, i]), key=lambda i: float(sureness[row, i]))
+                wanted |= set(rest[: math.ceil(share * len(rest))])
+                assert wanted <= runs
+                most = max(most, len(wanted))
+            for i in range(N):
+                if i in runs:
+                    ran_ids[row, i] = codes[row, i]
+                elif unknown[row, i]:
+                    assert torch.equal(now[row, i], kept[row, i])
+        if first is not None:
+            assert at.shape[1] == most + 2  # with <soi> and <eoi>; rows with fewer are filled up
+        kept = now
+        sureness = now.amax(-1)
 
 
 @pytest.mark.parametrize("family", ["phi", "llama"])
@@ -228,7 +346,7 @@ def test_a_partial_refresh_sees_new_tokens_in_place(family, known_share):
     mask, found = OmniMask.from_ids(rows, model.vocabulary), []
     with torch.no_grad():
         for every in (1, 9):
-            denoiser = Denoiser.of_rows(model, rows, mask, 3, 2.0, every)
+            denoiser = Denoiser.of_rows(model, rows, mask, 3, 2.0, 2, SamplingParameters(refresh_every=every))
             denoiser(0, codes)
             logits, positions = denoiser(1, later)
             found.append(logits[(later == MASK).gather(1, positions)])
@@ -257,7 +375,9 @@ def test_guidance_in_a_part_of_the_steps(model, start, stop):
     compare(model, TEXTS, sampling=sampling, scales=scales, timesteps=8, guidance_scale=3.0)
 
 
-@pytest.mark.parametrize("setting", [{"refresh_every": 3}, {"guidance_stop": 0.5}, {"order": "halton"}])
+@pytest.mark.parametrize(
+    "setting", [{"refresh_every": 3}, {"guidance_stop": 0.5}, *OPTIONS.values()], ids=lambda one: " ".join(one)
+)
 def test_the_pipeline_passes_them_on(model, setting):
     pipeline = ShowoPipeline(model, tiny_vq(), prompting())
     settings = {"timesteps": 6, "guidance_scale": 3.0}
@@ -267,6 +387,7 @@ def test_the_pipeline_passes_them_on(model, setting):
         white = made[0].convert("L").point(lambda _: 255)
         white.paste(0, (0, 0, white.width // 2, white.height))
         made += pipeline.inpaint(made[0], white, "w4", generator=seeded(3), **settings, **more)
+        made += pipeline.extrapolate(made[0], ["left"], ["w5"], generator=seeded(3), **settings, **more)
         return [image.tobytes() for image in made]
 
     exact = images()

@@ -7,7 +7,15 @@ import torch
 
 from models import SamplingParameters, get_mask_schedule
 from models.generation import cpu, sampling
-from models.generation.sampling import gumbel_noise, halton_order, is_greedy, maskgit_step, sample_next
+from models.generation.sampling import (
+    gumbel_noise,
+    halton_order,
+    is_greedy,
+    maskgit_step,
+    position_order,
+    remasked_positions,
+    sample_next,
+)
 
 MASK = 1000
 
@@ -20,6 +28,12 @@ def test_any_power_is_a_schedule():
     torch.testing.assert_close(get_mask_schedule("pow3")(times), (1 - times**3).clamp(min=1e-6))
 
 
+def test_arccos():
+    """A third of the angle is left at cos 30° of the time."""
+    times = torch.tensor([0.0, 0.5, 3**0.5 / 2, 1.0])
+    torch.testing.assert_close(get_mask_schedule("arccos")(times), torch.tensor([1.0, 2 / 3, 1 / 3, 0.0]))
+
+
 def test_sigmoid_parameters():
     """Spans of the same length give the same curve."""
     times = torch.linspace(0, 1, 9)
@@ -30,7 +44,9 @@ def test_sigmoid_parameters():
 
 @pytest.mark.parametrize("name", ["", "cos", "Cosine", "pow", "powx", "pownan", "powinf", "root"])
 def test_unknown_schedule_is_named_with_the_known_ones(name):
-    with pytest.raises(ValueError, match=rf"unknown mask schedule '{name}'; known: cosine, linear, sigmoid, pow<k>"):
+    with pytest.raises(
+        ValueError, match=rf"unknown mask schedule '{name}'; known: cosine, linear, sigmoid, arccos, pow<k>"
+    ):
         get_mask_schedule(name)
 
 
@@ -80,7 +96,7 @@ def test_number_left_masked_is_floored_in_fp32():
     """Faithful: cos(π/2 · 2/3) is just under one half in fp32, so half of 16 positions becomes 7, not 8."""
     ratio = get_mask_schedule("cosine")(torch.tensor(2 / 3))
     image_ids = torch.full((1, 16), MASK)
-    _, remaining = maskgit_step(torch.randn(1, 16, 40), image_ids, MASK, mask_ratio=ratio, temperature=1.0)
+    _, remaining, _ = maskgit_step(torch.randn(1, 16, 40), image_ids, MASK, mask_ratio=ratio, temperature=1.0)
     assert int(remaining.sum()) == 7
 
 
@@ -100,7 +116,21 @@ def test_gumbel_noise():
         (SamplingParameters, {"guidance_start": -0.1}, "guidance_start"),
         (SamplingParameters, {"guidance_stop": 1.1}, "guidance_stop"),
         (SamplingParameters, {"guidance_start": 0.6, "guidance_stop": 0.5}, "0.6 and 0.5"),
-        (SamplingParameters, {"order": "random"}, "order is 'random', expected confidence or halton"),
+        (
+            SamplingParameters,
+            {"order": "random"},
+            "order is 'random', expected confidence or entropy or margin or halton or halton_roll",
+        ),
+        (SamplingParameters, {"top_k": 0}, "top_k is 0"),
+        (SamplingParameters, {"top_p": 1.5}, "top_p is 1.5"),
+        (SamplingParameters, {"logit_scale": 0.0}, "logit_scale is 0.0, expected more than 0"),
+        (SamplingParameters, {"guidance_ramp": -1.0}, "guidance_ramp is -1.0"),
+        (SamplingParameters, {"remask": "loop"}, "remask is 'loop', expected cap or rescale or confidence"),
+        (SamplingParameters, {"remask": "rescale"}, "remask is 'rescale', but remask_rate is 0"),
+        (SamplingParameters, {"remask_rate": 1.5}, "remask_rate is 1.5, expected 0 to 1"),
+        (SamplingParameters, {"remask_start": 0.6, "remask_stop": 0.5}, "remask_start and remask_stop are 0.6 and 0.5"),
+        (SamplingParameters, {"refresh_share": 0.0}, "refresh_share is 0.0"),
+        (SamplingParameters, {"refresh_warmup": 2.0}, "refresh_warmup is 2.0"),
         (halton_order, {"num_positions": 15}, "square images, not 15"),
         (is_greedy, {"temperature": -0.1}, "temperature is -0.1"),
         (is_greedy, {"top_k": 0}, "top_k is 0"),
@@ -132,10 +162,55 @@ def test_a_step_in_a_given_order():
     image_ids, order = torch.full((2, 16), MASK), halton_order(16)
     image_ids[1, 4] = 7
     settings = {"mask_ratio": torch.tensor(0.5), "temperature": 5.0, "order": order}
-    sampled, remaining = maskgit_step(torch.randn(2, 16, 64), image_ids, MASK, **settings)
+    sampled, remaining, _ = maskgit_step(torch.randn(2, 16, 64), image_ids, MASK, **settings)
     assert remaining[0].tolist() == (order >= 8).tolist()  # the last half stays masked
     last = order.masked_fill(image_ids[1] != MASK, -1).argsort(descending=True)[:8]
     assert set(remaining[1].nonzero()[:, 0].tolist()) == set(last.tolist()) and sampled[1, 4] == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"remask_rate": 0.2}, [0.2, 0.2, 0.2]),
+        ({"remask_rate": 0.9}, [2 / 3] * 3),  # two of three known ones at most
+        ({"remask": "rescale", "remask_rate": 0.3}, [0.2] * 3),
+        ({"remask": "confidence", "remask_rate": 0.6}, [0.4 * x / 1.5 for x in (0.5, 0.25, 0.75)]),
+    ],
+)
+def test_how_often_known_positions_are_masked_again(options, expected):
+    """Of eight positions two were given, three are known and three unknown; two are to be masked after the step."""
+    is_free = torch.tensor([False, False, *[True] * 6]).expand(20_000, -1)
+    unknown = torch.tensor([*[False] * 5, True, True, True]).expand_as(is_free)
+    probability = torch.tensor([1.0, 1.0, 0.5, 0.25, 0.75, 1.0, 1.0, 1.0]).log().neg()  # so that e^-ψ is a number above
+    num_masked = torch.full((20_000, 1), 2)
+    sampling = SamplingParameters(**options)
+    found = remasked_positions(sampling, is_free, unknown, probability.expand(20_000, -1), num_masked)
+    frequency = found.float().mean(0)
+    assert not found[:, [0, 1, 5, 6, 7]].any() and int(found.sum(1).max()) <= 2
+    drawn = torch.distributions.Binomial(3, torch.tensor(expected[0])).log_prob(torch.tensor(3.0)).exp()
+    lost = 0 if len(set(expected)) > 1 else float(drawn) / 3  # all three were drawn, and one stays
+    torch.testing.assert_close(frequency[2:5], torch.tensor(expected) - lost, atol=0.012, rtol=0)
+
+
+def test_masked_again_positions_count_among_those_left_masked():
+    image_ids = torch.full((1, 16), MASK)
+    image_ids[0, :8] = 3
+    remasked = torch.zeros(1, 16, dtype=torch.bool)
+    remasked[0, [1, 4]] = True
+    settings = {"mask_ratio": torch.tensor(0.4), "temperature": 0.5}
+    _, remaining, probability = maskgit_step(torch.randn(1, 16, 9), image_ids, MASK, remasked=remasked, **settings)
+    assert remaining[0, :8].nonzero()[:, 0].tolist() == [1, 4] and int(remaining.sum()) == 6
+    assert (probability[0, :8] == 1).all() and (probability[0, 8:] < 1).all()
+
+
+def test_halton_rolled_for_each_image():
+    """The sequence of positions is rolled, as its authors do; each row has its own place to begin at."""
+    codes, sequence = torch.full((6, 64), MASK), halton_order(64).argsort()
+    ranks = position_order("halton_roll", codes, torch.Generator().manual_seed(0))
+    begins = torch.randint(64, (6,), generator=torch.Generator().manual_seed(0))
+    assert len(set(begins.tolist())) > 3
+    for row, begin in zip(ranks, begins.tolist(), strict=True):
+        assert torch.equal(row.argsort(), sequence.roll(begin))
 
 
 # ---- next token ----
