@@ -19,17 +19,18 @@ QUANTIZATIONS = ("int8", "int4", "nf4")
 # Upper ends: beyond them nothing is meant, and memory or time would have none.
 MOST_STEPS, TOKENS, IDS, PIXELS = 10**12, 2**16, 2**23, 2**13
 STEPS, ROWS, WEIGHT = {"low": 1, "high": MOST_STEPS}, {"low": 1, "high": TOKENS}, {"low": 0, "high": 10**6}
-# Scripts that read the same YAML files: in a file, each skips the keys that only the others know.
+# Scripts that read the same YAML files: in a file, each skips the keys that only the others know. Of a key that several
+# know with different defaults, the last one's counts where a script refers to a key of theirs.
 SHOWO_SCHEMAS = (
+    "training.alignment_settings:ReconstructionConfig",
+    "training.alignment_settings:PreferenceConfig",
+    "training.alignment_settings:PolicyConfig",
+    "training.alignment_settings:DistillationConfig",
     "common.schema:TrainingConfig",
     "common.schema:InferenceConfig",
     "common.schema:MixedInferenceConfig",
     "common.schema:AppConfig",
     "evaluation.schema:EvaluationConfig",
-    "training.alignment_settings:ReconstructionConfig",
-    "training.alignment_settings:PreferenceConfig",
-    "training.alignment_settings:PolicyConfig",
-    "training.alignment_settings:DistillationConfig",
 )
 
 # ---- what several scripts read ----

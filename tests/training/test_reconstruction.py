@@ -102,6 +102,18 @@ def test_clip_features_of_the_same_pixels_are_the_condition(world):
     assert model.mm_projector[0].weight.grad.abs().sum() > 0, "the projector learns from it"
 
 
+@pytest.mark.parametrize("condition", ["small", "blurred", "clip"])
+def test_the_longest_row_is_known_and_must_fit_into_a_packed_one(world, condition):
+    changes = clip(world) if condition == "clip" else {"reconstruction.condition": condition}
+    task, _ = prepared(world, **changes | {"dataset.packing": True})
+    task.questions = [max(task.questions, key=len)]
+    assert task.make_batch({"reconstruction": items(CAPTIONS[:1])}).input_ids.shape[1] == task.longest_row
+    few = max(task.longest_row - 1, task.builder.row_length)
+    if few < task.longest_row:
+        with pytest.raises(UserError, match=f"packing_length is {few}, but a sample may have {task.longest_row}"):
+            prepared(world, **changes | {"dataset.packing": True, "dataset.packing_length": few})
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [

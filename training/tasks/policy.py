@@ -109,16 +109,12 @@ class PolicyTask(ShowoTask):
         Returns:
             the batch, and (S,) the log-probabilities of the targets when they were sampled.
         """
-        offset, mask_id, images = (
-            self.builder.noise.image_offset,
-            self.builder.noise.mask_token_id,
-            images.to(self.device),
-        )
+        noise, images = self.builder.noise, images.to(self.device)
         ids, targets, old = [], [], []
         for step in (trajectory.steps[number] for number in steps):
-            known = torch.where(step.unknown, mask_id, step.codes + offset)
+            known = torch.where(step.unknown, noise.mask_token_id, step.codes + noise.image_offset)
             ids.append(known[images])
-            targets.append(torch.where(step.kept, step.sampled + offset, IGNORE_ID)[images])
+            targets.append(torch.where(step.kept, step.sampled + noise.image_offset, IGNORE_ID)[images])
             old.append(step.log_probs[images][step.kept[images]])
         rows = self.builder.prompting((texts * len(steps), torch.cat(ids).cpu()), "t2i_gen")
         labels = torch.full_like(rows.input_ids, IGNORE_ID)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from common.errors import UserError
 from llava import QuestionFormat
-from models import OmniMask
+from models import OmniMask, Showo
 from models.images import to_pil
 from models.prompting import Rows
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
@@ -25,6 +25,7 @@ from training.batches import FLOWS, BatchBuilder, FlowKind
 from training.data.flows import ImageReader, Reading
 from training.data.image_text import CAPTION_INSTRUCTIONS, PixelTransform, image_sample
 from training.data.streams import Transform, stack
+from training.packing import packing_length
 from training.tasks.showo import ShowoTask
 
 # B images of N codes, F positions of a condition, L row length
@@ -72,6 +73,19 @@ class ReconstructionTask(ShowoTask):
         except ValueError as error:
             raise UserError(f"conversation=chat: {error}") from None
         self.questions = [self.prompting.text_ids(form.prompt(text)) for text in CAPTION_INSTRUCTIONS]
+
+    def prepare(self, model: Showo) -> None:
+        super().prepare(model)
+        if (ordinary := self.builder.packing_length) is not None:
+            self.builder.packing_length = max(ordinary, packing_length(self.config.dataset, self.longest_row))
+
+    @property
+    def longest_row(self) -> int:
+        """Positions of this flow's longest row."""
+        num_codes, settings = self.config.model.showo.num_vq_tokens, self.config.reconstruction
+        seen = {"small": num_codes // settings.factor**2, "blurred": num_codes}
+        condition = self.understanding.num_features if settings.condition == "clip" else seen[settings.condition]
+        return condition + max(map(len, self.questions)) + num_codes + 6  # with the special tokens
 
     def rows(self, samples: list[dict], builder: BatchBuilder) -> tuple[Rows, dict]:
         """The rows of images, padded on the right; labels are at masked codes only."""
