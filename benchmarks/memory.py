@@ -1,6 +1,7 @@
 """GPU memory of the published stages, by calculation: each term, and the GPUs on which the sum fits.
 
     python3 benchmarks/memory.py
+    python3 benchmarks/memory.py --finetuning    # of the 1.3 B model on one GPU, and rows that fit cards of three sizes
     python3 benchmarks/memory.py --check    # against the measured peak of `benchmarks/training.py --size 100m`
 
 Parameters are counted from the real classes without weights; the rest is a sum of tensors that must be alive at the
@@ -9,7 +10,8 @@ libraries keep: leave 10 %.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, from whatever folder this is run
@@ -77,6 +79,7 @@ def terms(
     length: int,
     supervised: list[float],
     *,
+    count: int | None = None,
     trained: int | None = None,
     frozen: float = 0,
 ) -> Terms:
@@ -85,10 +88,10 @@ def terms(
     Args:
         rows, length: of the batch, all tasks together.
         supervised: positions of each task that its loss looks at.
-        trained: parameters that are trained; default: all.
+        count, trained: parameters of the model, and those that are trained; default: all.
         frozen: parameters of other models on the GPU.
     """
-    llm, count = model.backbone_config(), parameters(Showo, model)
+    llm, count = model.backbone_config(), count or parameters(Showo, model)
     trained = count if trained is None else trained
     head = model.vocab_size * llm.hidden_size
     layer = (count - 2 * head) / llm.num_hidden_layers
@@ -126,6 +129,74 @@ def terms_of(config) -> Terms:
     drawn = batch.batch_size_t2i * (MEAN_MASK * showo.num_vq_tokens + 2)
     supervised = [drawn, batch.batch_size_lm * length, batch.batch_size_mmu * text]
     return terms(model, rows, length, supervised, trained=trained, frozen=frozen)
+
+
+# ---- fine-tuning on one GPU ----
+
+CARDS, SPARE = (24, 48, 80), 0.9  # GB, and the share of it that the calculation may fill
+TUNING = {  # way: bytes of a linear layer's weight, of another one's, of a moment; rank of the adapter, 0: all weights
+    "all, adamw": (4, 4, 4, 0),
+    "all, adamw8bit": (4, 4, 1 + 4 / 256, 0),  # a scale for each 256
+    "lora, base fp32": (4, 4, 4, 16),
+    "lora, base bf16": (2, 2, 4, 16),
+    "lora, base nf4": (0.5 + 1 / 64 + 4 / (64 * 256), 2, 4, 16),  # a scale for each 64, and one for 256 of those
+}
+
+
+def tuning_terms(way: str, image_tokens: int, rows: int) -> Terms:
+    """The terms of a step of half t2i, half mmu, each row with 128 text tokens; with gradient checkpointing."""
+    linear, other, moment, rank = TUNING[way]
+    model, length = ShowoConfig(num_vq_tokens=image_tokens), 128 + image_tokens + 3
+    llm = model.backbone_config()
+    supervised = [rows / 2 * (MEAN_MASK * image_tokens + 2), rows / 2 * 128]
+    count, shapes, tokenizer = tuned_sizes()
+    found = terms(model, rows, length, supervised, count=count, frozen=tokenizer)
+    in_layers = sum(a * b for a, b in shapes)
+    trained = rank * sum(a + b for a, b in shapes) if rank else count
+    weights = linear * in_layers + other * (count - in_layers) + (4 * trained if rank else 0)
+    copies = 2 * (
+        trained if other == 2 else count - model.vocab_size * llm.hidden_size
+    )  # of fp32 weights, for autocast
+    if rank:  # inputs of two layers that come in bf16 are kept in fp32 for the adapter
+        found.one_layer += 4 * rows * length * (llm.hidden_size + llm.intermediate_size)
+        found.head_gradient = 0.0
+    parts = {"weights": weights, "gradients": 4 * trained, "moments": 2 * moment * trained, "buffers": copies}
+    return replace(found, roots={way: 0.0}, **{name: {way: value} for name, value in parts.items()})  # fused: no roots
+
+
+@cache
+def tuned_sizes() -> tuple[int, list[tuple[int, int]], int]:
+    """Parameters of the model, rows and columns of its decoder's linear layers, parameters of the image tokenizer."""
+    config = ShowoConfig()
+    with torch.device("meta"):
+        model = Showo(config)
+    names = (*config.backbone.attention, *config.backbone.mlp)
+    shapes = [tuple(one.weight.shape) for name, one in model.named_modules() if name.rpartition(".")[2] in names]
+    return sum(p.numel() for p in model.parameters()), shapes, parameters(MAGVITv2, MAGVITv2Config())
+
+
+def most_rows(way: str, image_tokens: int, card: float) -> int:
+    """The largest batch whose peak fits a card; 0 if none does."""
+    one, two = (tuning_terms(way, image_tokens, rows).peak(way) for rows in (1000, 2000))  # a line from there on
+    slope = (two - one) / 1000
+    rows = int((SPARE * card * 1e9 - one) / slope) + 1000
+    while rows > 0 and tuning_terms(way, image_tokens, rows).peak(way) > SPARE * card * 1e9:
+        rows -= 1
+    return max(rows, 0)
+
+
+def tuning_table() -> str:
+    lines = [
+        "| `training.trainable`, form | weights, gradients, moments | "
+        + " | ".join(f"rows on {card} GB: 256², 512²" for card in CARDS)
+        + " |",
+        "|---|---|" + "---|" * len(CARDS),
+    ]
+    for way in TUNING:
+        states = tuning_terms(way, 256, 1).states[way] / 1e9
+        fits = (", ".join(str(most_rows(way, tokens, card) or "—") for tokens in (256, 1024)) for card in CARDS)
+        lines.append(f"| {way} | {states:.1f} GB | {' | '.join(fits)} |")
+    return "\n".join(lines)
 
 
 def stages() -> list[Path]:
@@ -169,4 +240,4 @@ def check(rows: int = 12) -> str:
 
 
 if __name__ == "__main__":
-    print(check() if "--check" in sys.argv[1:] else table())
+    print(check() if "--check" in sys.argv[1:] else tuning_table() if "--finetuning" in sys.argv[1:] else table())

@@ -69,11 +69,12 @@ class Reader:
     Args:
         size: pixels per side: 64, 96 or 128.
         batch: images that are read together.
+        icons: that can be seen.
     """
 
-    def __init__(self, size: int, batch: int = 16):
+    def __init__(self, size: int, batch: int = 16, icons: Sequence[str] = ICONS):
         self.cells, self.batch = size // CELL, batch
-        self.levels = [_Level(name, self.cells) for name in SIZES]
+        self.levels = [_Level(name, self.cells, icons) for name in SIZES]
 
     @torch.inference_mode()
     def read(self, images: np.ndarray) -> list[Scene]:
@@ -158,7 +159,7 @@ class Reader:
         if thing:
             level = self.levels[SIZES.index(thing.size)]
             y, x = CELL * thing.y, CELL * thing.x
-            energy = level.energy[ICONS.index(thing.icon)] * colours[tuple(COLOURS).index(thing.colour)]
+            energy = level.energy[level.icons.index(thing.icon)] * colours[tuple(COLOURS).index(thing.colour)]
             return bool(left[y : y + level.side, x : x + level.side].sum() < SETTLED * energy)
         cells = left.reshape(self.cells, CELL, self.cells, CELL).sum((1, 3))
         small = self.levels[0]
@@ -289,10 +290,10 @@ class _State:
 class _Level:
     """All icons in one size, as templates."""
 
-    def __init__(self, size: str, cells: int):
-        self.size, self.cells_along = size, side_of(size, cells)
+    def __init__(self, size: str, cells: int, icons: Sequence[str]):
+        self.size, self.icons, self.cells_along = size, tuple(icons), side_of(size, cells)
         self.side, self.span = CELL * self.cells_along, cells - self.cells_along + 1
-        shapes = np.stack([sprite(icon, size, cells) for icon in ICONS]).reshape(len(ICONS), -1)
+        shapes = np.stack([sprite(icon, size, cells) for icon in self.icons]).reshape(len(self.icons), -1)
         self.shapes = torch.from_numpy(shapes.astype(np.float32) / 255).T.contiguous()  # (side², icons)
         self.squares = self.shapes.square()
         self.energy = self.squares.sum(0)  # (icons,)
@@ -338,9 +339,9 @@ class _Level:
 
     def thing(self, state: _State, image: int, place: int) -> Thing:
         """The best thing at a place."""
-        colour, icon = divmod(int(state.kinds[image, place]), len(ICONS))
+        colour, icon = divmod(int(state.kinds[image, place]), len(self.icons))
         y, x = divmod(place, self.span)
-        return Thing(ICONS[icon], tuple(COLOURS)[colour], self.size, x, y)
+        return Thing(self.icons[icon], tuple(COLOURS)[colour], self.size, x, y)
 
     def score(
         self, state: _State, maps: torch.Tensor, directions: torch.Tensor, images: torch.Tensor, places: torch.Tensor
@@ -374,7 +375,7 @@ class _Level:
     ) -> None:
         gains, icons = rated.max(1)
         state.gains[images, places] = gains
-        state.kinds[images, places] = colours.gather(1, icons[:, None])[:, 0] * len(ICONS) + icons
+        state.kinds[images, places] = colours.gather(1, icons[:, None])[:, 0] * len(self.icons) + icons
 
 
 def _rate(inner: torch.Tensor, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from functools import cache
 
 import numpy as np
 
-from examples.scenes.icons import ICONS_FILE, rasterize
+from examples.scenes.icons import ICONS_FILE, rasterize, tight_box
 
 CELL = 8  # pixels: the image tokenizer has one code for each cell
 SIDES = {64: (3, 5), 96: (3, 5), 128: (4, 7)}  # pixels of an image → cells of a small and of a large thing
@@ -327,6 +327,18 @@ def is_possible(scene: Scene) -> bool:
 
 
 # ---- drawing ----
+
+
+def add_icon(name: str, body: str) -> None:
+    """Makes a shape drawable that is not among `ICONS`, so no scene is sampled with it.
+
+    Args:
+        body: its SVG elements on a canvas of 24 x 24, in one colour.
+    """
+    if name in _ICON:
+        return
+    _ICON[name] = len(_LIBRARY["icons"])
+    _LIBRARY["icons"].append({"name": name, "box": tight_box(body), "body": body})
 
 
 @cache

@@ -41,6 +41,17 @@ def test_more_supervised_positions_cost_their_hidden_states_only():
     assert few.peak("1 GPU") > few.states["1 GPU"]
 
 
+def test_an_adapter_has_hardly_any_states_and_a_batch_that_fits_is_the_largest():
+    states = {way: memory.tuning_terms(way, 256, 1).states[way] for way in memory.TUNING}
+    assert states["all, adamw"] == 16 * 1_448_176_770
+    adapter = 16 * 24 * (4 * 2 * 2048 + 2 * (2048 + 8192))  # of rank 16 on six layers
+    assert states["lora, base bf16"] == 2 * 1_448_176_770 + 16 * adapter
+    assert sorted(states, key=states.get, reverse=True) == list(memory.TUNING)
+    rows = memory.most_rows("lora, base bf16", 256, 24)
+    peaks = [memory.tuning_terms("lora, base bf16", 256, n).peak("lora, base bf16") for n in (rows, rows + 1)]
+    assert peaks[0] <= 0.9 * 24e9 < peaks[1] and memory.most_rows("all, adamw", 256, 24) == 0
+
+
 @pytest.mark.slow
 def test_the_calculation_is_near_a_measured_peak():
     line = memory.check(rows=6)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import inference_mmu
 import inference_t2i
+from examples.scenes import new_icon
 from models import Showo, ShowoConfig
 from models.backbones import read_llm_config
 from tests.contract.test_configs import ALIGNMENT, DEMOS, FILES, STAGES
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 MIXED = ["showo_mixed", "showo_tiny_mixed"]
 OTHER_TASKS = [*ALIGNMENT.values(), *(f"showo_tiny_{task}" for task in ALIGNMENT)]
-SMALL = [name for name in FILES if "tiny" in name and not name.endswith(("magvitv2", "demo", "mixed"))]
+SMALL = [name for name in FILES if "tiny" in name and not name.endswith(("magvitv2", "demo", "mixed", "lora"))]
 SMALL = [name for name in SMALL if name not in OTHER_TASKS]
 SIDES = {96: 32, 256: 32, 512: 48}  # the resolution of a file → that of its test, with 8 pixels a token
 FAMILIES = {"llama3": "llama", "qwen2_5": "qwen2"}
@@ -224,6 +225,25 @@ def test_a_task_of_a_trained_model_takes_two_steps(name, world, tmp_path):
     first, last = weights(out / "checkpoint-1" / "unwrapped_model"), weights(out)
     assert {key for key, tensor in first.items() if not torch.equal(tensor, last[key])} == set(last)
     assert bool(held_out) == any(key.startswith("eval") for line in tiny.metrics_of(out) for key in line)
+
+
+def test_an_adapter_takes_two_steps_and_generates(world, tmp_path):
+    name, start = "showo_tiny_lora", ROOT / "checkpoints/showo-tiny/showo"
+    new_icon.main([f"output_dir={tmp_path / 'ladder'}", "images=6", "prompts=4", "size=64"])
+    given = {"experiment.output_dir": tmp_path / "out", "experiment.init_from": start, "experiment.log_every": 1}
+    given |= {"training.max_train_steps": 2, "lr_scheduler.params.warmup_steps": 0, "training.batch_size_t2i": 2}
+    given |= {
+        f"dataset.params.train_{flow}_shards_path_or_url": tmp_path / "ladder/train-000000.tar"
+        for flow in ("t2i", "mmu")
+    }
+    run(name, given | {"validation_prompts_file": tmp_path / "ladder/prompts.txt", "training.batch_size_mmu": 2})
+    assert [line["step"] for line in tiny.steps_of(tmp_path / "out")] == [1, 2]
+    size = sum(file.stat().st_size for file in (tmp_path / "out").glob("adapter*"))
+    assert size < 5e6 and not (tmp_path / "out/model.safetensors").exists()
+    given = {"model.showo.pretrained_model_path": start, "adapter": tmp_path / "out", "mode": "t2i"}
+    given |= {"validation_prompts_file": tmp_path / "ladder/prompts.txt", "output_dir": tmp_path / "images"}
+    inference_t2i.main(arguments(name, given | {"batch_size": 4, "generation_timesteps": 2}))
+    new_icon.main([f"output_dir={tmp_path / 'ladder'}", "size=64", f"score={tmp_path / 'images'}"])
 
 
 @pytest.mark.parametrize("llm", FAMILIES)
