@@ -7,7 +7,7 @@ The model of the configuration, of 64, 96 or 128 pixels, generates an image for 
 world, seen combinations and held-out ones. One is right if the scene that the reader reads in it is what the caption
 says. A cell of the table: images that are right, and seconds of an image in a batch. The last column: seconds of one
 256-token image in 8 steps by a randomly initialised model (8 layers x 512, full vocabulary, guidance 5). Prints the
-table, then one JSON line, which has more: seen and held-out combinations apart, half the 95 % interval, and `differ`,
+table, then one JSON line, which has more: seen and held-out combinations apart, the 95 % interval, and `differ`,
 the share of tokens that are not the published ones with the same seed and steps.
 """
 
@@ -122,13 +122,16 @@ class SceneWorld:
         return (time.perf_counter() - started) / len(self.said), torch.cat(codes)
 
     def right(self, codes: torch.Tensor) -> dict[str, float]:
-        """Share of images that are what their captions say, in all and by place, and half the interval."""
+        """Share of images that are what their captions say, in all, with Wilson's 95 % interval, and by place."""
         images = [np.array(image) for some in codes.split(BATCH) for image in self.pipeline.decode(some)]
         scenes = self.reader.read(np.stack(images))
         hits = np.array([holds(said["claims"], scene) for said, scene in zip(self.said, scenes, strict=True)])
-        places, right = np.array(self.places), float(hits.mean())
+        places, right, count = np.array(self.places), float(hits.mean()), len(hits)
+        z = 1.96
+        half = z * (right * (1 - right) / count + (z / (2 * count)) ** 2) ** 0.5
+        low, high = ((right + z**2 / (2 * count) + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
         found = {place: float(hits[places == place].mean()) for place in PLACES}
-        return {"right": right, "half_interval": 1.96 * (right * (1 - right) / len(hits)) ** 0.5} | found
+        return {"right": right, "low": low, "high": high} | found
 
 
 def time_random_model(ways: dict[str, dict], config) -> dict[str, float]:
