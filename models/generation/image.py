@@ -164,10 +164,10 @@ def denoise(
             remasked=remasked,
             multinomial_at=model.multinomial_at,
         )
-        drawn_with = torch.where(unknown, probability, drawn_with)
         if trajectory is not None:
             left = remaining & (step + 1 < timesteps)  # the last step keeps all that it samples
             trajectory.record(codes, sampled, left, logits, positions, temperature, mask_id)
+        drawn_with = torch.where(unknown, probability, drawn_with)
         codes = torch.where(remaining, mask_id, sampled)
         if callback is not None:
             callback(step, sampled)

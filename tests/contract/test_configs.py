@@ -155,8 +155,8 @@ ALIGNMENT = {  # each with a file of the published size and one of the small def
 
 def test_the_files_are_these_and_the_readme_has_a_row_for_each():
     others = {"showo_mixed", "showo_tiny_mixed", "showo_tiny_train", "showo_tiny_demo", "showo_tiny_magvitv2"}
-    others |= {"showo_tiny_lora"}
     others |= {*ALIGNMENT.values(), *(f"showo_tiny_{task}" for task in ALIGNMENT)}
+    others |= {"showo_tiny_lora"}
     assert set(FILES) == {*DEMOS, *STAGES, *OTHER_LLMS, *SMALL, *others} and len(DEMOS) + len(STAGES) == 15
     rows = dict(re.findall(r"^\| \[`(\w+)`\](.*)$", README, re.MULTILINE))
     assert set(rows) == set(FILES)

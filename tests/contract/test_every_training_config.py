@@ -193,25 +193,6 @@ def test_a_stage_takes_two_steps(name, world, tmp_path):
     assert (name in MIXED) == ("step_loss_mixed_text" in tiny.steps_of(out)[-1])
 
 
-def test_an_adapter_takes_two_steps_and_generates(world, tmp_path):
-    name, start = "showo_tiny_lora", ROOT / "checkpoints/showo-tiny/showo"
-    new_icon.main([f"output_dir={tmp_path / 'ladder'}", "images=6", "prompts=4", "size=64"])
-    given = {"experiment.output_dir": tmp_path / "out", "experiment.init_from": start, "experiment.log_every": 1}
-    given |= {"training.max_train_steps": 2, "lr_scheduler.params.warmup_steps": 0, "training.batch_size_t2i": 2}
-    given |= {
-        f"dataset.params.train_{flow}_shards_path_or_url": tmp_path / "ladder/train-000000.tar"
-        for flow in ("t2i", "mmu")
-    }
-    run(name, given | {"validation_prompts_file": tmp_path / "ladder/prompts.txt", "training.batch_size_mmu": 2})
-    assert [line["step"] for line in tiny.steps_of(tmp_path / "out")] == [1, 2]
-    size = sum(file.stat().st_size for file in (tmp_path / "out").glob("adapter*"))
-    assert size < 5e6 and not (tmp_path / "out/model.safetensors").exists()
-    given = {"model.showo.pretrained_model_path": start, "adapter": tmp_path / "out", "mode": "t2i"}
-    given |= {"validation_prompts_file": tmp_path / "ladder/prompts.txt", "output_dir": tmp_path / "images"}
-    inference_t2i.main(arguments(name, given | {"batch_size": 4, "generation_timesteps": 2}))
-    new_icon.main([f"output_dir={tmp_path / 'ladder'}", "size=64", f"score={tmp_path / 'images'}"])
-
-
 @pytest.mark.parametrize("name", OTHER_TASKS)
 def test_a_task_of_a_trained_model_takes_two_steps(name, world, tmp_path):
     """At the sizes of its file, but for those of models, batches and samples."""
@@ -244,6 +225,25 @@ def test_a_task_of_a_trained_model_takes_two_steps(name, world, tmp_path):
     first, last = weights(out / "checkpoint-1" / "unwrapped_model"), weights(out)
     assert {key for key, tensor in first.items() if not torch.equal(tensor, last[key])} == set(last)
     assert bool(held_out) == any(key.startswith("eval") for line in tiny.metrics_of(out) for key in line)
+
+
+def test_an_adapter_takes_two_steps_and_generates(world, tmp_path):
+    name, start = "showo_tiny_lora", ROOT / "checkpoints/showo-tiny/showo"
+    new_icon.main([f"output_dir={tmp_path / 'ladder'}", "images=6", "prompts=4", "size=64"])
+    given = {"experiment.output_dir": tmp_path / "out", "experiment.init_from": start, "experiment.log_every": 1}
+    given |= {"training.max_train_steps": 2, "lr_scheduler.params.warmup_steps": 0, "training.batch_size_t2i": 2}
+    given |= {
+        f"dataset.params.train_{flow}_shards_path_or_url": tmp_path / "ladder/train-000000.tar"
+        for flow in ("t2i", "mmu")
+    }
+    run(name, given | {"validation_prompts_file": tmp_path / "ladder/prompts.txt", "training.batch_size_mmu": 2})
+    assert [line["step"] for line in tiny.steps_of(tmp_path / "out")] == [1, 2]
+    size = sum(file.stat().st_size for file in (tmp_path / "out").glob("adapter*"))
+    assert size < 5e6 and not (tmp_path / "out/model.safetensors").exists()
+    given = {"model.showo.pretrained_model_path": start, "adapter": tmp_path / "out", "mode": "t2i"}
+    given |= {"validation_prompts_file": tmp_path / "ladder/prompts.txt", "output_dir": tmp_path / "images"}
+    inference_t2i.main(arguments(name, given | {"batch_size": 4, "generation_timesteps": 2}))
+    new_icon.main([f"output_dir={tmp_path / 'ladder'}", "size=64", f"score={tmp_path / 'images'}"])
 
 
 @pytest.mark.parametrize("llm", FAMILIES)

@@ -67,6 +67,18 @@ def test_a_continued_run_equals_an_uninterrupted_one_to_the_last_bit(world, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["preference", "policy", "distillation"])
+def test_an_adapter_learns_from_the_model_under_it(world, tmp_path, name):
+    make, changes = RUNS[name]
+    lora = {"training.trainable": "lora", "lora.rank": 2, "training.ema_decay": None, "training.max_train_steps": 2}
+    trainer = run(world, tmp_path, make(world, **changes | lora | {"experiment.save_every": 2}))
+    assert (trainer.task.teacher if name == "distillation" else trainer.task.reference).copy is None
+    assert len(steps_of(tmp_path)) == 2
+    learned = [parameter for name, parameter in trainer.model.named_parameters() if "lora_B" in name]
+    assert learned and all(parameter.abs().sum() > 0 for parameter in learned)
+
+
+@pytest.mark.slow
 def test_a_reward_that_fails_on_the_way_ends_the_run_and_loses_nothing(world, tmp_path, monkeypatch):
     settings = policy(world) | {"experiment.save_every": 2, "training.max_train_steps": 4}
     run(world, tmp_path / "whole", settings)

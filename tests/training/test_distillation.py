@@ -87,7 +87,7 @@ def test_segments_become_fewer_in_the_course_of_the_run(world):
 def test_it_learns_to_be_the_teacher(world):
     """One batch by heart: the loss of the teacher's codes falls, and the teacher does not change."""
     task, model, samples = prepared(world)
-    batch, before = task.make_batch(samples), {k: v.clone() for k, v in task.teacher.state_dict().items()}
+    batch, before = task.make_batch(samples), {k: v.clone() for k, v in task.teacher.copy.state_dict().items()}
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
     for _ in range(15):
         losses.append(task.outcome(model, batch).loss)
@@ -95,7 +95,7 @@ def test_it_learns_to_be_the_teacher(world):
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.7 * losses[0]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in task.teacher.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.teacher.copy.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_its_loss_is_that_of_the_logits_of_both_models(world, packing):
         targets = torch.cat([batch.labels[:4], torch.nn.functional.pad(batch.labels[4:, 1:], (0, 1), value=-100)])
         return torch.where(targets != -100, log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0], 0).sum(1)
 
-    gains = sums(model) - sums(task.reference)
+    gains = sums(model) - sums(task.reference.copy)
     margins = [0.2 * (gain[:2] - gain[2:]) for gain in gains.split(4)]
     expected = [-torch.nn.functional.logsigmoid(margin).mean() for margin in margins]
     outcome = task.outcome(model, batch)
@@ -160,7 +160,28 @@ def test_at_the_beginning_the_model_is_its_reference(world):
     task, model, samples = prepared(world)
     outcome = task.outcome(model, task.make_batch(samples))
     assert [loss.item() for loss in outcome.losses.values()] == pytest.approx([math.log(2)] * 2, rel=1e-5)
-    assert not any(parameter.requires_grad for parameter in task.reference.parameters())
+    assert not any(parameter.requires_grad for parameter in task.reference.copy.parameters())
+
+
+def test_under_an_adapter_the_reference_is_the_model_itself_without_it(world):
+    lora = {"training.trainable": "lora", "lora.rank": 2}
+    task, model, samples = prepared(world, **lora)
+    assert task.reference.copy is None
+    plain, _, _ = prepared(world)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    torch.manual_seed(0)
+    batch = task.make_batch(samples)
+    torch.manual_seed(0)
+    expected = plain.make_batch(samples)
+    found, wanted = (one.objective.function.keywords["reference"] for one in (batch, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+    outcome = task.outcome(model, batch)
+    assert abs(outcome.loss.item() - 2 * math.log(2)) > 1e-3, "the adapter is on again"
+    outcome.loss.backward()
+    with_gradients = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradients and all("lora_" in name for name in with_gradients)
 
 
 def test_answers_about_clip_features(world):

@@ -14,7 +14,7 @@ from training.alignment_settings import DistillationConfig
 from training.batches import FlowKind, OmniBatch
 from training.data.prompts import PromptReader
 from training.metrics import Sums
-from training.reference import load_reference
+from training.reference import Reference
 from training.samples import sample_codes
 from training.tasks.showo import ShowoTask
 
@@ -29,18 +29,19 @@ class DistillationTask(ShowoTask):
 
     def load(self) -> None:
         super().load()
-        self.teacher = load_reference(self.config, self.device)
+        self.teacher = Reference(self.config, self.device)
 
     def prepare(self, model: Showo) -> None:
         super().prepare(model)
-        self.builder.coefficients = {"distillation": 1.0}
+        self.model, self.builder.coefficients = model, {"distillation": 1.0}
 
     def sample(self, texts: list[str]) -> torch.Tensor:
         """(T + 1, B, N) int64: the teacher's codes before each step and after the last, with mask tokens."""
         settings, trajectory = self.config.distillation, Trajectory()
-        with self.precision():  # from torch's global random numbers, which a checkpoint holds
+        # from torch's global random numbers, which a checkpoint holds
+        with self.precision(), self.teacher(self.model) as teacher:
             sample_codes(
-                self.teacher,
+                teacher,
                 self.builder,
                 texts,
                 guidance_scale=settings.guidance_scale,

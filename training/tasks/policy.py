@@ -23,7 +23,7 @@ from training.batches import FlowKind, OmniBatch
 from training.data.prompts import PromptReader
 from training.loss import LogProbObjective, log_probs_of
 from training.metrics import Sums
-from training.reference import load_reference
+from training.reference import Reference
 from training.rewards import open_reward
 from training.samples import sample_codes
 from training.tasks import Outcome
@@ -45,7 +45,7 @@ class PolicyTask(ShowoTask):
 
     def load(self) -> None:
         super().load()
-        self.reference = load_reference(self.config, self.device) if self.config.policy.kl else None
+        self.reference = Reference(self.config, self.device) if self.config.policy.kl else None
 
     def prepare(self, model: Showo) -> None:
         super().prepare(model)
@@ -83,8 +83,8 @@ class PolicyTask(ShowoTask):
         batch, old = self.rows([texts[image] for image in chosen], trajectory, steps, chosen)
         reference = None
         if self.reference is not None:
-            with self.precision():
-                reference = log_probs_of(self.reference, batch.objective, codes_only=True, **batch.inputs())
+            with self.precision(), self.reference(self.model) as model:
+                reference = log_probs_of(model, batch.objective, codes_only=True, **batch.inputs())
         function = partial(
             policy_loss,
             old=old,

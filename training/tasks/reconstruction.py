@@ -65,9 +65,8 @@ class ReconstructionTask(ShowoTask):
         kind = FlowKind(ReconstructionReader, self.rows, lambda labels, _: (labels,), ("reconstruction",))
         self.flows = FLOWS | {"reconstruction": kind}
         super().__init__(config)
-        if config.reconstruction.condition == "clip":
+        if with_features := config.reconstruction.condition == "clip":
             self.understanding.has_rows = True  # the projector is trained, whether or not there are questions
-        with_features = config.reconstruction.condition == "clip"
         try:
             form = QuestionFormat.of(config.conversation, self.prompting.tokenizer, with_features)
         except ValueError as error:
@@ -92,13 +91,12 @@ class ReconstructionTask(ShowoTask):
         pixels, vocabulary = stack(samples, "image"), builder.prompting.vocabulary
         masked = builder.noise(builder.encode(pixels))
         condition, features = self.condition(pixels, builder)
-        starts = [vocabulary.mmu_id, vocabulary.soi_id], [vocabulary.eoi_id]
         chosen = torch.randint(len(self.questions), (len(samples),)).tolist()
         questions = [[*self.questions[number], builder.prompting.eos_id, vocabulary.soi_id] for number in chosen]
         ids, labels, blocks = [], [], []
         parts = zip(condition.tolist(), questions, masked.input_ids.tolist(), masked.labels.tolist(), strict=True)
         for seen, question, codes, targets in parts:
-            before = [*starts[0], *seen, *starts[1], *question]
+            before = [vocabulary.mmu_id, vocabulary.soi_id, *seen, vocabulary.eoi_id, *question]
             ids.append([*before, *codes, vocabulary.eoi_id])
             labels.append([IGNORE_ID] * len(before) + [*targets, IGNORE_ID])
             blocks.append([(1, len(seen) + 3), (len(before) - 1, len(ids[-1]))])

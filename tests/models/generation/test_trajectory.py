@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models import SamplingParameters
 from models.generation.trajectory import Trajectory
 from tests.models.generation.test_image import LONG, MASK, NUM_CODES, OFFSET, N, seeded, t2i_rows
 from tests.parity.goldens import prompting, tiny_showo
@@ -46,6 +47,17 @@ def test_it_replays_to_the_same_codes(model, scale, partly_known):
     assert (kept.sum(0) == (record.states()[0] == MASK)).all(), "each unknown position becomes known once"
     assert kept.any(2).all(), "in every step some do"
     assert torch.equal(record.states()[-1], codes) and torch.equal(record.states()[0], record.steps[0].codes)
+
+
+@pytest.mark.parametrize("sampling", [{"remask_rate": 0.5}, {"top_k": 3, "order": "halton"}, {"refresh_every": 2}])
+def test_other_ways_to_sample_replay_as_well(model, sampling):
+    """Also where known codes are masked again."""
+    codes, record, _ = sampled(model, sampling=SamplingParameters(**sampling))
+    assert torch.equal(record.replay(), codes)
+    again = [(~one.unknown & one.remaining).any() for one in record.steps]
+    assert any(again) == ("remask_rate" in sampling)
+    best = [step.log_probs[step.unknown].exp() for step in record.steps]
+    assert all((one > 0).all() for one in best), "nothing is sampled that was cut off"
 
 
 def test_a_forward_pass_over_a_state_gives_the_recorded_probabilities(model):
