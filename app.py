@@ -30,14 +30,14 @@ except ModuleNotFoundError as missing:
 import torch
 from PIL import Image
 
-from common.config import load_config
+from common.config import load_config, mask_schedule_of
 from common.errors import UserError, run_cli
 from common.files import visible_in
 from common.inputs import read_prompts, required_folder, split_pieces
 from common.launch import use_physical_cores
 from common.schema import AppConfig
 from models import SamplingParameters, ShowoPipeline
-from models.generation.sampling import ORDERS
+from models.generation.sampling import ORDERS, get_mask_schedule
 from models.images import MASK, ImageOptions, open_image
 from models.loading import DTYPES, choose_device
 from models.pipeline_inputs import DIRECTIONS, image_seed
@@ -81,6 +81,9 @@ class Models:
             return ShowoPipeline.from_config(self.config)
         keys = ("device", "dtype", "attn_implementation", "compile", "cpu_kernels", "adapter", "quantization")
         settings = {key: self.config[key] for key in keys} | {"image_options": ImageOptions(**self.config.image)}
+        name_of_schedule, parameters = mask_schedule_of(self.config)
+        if name_of_schedule != "cosine":  # else that of the model
+            settings["noise_schedule"] = get_mask_schedule(name_of_schedule, **parameters)
         pipeline = ShowoPipeline.from_pretrained(name, **settings)
         if pipeline.device.type == "cpu":
             use_physical_cores()

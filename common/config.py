@@ -100,11 +100,12 @@ def load_config(argv: list[str], schema: type) -> DictConfig:
         other = one.rule.repeats
         if other and (key in on_line) != (other in on_line):
             on_line |= dict.fromkeys((key, other), on_line.get(key, on_line.get(other)))
-    given = {}
-    for source in (in_file, on_line):
-        for key in source.keys() & own.keys():
-            given |= own[key].rule.presets.get(str(source[key]), {})
-        given |= source
+    for key, presets in ((key, one.rule.presets) for key, one in own.items() if one.rule.presets):
+        if key in on_line:  # in place of the file's
+            on_line = presets.get(str(on_line[key]), {}) | on_line
+        elif key in in_file:
+            in_file = presets.get(str(in_file[key]), {}) | in_file
+    given = in_file | on_line
     config = _structured(schema, given, problems)
     _resolve(config, schema, others, elsewhere, problems)
     _expand_home(config, own, problems)

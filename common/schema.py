@@ -268,9 +268,6 @@ class LoopSection(SeedSection):
         high=MOST_STEPS,
         free=True,
     )
-    share_code_bits: bool = setting(
-        False, "a code's row of the embeddings is trained as its own vector and one for each bit of the code"
-    )
     ema_decay: float | None = setting(
         None, "keep a moving average of the weights, which is saved and sampled from; null: none", low=0, below=1
     )
@@ -439,6 +436,9 @@ class MixedSection:
 @dataclass
 class TrainingSection(LoopSection, GenerationSection):
     noise_type: str = setting("mask", "noise on image tokens", choices=("mask", "random_replace"))
+    share_code_bits: bool = setting(
+        False, "a code's row of the embeddings is trained as its own vector and one for each bit of the code"
+    )
     predict_all_tokens: bool = setting(False, "t2i loss at all image tokens, not at masked ones only")
     eval_mask_ratios: list[float] | None = setting(
         None, "evaluate t2i at these too; null: as in training", low=0, high=1, free=True

@@ -220,8 +220,8 @@ def read_adapter_config(folder: Path) -> dict:
     defaults = LoraConfig().to_dict()
     if (kind := content.get("peft_type")) != "LORA":
         raise UserError(f"{where}: peft_type is {str(kind)[:40]!r}; only LORA adapters can be loaded")
-    for key in sorted(content.keys() & defaults.keys() - {"peft_type", *USED, *WITHOUT_EFFECT}):
-        if content[key] != defaults[key]:
+    for key in sorted(content.keys() - {"peft_type", *USED, *WITHOUT_EFFECT}):
+        if content[key] not in (defaults.get(key), None, False, {}, []):
             raise UserError(f"{where}: {key} is {str(content[key])[:60]!r}; only its default can be loaded")
     settings = {key: field(content, key, kind, where) for key, kind in USED.items() if key in content}
     targets, rank = settings.get("target_modules", []), settings.get("r", defaults["r"])

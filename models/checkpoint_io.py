@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from common.errors import UserError
 from common.files import REPOSITORY, check_file, expand, folder_aside, read_json
 from models.config_fields import check_memory
+from models.quantization import is_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +302,7 @@ class CheckpointMixin:
         """As transformers'; `UserError` where it would write weights that `from_pretrained` does not read."""
         if getattr(self, "peft_config", None) is not None:
             raise UserError("the model has an adapter; merge it first, or save it alone (models.adapters.save_adapter)")
-        if any(type(parameter) is not torch.nn.Parameter for parameter in self.parameters()):
+        if is_quantized(self):
             raise UserError("quantised weights are not saved; save the model before, and quantise it on loading")
         return super().save_pretrained(*args, **kwargs)
 

@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from common.errors import UserError, first_line
 
@@ -48,7 +49,8 @@ def quantize(model: nn.Module, kind: str, setting: str = "quantization") -> None
 
 
 def is_quantized(model: nn.Module) -> bool:
-    return any(type(parameter) is not nn.Parameter for parameter in model.parameters())
+    """Whether some weights are neither plain nor sharded by FSDP2."""
+    return any(type(p) is not nn.Parameter and not isinstance(p, DTensor) for p in model.parameters())
 
 
 def _check_sizes(model: nn.Module, kind: str, given: str, targets: set[str]) -> None:

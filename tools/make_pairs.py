@@ -14,6 +14,7 @@ line, and one that is as expected and one that is not are a pair.
 The pairs are the lines of `results.jsonl`; those of an earlier run stay.
 """
 
+import math
 import os
 import string
 import sys
@@ -30,7 +31,7 @@ if __name__ == "__main__":
 
 from common.config import load_config
 from common.errors import UserError, run_cli
-from common.files import field, json_lines
+from common.files import check_file, field, json_lines
 from common.inputs import required_path
 from common.progress import progress
 from common.results import ResultFolder
@@ -105,7 +106,10 @@ def pairs_of_scored(config, results: ResultFolder) -> Iterator[str]:
             raise record
         where = f"scorer={config.scorer}: line {number}"
         image = path.parent / field(record, "file", str, where)
-        one = float(field(record, "score", float, where)), image
+        score = float(field(record, "score", float, where))
+        if not math.isfinite(score):
+            raise UserError(f"{where}: field 'score' is {score}, expected a finite number")
+        one = score, check_file(image, f"{where}: image {image}")
         by_prompt.setdefault(field(record, "prompt", str, where), []).append(one)
     for prompt, scored in islice(by_prompt.items(), config.limit):
         scores = [score for score, _ in scored]
@@ -142,7 +146,12 @@ def is_answer(answer: str, expected: str) -> bool:
 def pairs_of_answers(config, pipeline, results: ResultFolder) -> Iterator[str]:
     """Samples answers and writes; yields what became of each question."""
     path, generator = required_path("questions", config.questions), pipeline.generator(config.seed)
-    settings = {"temperature": config.answer_temperature, "top_k": None, "max_new_tokens": config.max_new_tokens}
+    settings = {
+        "temperature": config.answer_temperature,
+        "top_k": None,
+        "top_p": config.top_p,
+        "max_new_tokens": config.max_new_tokens,
+    }
     for number, _, record in islice(json_lines(path, f"questions={config.questions}"), config.limit):
         if isinstance(record, UserError):
             raise record
@@ -166,6 +175,8 @@ def main(argv: list[str]) -> None:
     if bool(config.prompts) != bool(config.scorer) and not is_file:
         missing = "scorer" if config.prompts else "prompts"
         raise UserError(f"{missing} is not given; pairs of images need both, scorer and prompts")
+    if is_file and config.prompts:
+        raise UserError("prompts has no effect with a file of scores, which has its own; leave it out")
     if not config.scorer and not config.questions:
         raise UserError("nothing to make pairs of; give prompts and a scorer, or questions=FILE")
     results = ResultFolder(config.output_dir or Path(config.experiment.output_dir) / "pairs", config.overwrite)

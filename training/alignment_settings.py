@@ -3,6 +3,7 @@
 Apart from the tasks, so that --help and mistakes are told without torch.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from common.schema import (
     WEIGHT,
     DataParams,
     DatasetSection,
+    RunExperimentSection,
     TrainingConfig,
     TrainingSection,
 )
@@ -73,9 +75,22 @@ class ReconstructionConfig(TrainingConfig):
                 "reconstruction.condition is clip, but model.showo.w_clip_vit is false; give small or blurred, or "
                 "weights that were trained with CLIP-ViT"
             )
-        if condition != "clip" and side % factor:
+        tokens_per_side = math.isqrt(config.model.showo.num_vq_tokens)
+        if condition == "small" and tokens_per_side % factor:
+            found.append(
+                f"reconstruction.factor is {factor}; it must divide the {tokens_per_side} codes along a side "
+                "(model.showo.num_vq_tokens)"
+            )
+        elif condition != "clip" and side % factor:
             found.append(f"reconstruction.factor is {factor}; it must divide dataset.preprocessing.resolution ({side})")
         return found
+
+
+@dataclass
+class ReferenceExperiment(RunExperimentSection):
+    """Of tasks whose reference is the model that the run began with, so that it cannot change on the way."""
+
+    init_from: str | None = setting(None, "the model that the run begins with, which is its reference, too")
 
 
 # ---- preference pairs ----
@@ -114,6 +129,7 @@ class PreferenceConfig(TrainingConfig):
     """Settings of task=preference."""
 
     task: str = "preference"
+    experiment: ReferenceExperiment = field(default_factory=ReferenceExperiment)
     dataset: PairDataset = field(default_factory=PairDataset)
     training: PairTraining = field(default_factory=PairTraining)
     preference: PreferenceSection = field(default_factory=PreferenceSection)
@@ -171,6 +187,7 @@ class PolicyConfig(TrainingConfig):
     """Settings of task=policy."""
 
     task: str = "policy"
+    experiment: ReferenceExperiment = field(default_factory=ReferenceExperiment)
     dataset: PromptDataset = field(default_factory=PromptDataset)
     training: PromptTraining = field(default_factory=PromptTraining)
     policy: PolicySection = field(default_factory=PolicySection)
@@ -201,6 +218,7 @@ class DistillationConfig(TrainingConfig):
     """Settings of task=distillation."""
 
     task: str = "distillation"
+    experiment: ReferenceExperiment = field(default_factory=ReferenceExperiment)
     dataset: PromptDataset = field(default_factory=PromptDataset)
     training: PromptTraining = field(default_factory=PromptTraining)
     distillation: DistillationSection = field(default_factory=DistillationSection)
@@ -228,6 +246,8 @@ def steps_of_images(config: DictConfig, section: DictConfig) -> list[str]:
 
 
 def other_flows(config: DictConfig) -> list[str]:
-    """What is wrong where a task reads flows of its own alone, and others are on."""
+    """What is wrong where a task reads flows of its own alone, and others are on, or a setting of theirs is."""
+    if config.training.label_smoothing and config.task != "distillation":
+        return [f"training.label_smoothing has no effect on task={config.task}; leave it out"]
     on = [f"training.batch_size_{flow}" for flow in OWN_FLOWS if config.training[f"batch_size_{flow}"]]
     return [f"{', '.join(on)} is not 0, but task={config.task} reads its own data alone; give 0"] if on else []

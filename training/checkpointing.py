@@ -26,6 +26,7 @@ from common.files import read_json, write_bytes, write_json
 from common.settings import free_keys
 from common.tracking import read_lines
 from models.adapters import ADAPTER_FILES, check_base, has_adapter, save_adapter
+from models.adapters import CONFIG as ADAPTER_CONFIG
 from models.checkpoint_io import check_finite, check_state_dict, load_weights_file, quietly
 from training.data.streams import StreamState
 from training.optimization import decay_steps, trained
@@ -373,7 +374,7 @@ def save_final_model(accelerator: Accelerator, model, output_dir: Path, *, wrapp
         save_model(accelerator, model, temporary, wrapped=wrapped, average=average)
         if accelerator.is_main_process:
             _flush_all(temporary)
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name.endswith("config.json")):
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name in ("config.json", ADAPTER_CONFIG)):
                 file.replace(output_dir / file.name)
             _flush(output_dir)
             temporary.rmdir()

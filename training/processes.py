@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from omegaconf import OmegaConf
 from torch.distributed.checkpoint import metadata
 from torch.distributed.tensor import DTensor
 
@@ -83,7 +82,8 @@ def _refuse_sharded(config) -> None:
     """Raises `UserError` for settings that work on one process and with DDP only."""
     whole = {"training.trainable": "lora", "optimizer.name": "adamw8bit"}
     for key, value in whole.items():
-        if OmegaConf.select(config, key) == value:
+        section, name = key.split(".")
+        if config[section].get(name) == value:
             raise UserError(
                 f"{key}={value} does not work with DeepSpeed or FSDP2 here, whose shards it would not save; use one "
                 "process, or DDP (accelerate launch --multi_gpu)"

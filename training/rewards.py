@@ -7,6 +7,7 @@
 """
 
 import base64
+import http.client
 import io
 import json
 import math
@@ -16,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from inspect import signature
 from pkgutil import resolve_name
 
@@ -24,7 +26,8 @@ from PIL import Image
 from common.errors import UserError, first_line
 
 Reward = Callable[[Sequence[str], Sequence[Image.Image], Sequence[dict]], list[float]]
-PAUSE = 1.0  # seconds before the second attempt; it doubles from one to the next
+PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second attempt; it doubles from one to the next, up to a minute
+LATER = (408, 429)  # codes of HTTP that ask to come again
 MOST_BYTES = 2**26  # of an answer
 
 
@@ -64,13 +67,15 @@ def _numbers(what: str, scores, count: int) -> list[float]:
 def _function(what: str, name: str) -> Reward:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a module of the user's
+    takes_records = False
     try:
         function = resolve_name(name)
     except Exception as error:  # whatever the module does when it is imported
         raise UserError(f"{what} cannot be imported ({type(error).__name__}: {first_line(error)})") from None
     if ":" not in name or not callable(function):
         raise UserError(f"{what} is no function; give module:function, or an address that begins with http")
-    takes_records = "records" in signature(function).parameters
+    with suppress(ValueError):  # of some built-in functions
+        takes_records = "records" in signature(function).parameters
 
     def score(prompts, images, records):
         try:
@@ -96,23 +101,39 @@ class _Address:
         )
         for attempt in range(self.retries + 1):
             if attempt:
-                time.sleep(PAUSE * 2 ** (attempt - 1))
+                time.sleep(min(PAUSE * 2 ** min(attempt - 1, 10), LONGEST_PAUSE))
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    content = answer.read(MOST_BYTES)
-                return self._scores(content)
+                return self._scores(self._answer(request))
             except UserError:
                 raise
             except urllib.error.HTTPError as error:
-                said = error.read(200).decode(errors="replace").strip()
-                problem = f"answered {error.code} {error.reason}" + (f": {said}" if said else "")
-                if error.code < 500:  # another attempt would get the same answer
+                problem = f"answered {error.code} {error.reason}"
+                with suppress(OSError):
+                    said = error.read(200).decode(errors="replace").strip()
+                    problem += f": {said}" if said else ""
+                if error.code < 500 and error.code not in LATER:  # another attempt would get the same answer
                     break
-            except (OSError, ValueError) as error:  # no connection, no answer in time, or no address
+            except (
+                OSError,
+                ValueError,
+                http.client.HTTPException,
+            ) as error:  # no connection, no answer in time, or no address
                 reason = getattr(error, "reason", error)
                 problem = "did not answer in time" if isinstance(reason, TimeoutError) else f"is not reached ({reason})"
         attempts = f" in {attempt + 1} attempts" if attempt else ""
         raise UserError(f"{self.what} {problem}{attempts}; start it, or give another")
+
+    def _answer(self, request: urllib.request.Request) -> bytes:
+        """What is answered in time; the library's own limit is that of each piece that comes."""
+        ends, content = time.monotonic() + self.timeout, b""
+        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+            while part := answer.read1(2**16):
+                content += part
+                if time.monotonic() > ends or len(content) > MOST_BYTES:
+                    raise TimeoutError
+            if answer.length:
+                raise ConnectionError("the answer was cut off")
+        return content
 
     def _scores(self, answer: bytes):
         try:

@@ -3,9 +3,9 @@
     python3 examples/scenes/alignment.py start=outputs/showo-tiny/checkpoint-3000/unwrapped_model tasks=policy
 
 `start` is a checkpoint that still has something to learn. Reconstruction is compared with as many steps of plain
-training, the others with the start; the student of the distillation draws in 4 steps. Each seed is that of a training
-and of the scenes it is scored on. A training that was stopped goes on, and so does the scoring, when the command is
-given again. Prints a table, which is also written to `{output_dir}/alignment.md`.
+training, the others with the start; the student of the distillation generates in 4 steps without guidance. Each seed is
+that of a training and of the scenes it is scored on. A training that was stopped goes on, and so does the scoring, when
+the command is given again. Prints a table, which is also written to `{output_dir}/alignment.md`.
 """
 
 import statistics
@@ -31,6 +31,21 @@ PLAIN, START = "plain", "start"
 SCORED = ("scenes_drawing", "scenes_answers")
 FIGURE = "mean of kinds, held out"
 FEW, MANY = 4, 16  # steps of an image
+T_QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's distribution, by the number of seeds
+# Settings that plain training has as reconstruction has them.
+SAME = (
+    "training.max_train_steps",
+    "training.batch_size_mmu",
+    "training.mixed_precision",
+    "training.max_grad_norm",
+    "optimizer.params.learning_rate",
+    "optimizer.params.beta2",
+    "lr_scheduler.scheduler",
+    "lr_scheduler.params.warmup_steps",
+    "dataset.und_type",
+    "dataset.params.train_mmu_shards_path_or_url",
+    "dataset.params.train_mmu_image_root",
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,7 @@ class Comparison:
     second: str
     first_steps: int = MANY
     second_steps: int = MANY
+    guided: bool = True  # the first one; a student never is
 
 
 COMPARISONS = {
@@ -50,6 +66,7 @@ COMPARISONS = {
     "distillation": [
         Comparison(START, "distillation", MANY, FEW),
         Comparison(START, "distillation", FEW, FEW),
+        Comparison(START, "distillation", FEW, FEW, guided=False),
     ],
 }
 
@@ -90,25 +107,27 @@ class Alignment:
         for task in self.tasks:
             for one in COMPARISONS[task]:
                 found = [self.compared(one, seed) for seed in self.config.seeds]
-                names = f"{one.first}, {one.first_steps} steps → {one.second}, {one.second_steps} steps"
+                first = f"{one.first}, {one.first_steps} steps" + ("" if one.guided else " without guidance")
+                names = f"{first} → {one.second}, {one.second_steps} steps"
                 for figure in SCORED:
                     lines.append(f"| {task} | {names} | {figure} | {row([each[figure] for each in found])} |")
         return "\n".join(lines) + "\n"
 
     def compared(self, one: Comparison, seed: int) -> dict[str, dict]:
         """The differences that `evaluate.py compare=` finds, by task of the evaluation."""
-        first = self.scored(one.first, one.first_steps, seed)
-        second = self.scored(one.second, one.second_steps, seed)
+        first = self.scored(one.first, one.first_steps, seed, one.guided)
+        second = self.scored(one.second, one.second_steps, seed, one.second != "distillation")
         folder = self.folder / "compared" / f"{first.name}-{second.name}"
         run("evaluate.py", *self.scoring(seed), f"compare={first},{second}", f"output_dir={folder}")
         tasks = read_json(folder / "compare.json")["tasks"]
         return {name: tasks[name][FIGURE] for name in SCORED}
 
-    def scored(self, name: str, steps: int, seed: int) -> Path:
+    def scored(self, name: str, steps: int, seed: int, guided: bool) -> Path:
         """The folder with a model's scores."""
-        folder = self.folder / "scores" / f"{name}-{steps}-steps-seed-{seed}"
+        folder = self.folder / "scores" / f"{name}-{steps}-steps{'' if guided else '-unguided'}-seed-{seed}"
         model = self.start if name == START else self.trained(name, seed)
         settings = [f"model.showo.pretrained_model_path={model}", f"generation_timesteps={steps}"]
+        settings += [] if guided else ["guidance_scale=0"]
         run("evaluate.py", *self.scoring(seed), *settings, f"output_dir={folder}")
         return folder
 
@@ -120,10 +139,11 @@ class Alignment:
         """The folder of a task's model; a training that has ended takes no further step."""
         folder, settings = self.folder / "trained" / f"{name}-seed-{seed}", []
         config = f"configs/showo_tiny_{'train' if name == PLAIN else name}.yaml"
-        if name == PLAIN:  # as the task that it is compared with
+        if name == PLAIN:  # as the task that it is compared with, captions in the place of reconstructions
             task = OmegaConf.load(ROOT / "configs/showo_tiny_reconstruction.yaml")
-            keys = ("training.max_train_steps", "optimizer.params.learning_rate", "lr_scheduler.params.warmup_steps")
-            settings = [f"{key}={OmegaConf.select(task, key)}" for key in keys]
+            settings = [f"{key}={OmegaConf.select(task, key)}" for key in SAME]
+            settings += [f"training.batch_size_t2i={task.training.batch_size_reconstruction}", "training.t2i_coeff=1"]
+            settings += ["training.batch_size_lm=0", "training.ema_decay=null", "training.share_code_bits=false"]
         settings += [f"experiment.init_from={self.start}", f"training.seed={seed}", f"output_dir={folder}"]
         run("training/train.py", f"config={config}", *settings, *self.config.train)
         return folder
@@ -135,12 +155,12 @@ def row(differences: list[dict]) -> str:
     errors = [(one["difference"]["high"] - one["difference"]["low"]) / (2 * 1.96) for one in differences]
     mean, count = statistics.mean(values), len(values)
     # of the scenes and, with several seeds, of the trainings, whichever is larger
-    error = sum(error**2 for error in errors) ** 0.5 / count
+    spread = 1.96 * sum(error**2 for error in errors) ** 0.5 / count
     if count > 1:
-        error = max(error, statistics.stdev(values) / count**0.5)
+        spread = max(spread, T_QUANTILES.get(count, 1.96) * statistics.stdev(values) / count**0.5)
     before, after = (statistics.mean(one[key] for one in differences) for key in ("first", "second"))
     each = ", ".join(f"{value:+.1f}" for value in values)
-    return f"{before:.1f} | {after:.1f} | {mean:+.1f} [{mean - 1.96 * error:+.1f}, {mean + 1.96 * error:+.1f}] | {each}"
+    return f"{before:.1f} | {after:.1f} | {mean:+.1f} [{mean - spread:+.1f}, {mean + spread:+.1f}] | {each}"
 
 
 def run(script: str, *arguments: str) -> None:

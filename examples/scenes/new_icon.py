@@ -74,16 +74,16 @@ def scenes(config: NewIconConfig, split: str) -> Iterator[Scene]:
 
 def write(config: NewIconConfig) -> None:
     folder, rng = make_folder(config.output_dir), generator(NAME, "texts", config.seed)
-    learnt = [scene for scene, _ in zip(scenes(config, "train"), range(config.images), strict=False)]
+    learned = [scene for scene, _ in zip(scenes(config, "train"), range(config.images), strict=False)]
     samples = (
         {"__key__": f"{number:04d}", "png": png_of(render(scene)), "txt": caption(scene, rng).text.encode()}
-        for number, scene in enumerate(learnt)
+        for number, scene in enumerate(learned)
     )
     entry = write_shard(shard_path(folder / "train", 0), samples)
-    write_json(manifest_path(folder / "train"), {"shards": [entry], "samples": len(learnt), "skipped": {}})
+    write_json(manifest_path(folder / "train"), {"shards": [entry], "samples": len(learned), "skipped": {}})
     asked: dict[str, dict] = {}
     for scene in scenes(config, "prompts"):
-        if scene not in learnt:
+        if scene not in learned:
             said = caption(scene, rng)
             asked.setdefault(said.text, said.claims)
         if len(asked) == config.prompts:
@@ -91,7 +91,7 @@ def write(config: NewIconConfig) -> None:
     write_text(folder / "prompts.txt", "".join(f"{text}\n" for text in asked))
     lines = (json.dumps({"prompt": text, "claims": claims}) + "\n" for text, claims in asked.items())
     write_text(folder / "prompts.jsonl", "".join(lines))
-    print(f"{config.output_dir}: {len(learnt)} images of {NAME}s, {len(asked)} prompts")
+    print(f"{config.output_dir}: {len(learned)} images of {NAME}s, {len(asked)} prompts")
 
 
 def records(path: Path) -> Iterator[dict]:

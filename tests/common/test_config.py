@@ -77,6 +77,8 @@ def test_a_named_sampler_sets_keys_that_nearer_ones_prevail_over(load):
     assert found("", "sampler=halton") == found("sampler: halton") == ("halton_roll", 1.2, "arccos")
     assert found(section, "sampler=halton") == ("halton_roll", 1.2, "arccos")
     assert found(f"sampler: halton\n{section}") == ("margin", 1.2, "cosine")
+    assert found("sampler: halton", "sampler=published") == ("confidence", 1.0, None)
+    assert found(f"sampler: halton\n{section}", "sampler=ml_cache") == ("margin", 1.0, "cosine")
     assert found("sampler: halton", "sampling.order=halton") == ("halton", 1.2, "arccos")
 
 

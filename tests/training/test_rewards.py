@@ -5,7 +5,8 @@ import io
 import json
 import socket
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -116,6 +117,42 @@ def test_an_address_that_gives_no_scores(answers, part, requests):
         open_reward("policy.reward", address, 5, 2)(*GIVEN)
     assert part in str(error.value)
     assert f"policy.reward={address}" in str(error.value) and len(got) == requests
+
+
+def serve_raw(*pieces: bytes, pause: float = 0.0):
+    """A socket that answers any request with these bytes, piece by piece, and closes."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection, suppress(OSError):
+                    connection.recv(2**20)
+                    for piece in pieces:
+                        connection.sendall(piece)
+                        time.sleep(pause)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listening
+
+
+HEAD = b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "pause", "message"),
+    [
+        ((b"SSH-2.0-OpenSSH\r\n",), 0, "is not reached .*; start it, or give another"),
+        ((HEAD, b"[" * 10), 0, "is not reached .the answer was cut off.* in 2 attempts"),
+        ((HEAD, *[b"["] * 50), 0.05, "did not answer in time in 2 attempts"),
+    ],
+    ids=["no-http", "cut-off", "drips"],
+)
+def test_an_address_that_does_not_speak_or_end(pieces, pause, message, monkeypatch):
+    monkeypatch.setattr("training.rewards.PAUSE", 0.01)
+    with closing(serve_raw(*pieces, pause=pause)) as listening, pytest.raises(UserError, match=message):
+        open_reward("policy.reward", f"http://127.0.0.1:{listening.getsockname()[1]}", 0.3, 1)
 
 
 def test_nobody_is_at_the_address_or_answers_in_time():

@@ -88,6 +88,10 @@ class ShowoTask(Task):
                 raise UserError(
                     "training.share_code_bits needs whole weights on each process: use DDP, or set it to false"
                 )
+            if not model.get_input_embeddings().weight.requires_grad:
+                raise UserError(
+                    "training.share_code_bits changes embeddings, which this run does not train; set it to false"
+                )
             matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
             for weight in matrices.values():  # one, if they are tied
                 share_code_bits(optimizer, weight, model.vocabulary)
