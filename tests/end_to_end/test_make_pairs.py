@@ -72,11 +72,22 @@ def test_images_that_were_scored_before_stay_where_they_are(places, tmp_path):
     lines = [{"file": f"{n}.png", "prompt": text, "score": score} for n, (text, score) in enumerate(records)]
     (tmp_path / "scored").mkdir()
     (tmp_path / "scored/s.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for record in lines:
+        (tmp_path / "scored" / record["file"]).touch()
     (line,) = run(places, tmp_path / "out", f"scorer={tmp_path}/scored/s.jsonl")
     assert (line["caption"], line["chosen"], line["rejected"]) == ("a", "../scored/0.png", "../scored/1.png")
     (tmp_path / "scored/s.jsonl").write_text(json.dumps({"file": "0.png", "prompt": "a"}))
     with pytest.raises(UserError, match="line 1: field 'score' is missing"):
         run(places, tmp_path / "none", f"scorer={tmp_path}/scored/s.jsonl")
+    for record, message in (
+        ({"score": float("nan")}, "line 1: field 'score' is nan, expected a finite number"),
+        ({"score": 1, "file": "gone.png"}, "line 1: image .*gone.png does not exist"),
+    ):
+        (tmp_path / "scored/s.jsonl").write_text(json.dumps({"file": "0.png", "prompt": "a"} | record))
+        with pytest.raises(UserError, match=message):
+            run(places, tmp_path / "none", f"scorer={tmp_path}/scored/s.jsonl")
+    with pytest.raises(UserError, match="prompts has no effect with a file of scores"):
+        run(places, tmp_path / "none", f"scorer={tmp_path}/scored/s.jsonl", "prompts=p.txt")
 
 
 def test_an_answer_as_expected_and_one_that_is_not(places, tmp_path, monkeypatch):

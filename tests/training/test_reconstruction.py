@@ -118,7 +118,7 @@ def test_the_longest_row_is_known_and_must_fit_into_a_packed_one(world, conditio
     ("changes", "part"),
     [
         ({"reconstruction.condition": "clip"}, "reconstruction.condition is clip, but model.showo.w_clip_vit is false"),
-        ({"reconstruction.factor": 3}, "reconstruction.factor is 3; it must divide dataset.preprocessing.resolution"),
+        ({"reconstruction.factor": 3}, "reconstruction.factor is 3; it must divide the 4 codes along a side"),
         ({SHARDS.format("train"): "/nowhere.tar"}, "1 of 1 files do not exist: /nowhere.tar"),
         ({"training.batch_size_reconstruction": 0, "training.batch_size_mmu": 0}, "batch_size_reconstruction are all"),
     ],

@@ -132,6 +132,9 @@ def serve_raw(*pieces: bytes, pause: float = 0.0):
                     for piece in pieces:
                         connection.sendall(piece)
                         time.sleep(pause)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(2**16):  # or the client would see a reset connection
+                        pass
 
     threading.Thread(target=serve, daemon=True).start()
     return listening
