@@ -37,10 +37,11 @@ from common.inputs import read_prompts, required_folder, split_pieces
 from common.launch import use_physical_cores
 from common.schema import AppConfig
 from models import SamplingParameters, ShowoPipeline
-from models.generation.sampling import ORDERS, get_mask_schedule
+from models.generation.sampling import ORDERS
 from models.images import MASK, ImageOptions, open_image
 from models.loading import DTYPES, choose_device
 from models.pipeline_inputs import DIRECTIONS, image_seed
+from training.masking import schedule_of
 
 DEFAULT_CONFIG = "config=configs/showo_tiny_demo.yaml"
 MAX_FILE, MAX_TEXT = "20mb", 2000  # of an upload; characters of a prompt or question
@@ -81,9 +82,8 @@ class Models:
             return ShowoPipeline.from_config(self.config)
         keys = ("device", "dtype", "attn_implementation", "compile", "cpu_kernels", "adapter", "quantization")
         settings = {key: self.config[key] for key in keys} | {"image_options": ImageOptions(**self.config.image)}
-        name_of_schedule, parameters = mask_schedule_of(self.config)
-        if name_of_schedule != "cosine":  # else that of the model
-            settings["noise_schedule"] = get_mask_schedule(name_of_schedule, **parameters)
+        if mask_schedule_of(self.config)[0] != "cosine":  # else that of the model
+            settings["noise_schedule"] = schedule_of(self.config)
         pipeline = ShowoPipeline.from_pretrained(name, **settings)
         if pipeline.device.type == "cpu":
             use_physical_cores()

@@ -25,6 +25,7 @@ import torch
 from benchmarks import generation, report
 from common.config import InferenceConfig, load_config
 from common.errors import UserError, run_cli
+from common.schema import SAMPLERS
 from common.settings import setting
 from examples.scenes.parts import sample
 from examples.scenes.reader import Reader
@@ -34,7 +35,7 @@ from models import SamplingParameters, ShowoPipeline
 BATCH = 64
 TIMED_STEPS = 8  # of the random model
 PUBLISHED = "published"
-HALTON = {"order": "halton_roll", "schedule": "arccos", "logit_scale": 1.2}
+HALTON, ML_CACHE = ({k.rpartition(".")[2]: v for k, v in SAMPLERS[name].items()} for name in ("halton", "ml_cache"))
 # label -> sampling options, and settings of generation other than the number of steps
 WAYS = {
     PUBLISHED: {},
@@ -59,7 +60,7 @@ WAYS = {
     "remask confidence 1": {"remask": "confidence", "remask_rate": 1.0},
     "remask cap 0.2, steps 0.25 to 0.75": {"remask_rate": 0.2, "remask_start": 0.25, "remask_stop": 0.75},
     "refresh_every 3": {"refresh_every": 3},
-    "refresh_every 5, share 0.1, warm-up 0.3": {"refresh_every": 5, "refresh_share": 0.1, "refresh_warmup": 0.3},
+    "refresh_every 5, share 0.1, warm-up 0.3": ML_CACHE,
     "temperature 0": {"temperature": 0.0},
     "temperature 4": {"temperature": 4.0},
     "schedule pow2": {"schedule": "pow2"},

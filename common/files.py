@@ -228,6 +228,14 @@ def json_lines(path: str | Path, what: str | None = None) -> Iterator[tuple[int,
                 yield number, line, value
 
 
+def json_records(path: str | Path, what: str | None = None) -> Iterator[tuple[int, dict]]:
+    """(number, object) of each line of a file that is not blank; `UserError` at the first that holds no object."""
+    for number, _, record in json_lines(path, what):
+        if isinstance(record, UserError):
+            raise record
+        yield number, record
+
+
 def field(record: dict, name: str, kind: type | tuple[type, ...], where: str) -> Any:
     """A member of a JSON object; `UserError` if there is no object, or it is missing or of another type (true is no
     number)."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import field, json_lines, kind_of, read_json
+from common.files import field, json_records, kind_of, read_json
 
 
 def read_official(path: Path, what: str) -> dict:
@@ -19,9 +19,7 @@ def read_official(path: Path, what: str) -> dict:
 
 def read_json_lines(path: Path, what: str) -> Iterator[tuple[str, dict]]:
     """(place, record) of a file with one JSON object a line; blank lines are skipped."""
-    for number, _, record in json_lines(path, _named(path, what)):
-        if isinstance(record, UserError):
-            raise record
+    for number, record in json_records(path, _named(path, what)):
         yield f"{path}, line {number}", record
 
 

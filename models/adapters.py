@@ -23,7 +23,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import field, read_json, write_json
-from models.checkpoint_io import check_state_dict, load_weights_file, portable
+from models.checkpoint_io import check_state_dict, has_adapter, load_weights_file, portable
 from models.quantization import is_quantized
 
 logger = logging.getLogger(__name__)
@@ -39,10 +39,6 @@ WITHOUT_EFFECT = ("base_model_name_or_path", "inference_mode", "init_lora_weight
 WITHOUT_EFFECT += ("revision", "task_type", "auto_mapping", "megatron_core")
 SAMPLES = 4  # weights of each parameter that `BASE` holds
 CLOSE = {"rtol": 2.0**-8, "atol": 1e-7}  # what rounding to bf16 or fp16 may change
-
-
-def has_adapter(model: nn.Module) -> bool:
-    return getattr(model, "peft_config", None) is not None
 
 
 def add_adapter(

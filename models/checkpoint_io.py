@@ -246,6 +246,11 @@ def resize_rows(tensor: torch.Tensor, rows: int, std: float) -> torch.Tensor:
     return torch.cat([tensor, new.to(tensor.dtype)])
 
 
+def has_adapter(model: torch.nn.Module) -> bool:
+    """Whether PEFT has put an adapter into a model (models/adapters.py)."""
+    return getattr(model, "peft_config", None) is not None
+
+
 class CheckpointMixin:
     """`from_pretrained` for published folders and our own, on top of transformers' loading.
 
@@ -300,7 +305,7 @@ class CheckpointMixin:
 
     def save_pretrained(self, *args, **kwargs):
         """As transformers'; `UserError` where it would write weights that `from_pretrained` does not read."""
-        if getattr(self, "peft_config", None) is not None:
+        if has_adapter(self):
             raise UserError("the model has an adapter; merge it first, or save it alone (models.adapters.save_adapter)")
         if is_quantized(self):
             raise UserError("quantised weights are not saved; save the model before, and quantise it on loading")

@@ -173,20 +173,20 @@ class PipelineParts:
             UserError: it is missing, damaged, made for another model, or the model has one already.
         """
         adapters.load_adapter(self.model, find_adapter(name_or_path))
-        self._forget_steps()
+        self._recompile_steps()
 
     def merge_adapter(self) -> None:
         """Adds the adapter to the weights: as fast as without one, but for good. `UserError` if they are quantised."""
         adapters.merge_adapter(self.model)
-        self._forget_steps()
+        self._recompile_steps()
 
     def unload_adapter(self) -> None:
         """Takes the adapter off; `models.adapters.adapter_disabled` switches it off for a while."""
         adapters.unload_adapter(self.model)
-        self._forget_steps()
+        self._recompile_steps()
 
-    def _forget_steps(self) -> None:
-        """Compiles steps anew, if they are compiled, since they are of other weights."""
+    def _recompile_steps(self) -> None:
+        """Compiles steps again, if they are compiled, since they are of other weights."""
         if self.model.step_caches is not None:
             self.model.compile_steps()
 
@@ -210,7 +210,7 @@ class PipelineParts:
             for tensor in part.state_dict(keep_vars=True).values():
                 if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype:
                     tensor.data = tensor.data.to(dtype)
-        self._forget_steps()
+        self._recompile_steps()
         return self
 
     @property

@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 from common.config import load_config
 from common.errors import UserError, run_cli
-from common.files import check_file, field, json_lines
+from common.files import check_file, field, json_records
 from common.inputs import required_path
 from common.progress import progress
 from common.results import ResultFolder
@@ -101,9 +101,7 @@ def add_images(results: ResultFolder, prompt: str, names: list[str], scores: lis
 def pairs_of_scored(config, results: ResultFolder) -> Iterator[str]:
     """Pairs of the images of a file, which stay where they are."""
     path, by_prompt = required_path("scorer", config.scorer), {}
-    for number, _, record in json_lines(path, f"scorer={config.scorer}"):
-        if isinstance(record, UserError):
-            raise record
+    for number, record in json_records(path, f"scorer={config.scorer}"):
         where = f"scorer={config.scorer}: line {number}"
         image = path.parent / field(record, "file", str, where)
         score = float(field(record, "score", float, where))
@@ -152,9 +150,7 @@ def pairs_of_answers(config, pipeline, results: ResultFolder) -> Iterator[str]:
         "top_p": config.top_p,
         "max_new_tokens": config.max_new_tokens,
     }
-    for number, _, record in islice(json_lines(path, f"questions={config.questions}"), config.limit):
-        if isinstance(record, UserError):
-            raise record
+    for number, record in islice(json_records(path, f"questions={config.questions}"), config.limit):
         where = f"questions={config.questions}: line {number}"
         name, question, expected = (field(record, key, str, where) for key in ("image", "question", "answer"))
         image = pipeline.open(path.parent / name)

@@ -87,6 +87,15 @@ class ReconstructionConfig(TrainingConfig):
 
 
 @dataclass
+class OwnFlowsTraining(TrainingSection):
+    """Of tasks that read none of the flows of ordinary training."""
+
+    batch_size_t2i: int = 0
+    batch_size_lm: int = 0
+    batch_size_mmu: int = 0
+
+
+@dataclass
 class ReferenceExperiment(RunExperimentSection):
     """Of tasks whose reference is the model that the run began with, so that it cannot change on the way."""
 
@@ -109,12 +118,9 @@ class PairDataset(DatasetSection):
 
 
 @dataclass
-class PairTraining(TrainingSection):
+class PairTraining(OwnFlowsTraining):
     batch_size_image_pairs: int = setting(1, "pairs of images in a batch; 0: off", low=0, high=TOKENS)
     batch_size_answer_pairs: int = setting(1, "pairs of answers in a batch; 0: off", low=0, high=TOKENS)
-    batch_size_t2i: int = 0
-    batch_size_lm: int = 0
-    batch_size_mmu: int = 0
     image_pairs_coeff: float = setting(1.0, "weight of the loss of pairs of images", **WEIGHT)
     answer_pairs_coeff: float = setting(1.0, "weight of the loss of pairs of answers", **WEIGHT)
 
@@ -161,11 +167,8 @@ class PromptDataset(DatasetSection):
 
 
 @dataclass
-class PromptTraining(TrainingSection):
+class PromptTraining(OwnFlowsTraining):
     batch_size_prompts: int = setting(1, "prompts in a batch", **ROWS)
-    batch_size_t2i: int = 0
-    batch_size_lm: int = 0
-    batch_size_mmu: int = 0
 
 
 @dataclass

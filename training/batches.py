@@ -158,6 +158,13 @@ class BatchBuilder:
             return stack(samples, "codes") + self.noise.image_offset
         return torch.cat([self.image_ids([sample]) for sample in samples])  # only some of the shards are encoded
 
+    def code_rows(self, texts: list[str], image_ids: torch.Tensor, labels: torch.Tensor) -> Rows:
+        """Rows of text to image, none without its text, of image ids (B, N) with labels (B, N), −100 elsewhere."""
+        rows = self.prompting((texts, image_ids), "t2i_gen")
+        rows.labels = torch.full_like(rows.input_ids, IGNORE_ID)
+        rows.labels[:, -image_ids.shape[1] - 1 : -1] = labels
+        return rows
+
     def __call__(self, samples: dict[str, list]) -> OmniBatch:
         """Builds the batch of `samples`: flow → list of samples. Absent flows have no rows."""
         built, extra, features = {}, {}, []
@@ -204,10 +211,9 @@ class BatchBuilder:
             statistics=True,
         )
         device = self.device
-        labels = torch.full_like(input_ids, IGNORE_ID) if rows.labels is None else rows.labels
         return OmniBatch(
             send(input_ids, device),
-            send(labels, device),
+            send(rows.labels, device),
             mask.to(device),
             num_rows,
             objective.to(device),

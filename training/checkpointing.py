@@ -25,9 +25,9 @@ from common.files import field as member
 from common.files import read_json, write_bytes, write_json
 from common.settings import free_keys
 from common.tracking import read_lines
-from models.adapters import ADAPTER_FILES, check_base, has_adapter, save_adapter
+from models.adapters import ADAPTER_FILES, check_base, save_adapter
 from models.adapters import CONFIG as ADAPTER_CONFIG
-from models.checkpoint_io import check_finite, check_state_dict, load_weights_file, quietly
+from models.checkpoint_io import check_finite, check_state_dict, has_adapter, load_weights_file, quietly
 from training.data.streams import StreamState
 from training.optimization import decay_steps, trained
 from training.processes import executing_nothing, full_state_dict, local, universal_checkpoint

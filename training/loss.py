@@ -150,6 +150,11 @@ class Objective:
         hidden = model.hidden_states(inputs_embeds=embeds, **arguments)
         return self._losses(model, hidden, input_ids.shape[1])
 
+    def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(S, H): those of the hidden states (of all rows, as they ran) that predict a target."""
+        at = self.index if self.packing is None else self.packing.target_index[self.index]
+        return hidden.flatten(0, 1)[at]
+
     @torch.compiler.disable  # sizes that change from step to step would compile it anew each time
     def _losses(self, model: Showo, hidden: torch.Tensor, row_length: int) -> ShowoOutput:
         """Losses and statistics; an absent flow contributes 0.
@@ -158,8 +163,7 @@ class Objective:
             hidden: final hidden states of all rows, as they ran.
             row_length: L.
         """
-        at = self.index if self.packing is None else self.packing.target_index[self.index]
-        hidden = hidden.flatten(0, 1)[at]  # (S, H)
+        hidden = self.predicting(hidden)
         counts, coefficients = tuple(self.counts.values()), self.coefficients or dict.fromkeys(self.counts, 1.0)
         whole = hidden, self.targets, self.position_weights([coefficients[name] for name in self.counts])
         # One part for one weighted loss, else a part and a graph for each.
@@ -215,21 +219,21 @@ def _group_means(values: torch.Tensor, groups: torch.Tensor, num_groups: int) ->
     return sums / values.new_zeros(num_groups).index_add_(0, groups, torch.ones_like(values)).clamp(min=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LogProbObjective(Objective):
     """A loss that is any function of the log-probabilities of the targets: preference pairs, policy gradients.
 
     Args:
-        function: log-probabilities (S,) float32, in the order of `index` → the output, of which `loss` has a graph.
-            Default: the output's `loss` is the log-probabilities themselves, without gradients.
+        function: log-probabilities (S,) float32, in the order of `index` → the output, of which `loss` has a graph
+            where gradients are wanted.
         codes_only: targets are image codes, and probabilities are over these, as they are sampled.
     """
 
-    function: Callable[[torch.Tensor], ShowoOutput] | None = None
+    function: Callable[[torch.Tensor], ShowoOutput]
     codes_only: bool = False
 
     @classmethod
-    def of(cls, objective: Objective, function: Callable | None = None, codes_only: bool = False):
+    def of(cls, objective: Objective, function: Callable, codes_only: bool = False):
         """The same targets under another loss."""
         given = {field.name: getattr(objective, field.name) for field in fields(Objective)}
         return cls(**given, function=function, codes_only=codes_only)
@@ -241,16 +245,13 @@ class LogProbObjective(Objective):
         The gradient of the loss is that of a cross-entropy whose weights are the loss's derivatives by the
         log-probabilities; so here, too, no logits are kept.
         """
-        at = self.index if self.packing is None else self.packing.target_index[self.index]
-        hidden, targets, rows = hidden.flatten(0, 1)[at], self.targets, slice(None)
+        hidden, targets, rows = self.predicting(hidden), self.targets, slice(None)
         if self.codes_only:
             first, count = model.vocabulary.image_offset, model.vocabulary.codebook_size
             targets, rows = targets - first, slice(first, first + count)
         head, nothing = model.get_output_embeddings(), hidden.new_zeros(len(hidden), dtype=torch.float32)
         with torch.no_grad():
             log_probs = -linear_cross_entropy(head, hidden, targets, nothing, rows=rows)[1]
-        if self.function is None:
-            return ShowoOutput(loss=log_probs)
         if not torch.is_grad_enabled():
             return self.function(log_probs)
         log_probs.requires_grad_()
@@ -265,7 +266,8 @@ class LogProbObjective(Objective):
 @torch.no_grad()
 def log_probs_of(model: Showo, objective: Objective, codes_only: bool = False, **inputs) -> torch.Tensor:
     """(S,) float32: what a model, such as a frozen reference, gives to the targets; `inputs` of its `forward`."""
-    return model(**inputs, labels=LogProbObjective.of(objective, codes_only=codes_only)).loss
+    found = LogProbObjective.of(objective, lambda log_probs: ShowoOutput(statistics={"of": log_probs}), codes_only)
+    return model(**inputs, labels=found).statistics["of"]
 
 
 # ---- the vocabulary head and its cross-entropy in chunks ----

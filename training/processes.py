@@ -80,13 +80,13 @@ def make_accelerator(config, rows: int, written_by: int | None = None) -> Accele
 
 def _refuse_sharded(config) -> None:
     """Raises `UserError` for settings that work on one process and with DDP only."""
-    whole = {"training.trainable": "lora", "optimizer.name": "adamw8bit"}
+    whole = {"training.trainable": "lora", "training.share_code_bits": True, "optimizer.name": "adamw8bit"}
     for key, value in whole.items():
         section, name = key.split(".")
         if config[section].get(name) == value:
             raise UserError(
-                f"{key}={value} does not work with DeepSpeed or FSDP2 here, whose shards it would not save; use one "
-                "process, or DDP (accelerate launch --multi_gpu)"
+                f"{key}={value} does not work with DeepSpeed or FSDP2 here: it needs whole weights and moments on each "
+                "process; use one process, or DDP (accelerate launch --multi_gpu)"
             )
 
 

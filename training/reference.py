@@ -12,7 +12,7 @@ from models.loading import initial_showo
 class Reference:
     """The weights that a run begins with, frozen: in a model of their own, or those under the adapter that is trained.
 
-    They are read anew whenever the run is continued, so that the reference stays what it was.
+    They are read again whenever the run is continued, so that the reference stays what it was.
 
     Args:
         config: of the run.

@@ -28,6 +28,7 @@ from common.errors import UserError, first_line
 Reward = Callable[[Sequence[str], Sequence[Image.Image], Sequence[dict]], list[float]]
 PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second attempt; it doubles from one to the next, up to a minute
 LATER = (408, 429)  # codes of HTTP that ask to come again
+UNREACHED = (OSError, ValueError, http.client.HTTPException)  # no connection, no answer in time, or no address
 MOST_BYTES = 2**26  # of an answer
 
 
@@ -113,11 +114,7 @@ class _Address:
                     problem += f": {said}" if said else ""
                 if error.code < 500 and error.code not in LATER:  # another attempt would get the same answer
                     break
-            except (
-                OSError,
-                ValueError,
-                http.client.HTTPException,
-            ) as error:  # no connection, no answer in time, or no address
+            except UNREACHED as error:
                 reason = getattr(error, "reason", error)
                 problem = "did not answer in time" if isinstance(reason, TimeoutError) else f"is not reached ({reason})"
         attempts = f" in {attempt + 1} attempts" if attempt else ""
@@ -129,8 +126,10 @@ class _Address:
         with urllib.request.urlopen(request, timeout=self.timeout) as answer:
             while part := answer.read1(2**16):
                 content += part
-                if time.monotonic() > ends or len(content) > MOST_BYTES:
+                if time.monotonic() > ends:
                     raise TimeoutError
+                if len(content) > MOST_BYTES:
+                    raise ConnectionError(f"the answer has more than {MOST_BYTES:,} bytes")
             if answer.length:
                 raise ConnectionError("the answer was cut off")
         return content

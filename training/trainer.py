@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.files import Owned, write_text
 from common.progress import progress
 from common.tracking import Tracker
-from models.adapters import has_adapter
+from models.checkpoint_io import has_adapter
 from training.checkpointing import (
     TrainState,
     begin_course,
@@ -127,8 +127,7 @@ class Trainer:
             save_trained_only(self.accelerator, self.model)
         scale = rows if config.optimizer.params.scale_lr else 1
         self.optimizer = make_optimizer(self.model, config, scale, undecayed=old_rows)
-        sharded = deepspeed is not None or is_sharded(self.accelerator)
-        self.task.extend_optimizer(self.optimizer, self.model, sharded)
+        self.task.extend_optimizer(self.optimizer, self.model)
         if deepspeed is not None:
             keep_old_rows(self.model, old_rows)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)

@@ -41,7 +41,7 @@ class Triple:
     before: Callable[[], Image.Image]
     instruction: str
     after: Callable[[], Image.Image]
-    mask: Callable[[], Image.Image] | None
+    mask: Callable[[], Image.Image] | None = None
 
 
 class Editing(GenerationTask):
@@ -106,13 +106,9 @@ class Editing(GenerationTask):
         if ["image" in segment for segment in segments] != [True, False, True]:
             raise UserError(f"{name} is no triple of an image, an instruction and the image after it")
         before, instruction, after = segments
-        mask = record.get("mask")
-        opened = [
-            self._opener(value, raw, root, name)
-            for value in (before["image"], after["image"], mask)
-            if value is not None
-        ]
-        return Triple(opened[0], instruction["text"], opened[1], opened[2] if mask is not None else None)
+        parts = {"before": before["image"], "after": after["image"], "mask": record.get("mask")}
+        opened = {part: self._opener(one, raw, root, name) for part, one in parts.items() if one is not None}
+        return Triple(instruction=instruction["text"], **opened)
 
     def _opener(self, value: Any, raw: dict, root: str | None, name: str) -> Callable[[], Image.Image]:
         image = located(value, raw, root).get("image")
@@ -135,9 +131,9 @@ class Editing(GenerationTask):
         made = [[load_image(self.folder / name) for name in self.files_of(item)] for item in items]
         verdicts = []
         for item, images in zip(items, made, strict=True):
-            facts = {}
+            facts, scene = {}, self._pixels(item.facts["triple"])
             for image, suffix in zip(images, ("", f": {CEILING}"), strict=True):
-                facts |= {f"{name}{suffix}": value for name, value in self._measured(item, image).items()}
+                facts |= {f"{name}{suffix}": value for name, value in measured(self._tensor(image), *scene).items()}
             verdicts.append(Verdict("", facts.get(OUTSIDE, 0.0), facts))
         if self.config.editing_clip:
             after = [self._seen(item.facts["triple"].after) for item in items]
@@ -147,24 +143,16 @@ class Editing(GenerationTask):
                     verdict.facts[CLIP_I + suffix] = value
         return verdicts
 
-    def _measured(self, item: Item, image: Image.Image) -> dict[str, float]:
-        """The figures of one image; without those of a part that is too small."""
-        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+    def _pixels(self, triple: Triple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(image before, image after, region that changes) of a triple, as `measured` takes them."""
+        before, after = self._tensor(triple.before()), self._tensor(triple.after())
+        if triple.mask is None:
+            return before, after, changed_region(before, after)
+        return before, after, self._tensor(triple.mask())[:, 0] > 0.5
 
-        triple, side = item.facts["triple"], self.config.dataset.preprocessing.resolution
-        found, before, after = (
-            as_bytes(one, side)[None].double() / 255 for one in (image, triple.before(), triple.after())
-        )
-        region = changed_region(before, after) if triple.mask is None else as_bytes(triple.mask(), side)[:1] > 127
-        figures = {}
-        if (~region).double().mean() >= LEAST:
-            without = torch.where(region[:, None], before, found)  # windows at its border see nothing of it
-            _, similar = ssim(without, before, data_range=1.0, return_full_image=True)
-            figures[OUTSIDE] = _psnr_in(found, before, ~region)
-            figures[SSIM] = 100 * float(similar[0].mean(0)[~region[0]].mean())
-        if region.double().mean() >= LEAST:
-            figures[INSIDE] = _psnr_in(found, after, region)
-        return figures
+    def _tensor(self, image: Image.Image) -> torch.Tensor:
+        """(1, 3, H, W) in [0, 1], as the model sees it, in 8 bits."""
+        return as_bytes(image, self.config.dataset.preprocessing.resolution)[None].double() / 255
 
     def _seen(self, opened: Callable[[], Image.Image]) -> Image.Image:
         return square(opened(), self.config.dataset.preprocessing.resolution)
@@ -193,6 +181,26 @@ class Editing(GenerationTask):
     def notes(self) -> list[str]:
         side = self.config.dataset.preprocessing.resolution
         return [*super().notes(), f"{side} x {side} pixels; outside: where the images of a triple do not differ"]
+
+
+def measured(image: torch.Tensor, before: torch.Tensor, after: torch.Tensor, region: torch.Tensor) -> dict[str, float]:
+    """The figures of an image, without those of a part that is too small.
+
+    Args:
+        image, before, after: (1, 3, H, W) in [0, 1].
+        region: (1, H, W) bool, where something changes.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    figures = {}
+    if (~region).double().mean() >= LEAST:
+        without = torch.where(region[:, None], before, image)  # windows at its border see nothing of it
+        _, similar = ssim(without, before, data_range=1.0, return_full_image=True)
+        figures[OUTSIDE] = _psnr_in(image, before, ~region)
+        figures[SSIM] = 100 * float(similar[0].mean(0)[~region[0]].mean())
+    if region.double().mean() >= LEAST:
+        figures[INSIDE] = _psnr_in(image, after, region)
+    return figures
 
 
 def changed_region(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

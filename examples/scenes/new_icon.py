@@ -25,7 +25,7 @@ from PIL import Image
 
 from common.config import read_settings
 from common.errors import UserError, run_cli
-from common.files import field, json_lines, make_folder, write_json, write_text
+from common.files import field, json_records, make_folder, write_json, write_text
 from common.settings import setting
 from examples.scenes.reader import Reader
 from examples.scenes.words import caption
@@ -94,18 +94,12 @@ def write(config: NewIconConfig) -> None:
     print(f"{config.output_dir}: {len(learned)} images of {NAME}s, {len(asked)} prompts")
 
 
-def records(path: Path) -> Iterator[dict]:
-    for _, _, record in json_lines(path):
-        if isinstance(record, UserError):
-            raise record
-        yield record
-
-
 def score(config: NewIconConfig) -> None:
     """Prints the shares of scenes and of ladders that are right in the images of a folder."""
-    known = {line["prompt"]: line["claims"] for line in records(Path(config.output_dir) / "prompts.jsonl")}
+    asked = json_records(Path(config.output_dir) / "prompts.jsonl")
+    known = {line["prompt"]: line["claims"] for _, line in asked}
     folder, counts, reader = Path(config.score), Counter(), Reader(config.size, icons=(*ICONS, NAME))
-    for line in records(folder / "results.jsonl"):
+    for _, line in json_records(folder / "results.jsonl"):
         claims = known.get(field(line, "prompt", str, "results.jsonl"))
         if claims is None:
             continue

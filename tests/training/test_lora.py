@@ -139,7 +139,10 @@ def test_forms_of_adapters_learn_and_load(world, base, tmp_path, settings):
     assert names == {name for name, _ in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize(("key", "value"), [("training.trainable", "lora"), ("optimizer.name", "adamw8bit")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("training.trainable", "lora"), ("training.share_code_bits", True), ("optimizer.name", "adamw8bit")],
+)
 def test_sharded_runs_are_refused(world, monkeypatch, key, value):
     from accelerate.utils import DistributedType
 

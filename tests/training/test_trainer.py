@@ -147,11 +147,12 @@ def test_accumulating_equals_one_large_batch(world, tmp_path):
     torch.testing.assert_close(*gradients)
 
 
-def test_shared_bits_need_whole_weights(world, tmp_path):
+def test_shared_bits_are_of_embeddings_that_are_trained(world, tmp_path):
     trainer = make_trainer(world, tmp_path, {"training.share_code_bits": True})
     assert len(trainer.optimizer.param_groups) == 3
-    with pytest.raises(UserError, match="share_code_bits needs whole weights on each process"):
-        trainer.task.extend_optimizer(trainer.optimizer, trainer.model, sharded=True)
+    trainer.model.requires_grad_(False)
+    with pytest.raises(UserError, match="share_code_bits changes embeddings, which this run does not train"):
+        trainer.task.extend_optimizer(trainer.optimizer, trainer.model)
 
 
 # ---- stopping and continuing ----

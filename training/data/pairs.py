@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
-from common.files import parse_json
 from models.vocabulary import IGNORE_ID
+from training.data.documents import record_of
 from training.data.flows import Reading, ShowoImageReader, encoder_of
 from training.data.image_text import ImageTransform
 from training.data.json_records import JsonRecords, RecordUnits
@@ -58,11 +58,7 @@ def _kind_of(record: Any) -> Any:
 
 def _members(raw: dict, *names: str) -> dict[str, str]:
     """The texts of a record; `Skipped` if one is missing."""
-    key = raw["__key__"]
-    try:
-        record = parse_json(raw["json"], key, dict)
-    except UserError as error:
-        raise Skipped(MALFORMED_ITEM, str(error)) from None
+    key, record = raw["__key__"], record_of(raw)
     if missing := [name for name in names if name not in record]:
         raise Skipped(MALFORMED_ITEM, f"{key}: a pair of this kind needs {', '.join(names)}, lacks {missing}")
     return {name: checked_text(record[name], f"{key}: {name}") for name in names}

@@ -3,8 +3,7 @@
 import random
 from collections.abc import Iterator
 
-from common.errors import UserError
-from common.files import parse_json
+from training.data.documents import record_of
 from training.data.flows import FlowReader, Reading
 from training.data.image_text import own_text
 from training.data.json_records import JsonRecords, RecordUnits
@@ -69,11 +68,7 @@ def iter_prompts(setting: str, value, counters: SkipCounters) -> Iterator[dict]:
 
 def prompt_sample(raw: dict, rng: random.Random) -> dict:
     """The prompt, and the record that it comes with, which a reward may want to know; empty if there is none."""
-    key = raw["__key__"]
-    try:
-        record = parse_json(raw["json"], key, dict) if "json" in raw else {}
-    except UserError as error:
-        raise Skipped(MALFORMED_ITEM, str(error)) from None
+    key, record = raw["__key__"], record_of(raw) if "json" in raw else {}
     if "__url__" in raw and raw["__url__"].endswith(JSON):
         given = next((record[name] for name in PROMPT_KEYS if name in record), None)
         if given is None:

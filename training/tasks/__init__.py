@@ -79,8 +79,8 @@ class Task(ABC):
         """Freezes what is not trained. Returns parameter → number of its first rows that must not change."""
         return {}
 
-    def extend_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module, sharded: bool) -> None:  # noqa: B027
-        """Called with the new optimiser of the model, before both are wrapped, and perhaps sharded."""
+    def extend_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:  # noqa: B027
+        """Called with the new optimiser of the model, before both are wrapped."""
 
     def prepare(self, model: nn.Module) -> None:  # noqa: B027
         """Called with the model on its device, before it is wrapped."""

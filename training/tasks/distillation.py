@@ -33,7 +33,7 @@ class DistillationTask(ShowoTask):
 
     def prepare(self, model: Showo) -> None:
         super().prepare(model)
-        self.model, self.builder.coefficients = model, {"distillation": 1.0}
+        self.builder.coefficients = {"distillation": 1.0}
 
     def sample(self, texts: list[str]) -> torch.Tensor:
         """(T + 1, B, N) int64: the teacher's codes before each step and after the last, with mask tokens."""
@@ -67,12 +67,10 @@ class DistillationTask(ShowoTask):
         mask_id, offset = self.builder.noise.mask_token_id, self.builder.noise.image_offset
         known, reached = states[points].flatten(0, 1), states[ends].flatten(0, 1)  # (K·B, N), point by point
         image_ids = torch.where(known == mask_id, mask_id, known + offset)
-        rows = self.builder.prompting((texts * len(points), image_ids), "t2i_gen")
-        labels = torch.full_like(rows.input_ids, IGNORE_ID)
-        labels[:, -known.shape[1] - 1 : -1] = segment_targets(known, reached, mask_id, offset)
-        batch = self.builder.batch(rows, {"distillation": (0, labels)}, {"prompts": len(labels)})
-        batch.keys = [f"prompts: {sample['key']}" for sample in prompts]
-        return batch
+        labels = segment_targets(known, reached, mask_id, offset)
+        rows = self.builder.code_rows(texts * len(points), image_ids, labels)
+        keys = [f"prompts: {sample['key']}" for sample in prompts]
+        return self.builder.batch(rows, {"distillation": (0, rows.labels)}, {"prompts": len(labels)}, keys=keys)
 
     def eval_sums(self, forward, flow: str, samples: list) -> Sums:
         """With the segments of the end of the run, so that figures of one run can be compared."""

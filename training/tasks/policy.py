@@ -13,7 +13,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from common.errors import UserError
-from models import Showo
 from models.generation.trajectory import Trajectory
 from models.images import to_pil
 from models.modeling_showo import ShowoOutput
@@ -46,10 +45,6 @@ class PolicyTask(ShowoTask):
     def load(self) -> None:
         super().load()
         self.reference = Reference(self.config, self.device) if self.config.policy.kl else None
-
-    def prepare(self, model: Showo) -> None:
-        super().prepare(model)
-        self.model = model
 
     def sample(self, texts: list[str]) -> tuple[torch.Tensor, Trajectory]:
         """(codes (B, N), how they were sampled) of B prompts, without guidance, as the model is now."""
@@ -116,10 +111,9 @@ class PolicyTask(ShowoTask):
             ids.append(known[images])
             targets.append(torch.where(step.kept, step.sampled + noise.image_offset, IGNORE_ID)[images])
             old.append(step.log_probs[images][step.kept[images]])
-        rows = self.builder.prompting((texts * len(steps), torch.cat(ids).cpu()), "t2i_gen")
-        labels = torch.full_like(rows.input_ids, IGNORE_ID)
-        labels[:, -len(trajectory.steps[0].codes[0]) - 1 : -1] = torch.cat(targets).cpu()
-        return self.builder.batch(rows, {"policy": (0, labels)}, {"prompts": len(labels)}), torch.cat(old)
+        rows = self.builder.code_rows(texts * len(steps), torch.cat(ids).cpu(), torch.cat(targets).cpu())
+        batch = self.builder.batch(rows, {"policy": (0, rows.labels)}, {"prompts": len(rows.labels)})
+        return batch, torch.cat(old)
 
     def outcome(self, forward, batch: OmniBatch) -> Outcome:
         out = forward(**batch.forward_arguments())

@@ -11,7 +11,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from models import Showo
 from models.images import normalized
 from models.modeling_showo import ShowoOutput
 from models.prompting import Rows
@@ -36,10 +35,8 @@ def image_rows(samples: list[dict], builder: BatchBuilder) -> tuple[Rows, dict]:
     hidden = (builder.noise(chosen).input_ids == builder.noise.mask_token_id).repeat(2, 1)
     ids = torch.cat([chosen, rejected])
     texts = [sample["text"] for sample in samples] * 2
-    rows = builder.prompting((texts, ids.masked_fill(hidden, builder.noise.mask_token_id)), "t2i_gen")
-    rows.labels = torch.full_like(rows.input_ids, IGNORE_ID)
-    rows.labels[:, -ids.shape[1] - 1 : -1] = ids.masked_fill(~hidden, IGNORE_ID)
-    return rows, {}
+    masked, labels = ids.masked_fill(hidden, builder.noise.mask_token_id), ids.masked_fill(~hidden, IGNORE_ID)
+    return builder.code_rows(texts, masked, labels), {}
 
 
 def answer_rows(samples: list[dict], builder: BatchBuilder) -> tuple[Rows, dict]:
@@ -68,10 +65,6 @@ class PreferenceTask(ShowoTask):
     def load(self) -> None:
         super().load()
         self.reference = Reference(self.config, self.device)
-
-    def prepare(self, model: Showo) -> None:
-        super().prepare(model)
-        self.model = model
 
     def make_batch(self, samples: dict[str, list], builder: BatchBuilder | None = None) -> OmniBatch:
         batch = (builder or self.builder)(samples)

@@ -22,7 +22,7 @@ from models.prompting import Rows
 from models.vocabulary import IGNORE_ID, IMAGE_FEATURE_ID
 from training.alignment_settings import ReconstructionConfig
 from training.batches import FLOWS, BatchBuilder, FlowKind
-from training.data.flows import ImageReader, Reading
+from training.data.flows import FlowReader, ImageReader, Reading
 from training.data.image_text import CAPTION_INSTRUCTIONS, PixelTransform, image_sample
 from training.data.streams import Transform, stack
 from training.packing import packing_length
@@ -32,19 +32,9 @@ from training.tasks.showo import ShowoTask
 
 
 class ReconstructionReader(ImageReader):
-    """Images of Show-o's resolution, without texts."""
+    """Images of Show-o's resolution, without texts; its settings are named as those of any flow."""
 
-    @property
-    def setting(self) -> str:
-        return f"{self.split}_{self.name}_shards_path_or_url"
-
-    @property
-    def batch_size(self) -> int:
-        return self.config.training[f"batch_size_{self.name}"]
-
-    @property
-    def title(self) -> str:
-        return f"the {self.name} flow"
+    setting, batch_size, title = FlowReader.setting, FlowReader.batch_size, FlowReader.title
 
     def refuses_codes(self, reading: Reading) -> str:
         return "the condition is made of pixels; give it the shards with the images"

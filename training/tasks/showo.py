@@ -82,12 +82,8 @@ class ShowoTask(Task):
         self.understanding.attach(model, self.device)
         return old_rows
 
-    def extend_optimizer(self, optimizer: torch.optim.Optimizer, model: Showo, sharded: bool) -> None:
+    def extend_optimizer(self, optimizer: torch.optim.Optimizer, model: Showo) -> None:
         if self.config.training.share_code_bits:
-            if sharded:
-                raise UserError(
-                    "training.share_code_bits needs whole weights on each process: use DDP, or set it to false"
-                )
             if not model.get_input_embeddings().weight.requires_grad:
                 raise UserError(
                     "training.share_code_bits changes embeddings, which this run does not train; set it to false"
@@ -97,6 +93,7 @@ class ShowoTask(Task):
                 share_code_bits(optimizer, weight, model.vocabulary)
 
     def prepare(self, model: Showo) -> None:
+        self.model = model
         parts = self.prompting, self.vq_model, self.understanding, self.device
         self.builder = BatchBuilder.of(self.config, model.vocabulary, *parts, self.flows)
 
