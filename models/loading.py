@@ -98,7 +98,10 @@ def find_folder(name: str | Path | None, files: Sequence[str] = CHECKPOINT_FILES
 
 def find_adapter(name: str | Path) -> Path:
     """The folder of an adapter: a run's, its checkpoint's or its own, or a hub name; see `find_folder`."""
-    return find_folder(name, ADAPTER_FILES)
+    try:
+        return find_folder(name, ADAPTER_FILES)
+    except UserError as error:
+        raise UserError(f"adapter={name}: {error}") from None
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:

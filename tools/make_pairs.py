@@ -176,12 +176,18 @@ def main(argv: list[str]) -> None:
     if not config.scorer and not config.questions:
         raise UserError("nothing to make pairs of; give prompts and a scorer, or questions=FILE")
     results = ResultFolder(config.output_dir or Path(config.experiment.output_dir) / "pairs", config.overwrite)
+    from training.data.paths import expand_paths
+    from training.data.prompts import FORMATS
     from training.data.sources import SkipCounters
     from training.rewards import open_reward
 
     counters, score, pipeline = SkipCounters(), None, None
     if config.prompts and not is_file and config.scorer != QUESTIONS:
         score = open_reward("scorer", config.scorer, config.scorer_timeout, config.scorer_retries)
+    if config.prompts:  # files are looked for before any weights are read
+        expand_paths("prompts", config.prompts, FORMATS)
+    if config.questions:
+        required_path("questions", config.questions)
     if config.questions or not is_file:
         from models import ShowoPipeline
 

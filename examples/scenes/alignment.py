@@ -87,13 +87,14 @@ class Alignment:
     """All trainings and scores of one command."""
 
     def __init__(self, config):
-        self.config, self.folder = config, make_folder(config.output_dir)
+        self.config = config
         self.start = required_folder("start", config.start)
         self.tasks = [name.strip() for name in config.tasks.split(",") if name.strip()]
         if unknown := [name for name in self.tasks if name not in COMPARISONS]:
             raise UserError(f"tasks holds {unknown[0]!r}; allowed: {', '.join(COMPARISONS)}")
         if not self.tasks or not config.seeds:
             raise UserError("tasks and seeds must name one at least")
+        self.folder = make_folder(config.output_dir)
 
     def table(self) -> str:
         """Trains and scores what is missing. Returns the figures as Markdown."""

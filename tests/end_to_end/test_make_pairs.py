@@ -114,7 +114,9 @@ def test_an_answer_as_expected_and_one_that_is_not(places, tmp_path, monkeypatch
         (["scorer=/nowhere.jsonl"], "scorer=/nowhere.jsonl does not exist"),
     ],
 )
-def test_mistakes(places, tmp_path, arguments, part):
+def test_mistakes(places, tmp_path, monkeypatch, arguments, part):
+    """Told before any weights are read; nothing is written."""
+    monkeypatch.setattr(ShowoPipeline, "from_config", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(UserError) as error:
         run(places, tmp_path / "out", *arguments)
     assert part in str(error.value) and not (tmp_path / "out").exists()

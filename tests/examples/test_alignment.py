@@ -90,6 +90,7 @@ def test_every_task_reads_its_settings(runs, tmp_path):
 def test_refusals(tmp_path, given, message):
     with pytest.raises(UserError, match=message):
         alignment.main(arguments(tmp_path, **given))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_command_that_fails_ends_this_one():
