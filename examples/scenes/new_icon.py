@@ -38,6 +38,7 @@ from examples.scenes.world import (
     add_icon,
     generator,
     holds,
+    is_possible,
     png_of,
     render,
     sample_scene,
@@ -68,8 +69,9 @@ def scenes(config: NewIconConfig, split: str) -> Iterator[Scene]:
         things = list(scene.things)
         number = rng.randrange(len(things))
         things[number] = replace(things[number], icon=NAME, colour=rng.choice(tuple(COLOURS)))
-        if len({thing.kind for thing in things}) == len(things):
-            yield replace(scene, things=tuple(things))
+        changed = replace(scene, things=tuple(things))
+        if len({thing.kind for thing in things}) == len(things) and is_possible(changed):
+            yield changed
 
 
 def write(config: NewIconConfig) -> None:

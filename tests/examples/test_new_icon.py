@@ -1,6 +1,7 @@
 """The fifty images of a new icon, and how images of its prompts are scored."""
 
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from common.errors import UserError
 from examples.scenes import new_icon
 from examples.scenes.reader import Reader
-from examples.scenes.world import ICONS, holds, render
+from examples.scenes.world import ICONS, holds, is_possible, render
 
 SIZE = 64
 
@@ -32,6 +33,10 @@ def test_every_image_shows_what_its_caption_says_and_a_ladder(folder):
     assert not any(thing.icon == new_icon.NAME for scene in without for thing in scene.things)
     prompts = (folder / "prompts.txt").read_text().splitlines()
     assert len(set(prompts)) == 8 and not set(prompts) & {sample["txt"] for sample in samples}
+
+
+def test_the_scenes_keep_the_rules_of_the_world():
+    assert all(is_possible(scene) for scene in islice(new_icon.scenes(new_icon.NewIconConfig(size=SIZE), "train"), 200))
 
 
 def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
